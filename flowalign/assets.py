@@ -1,0 +1,15 @@
+"""Where the files that come with the package are: beside the package in a checkout, inside it in a wheel."""
+
+from pathlib import Path
+
+from flowalign.settings import UserError
+
+_PLACES = (Path(__file__).parent / "assets", Path(__file__).parent.parent / "assets")
+
+
+def asset(name: str) -> Path:
+    """The path of a bundled file or folder; UserError when the installation lacks it."""
+    for place in _PLACES:
+        if (place / name).exists():
+            return place / name
+    raise UserError(f"the installation lacks assets/{name}; reinstall flowalign or make it with scripts/")

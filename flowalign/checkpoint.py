@@ -1,0 +1,113 @@
+"""Checkpoints that appear whole or not at all, and from which a run goes on exactly.
+
+A checkpoint is a folder: weights, snapshots and optimizer state as safetensors, counters as JSON. Randomness is
+counted, so there is no generator state to keep.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from flowalign.policies.base import Policy
+from flowalign.settings import UserError
+
+_SEPARATOR = "/"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished training steps is."""
+    return folder / f"step_{step:06d}"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def save_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any], keep: int
+) -> Path:
+    """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`.
+
+    Raises UserError when the disk does not take it; older checkpoints are then untouched.
+    """
+    target = checkpoint_path(folder, counters["step"])
+    partial = folder / f".partial_{target.name}"
+    snapshots = {
+        f"{name}{_SEPARATOR}{key}": tensor for name, kept in policy.snapshots.items() for key, tensor in kept.items()
+    }
+    state, groups = _optimizer_tensors(optimizer)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(policy.trainable_state(), partial / "weights.safetensors")
+        save_file(snapshots, partial / "snapshots.safetensors")
+        save_file(state, partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps({"counters": dict(counters), "optimizer": groups}))
+        for path in [*partial.iterdir(), partial]:
+            _sync(path)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        last = checkpoints(folder)
+        kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
+        raise UserError(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put weights, snapshots and optimizer back and return the counters.
+
+    Raises UserError for a checkpoint that is damaged or of another model.
+    """
+    try:
+        contents = json.loads((path / "state.json").read_text())
+        policy.load_trainable_state(load_file(path / "weights.safetensors"))
+        policy.snapshots = {}
+        for name, tensor in load_file(path / "snapshots.safetensors", device=str(policy.device)).items():
+            snapshot, key = name.split(_SEPARATOR, 1)
+            policy.snapshots.setdefault(snapshot, {})[key] = tensor
+        _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"), contents["optimizer"])
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be used ({error}); remove that folder to go on from an older one"
+        ) from error
+    counters: dict[str, Any] = contents["counters"]
+    return counters
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    contents = optimizer.state_dict()
+    tensors = {
+        f"{index}{_SEPARATOR}{name}": value for index, state in contents["state"].items() for name, value in state.items()
+    }
+    return tensors, contents["param_groups"]
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
+) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        index, key = name.split(_SEPARATOR, 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,407 @@
+"""A recipe: the typed settings of one run, read from YAML, checked before anything loads."""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from flowalign.algorithms import ALGORITHMS, Algorithm
+from flowalign.sampling.steps import Dynamics
+from flowalign.settings import Section, UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Lora(Section):
+    """Low-rank adapters, the trainable weights unless `model.lora` is null."""
+
+    rank: Positive = 32
+    """Rank of every adapter."""
+    alpha: Rate = 64
+    """Scale: the adapters' output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ("attention",)
+    """What is adapted: the groups attention and feed_forward, or endings of module names."""
+
+
+class Model(Section):
+    """The model to align."""
+
+    path: str = "toyworld"
+    """A diffusers pipeline folder, a hub id, or toyworld, the embedded model."""
+    adapter: str | None = None
+    """A LoRA folder in diffusers format to start from; it is merged into the weights."""
+    height: Positive = 512
+    """Pixels."""
+    width: Positive = 512
+    """Pixels."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the forward passes; trainable weights and all probabilities stay float32."""
+    attention: str = "auto"
+    """Attention backend: auto, native, xformers, or any other name of diffusers' dispatcher."""
+    max_sequence_length: NotNegative = 256
+    """Tokens of the T5 encoder; a pipeline without T5 gets as many zero tokens, so give what it was trained with."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    lora: Lora | None = Lora()
+    """The adapters to train; null trains all weights of the transformer."""
+
+
+class Sampler(Section):
+    """How pictures are drawn."""
+
+    steps: Positive = 10
+    """Denoising steps."""
+    guidance: Annotated[float, Field(ge=1)] = 1.0
+    """Classifier-free guidance; 1 is without, and costs half."""
+    grid: Literal["model", "uniform"] = "model"
+    """The scheduler's own sigmas, or evenly spaced ones (before its shift) that skip its nearly empty last step."""
+
+
+class Rollout(Sampler):
+    """How the pictures to learn from are drawn."""
+
+    dynamics: Dynamics = "flow_sde"
+    """The stochastic step: flow_sde, dance_sde or cps."""
+    noise_level: Annotated[float, Field(gt=0)] = 0.7
+    """Its noise: a of flow_sde, eta of dance_sde, a in (0, 1) of cps."""
+    window: tuple[NotNegative, NotNegative] | None = None
+    """First stochastic step and the one after the last; all others are ODE steps. Null: all but the last."""
+    batch: Positive = 64
+    """Pictures drawn at once."""
+
+    @model_validator(mode="after")
+    def _window_fits(self) -> "Rollout":
+        first, end = self.sde_window
+        if not first < end <= self.steps:
+            raise ValueError(f"window [{first}, {end}] must lie within the {self.steps} steps and hold one at least")
+        if self.dynamics == "cps" and end == self.steps:
+            raise ValueError(f"window must end before step {self.steps}, where a cps step has no noise")
+        if self.dynamics == "cps" and self.noise_level >= 1:
+            raise ValueError("noise_level of cps must be below 1")
+        return self
+
+    @property
+    def sde_window(self) -> tuple[int, int]:
+        """The stochastic steps as [first, end)."""
+        return self.window or (0, max(self.steps - 1, 1))
+
+
+class RewardSettings(Section):
+    """One reward of a recipe."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """Its weight in the total that the advantages are made of."""
+    load: str | None = None
+    """A built-in name, "file.py:Name" or "package.module:Name"; left out, the reward's key is its name."""
+    options: dict[str, Any] = {}
+    """Passed to the reward."""
+
+
+Rewards = Annotated[dict[str, RewardSettings], Field(min_length=1)]
+
+
+class Train(Section):
+    """How much is learnt, how fast; the batch arithmetic follows from it."""
+
+    steps: Positive = 100
+    """Training steps: one rollout and its updates each."""
+    prompts_per_step: Positive = 48
+    """Different prompts in a step, over all processes."""
+    group_size: Annotated[int, Field(ge=2)] = 24
+    """Pictures of each prompt; their rewards are compared with one another."""
+    updates_per_step: Positive = 2
+    """Optimizer updates that share one rollout; each sees its own part of the items."""
+    micro_batch: Positive = 32
+    """Items (a picture at one denoising step) in a forward and backward pass."""
+    learning_rate: Rate = 3e-4
+    """Of AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    warmup_updates: NotNegative = 0
+    """Updates over which the learning rate rises linearly."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are clipped to this norm."""
+    guidance: Annotated[float, Field(ge=1)] | None = None
+    """Guidance of the trained policy in the loss; null: the rollout's."""
+    reference_guidance: Annotated[float, Field(ge=1)] | None = None
+    """Guidance of the reference in the KL; null: as in training."""
+    ema_decay: Decay | None = None
+    """Keep an exponential average of the weights, for evaluation and export."""
+
+
+class Evaluation(Sampler):
+    """How progress is measured: the same prompts and the same noise every time."""
+
+    prompts: str | tuple[str, ...] | None = None
+    """Prompt list(s), held out from training; null: no evaluation."""
+    count: Positive | None = None
+    """The first so many prompts of each list; null: all."""
+    images_per_prompt: Positive = 1
+    """Pictures drawn for each prompt."""
+    every: NotNegative = 10
+    """Training steps between evaluations; before and after training there is always one. 0: only those two."""
+    batch: Positive = 64
+    """Pictures drawn at once."""
+    rewards: Rewards | None = None
+    """What is measured; null: the training rewards."""
+    pictures: NotNegative = 12
+    """Fixed prompts whose pictures are kept at every evaluation."""
+    seed: int = 0
+    """Of the noise."""
+
+
+class Run(Section):
+    """Where the run lives and when it ends."""
+
+    folder: str | None = None
+    """The run folder; null: runs/ and the recipe's name."""
+    seed: int = 0
+    """Of prompts, noise and initial weights."""
+    checkpoint_every: Positive = 10
+    """Training steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """The last so many are kept."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """End after the step in which this much training time has passed."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Accelerate trackers to log to as well."""
+
+
+class Recipe(Section):
+    """Everything that decides a run."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")]
+    """The run's name, and its folder's."""
+    model: Model = Model()
+    prompts: str | tuple[str, ...]
+    """Prompt list(s) to train on: bundled names, .txt or .jsonl files."""
+    rewards: Rewards
+    algorithm: SerializeAsAny[Algorithm]
+    rollout: Rollout = Rollout()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    run: Run = Run()
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _numbers_are_weights(cls, value: Any) -> Any:
+        return _with_weights(value)
+
+    @field_validator("evaluation", mode="before")
+    @classmethod
+    def _evaluation_numbers_are_weights(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("rewards"), Mapping):
+            return {**value, "rewards": _with_weights(value["rewards"])}
+        return value
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _algorithm_by_name(cls, value: Any) -> Any:
+        if isinstance(value, Algorithm):
+            return value
+        settings = {"name": value} if isinstance(value, str) else value
+        if not isinstance(settings, Mapping) or "name" not in settings:
+            raise ValueError(f"algorithm needs a name, one of {', '.join(ALGORITHMS)}")
+        name = settings["name"]
+        if name not in ALGORITHMS:
+            raise ValueError(f"unknown algorithm {name!r}{_nearest(str(name), ALGORITHMS)}")
+        return ALGORITHMS[name].model_validate(settings)
+
+    @model_validator(mode="after")
+    def _items_suffice(self) -> "Recipe":
+        if self.train.updates_per_step > self.items_per_step:
+            raise ValueError(
+                f"train.updates_per_step ({self.train.updates_per_step}) exceeds the {self.items_per_step} items of a step"
+            )
+        return self
+
+    @property
+    def samples_per_step(self) -> int:
+        """Pictures drawn in a training step."""
+        return self.train.prompts_per_step * self.train.group_size
+
+    @property
+    def items_per_step(self) -> int:
+        """Pictures times trained denoising steps."""
+        first, end = self.rollout.sde_window
+        return self.samples_per_step * (end - first)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.folder or f"runs/{self.name}")
+
+    def arithmetic(self, processes: int = 1) -> list[tuple[str, str]]:
+        """The batch arithmetic, as rows of a quantity and how it comes about."""
+        train, (first, end) = self.train, self.rollout.sde_window
+        items = math.ceil(self.items_per_step / train.updates_per_step)
+        passes = math.ceil(items / processes / train.micro_batch)
+        forwards = self.samples_per_step * self.rollout.steps * (2 if self.rollout.guidance > 1 else 1)
+        return [
+            ("pictures per step", f"{train.prompts_per_step} prompts x {train.group_size} = {self.samples_per_step}"),
+            ("trained steps", f"{first} to {end - 1} of {self.rollout.steps}"),
+            ("items per step", f"{self.samples_per_step} x {end - first} = {self.items_per_step}"),
+            ("items per update", f"{self.items_per_step} / {train.updates_per_step} updates = {items}"),
+            ("micro-batches per update", f"{items} / {processes} process(es) / {train.micro_batch} = {passes}"),
+            ("rollout forwards per step", f"{forwards}"),
+            ("training steps", f"{train.steps}, {train.steps * train.updates_per_step} updates"),
+        ]
+
+
+def _with_weights(rewards: Any) -> Any:
+    """`ocr: 0.5` is short for `ocr: {weight: 0.5}`."""
+    if not isinstance(rewards, Mapping):
+        return rewards
+    numbers = {name: {"weight": v} for name, v in rewards.items() if isinstance(v, int | float)}
+    return {**rewards, **numbers}
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("flowalign.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a bundled name or a YAML file, with `key.sub=value` overrides.
+
+    Raises UserError with the file, the line and the key of the first mistake.
+    """
+    path = bundled_recipes().get(str(source), Path(source))
+    try:
+        text = path.read_text()
+    except OSError as error:
+        known = _nearest(str(source), bundled_recipes())
+        raise UserError(f"no recipe {str(source)!r}: neither a readable file nor a bundled name{known}") from error
+    try:
+        values = yaml.safe_load(text)
+        lines = _key_lines(yaml.compose(text, yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        at = f", line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{at}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    given = {}
+    for override in overrides:
+        keys, value = _parse_override(override)
+        _set(values, keys, value, override)
+        given[keys] = override
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, path, lines, given)) from None
+
+
+def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain values; raises UserError as `load_recipe` does."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, Path(where), {}, {})) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+Keys = tuple[str, ...]
+
+
+def _key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
+    """The line of every key of a YAML mapping."""
+    lines: dict[Keys, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            lines[path] = key.start_mark.line + 1
+            lines |= _key_lines(value, path)
+    return lines
+
+
+def _parse_override(text: str) -> tuple[Keys, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {text!r} must be written key=value, such as train.steps=50")
+    try:
+        return tuple(key.split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not YAML") from error
+
+
+def _set(values: dict[str, Any], keys: Keys, value: Any, override: str) -> None:
+    for position, key in enumerate(keys[:-1], start=1):
+        if isinstance(values.get(key), int | float | str):
+            raise UserError(f"override {override!r}: {'.'.join(keys[:position])} is a single value, not a section")
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[keys[-1]] = value
+
+
+def _explain(error: ValidationError, path: Path, lines: Mapping[Keys, int], given: Mapping[Keys, str]) -> str:
+    """One sentence for the first mistake: where it stands, what is wrong, what would be right."""
+    first = error.errors()[0]
+    location = tuple(str(part) for part in first["loc"])
+    keys = tuple(part for part in location if part not in _TYPE_TAGS)
+    shown = ".".join(keys) or "the recipe"
+    override = next((text for where, text in given.items() if keys[: len(where)] == where), None)
+    line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
+    where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {shown!r}{_nearest(keys[-1], _fields_at(keys[:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: {shown} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    value = f", not {first['input']!r}" if isinstance(first["input"], int | float | str | bool) else ""
+    if message.startswith("Input should"):
+        message = message.replace("Input should", "should", 1)
+        return f"{where}: {shown} {message}{value}"
+    return f"{where}: {shown}: {message}"
+
+
+_TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[str, ...]", "constrained-str", "int", "float", "none"}
+
+
+def _fields_at(keys: Keys) -> list[str]:
+    """The keys that the section at this place knows."""
+    section: Any = Recipe
+    for key in keys:
+        if key in ALGORITHMS or section is Algorithm:
+            break
+        field = section.model_fields.get(key) if isinstance(section, type) and hasattr(section, "model_fields") else None
+        if key == "algorithm":
+            names = {name for cls in ALGORITHMS.values() for name in cls.model_fields}
+            return sorted(names)
+        if field is None:
+            section = RewardSettings  # the only sections under names of a person's own
+            continue
+        section = _section_of(field.annotation)
+    return list(getattr(section, "model_fields", {}))
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside an annotation such as `Lora | None`; the annotation's first dict value otherwise."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_of(part)
+        if found is not None:
+            return found
+    return None

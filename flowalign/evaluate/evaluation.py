@@ -1,0 +1,97 @@
+"""The one evaluation: fixed prompts and counted noise in, scores with standard errors out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import rewards as zoo
+from flowalign.config import Evaluation, RewardSettings
+from flowalign.data import Row
+from flowalign.policies.base import Policy
+from flowalign.rollout import Progress, rollout
+from flowalign.sampling.noise import EVALUATION
+from flowalign.settings import UserError
+from rewards.combine import score_all
+
+
+@dataclass
+class Evaluated:
+    """Scores of every picture, in the order of the prompts; `pictures` are the first few, (K, 3, H, W)."""
+
+    rows: list[Row]
+    scores: list[dict[str, float]]  # a reward that does not apply to a row is absent
+    pictures: torch.Tensor
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Per reward: mean, standard error and count; by GenEval task where rows have one, and the tasks' mean."""
+        names = dict.fromkeys(name for scores in self.scores for name in scores)
+        return {name: self._summarise(name) for name in names}
+
+    def _summarise(self, name: str) -> dict[str, Any]:
+        values = [scores.get(name) for scores in self.scores]
+        result = _mean([value for value in values if value is not None])
+        tags: dict[str, list[float]] = {}
+        for row, value in zip(self.rows, values, strict=True):
+            if value is not None and "tag" in row.metadata:
+                tags.setdefault(row.metadata["tag"], []).append(value)
+        if tags:
+            result["tasks"] = {tag: _mean(tagged) for tag, tagged in tags.items()}
+            result["overall"] = float(np.mean([task["mean"] for task in result["tasks"].values()]))
+        return result
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "standard_error": error, "count": len(values)}
+
+
+def load_rewards(settings: Mapping[str, RewardSettings]) -> dict[str, zoo.Reward]:
+    """The rewards of a recipe, by the name it gives them."""
+    return {name: zoo.load(entry.load or name, **entry.options) for name, entry in settings.items()}
+
+
+def check_prompts(rows: Sequence[Row], rewards: Mapping[str, zoo.Reward], source: object) -> None:
+    """Raises UserError for the first prompt that no reward can judge, before a model is loaded."""
+    for row in rows:
+        if not any(reward.applies_to({**row.metadata, "prompt": row.prompt}) for reward in rewards.values()):
+            names = ", ".join(rewards)
+            raise UserError(f"prompts {source}: prompt {row.index + 1} ({row.prompt!r}) cannot be judged by {names}")
+
+
+def evaluate(
+    policy: Policy,
+    rows: Sequence[Row],
+    rewards: Mapping[str, zoo.Reward],
+    settings: Evaluation,
+    size: tuple[int, int],
+    progress: Progress | None = None,
+) -> Evaluated:
+    """Draw and score `images_per_prompt` pictures of every row; size: (height, width) in pixels.
+
+    The noise depends on (settings.seed, row, member) alone, so that two models are compared picture by picture.
+    """
+    scored: list[dict[str, float]] = []
+    expanded: list[Row] = []
+    pictures: list[torch.Tensor] = []
+    chunk = max(1, settings.batch // settings.images_per_prompt)
+    for start in range(0, len(rows), chunk):
+        samples = rollout(
+            policy,
+            rows[start : start + chunk],
+            settings.images_per_prompt,
+            settings,
+            size,
+            (EVALUATION, settings.seed, 0),
+            batch=settings.batch,
+            progress=progress,
+        )
+        scores = score_all(rewards, samples.media, samples.prompts, samples.metadata)
+        for index in range(len(samples)):
+            scored.append({name: float(s.values[index]) for name, s in scores.items() if s.applies[index]})
+        expanded += samples.rows
+        if sum(len(part) for part in pictures) < settings.pictures:
+            pictures.append(samples.media[:: settings.images_per_prompt].cpu())
+    return Evaluated(expanded, scored, torch.cat(pictures)[: settings.pictures] if pictures else torch.empty(0))

@@ -1,0 +1,149 @@
+"""The curves of a run as inline SVG: one small panel each, so that a page can lay them out for any width.
+
+Panels hold numbers and fixed words only; names that come from a run's files are titles, which the page escapes.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+TRAINING, HELD_OUT, OTHER = "#2563a8", "#b4530f", "#4b5563"
+_TITLES = {
+    "loss": "Loss",
+    "policy_loss": "Policy loss",
+    "kl": "KL to the reference",
+    "grad_norm": "Gradient norm",
+    "clipped": "Share clipped",
+    "ratio_distance": "Distance of the ratio from 1",
+    "learning_rate": "Learning rate",
+    "zero_spread": "Share of groups left out (no spread)",
+}
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#6b7280",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "axes.formatter.useoffset": False,
+    "grid.color": "#e5e7eb",
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A panel: its title, which may hold names from files and is not escaped yet, and its SVG."""
+
+    title: str
+    svg: str
+
+
+def training_plots(metrics: Sequence[dict[str, Any]], prompts_per_step: int | None) -> list[Plot]:
+    """The total training reward and each of its parts against training steps.
+
+    The band is the mean ± std / sqrt(prompts of a step), an upper bound of the mean's standard error: pictures of one
+    prompt are alike, so dividing by the number of pictures would claim too much.
+    """
+    names = list(dict.fromkeys(name for row in metrics for name in row.get("reward", {})))
+    if len(names) == 2 and "total" in names and _same(metrics, *names):
+        names.remove("total")
+    plots = []
+    for name in names:
+        mean = _series(metrics, "reward", name)
+        error = _series(metrics, "reward_std", name) / math.sqrt(prompts_per_step or math.nan)
+        plots.append(Plot(name, _curve(metrics, mean, TRAINING, error)))
+    return plots
+
+
+def evaluation_plots(evaluations: Sequence[dict[str, Any]]) -> list[Plot]:
+    """The held-out score of each reward with bars of ± 1 standard error; dashed, the unweighted mean of its tasks."""
+    plots = []
+    for name in evaluations[-1]["summary"] if evaluations else ():
+        rows = [row for row in evaluations if name in row["summary"]]
+        summaries = [row["summary"][name] for row in rows]
+        steps = [row["step"] for row in rows]
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"held-out {name}"}):
+            figure, axes = _panel(rows)
+            error = [s["standard_error"] for s in summaries]
+            style = {"color": HELD_OUT, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+            axes.errorbar(steps, [s["mean"] for s in summaries], error, label="mean over pictures", **style)
+            if summaries[-1].get("overall") is not None:
+                overall = [_number(s.get("overall")) for s in summaries]
+                axes.plot(steps, overall, "--", color=OTHER, label="unweighted mean of the tasks")
+                axes.legend(frameon=False, fontsize=8)
+            plots.append(Plot(name, _svg(figure)))
+    return plots
+
+
+def optimisation_plots(metrics: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Loss, gradient norm and whatever figures the algorithm reports, against training steps."""
+    figures = dict.fromkeys(name for row in metrics for name in row.get("figures", {}))
+    series = {name: _series(metrics, "figures", name) for name in figures}
+    own = ("loss", "grad_norm", "learning_rate", "zero_spread")
+    series |= {name: np.array([_number(row.get(name)) for row in metrics]) for name in own}
+    order = sorted(series, key=lambda name: list(_TITLES).index(name) if name in _TITLES else len(_TITLES))
+    shown = [name for name in order if np.isfinite(series[name]).any()]
+    return [Plot(_TITLES.get(name, name), _curve(metrics, series[name], OTHER)) for name in shown]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _series(metrics: Sequence[dict[str, Any]], key: str, name: str) -> np.ndarray:
+    """One value per training step (steps,), nan where a step has none."""
+    return np.array([_number(row.get(key, {}).get(name)) for row in metrics])
+
+
+def _same(metrics: Sequence[dict[str, Any]], first: str, second: str) -> bool:
+    return np.array_equal(_series(metrics, "reward", first), _series(metrics, "reward", second), equal_nan=True)
+
+
+def _curve(rows: Sequence[dict[str, Any]], values: np.ndarray, color: str, error: np.ndarray | None = None) -> str:
+    """A line over training steps, with a light band of ± error where that is known."""
+    steps = [row["step"] for row in rows]
+    salt = f"{color} {values.tobytes().hex()}"  # ids that no other panel of the page has, and that stay the same
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure, axes = _panel(rows)
+        axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if len(steps) == 1 else None)
+        if error is not None and np.isfinite(error).any():
+            axes.fill_between(steps, values - error, values + error, color=color, alpha=0.18, linewidth=0)
+        return _svg(figure)
+
+
+def _panel(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Axes]:
+    """Empty axes over the rows' training steps, with their training minutes along the top."""
+    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
+    axes = figure.subplots()
+    steps, minutes = [row["step"] for row in rows], [row["minutes"] for row in rows]
+    ticks = [t for t in MaxNLocator(5, integer=True).tick_values(steps[0], steps[-1]) if steps[0] <= t <= steps[-1]]
+    decimals = 0 if minutes[-1] >= 10 else 1
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.set_xlabel("training steps")
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(ticks, [f"{m:.{decimals}f}" for m in np.interp(ticks, steps, minutes)])
+    top.set_xlabel("training minutes", fontsize=8, color="#6b7280")
+    top.tick_params(labelsize=8, labelcolor="#6b7280", color="#9ca3af")
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an SVG element to stand inside HTML: no declarations, metadata, size or ids that nothing uses."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    tag, rest = text[text.index("<svg") :].split(">", 1)
+    used = set(re.findall(r"#([\w-]+)", rest))
+    rest = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", rest)
+    return re.sub(r'\s(xmlns(:\w+)?|width|height|version)="[^"]*"', "", tag) + ">" + rest

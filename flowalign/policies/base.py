@@ -1,0 +1,160 @@
+"""A diffusers pipeline seen as a policy: prompts to conditions, states to velocities, latents to media.
+
+Trainable weights are float32; the forward passes run in the policy's dtype. Snapshots are named copies of the
+trainable weights alone, so that an old policy or an average costs no second model.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+Grid = Literal["model", "uniform"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Text conditioning of B rows: named tensors (B, ...), taken apart and put together by row."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, rows: torch.Tensor | slice | list[int]) -> "Condition":
+        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def expand(self, rows: int) -> "Condition":
+        """One row seen as many."""
+        return Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
+
+    @staticmethod
+    def cat(parts: Sequence["Condition"]) -> "Condition":
+        """The rows of all parts, in order."""
+        return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Policy(ABC):
+    """What the loop, the rollout and the algorithms see of a model. An adapter fills in the abstract methods."""
+
+    transformer: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    forwards: int = 0  # rows that the transformer has seen, the unit of compute budgets
+
+    def __init__(self) -> None:
+        self.snapshots: dict[str, dict[str, torch.Tensor]] = {}
+        self._empty: Condition | None = None
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Text conditioning, one row a prompt."""
+
+    @abstractmethod
+    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The transformer's prediction (B, ...), of inputs already in the policy's dtype."""
+
+    @abstractmethod
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, ...) to media in [0, 1], float32."""
+
+    @abstractmethod
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one latent for pictures of this size in pixels."""
+
+    @abstractmethod
+    def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
+        """The denoising schedule (steps + 1,), from 1 down to 0."""
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the trained weights as diffusers loads them: a LoRA, or the whole transformer."""
+
+    def velocity(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """v = eps - x0 at states x (B, ...) and noise levels sigma (B,), float32, without guidance."""
+        self.forwards += len(x)
+        autocast = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=autocast):
+            return self._forward(x.to(self.dtype), sigma, condition).float()
+
+    def guided_velocity(
+        self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float
+    ) -> torch.Tensor:
+        """v_empty + guidance (v_prompt - v_empty), (B, ...), in one batch; guidance 1 needs the prompt's pass alone.
+
+        Source: Ho and Salimans, "Classifier-free diffusion guidance" (2022), in the form of diffusers' pipelines.
+        """
+        if guidance == 1:
+            return self.velocity(x, sigma, condition)
+        both = Condition.cat([self.empty_condition.expand(len(x)), condition])
+        empty, prompt = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return empty + guidance * (prompt - empty)
+
+    @property
+    def empty_condition(self) -> Condition:
+        """The condition of the empty prompt, one row, encoded once."""
+        if self._empty is None:
+            self._empty = self.encode([""])
+        return self._empty
+
+    @property
+    def module(self) -> nn.Module:
+        """The transformer without a wrapper for several processes around it."""
+        inner = getattr(self.transformer, "module", self.transformer)
+        assert isinstance(inner, nn.Module)
+        return inner
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that learn, by name."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def trainable_state(self) -> dict[str, torch.Tensor]:
+        """Copies of the weights that learn."""
+        return {name: p.detach().clone() for name, p in self.trainable_parameters().items()}
+
+    @torch.no_grad()
+    def load_trainable_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Raises KeyError when a weight is missing from `state`."""
+        for name, parameter in self.trainable_parameters().items():
+            parameter.copy_(state[name])
+
+    def snapshot(self, name: str) -> None:
+        """Keep a copy of the weights as they are now."""
+        self.snapshots[name] = self.trainable_state()
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """snapshot <- decay * snapshot + (1 - decay) * weights; a decay of 0 copies."""
+        for key, parameter in self.trainable_parameters().items():
+            self.snapshots[name][key].lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[None]:
+        """The snapshot's weights in place of the trained ones, for forward passes only."""
+        parameters = self.trainable_parameters()
+        kept = {key: parameter.data for key, parameter in parameters.items()}
+        try:
+            for key, parameter in parameters.items():
+                parameter.data = self.snapshots[name][key]
+            yield
+        finally:
+            for key, parameter in parameters.items():
+                parameter.data = kept[key]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model as it was before training: adapters off, or the frozen copy in full fine-tuning."""
+        if "reference" in self.snapshots:
+            with self.using("reference"):
+                yield
+            return
+        self.module.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.module.enable_adapters()  # type: ignore[operator]

@@ -1,0 +1,171 @@
+"""A run folder: recipe, versions, metrics, evaluations, pictures, checkpoints, weights, report."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flowalign.config import Recipe, dump_recipe, load_recipe
+from flowalign.evaluate.evaluation import Evaluated
+from flowalign.settings import UserError
+
+_PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
+_MAY_CHANGE = {("train", "steps")}  # on resuming; of `run` all but the seed
+
+
+class RunFolder:
+    """The files of one run. Every file is replaced whole, metrics grow by a line a step."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "lora"
+        self.metrics = path / "metrics.jsonl"
+
+    @classmethod
+    def create(cls, recipe: Recipe, *, resume: bool) -> "RunFolder":
+        """A new folder, or with `resume` the one that the same recipe began.
+
+        Raises UserError when it holds another run, holds none to resume, or cannot be written to.
+        """
+        run = cls(recipe.folder)
+        saved = run.path / "recipe.yaml"
+        if saved.exists() and not resume:
+            raise UserError(f"{run.path} already holds a run; go on with --resume, or set run.folder to another place")
+        if resume and not saved.exists():
+            raise UserError(f"{run.path} holds no run to resume; leave --resume out to begin one")
+        if not resume and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise UserError(f"{run.path} exists and is no run; set run.folder to another place")
+        if resume:
+            _refuse_changes(load_recipe(saved), recipe)
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            replace_text(saved, dump_recipe(recipe))
+        except OSError as error:
+            raise UserError(f"cannot write to run folder {run.path}: {error.strerror or error}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
+        """An existing run and its recipe; UserError for a folder that is none."""
+        if not (path / "recipe.yaml").is_file():
+            raise UserError(f"{path} is no run folder: it has no recipe.yaml")
+        return cls(path), load_recipe(path / "recipe.yaml")
+
+    def update_info(self, **values: Any) -> None:
+        """Merge values into run.json."""
+        path = self.path / "run.json"
+        info = json.loads(path.read_text()) if path.exists() else {}
+        replace_text(path, json.dumps(info | values, indent=2) + "\n")
+
+    def log_step(self, values: Mapping[str, Any]) -> None:
+        """Append a line to the metrics."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps after `step`: a resumed run makes them again."""
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) in range(step + 1)]
+            replace_text(self.metrics, "".join(line + "\n" for line in lines))
+
+    def write_evaluation(self, name: str, evaluated: Evaluated, about: Mapping[str, Any]) -> dict[str, Any]:
+        """Write evaluations/NAME.json and the pictures samples/NAME/; returns the summary."""
+        rows = [
+            {"prompt": row.prompt, **({"tag": tag} if (tag := row.metadata.get("tag")) else {}), "scores": scores}
+            for row, scores in zip(evaluated.rows, evaluated.scores, strict=True)
+        ]
+        summary = evaluated.summary()
+        (self.path / "evaluations").mkdir(exist_ok=True)
+        contents = {**about, "rows": rows, "summary": summary}
+        replace_text(self.path / "evaluations" / f"{name}.json", json.dumps(contents) + "\n")
+        if len(evaluated.pictures):
+            save_pictures(self.path / "samples" / name, evaluated.pictures)
+            shown = list(dict.fromkeys(row.index for row in evaluated.rows))[: len(evaluated.pictures)]
+            prompts = {row.index: row.prompt for row in evaluated.rows}
+            replace_text(self.path / "samples" / name / "prompts.json", json.dumps([prompts[i] for i in shown]) + "\n")
+        return summary
+
+
+def _step_of(line: str) -> int:
+    """The step of a metrics line; -1 for one that a kill cut short."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return -1
+
+
+def _refuse_changes(saved: Recipe, wanted: Recipe) -> None:
+    before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
+    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    refused = [key for key in differing if key not in _MAY_CHANGE and (key[0] != "run" or key == ("run", "seed"))]
+    if refused:
+        changes = ", ".join(f"{'.'.join(key)} ({before.get(key)} -> {after.get(key)})" for key in refused)
+        raise UserError(f"the run in {wanted.folder} was begun with another recipe; differing: {changes}")
+
+
+def _flat(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, (*prefix, key)) if isinstance(value, dict) and value else {(*prefix, key): value}
+    return flat
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole: under another name first, then renamed."""
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:
+    """PNG files 00.png, 01.png, ... of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole."""
+    partial = folder.with_name(f".partial_{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for index, picture in enumerate(to_uint8(images)):
+        Image.fromarray(picture).save(partial / f"{index:02d}.png")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return sorted(folder.glob("*.png"))
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
+    pixels: np.ndarray = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """What started this process."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,10 @@
+"""Rectified-flow sampling: schedules, ODE and SDE steps, counted noise. Pure functions on tensors.
+
+Shape legend: B rows, ... a latent's own dimensions; sigma in [0, 1] with 1 = noise, x = (1 - sigma) x0 + sigma eps,
+velocity v = eps - x0.
+"""
+
+from flowalign.sampling.noise import counted_generator, counted_noise
+from flowalign.sampling.steps import DYNAMICS, SdeStep, gaussian_kl, ode_step, sde_step
+
+__all__ = ["DYNAMICS", "SdeStep", "counted_generator", "counted_noise", "gaussian_kl", "ode_step", "sde_step"]

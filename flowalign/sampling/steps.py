@@ -1,0 +1,116 @@
+"""One denoising step from sigma to sigma_next < sigma: the ODE's, and three stochastic ones with log-probabilities.
+
+With D = sigma_next - sigma < 0, x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v:
+
+flow_sde   Flow-GRPO (Liu et al. 2025, eq. 9 and 11): s = a sqrt(sigma / (1 - sigma)),
+           mean = x (1 + s^2 D / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) D, std = s sqrt(-D);
+           at sigma = 1 the denominator uses sigma_max, the schedule's second value.
+dance_sde  DanceGRPO (Xue et al. 2025): constant eta = a, std = eta sqrt(-D),
+           mean = x + D v + eta^2 D (x - (1 - sigma) x0_hat) / (2 sigma^2).
+cps        Flow-CPS (coefficients-preserving sampling): std = sigma_next sin(a pi / 2),
+           mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) eps_hat.
+
+Log-probabilities are means over a row's dimensions. Those of flow_sde and dance_sde are the Gaussian's; that of cps is
+the published -(x' - mean)^2, without the Gaussian's constants and its 1 / (2 std^2), since its clip ranges assume that.
+"""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+Dynamics = Literal["flow_sde", "dance_sde", "cps"]
+DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)
+
+
+class SdeStep(NamedTuple):
+    """A stochastic step of B rows: where it went, its Gaussian (mean and standard deviation), its log-probability."""
+
+    next_sample: torch.Tensor  # (B, ...)
+    mean: torch.Tensor  # (B, ...)
+    std: torch.Tensor  # broadcastable to mean: the standard deviation of the whole step
+    log_prob: torch.Tensor  # (B,), 0 where std is 0
+
+
+def _precise(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _column(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+    """A scalar or (B,) tensor in the shape and precision that broadcasts over (B, ...)."""
+    column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return column.reshape(-1, *[1] * (like.ndim - 1)) if column.ndim else column
+
+
+def ode_step(
+    velocity: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor | float, sigma_next: torch.Tensor | float
+) -> torch.Tensor:
+    """Euler's step of the flow, (B, ...), in float32 or better."""
+    sample = _precise(sample)
+    return sample + (_column(sigma_next, sample) - _column(sigma, sample)) * velocity.to(sample.dtype)
+
+
+def sde_step(
+    velocity: torch.Tensor,
+    sample: torch.Tensor,
+    sigma: torch.Tensor | float,
+    sigma_next: torch.Tensor | float,
+    *,
+    dynamics: Dynamics = "flow_sde",
+    noise_level: float,
+    sigma_max: torch.Tensor | float | None = None,
+    next_sample: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    noise: torch.Tensor | None = None,
+) -> SdeStep:
+    """A stochastic step and the log-probability of `next_sample`, which is drawn where it is not given.
+
+    velocity, sample, next_sample, noise: (B, ...); sigma, sigma_next, sigma_max: scalars or (B,). `sigma_max` stands in
+    for sigma = 1 in flow_sde's denominator. Computed in float32 or better; see the module for the formulas.
+    """
+    if dynamics not in DYNAMICS:
+        raise ValueError(f"unknown dynamics {dynamics!r}; choose one of {', '.join(DYNAMICS)}")
+    x = _precise(sample)
+    v = velocity.to(x.dtype)
+    now, after = _column(sigma, x), _column(sigma_next, x)
+    delta = after - now
+    if dynamics == "flow_sde":
+        if sigma_max is None:
+            if bool((now >= 1).any()):
+                raise ValueError("flow_sde at sigma = 1 needs sigma_max, the schedule's second value")
+            sigma_max = 1.0
+        bounded = torch.where(now >= 1, _column(sigma_max, x), now)
+        scale = noise_level * torch.sqrt(now / (1 - bounded))
+        std = scale * torch.sqrt(-delta)
+        drift = scale**2 / (2 * now)
+        mean = x * (1 + drift * delta) + v * (1 + drift * (1 - now)) * delta
+    elif dynamics == "dance_sde":
+        x0 = x - now * v
+        std = noise_level * torch.sqrt(-delta)
+        mean = x + delta * v + 0.5 * noise_level**2 * delta * (x - (1 - now) * x0) / now**2
+    else:
+        x0, eps = x - now * v, x + (1 - now) * v
+        std = after * math.sin(noise_level * math.pi / 2)
+        mean = (1 - after) * x0 + torch.sqrt(after**2 - std**2) * eps
+    if next_sample is None:
+        if noise is None:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        next_sample = mean + std * noise.to(x.dtype)
+    else:
+        next_sample = next_sample.to(x.dtype)
+    return SdeStep(next_sample, mean, std, _log_prob(next_sample - mean, std, dynamics))
+
+
+def _log_prob(residual: torch.Tensor, std: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
+    if dynamics == "cps":
+        values = -(residual**2)
+    else:
+        safe = torch.where(std > 0, std, torch.ones_like(std))
+        values = -(residual**2) / (2 * safe**2) - torch.log(safe) - 0.5 * math.log(2 * math.pi)
+    values = torch.where(std > 0, values, torch.zeros_like(values))
+    return values.flatten(1).mean(1)
+
+
+def gaussian_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL divergence (B,) of two Gaussians of the same `std`, as a mean over a row's dimensions."""
+    return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)

@@ -1,0 +1,92 @@
+"""The exact judge of the embedded world: boxes, classes and colours of the shapes in any picture.
+
+Ink is what differs from the border's median colour; a component of ink is an object when its silhouette agrees with
+one class's template and its inner colour is near one of the palette.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from flowalign.toyworld.render import PALETTE, SHAPES, coverage
+
+INK_DIFFERENCE = 45.0  # 8-bit levels, largest channel
+MIN_AREA = 28  # pixels
+MIN_IOU = 0.72
+MAX_COLOR_DISTANCE = 80.0
+MAX_STRETCH = 1.3  # of a silhouette against its template's proportions
+_TEMPLATE = 24
+
+
+def _silhouette(mask: np.ndarray) -> np.ndarray:
+    """Soft mask (h, w) in [0, 1], resized to the template's side."""
+    image = Image.fromarray(mask.astype(np.float32))
+    return np.asarray(image.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BOX), dtype=np.float32)
+
+
+@functools.cache
+def _templates() -> tuple[np.ndarray, np.ndarray]:
+    """Silhouettes (7, 24, 24) cropped to their ink, and their width / height (7,)."""
+    silhouettes, aspects = [], []
+    for shape in SHAPES:
+        mask = coverage(shape, 96)
+        ys, xs = np.nonzero(mask > 0.5)
+        mask = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+        silhouettes.append(_silhouette(mask))
+        aspects.append(mask.shape[1] / mask.shape[0])
+    return np.stack(silhouettes), np.array(aspects)
+
+
+def detect(image: np.ndarray) -> list[dict[str, Any]]:
+    """Detections of one picture (H, W, 3), 8-bit levels: class, box in pixels, score 1.0, colour."""
+    picture = image.astype(np.float32)
+    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+    difference = np.abs(picture - np.median(border, axis=0)).max(axis=-1)
+    labels, _ = ndimage.label(difference > INK_DIFFERENCE)
+    found = []
+    for index, region in enumerate(ndimage.find_objects(labels), start=1):
+        mask = labels[region] == index
+        if mask.sum() < MIN_AREA:
+            continue
+        name = _shape_of(difference[region] * mask)
+        color = _color_of(picture[region], mask)
+        if name and color:
+            rows, columns = region
+            box = [float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)]
+            found.append({"class": name, "box": box, "score": 1.0, "color": color})
+    return found
+
+
+def _shape_of(difference: np.ndarray) -> str | None:
+    silhouettes, aspects = _templates()
+    soft = np.clip(difference / max(float(np.percentile(difference[difference > 0], 80)), 1.0), 0, 1)
+    rows, columns = np.nonzero(soft > 0.5)  # as the templates are cropped: without the half-covered rim
+    soft = soft[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    own = _silhouette(soft)
+    shared = np.minimum(silhouettes, own).sum(axis=(1, 2))
+    iou = shared / np.maximum(silhouettes, own).sum(axis=(1, 2))
+    stretch = (soft.shape[1] / soft.shape[0]) / aspects
+    iou[np.maximum(stretch, 1 / stretch) > MAX_STRETCH] = 0
+    best = int(iou.argmax())
+    return SHAPES[best] if iou[best] >= MIN_IOU else None
+
+
+def _color_of(picture: np.ndarray, mask: np.ndarray) -> str | None:
+    inner = ndimage.binary_erosion(mask, structure=np.ones((3, 3)))
+    color = np.median(picture[inner if inner.sum() >= 6 else mask], axis=0)
+    distances = {name: float(np.linalg.norm(color - np.asarray(rgb))) for name, rgb in PALETTE.items()}
+    name = min(distances, key=lambda n: distances[n])
+    return name if distances[name] < MAX_COLOR_DISTANCE else None
+
+
+class ExactDetector:
+    """`detect` for a batch of images (B, 3, H, W) in [0, 1]: the embedded world's detector for GenEval."""
+
+    def __call__(self, images: torch.Tensor) -> list[list[dict[str, Any]]]:
+        """One list of detections per image."""
+        pictures = (images.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).float().cpu().numpy()
+        return [detect(picture) for picture in pictures]

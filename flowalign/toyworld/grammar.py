@@ -1,0 +1,170 @@
+"""The embedded world's prompts, in GenEval's six tasks and metadata format, and scenes that are true to them."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from flowalign.toyworld.render import LINE_LENGTH, PALETTE, SHAPES, SIZE, Item, Scene
+from rewards.geneval import RELATIONS, TASKS, relations
+
+COLORS = tuple(PALETTE)
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+PLURALS = {shape: "crosses" if shape == "cross" else shape + "s" for shape in SHAPES}
+_GAP = 3  # pixels between the boxes of two shapes
+_MARGIN = 2
+
+Metadata = dict[str, Any]
+
+
+def _a(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def task_prompts(task: str) -> list[Metadata]:
+    """Every prompt of one of GenEval's tasks as a metadata row with its `prompt`, in a fixed order."""
+    return list(_task_prompts(task))
+
+
+def _task_prompts(task: str) -> Iterator[Metadata]:
+    def row(include: list[Metadata], text: str, **more: Any) -> Metadata:
+        return {"tag": task, "include": include, **more, "prompt": f"a photo of {text}"}
+
+    pairs = list(itertools.permutations(SHAPES, 2))
+    if task == "single_object":
+        for shape in SHAPES:
+            yield row([{"class": shape, "count": 1}], _a(shape))
+    elif task == "two_object":
+        for a, b in pairs:
+            yield row([{"class": a, "count": 1}, {"class": b, "count": 1}], f"{_a(a)} and {_a(b)}")
+    elif task == "counting":
+        for shape, (count, word) in itertools.product(SHAPES, NUMBERS.items()):
+            exclude = [{"class": shape, "count": count + 1}]
+            yield row([{"class": shape, "count": count}], f"{word} {PLURALS[shape]}", exclude=exclude)
+    elif task == "colors":
+        for shape, color in itertools.product(SHAPES, COLORS):
+            yield row([{"class": shape, "count": 1, "color": color}], _a(f"{color} {shape}"))
+    elif task == "position":
+        for (a, b), relation in itertools.product(pairs, RELATIONS):
+            include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
+            yield row(include, f"{_a(a)} {relation} {_a(b)}")
+    elif task == "color_attr":
+        for (a, b), (p, q) in itertools.product(pairs, itertools.permutations(COLORS, 2)):
+            include = [{"class": a, "count": 1, "color": p}, {"class": b, "count": 1, "color": q}]
+            yield row(include, f"{_a(f'{p} {a}')} and {_a(f'{q} {b}')}")
+    else:
+        raise ValueError(f"unknown GenEval task {task!r}; the tasks are {', '.join(TASKS)}")
+
+
+def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]:
+    """A task-balanced list of `per_task` rows a task; the held-out prompts never occur in the other list.
+
+    Tasks with fewer prompts than rows repeat them; rows with the same prompt still get noise of their own.
+    """
+    rows: list[Metadata] = []
+    for index, task in enumerate(TASKS):
+        prompts = task_prompts(task)
+        order = np.random.default_rng([seed, index]).permutation(len(prompts))
+        cut = max(2, len(prompts) // 4)
+        chosen = order[:cut] if held_out else order[cut:]
+        rows += [prompts[i] for i in itertools.islice(itertools.cycle(chosen), per_task)]
+    shuffled = np.random.default_rng([seed, len(TASKS)]).permutation(len(rows))
+    return [rows[i] for i in shuffled]
+
+
+def words(held_out: bool) -> list[str]:
+    """The sign words of 3 to 5 letters, upper case; every fifth of the alphabetical list is held out."""
+    text = resources.files("flowalign.toyworld").joinpath("words.txt").read_text()
+    everything = sorted({word.upper() for word in text.split()})
+    return [word for index, word in enumerate(everything) if (index % 5 == 2) == held_out]
+
+
+def sign_prompt(lines: Sequence[str]) -> str:
+    """The prompt of a sign whose lines are these."""
+    return f'a sign that says "{" ".join(lines)}"'
+
+
+def split_signs(count: int, held_out: bool, seed: int = 0) -> list[str]:
+    """`count` sign prompts, half of one word and half of two, all different, from one side of the word list."""
+    rng = np.random.default_rng([seed, int(held_out)])
+    pool = words(held_out)
+    prompts: dict[str, None] = {}
+    for index in itertools.count():
+        if len(prompts) == count:
+            return list(prompts)
+        chosen = rng.choice(pool, size=1 + index % 2, replace=False)
+        prompts[sign_prompt(chosen)] = None
+    raise AssertionError("unreachable")
+
+
+def _background(rng: np.random.Generator) -> dict[str, Any]:
+    base = rng.uniform(226, 250, size=3)
+    second = (base + rng.uniform(-12, 12, size=3)).clip(220, 255)
+    return {"background": (tuple(base), tuple(second)), "angle": float(rng.uniform(0, 2 * np.pi))}
+
+
+def _apart(a: Item, b: Item) -> bool:
+    """At least _GAP clear pixels between two shapes' boxes, across or down."""
+    return (
+        max(a.x, b.x) - min(a.x + a.size, b.x + b.size) >= _GAP
+        or max(a.y, b.y) - min(a.y + a.size, b.y + b.size) >= _GAP
+    )
+
+
+def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
+    """A random scene that is true to a prompt of `task_prompts`."""
+    wanted = [(clause, color) for clause in metadata["include"] for color in [clause.get("color")] * clause["count"]]
+    largest = 30 if len(wanted) <= 2 else 22
+    while True:
+        items: list[Item] = []
+        for clause, color in wanted:
+            size = int(rng.integers(14, largest + 1))
+            x, y = (int(v) for v in rng.integers(_MARGIN, SIZE - _MARGIN - size + 1, size=2))
+            item = Item(clause["class"], color or str(rng.choice(COLORS)), x, y, size)
+            if not all(_apart(item, other) for other in items):
+                break
+            if "position" in clause:
+                relation, target = clause["position"]
+                if relation not in relations(item.box, items[target].box):
+                    break
+            items.append(item)
+        if len(items) == len(wanted):
+            return Scene(items=tuple(items), **_background(rng))
+
+
+def sign_scene(lines: Sequence[str], rng: np.random.Generator) -> Scene:
+    """A random sign with these lines of at most 5 capital letters."""
+    ink = tuple(int(v) for v in rng.uniform(0, 75, size=3))
+    slack = (SIZE - 12 * max(len(line) for line in lines)) // 2
+    dx = int(rng.integers(-min(slack, 3), min(slack, 3) + 1))
+    dy = int(rng.integers(-4, 5))
+    return Scene(lines=tuple(lines), ink=ink, offset=(dx, dy), **_background(rng))
+
+
+def random_lines(rng: np.random.Generator, pool: Sequence[str]) -> list[str]:
+    """One or two lines of a sign, each a word of the pool or, as often, 2 to 5 random letters."""
+    lines = []
+    for _ in range(int(rng.integers(1, 3))):
+        if rng.random() < 0.5:
+            lines.append(str(rng.choice(list(pool))))
+        else:
+            lines.append("".join(rng.choice(list(LETTERS), size=int(rng.integers(2, LINE_LENGTH + 1)))))
+    return lines
+
+
+def random_example(rng: np.random.Generator, pool: Sequence[str], shapes: float) -> tuple[str, Scene]:
+    """A prompt and a true scene: with probability `shapes` one of the six tasks, else a sign."""
+    if rng.random() >= shapes:
+        lines = random_lines(rng, pool)
+        return sign_prompt(lines), sign_scene(lines, rng)
+    task = TASKS[int(rng.choice(len(TASKS), p=_TASK_MIX))]
+    prompts = _PROMPTS[task]
+    metadata = prompts[int(rng.integers(len(prompts)))]
+    return metadata["prompt"], shape_scene(metadata, rng)
+
+
+_PROMPTS = {task: task_prompts(task) for task in TASKS}
+_TASK_MIX = (0.08, 0.14, 0.2, 0.12, 0.22, 0.24)  # of TASKS: the harder tasks are seen more often

@@ -1,0 +1,313 @@
+"""Make the embedded world's model from nothing: a StableDiffusion3Pipeline folder, on two CPU cores in about an hour.
+
+Three stages, each resumable from the work folder: the autoencoder, a cache of latents, the transformer with its two
+CLIP text encoders. Randomness is counted: batch and noise of a step depend on (seed, step) alone.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+from flowalign.toyworld import grammar
+from flowalign.toyworld.render import SIZE, render
+
+MAX_TOKENS = 20
+WIDTH = 128
+TEXT_WIDTH = 64
+PROMPT_DROPOUT = 0.1
+
+Log = Callable[[str], None]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the grammar's words; capital letters, quotes and the gap between two sign words are tokens."""
+    shapes = [row["prompt"] for task in grammar.TASKS for row in grammar.task_prompts(task)]
+    pattern = r'[A-Z]|"|[a-z]+|(?<=[A-Z]) (?=[A-Z])'
+    splitter = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    texts = [*shapes, grammar.sign_prompt([" ".join(grammar.LETTERS)])]
+    found = sorted({piece for text in texts for piece, _ in splitter.pre_tokenize_str(text)})
+    specials = ["<pad>", "<bos>", "<unk>", "<eos>"]
+    vocabulary = {token: index for index, token in enumerate([*specials, *found])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = splitter
+    bounds = [(token, vocabulary[token]) for token in ("<bos>", "<eos>")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=bounds)
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "unk_token": "<unk>", "eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **names)
+
+
+def make_autoencoder() -> AutoencoderKL:
+    """64 x 64 x 3 to 16 x 16 x 4."""
+    blocks = 3
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks,
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModelWithProjection:
+    """Three layers: the pipeline reads the last but one."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=4 * TEXT_WIDTH,
+        projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def make_transformer() -> SD3Transformer2DModel:
+    """3.5 M parameters: 64 image tokens, adaLN-zero."""
+    model = SD3Transformer2DModel(
+        sample_size=SIZE // 4,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=6,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=SIZE // 8,
+        qk_norm="rms_norm",
+    )
+    zero = [model.proj_out, model.norm_out.linear]
+    for block in model.transformer_blocks:
+        zero += [block.norm1.linear, block.norm1_context.linear]
+    for linear in zero:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return model
+
+
+class TextTower(nn.Module):
+    """Both text encoders as StableDiffusion3Pipeline combines them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        super().__init__()
+        self.encoders = nn.ModuleList([make_text_encoder(tokenizer) for _ in range(2)])
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, L) -> embeddings (B, L, D), pooled (B, D)."""
+        outputs = [encoder(ids, output_hidden_states=True) for encoder in self.encoders]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return hidden, torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+
+def _pixels(pictures: Iterable[np.ndarray]) -> torch.Tensor:
+    """uint8 pictures -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _examples(seed: int, stage: int, step: int, count: int, shapes: float) -> tuple[list[str], torch.Tensor]:
+    rng = np.random.default_rng([seed, stage, step])
+    pool = grammar.words(held_out=False)
+    examples = [grammar.random_example(rng, pool, shapes) for _ in range(count)]
+    return [prompt for prompt, _ in examples], _pixels(render(scene) for _, scene in examples)
+
+
+def _save_state(path: Path, state: dict[str, object]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -> AutoencoderKL:
+    """L1 + 2 MSE + a small KL; sets the scaling and shift of the latents from their statistics."""
+    finished = work / "vae"
+    if finished.exists():
+        return AutoencoderKL.from_pretrained(finished)
+    torch.manual_seed(seed)
+    model = make_autoencoder()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+    checkpoint, first = work / "vae.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        first = state["step"]
+    started = time.perf_counter()
+    for step in range(first, steps):
+        _, pixels = _examples(seed, 0, step, batch, shapes=0.5)
+        torch.manual_seed(seed * 1_000_003 + step)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = model.encode(pixels).latent_dist
+            decoded = model.decode(posterior.sample()).sample.float()
+            loss = F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + 2e-4 * posterior.kl().mean() / 256
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            psnr = -10 * torch.log10(F.mse_loss(decoded.clamp(-1, 1), pixels) / 4).item()
+            log(f"vae {step + 1}/{steps} loss {loss.item():.4f} psnr {psnr:.1f} {time.perf_counter() - started:.0f} s")
+            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            _save_state(checkpoint, {"step": step + 1, **{k: v.state_dict() for k, v in parts.items()}})
+    model.eval()
+    with torch.no_grad():
+        latents = model.encode(_examples(seed, 1, 0, 512, shapes=0.5)[1]).latent_dist.mean
+    model.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
+    model.save_pretrained(work / "vae.tmp")
+    (work / "vae.tmp").rename(finished)
+    return model
+
+
+@torch.no_grad()
+def cache_latents(
+    work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, seed: int, shards: int, shapes: float, log: Log
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (N, 4, 16, 16) half precision and token ids (N, 20) uint8 of `shards` times 8,192 true pictures."""
+    folder = work / "latents"
+    folder.mkdir(exist_ok=True)
+    vae.eval()
+    parts = []
+    for shard in range(shards):
+        path = folder / f"{shard:04d}.safetensors"
+        if not path.exists():
+            prompts, pixels = _examples(seed, 2, shard, 8192, shapes)
+            with torch.autocast("cpu", torch.bfloat16):
+                means = torch.cat([vae.encode(chunk).latent_dist.mean.float() for chunk in pixels.split(256)])
+            latents = (means - vae.config.shift_factor) * vae.config.scaling_factor
+            ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+            save_file({"latents": latents.half().contiguous(), "ids": ids.to(torch.uint8)}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+            log(f"latents {shard + 1}/{shards}")
+        parts.append(load_file(path))
+    return torch.cat([part["latents"] for part in parts]), torch.cat([part["ids"] for part in parts])
+
+
+def _optimizers(transformer: nn.Module, text: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the transformer's blocks, AdamW for everything else."""
+    matrices = [p for n, p in transformer.named_parameters() if "transformer_blocks" in n and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in [*transformer.parameters(), *text.parameters()] if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01),
+    ]
+
+
+def _learning_rate(step: int, steps: int, decay: float) -> float:
+    """Warm-up over 100 steps, constant, then linear to zero over the last part."""
+    return min(1.0, (step + 1) / 100, (steps - step) / (decay * steps))
+
+
+def _sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Half logit-normal, half uniform."""
+    normal = torch.randn(count, generator=generator).sigmoid()
+    uniform = torch.rand(count, generator=generator)
+    return torch.where(torch.arange(count) % 2 == 0, normal, uniform)
+
+
+def train_transformer(
+    work: Path,
+    data: tuple[torch.Tensor, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    steps: int,
+    batch: int,
+    decay: float,
+    log: Log,
+) -> tuple[SD3Transformer2DModel, TextTower]:
+    """Flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2."""
+    latents, ids = data
+    torch.manual_seed(seed)
+    transformer, text = make_transformer(), TextTower(tokenizer)
+    optimizers = _optimizers(transformer, text)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    parts = {"transformer": transformer, "text": text, "muon": optimizers[0], "adamw": optimizers[1]}
+    empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
+    checkpoint, first = work / "transformer.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        first = state["step"]
+    started, total = time.perf_counter(), 0.0
+    for step in range(first, steps):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = torch.randint(len(latents), (batch,), generator=generator)
+        x0, tokens = latents[rows].float(), ids[rows].long()
+        dropped = torch.rand(batch, 1, generator=generator) < PROMPT_DROPOUT
+        tokens = torch.where(dropped, empty, tokens)
+        sigma = _sigmas(batch, generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        x = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, pooled = text(tokens)
+            velocity = transformer(x, hidden, pooled, sigma * 1000, return_dict=False)[0]
+        loss = F.mse_loss(velocity.float(), noise - x0)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*transformer.parameters(), *text.parameters()], 1.0)
+        for optimizer, rate in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * _learning_rate(step, steps, decay)
+            optimizer.step()
+            optimizer.zero_grad()
+        total += loss.item()
+        if (step + 1) % 100 == 0:
+            rate_now = batch * (step + 1 - first) / (time.perf_counter() - started)
+            log(f"transformer {step + 1}/{steps} loss {total / 100:.4f} {rate_now:.0f} images/s")
+            total = 0.0
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            _save_state(checkpoint, {"step": step + 1, **{k: v.state_dict() for k, v in parts.items()}})
+    return transformer, text
+
+
+def assemble(
+    folder: Path,
+    vae: AutoencoderKL,
+    transformer: SD3Transformer2DModel,
+    text: TextTower,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Write the pipeline folder in half precision, without a T5."""
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=text.encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=text.encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+
+
+def write_prompts(folder: Path) -> None:
+    """The bundled prompt lists: train and held-out, of shapes (GenEval's .jsonl) and of signs (.txt)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for held_out, name in ((False, "train"), (True, "test")):
+        shapes = grammar.split_shapes(per_task=86 if held_out else 200, held_out=held_out)
+        (folder / f"shapes_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shapes))
+        signs = grammar.split_signs(512 if held_out else 1200, held_out)
+        (folder / f"words_{name}.txt").write_text("".join(sign + "\n" for sign in signs))

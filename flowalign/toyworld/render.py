@@ -1,0 +1,131 @@
+"""Draw the embedded world's pictures: coloured shapes or dark words on a light, tinted gradient."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+SIZE = 64
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
+PALETTE = {
+    "red": (222, 40, 44),
+    "orange": (246, 140, 24),
+    "yellow": (240, 212, 36),
+    "green": (38, 160, 72),
+    "blue": (38, 92, 222),
+    "purple": (146, 58, 186),
+    "black": (28, 28, 32),
+}
+LINE_LENGTH = 5  # letters that fit on one line of a sign
+_CELL = 12  # pixels a letter takes
+_LINE_HEIGHT = 22
+_SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """One shape: its top left corner and side in pixels."""
+
+    shape: str
+    color: str
+    x: int
+    y: int
+    size: int
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """[x0, y0, x1, y1] in pixels."""
+        return (self.x, self.y, self.x + self.size, self.y + self.size)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture to draw: shapes or lines of text, over a gradient from `background[0]` to `background[1]` (RGB)."""
+
+    items: tuple[Item, ...] = ()
+    lines: tuple[str, ...] = ()
+    ink: tuple[int, int, int] = (20, 20, 30)
+    offset: tuple[int, int] = (0, 0)
+    background: tuple[tuple[float, float, float], tuple[float, float, float]] = field(
+        default=((240.0, 240.0, 240.0), (232.0, 232.0, 232.0))
+    )
+    angle: float = 0.0
+
+
+def _polygon(shape: str) -> list[tuple[float, float]]:
+    """Corners in the unit box [0, 1] x [0, 1], y downwards."""
+    if shape == "square":
+        return [(0, 0), (1, 0), (1, 1), (0, 1)]
+    if shape == "diamond":
+        return [(0.5, 0.0), (1.0, 0.5), (0.5, 1.0), (0.0, 0.5)]
+    if shape == "triangle":
+        return [(0.5, 0.04), (1.0, 0.94), (0.0, 0.94)]
+    if shape == "cross":
+        a, b = 0.34, 0.66
+        return [(a, 0), (b, 0), (b, a), (1, a), (1, b), (b, b), (b, 1), (a, 1), (a, b), (0, b), (0, a), (a, a)]
+    turns = np.arange(10) * np.pi / 5 - np.pi / 2
+    radii = np.where(np.arange(10) % 2 == 0, 0.525, 0.235)
+    return [(0.5 + r * np.cos(t), 0.525 + r * np.sin(t)) for t, r in zip(turns, radii, strict=True)]
+
+
+@functools.cache
+def coverage(shape: str, size: int) -> np.ndarray:
+    """How much of each pixel of a (size, size) box the shape covers, float32 in [0, 1]."""
+    full = size * _SUPERSAMPLING
+    mask = Image.new("L", (full, full))
+    draw = ImageDraw.Draw(mask)
+    if shape in ("circle", "ring"):
+        draw.ellipse((0, 0, full - 1, full - 1), fill=255)
+        if shape == "ring":
+            inset = round(0.26 * full)
+            draw.ellipse((inset, inset, full - 1 - inset, full - 1 - inset), fill=0)
+    else:
+        draw.polygon([(x * (full - 1), y * (full - 1)) for x, y in _polygon(shape)], fill=255)
+    return np.asarray(mask.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+@functools.cache
+def _glyph(letter: str) -> np.ndarray:
+    """Coverage of one letter, (_LINE_HEIGHT, _CELL), condensed where it is wider than its cell."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
+    font = ImageFont.truetype(str(path), 16 * _SUPERSAMPLING)
+    left, top, right, bottom = (int(v) for v in font.getbbox(letter, anchor="ls"))
+    canvas = Image.new("L", (right - left, _LINE_HEIGHT * _SUPERSAMPLING))
+    ImageDraw.Draw(canvas).text((-left, 17 * _SUPERSAMPLING), letter, font=font, fill=255, anchor="ls")
+    width = min(round((right - left) / _SUPERSAMPLING), _CELL - 1)
+    small = canvas.resize((width, _LINE_HEIGHT), Image.Resampling.BOX)
+    cell = np.zeros((_LINE_HEIGHT, _CELL), dtype=np.float32)
+    start = (_CELL - width) // 2
+    cell[:, start : start + width] = np.asarray(small, dtype=np.float32) / 255
+    return cell
+
+
+def _text_coverage(lines: tuple[str, ...], offset: tuple[int, int]) -> np.ndarray:
+    canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
+    top = (SIZE - _LINE_HEIGHT * len(lines)) // 2 + offset[1]
+    for row, line in enumerate(lines):
+        left = (SIZE - _CELL * len(line)) // 2 + offset[0]
+        for column, letter in enumerate(line):
+            y, x = top + row * _LINE_HEIGHT, left + column * _CELL
+            canvas[y : y + _LINE_HEIGHT, x : x + _CELL] += _glyph(letter)
+    return canvas.clip(0, 1)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """The picture of a scene, uint8 (64, 64, 3)."""
+    grid = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
+    slope = 0.5 + (np.cos(scene.angle) * grid[None, :] + np.sin(scene.angle) * grid[:, None]) / 2**0.5
+    first, second = (np.asarray(color, dtype=np.float32) for color in scene.background)
+    canvas = first + slope[..., None] * (second - first)
+    for item in scene.items:
+        x0, y0, x1, y1 = item.box
+        alpha = coverage(item.shape, item.size)[..., None]
+        color = np.asarray(PALETTE[item.color], dtype=np.float32)
+        canvas[y0:y1, x0:x1] = (1 - alpha) * canvas[y0:y1, x0:x1] + alpha * color
+    if scene.lines:
+        alpha = _text_coverage(scene.lines, scene.offset)[..., None]
+        canvas = (1 - alpha) * canvas + alpha * np.asarray(scene.ink, dtype=np.float32)
+    return canvas.round().clip(0, 255).astype(np.uint8)

@@ -1,0 +1,9 @@
+"""The reward zoo, importable on its own: `import rewards; reward = rewards.load("ocr")`.
+
+`rewards.score(reward, media, prompts, metadata)` calls one and checks what comes back.
+"""
+
+from rewards.base import Reward, RewardError, score
+from rewards.loading import as_reward, available, load
+
+__all__ = ["Reward", "RewardError", "as_reward", "available", "load", "score"]

@@ -1,0 +1,195 @@
+"""GenEval: are the named objects there, in the named number, colour and place?
+
+Source: Ghosh et al., "GenEval: An object-focused framework for evaluating text-to-image alignment" (2023),
+`evaluate_images.py`. `judge` is its verdict rule; `soft_score` is the graded score that Flow-GRPO trains on, with two
+corrections: every term is clamped to [0, 1] (the reference reaches -14), and a violated position scores 0 once (the
+reference also appends a 1).
+
+A detection is ``{"class": str, "box": [x0, y0, x1, y1], "score": float, "color": str}``, boxes in pixels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from rewards.base import Reward, RewardError, import_object
+
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+SCORE_THRESHOLD = 0.3
+COUNTING_SCORE_THRESHOLD = 0.9
+MAX_OBJECTS = 16
+POSITION_THRESHOLD = 0.1
+
+Detection = Mapping[str, Any]
+Detector = Callable[[torch.Tensor], list[list[Detection]]]
+
+
+class Verdict(NamedTuple):
+    """GenEval's verdict on one image; `reason` is empty when `correct`, else one line per failed clause."""
+
+    correct: bool
+    reason: str
+
+
+def relations(box: Sequence[float], target: Sequence[float]) -> set[str]:
+    """The relations of RELATIONS in which `box` stands to `target`, both [x0, y0, x1, y1] in pixels.
+
+    Offsets within a tenth of the summed sizes count as none; what remains is divided by the raw offset, and a
+    direction holds above 0.5.
+    """
+    (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = box, target
+    offset = np.array([ax0 + ax1 - bx0 - bx1, ay0 + ay1 - by0 - by1]) / 2
+    sizes = np.array([abs(ax1 - ax0) + abs(bx1 - bx0), abs(ay1 - ay0) + abs(by1 - by0)])
+    beyond = np.sign(offset) * np.maximum(np.abs(offset) - POSITION_THRESHOLD * sizes, 0)
+    if (np.abs(beyond) < 1e-3).all():
+        return set()
+    dx, dy = beyond / np.linalg.norm(offset)
+    holds = zip(RELATIONS, (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5), strict=True)
+    return {relation for relation, true in holds if true}
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union with GenEval's pixel-inclusive (+1) areas."""
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    shared = max(width, 0) * max(height, 0)
+    areas = sum((box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (a, b))
+    return shared / (areas - shared)
+
+
+def kept_detections(
+    detections: Sequence[Detection], tag: str, nms_threshold: float = 1.0
+) -> dict[str, list[Detection]]:
+    """The detections that count, by class, best score first (score threshold, at most 16 a class, greedy NMS)."""
+    threshold = COUNTING_SCORE_THRESHOLD if tag == "counting" else SCORE_THRESHOLD
+    kept: dict[str, list[Detection]] = {}
+    candidates: dict[str, int] = {}
+    for detection in sorted(detections, key=lambda d: -d["score"]):
+        name = detection["class"]
+        if detection["score"] <= threshold or candidates.get(name, 0) == MAX_OBJECTS:
+            continue
+        candidates[name] = candidates.get(name, 0) + 1
+        group = kept.setdefault(name, [])
+        if all(_overlap(detection["box"], other["box"]) < nms_threshold or nms_threshold == 1.0 for other in group):
+            group.append(detection)
+    return kept
+
+
+def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], *, nms_threshold: float = 1.0) -> Verdict:
+    """GenEval's rule for one image: every `include` clause met by its best detections, no `exclude` clause met.
+
+    `nms_threshold` 1.0 leaves overlapping boxes alone, as the published script does by default.
+    """
+    objects = kept_detections(detections, metadata["tag"], nms_threshold)
+    reasons: list[str] = []
+    matched: list[list[Detection] | None] = []
+    for clause in metadata.get("include", ()):
+        found = objects.get(clause["class"], [])[: clause["count"]]
+        reason = _include_failure(clause, found, matched)
+        matched.append(None if reason else found)
+        if reason:
+            reasons.append(reason)
+    for clause in metadata.get("exclude", ()):
+        count = len(objects.get(clause["class"], []))
+        if count >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
+    return Verdict(not reasons, "\n".join(reasons))
+
+
+def _include_failure(
+    clause: Mapping[str, Any], found: Sequence[Detection], matched: Sequence[list[Detection] | None]
+) -> str:
+    """Why `found` does not meet the clause, in GenEval's words; empty when it does."""
+    name, count = clause["class"], clause["count"]
+    if len(found) < count:
+        return f"expected {name}>={count}, found {len(found)}"
+    if "color" in clause:
+        colors = [detection["color"] for detection in found]
+        right = colors.count(clause["color"])
+        if right < count:
+            others = ", ".join(f"{colors.count(color)} {color}" for color in COLORS if color in colors)
+            return f"expected {clause['color']} {name}>={count}, found {right} {clause['color']}; and {others}"
+    if "position" in clause:
+        relation, index = clause["position"]
+        targets = matched[index]
+        if targets is None:
+            return f"no target for {name} to be {relation}"
+        for detection in found:
+            for target in targets:
+                true = relations(detection["box"], target["box"])
+                if relation not in true:
+                    seen = " and ".join(r for r in RELATIONS if r in true)
+                    return f"expected {name} {relation} target, found {seen} target"
+    return ""
+
+
+def soft_score(detections: Sequence[Detection], metadata: Mapping[str, Any], *, nms_threshold: float = 1.0) -> float:
+    """The graded score in [0, 1]: the mean over clauses of how near count, colour and position are.
+
+    A clause gives 1 - |wanted - found| / wanted for its count and one further term for a colour or a position, which
+    is 0 while the count is wrong.
+    """
+    objects = kept_detections(detections, metadata["tag"], nms_threshold)
+    terms: list[float] = []
+    matched: list[list[Detection] | None] = []
+    for clause in metadata["include"]:
+        count, found = clause["count"], objects.get(clause["class"], [])
+        terms.append(max(0.0, 1 - abs(count - len(found)) / count))
+        met = len(found) == count
+        if "color" in clause:
+            right = sum(detection["color"] == clause["color"] for detection in found)
+            terms.append(max(0.0, 1 - abs(count - right) / count) if met else 0.0)
+            met = met and right == count
+        if "position" in clause:
+            relation, index = clause["position"]
+            targets = matched[index]
+            met = met and targets is not None
+            met = met and all(relation in relations(a["box"], b["box"]) for a in found for b in targets or ())
+            terms.append(float(met))
+        matched.append(found if met else None)
+    return sum(terms) / len(terms)
+
+
+class GenEval(Reward):
+    """GenEval's score of each image, by any detector.
+
+    `detector` maps images (B, 3, H, W) in [0, 1] to one list of detections per image; it may be given as
+    ``"package.module:Name"``. `strict_weight` mixes the official verdict into the soft score: 0 is soft, 1 is strict.
+    Metadata rows are GenEval's: ``{"tag": ..., "include": [...], "exclude": [...]}``.
+    """
+
+    name = "geneval"
+    scope = "sample"
+
+    def __init__(self, detector: str | Detector, strict_weight: float = 0.0, nms_threshold: float = 1.0):
+        if not 0 <= strict_weight <= 1:
+            raise RewardError(f"geneval: strict_weight must lie in [0, 1], not {strict_weight}")
+        found = import_object(detector) if isinstance(detector, str) else detector
+        self.detector: Detector = found() if isinstance(found, type) else found
+        self.strict_weight = strict_weight
+        self.nms_threshold = nms_threshold
+
+    def applies_to(self, row: Mapping[str, Any]) -> bool:
+        """True for rows that carry GenEval's clauses."""
+        return "include" in row
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) in [0, 1] of images (B, 3, H, W)."""
+        for index, row in enumerate(metadata):
+            if "include" not in row or "tag" not in row:
+                raise RewardError(
+                    f"geneval: item {index} ({prompts[index]!r}) has no GenEval metadata (keys tag and include); "
+                    "use a .jsonl prompt file"
+                )
+        scores = []
+        for detections, row in zip(self.detector(media), metadata, strict=True):
+            soft = soft_score(detections, row, nms_threshold=self.nms_threshold)
+            strict = float(judge(detections, row, nms_threshold=self.nms_threshold).correct)
+            scores.append(self.strict_weight * strict + (1 - self.strict_weight) * soft)
+        return torch.tensor(scores, dtype=torch.float32)

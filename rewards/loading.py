@@ -1,0 +1,116 @@
+"""From a reward's name, file or module to the reward; only the one that is asked for gets imported."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import torch
+
+from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
+
+BUILT_IN = {"geneval": "rewards.geneval:GenEval", "ocr": "rewards.ocr:OCR"}
+ENTRY_POINT_GROUP = "flowalign.rewards"
+
+
+class FunctionReward(Reward):
+    """A plain `function(media, prompts, metadata, **options)` that returns B numbers, as a reward."""
+
+    def __init__(self, function: Callable[..., Any], name: str | None = None, **options: Any):
+        self.function = function
+        self.options = options
+        self.name = str(name or getattr(function, "__name__", type(function).__name__))
+        self.scope = getattr(function, "scope", "sample")
+        _check_scope(self)
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        return as_scores(self.function(media, prompts, metadata, **self.options), prompts, self.name)
+
+
+def load(name_or_path: str, /, **options: Any) -> Reward:
+    """The reward that `name_or_path` names: "ocr", "my_reward.py:Brightness" or "package.module:Name".
+
+    A name is a built-in one or an entry point of the group `flowalign.rewards`. What it leads to is a class, made
+    with the options; a function `(media, prompts, metadata, ...) -> B numbers`, called with the options as keyword
+    arguments; or a Reward, which takes no options. Raises RewardError when there is no such reward, when it cannot be
+    imported or built, and for an option it does not have.
+    """
+    if name_or_path in BUILT_IN:
+        return _built(import_object(BUILT_IN[name_or_path]), name_or_path, options)
+    if ":" in name_or_path:
+        return _built(import_object(name_or_path), name_or_path.rpartition(":")[2], options)
+    if name_or_path.endswith(".py"):
+        raise RewardError(f"{name_or_path!r} names a file; add the reward inside it, as in '{name_or_path}:Name'")
+    plugins = _plugins()
+    if name_or_path not in plugins:
+        known = available()
+        raise RewardError(
+            f"there is no reward {name_or_path!r}; did you mean {nearest(name_or_path, known)!r}? "
+            f"(known: {', '.join(known)}; or 'file.py:Name', 'package.module:Name')"
+        )
+    try:
+        target = plugins[name_or_path].load()
+    except Exception as error:
+        raise RewardError(f"reward {name_or_path!r} cannot be imported: {reason(error)}") from error
+    return _built(target, name_or_path, options)
+
+
+def available() -> list[str]:
+    """The names that `load` knows, built in and installed, sorted."""
+    return sorted({*BUILT_IN, *_plugins()})
+
+
+def as_reward(target: Any, name: str | None = None, **options: Any) -> Reward:
+    """`target` itself if it is a Reward, a function (with its options) wrapped as one; else RewardError."""
+    if isinstance(target, Reward):
+        _check_scope(target)
+        return target
+    if not callable(target) or isinstance(target, type):
+        raise RewardError(f"reward {name or target!r} is neither a Reward nor a function (media, prompts, metadata)")
+    return FunctionReward(target, name, **options)
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _built(target: Any, name: str, options: dict[str, Any]) -> Reward:
+    if isinstance(target, Reward) and options:
+        raise RewardError(f"reward {name!r} is already built and takes no option {next(iter(options))!r}")
+    if isinstance(target, Reward) or not callable(target):
+        return as_reward(target, name)
+    _check_options(target, name, options)
+    if not isinstance(target, type):
+        return as_reward(target, name, **options)
+    try:
+        made = target(**options)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardError(f"reward {name!r} cannot be built: {reason(error)}") from error
+    return as_reward(made, name)
+
+
+def _check_options(target: Callable[..., Any], name: str, options: dict[str, Any]) -> None:
+    """Raises RewardError for an option that the class or function lacks, or needs and was not given."""
+    items: tuple[None, ...] = () if isinstance(target, type) else (None, None, None)  # media, prompts, metadata
+    signature = inspect.signature(target)
+    parameters = list(signature.parameters.values())[len(items) :]
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for option in options:
+        if option not in known and not open_ended:
+            hint = f"did you mean {nearest(option, known)!r}? (options: {', '.join(known)})" if known else "it has none"
+            raise RewardError(f"reward {name!r} has no option {option!r}; {hint}")
+    try:
+        signature.bind(*items, **options)
+    except TypeError as error:
+        shape = "its options" if not items else "(media, prompts, metadata) and its options"
+        raise RewardError(f"reward {name!r} cannot be called with {shape}: {error}") from error
+
+
+def _check_scope(reward: Reward) -> None:
+    if reward.scope not in ("sample", "group"):
+        raise RewardError(f"reward {reward.name!r} has scope {reward.scope!r}; it must be 'sample' or 'group'")

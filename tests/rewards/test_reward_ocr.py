@@ -1,0 +1,284 @@
+"""The OCR reward: the score of what was read, and the reading itself by the real engine."""
+
+import json
+import logging
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import RewardError
+from rewards.combine import score_all
+from rewards.ocr import OCR, quoted_text, text_score
+from rewards.ocr_engine import ink_lines
+
+SHARED = Path(__file__).parents[3] / "shared"
+# Without words that the engine's model mistakes in this font and spacing: O for 0 and I for 1 in some of them.
+WORDS = [
+    "CAT",
+    "DOG",
+    "SUN",
+    "OPEN",
+    "SALE",
+    "EXIT",
+    "STOP",
+    "PARK",
+    "MOON",
+    "FISH",
+    "BREAD",
+    "HOUSE",
+    "APPLE",
+    "WATER",
+]
+
+# Without the one letter whose lower case depends on what follows it.
+plain = st.text(st.characters(exclude_characters='"Σ', exclude_categories=["Cs"]), max_size=12)
+quotable = plain.filter(lambda text: text.strip(" "))
+
+
+# The score of what was read
+
+
+def test_scores_agree_with_the_published_ones():
+    path = SHARED / "golden" / "ocr_score.json"
+    if not path.exists():
+        pytest.skip("golden/ocr_score.json is absent")
+    for case in json.loads(path.read_text()):
+        assert text_score(case["prompt"], case["recognised_lines"]) == case["score"], case
+
+
+def test_every_published_prompt_quotes_a_text():
+    path = SHARED / "data" / "ocr_prompts.txt"
+    if not path.exists():
+        pytest.skip("data/ocr_prompts.txt is absent")
+    assert all(quoted_text(prompt) for prompt in path.read_text().splitlines())
+
+
+@given(quotable, st.lists(plain, max_size=4), st.booleans())
+def test_a_score_lies_between_zero_and_one(target, lines, strict):
+    assert 0 <= text_score(f'a sign that says "{target}"', lines, strict=strict) <= 1
+
+
+@given(quotable, st.lists(st.integers(0, 12), max_size=3), st.booleans())
+def test_the_exact_text_scores_one_however_it_is_broken_into_lines(target, breaks, strict):
+    cuts = sorted({0, len(target), *(min(cut, len(target)) for cut in breaks)})
+    lines = [target[start:end] for start, end in pairwise(cuts)]
+    assert text_score(f'"{target}" on a wall', lines, strict=strict) == 1
+
+
+@given(quotable, plain, plain)
+def test_text_around_the_wanted_text_costs_only_when_strict(target, before, after):
+    prompt, lines = f'a sign that says "{target}"', [before, target, after]
+    assert text_score(prompt, lines) == 1
+    wanted, extra = (len(text.replace(" ", "").lower()) for text in (target, before + after))
+    assert text_score(prompt, lines, strict=True) == pytest.approx(1 - min(extra, wanted) / wanted)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "lines", "score"),
+    [
+        ('"SALE"', [], 0),
+        ('"SALE"', ["S A", "le"], 1),
+        ('"SALE"', ["\uff33\uff21\uff2c\uff25"], 1),
+        ('"SALE"', ["SALT"], 0.75),
+        ('"SALE"', ["ZZZZZZZZZZ"], 0),
+        ('"SALE" and "OFF"', ["SALE"], 1),
+    ],
+)
+def test_the_first_quoted_text_is_compared_without_spaces_case_and_width(prompt, lines, score):
+    assert text_score(prompt, lines) == score
+
+
+@pytest.mark.parametrize("prompt", ["a sign", "", 'a sign that says "CAT', '""', 'a sign that says "  "', "a “CAT”"])
+def test_a_prompt_that_quotes_no_text_is_an_error_that_names_it(prompt):
+    with pytest.raises(RewardError, match=r"'ocr'.*straight double quotes") as caught:
+        text_score(prompt, ["CAT"])
+    assert repr(prompt) in str(caught.value)
+
+
+# Finding the lines of a small picture
+
+
+def mask(*rows):
+    ink = np.zeros((40, 40), dtype=bool)
+    for top, bottom, left, right in rows:
+        ink[top:bottom, left:right] = True
+    return ink
+
+
+def test_lines_are_parted_by_rows_without_ink_and_keep_a_margin():
+    assert ink_lines(mask((8, 17, 10, 30), (22, 31, 5, 20))) == [(5, 20, 7, 33), (19, 34, 2, 23)]
+
+
+def test_margins_stop_at_the_neighbouring_line():
+    assert ink_lines(mask((8, 17, 10, 30), (18, 27, 10, 30))) == [(5, 18, 7, 33), (17, 30, 7, 33)]
+
+
+def test_dots_and_accents_belong_to_their_line():
+    dots_of_the_second_line = (20, 22, 12, 14)
+    found = ink_lines(mask((8, 17, 10, 30), dots_of_the_second_line, (24, 31, 10, 30)))
+    assert [(top, bottom) for top, bottom, _, _ in found] == [(5, 20), (17, 34)]
+
+
+def test_a_speck_is_no_line_and_neither_is_nothing():
+    assert ink_lines(mask((8, 17, 10, 30), (36, 38, 2, 4))) == ink_lines(mask((8, 17, 10, 30)))
+    assert ink_lines(mask()) == []
+
+
+@given(st.lists(st.tuples(st.integers(6, 9), st.integers(4, 8)), min_size=1, max_size=5), st.integers(0, 30))
+def test_every_line_of_like_height_is_found(lines, left):
+    ink, top, tops = np.zeros((100, 40), dtype=bool), 3, []
+    for height, gap in lines:
+        ink[top : top + height, left : left + 10] = True
+        tops.append(top - 3 if not tops else max(top - 3, tops[-1]))
+        top += height + gap
+    assert [box[0] for box in ink_lines(ink)] == tops
+
+
+# Reading
+
+
+@pytest.fixture(scope="module")
+def lines_reward():
+    return rewards.load("ocr", mode="lines", threads=2)
+
+
+@pytest.fixture(scope="module")
+def page_reward():
+    return rewards.load("ocr", threads=2)
+
+
+def quoting(lines):
+    return f'a sign that says "{" ".join(lines)}"'
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_clean_signs_are_read_right(lines_reward, sign, count):
+    draw = random.Random(count)
+    texts = [[draw.choice(WORDS) for _ in range(count)] for _ in range(40)]
+    colours = [
+        {"ink": tuple(draw.randint(0, 110) for _ in "rgb"), "background": tuple(draw.randint(205, 255) for _ in "rgb")}
+        for _ in texts
+    ]
+    media = torch.stack([sign(text, **colour) for text, colour in zip(texts, colours, strict=True)])
+    scores = rewards.score(lines_reward, media, [quoting(text) for text in texts])
+    wrong = [(text, read) for text, read, s in zip(texts, lines_reward.read(media), scores, strict=True) if s < 1]
+    assert not wrong
+
+
+def test_letters_with_dots_and_longer_lines_are_read_too(lines_reward, page):
+    wide = torch.stack([page(["jumping"], size=20), page(["Mind the Gap", "at 20:26"], size=24)])
+    assert ["".join(lines).replace(" ", "") for lines in lines_reward.read(wide)] == ["jumping", "MindtheGapat20:26"]
+
+
+def test_ink_may_be_lighter_than_the_background_and_touch_the_edge(lines_reward, sign):
+    inverted = 1 - sign(["MOON"])
+    cut = sign(["MOON"])[:, 24:, :].roll(-2, 1)
+    assert [line.upper() for line in lines_reward.read(inverted[None])[0]] == ["MOON"]
+    assert [line.replace(" ", "").upper() for line in lines_reward.read(cut[None])[0]] == ["MOON"]
+
+
+def test_a_picture_without_ink_has_no_lines_and_scores_zero(lines_reward, sign):
+    media = torch.stack([sign([]), torch.zeros(3, 64, 64), sign(["CAT"])])
+    assert lines_reward.read(media)[:2] == [[], []]
+    assert rewards.score(lines_reward, media, ['"CAT"'] * 3).tolist() == [0, 0, 1]
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.permutations(range(8)), st.integers(1, 9))
+def test_neither_order_nor_batch_size_changes_what_is_read(lines_reward, sign, order, batch_size):
+    texts = [["SUN"], ["OPEN", "KEY"], [], ["Q"], ["WATER"], ["HOUSE", "TRAIN"], ["X", "APPLE"], ["TIGER"]]
+    media = torch.stack([sign(text) for text in texts])
+    whole = lines_reward.read(media)
+    usual, lines_reward.reader.batch_size = lines_reward.reader.batch_size, batch_size
+    try:
+        assert lines_reward.read(media[list(order)]) == [whole[index] for index in order]
+    finally:
+        lines_reward.reader.batch_size = usual
+
+
+def test_whole_pages_are_read_from_top_to_bottom(page_reward, page):
+    media = torch.stack([page(["NO PARKING"]), page(["Mind the", "Gap 2026"]), page([])])
+    assert page_reward.read(media) == [["NO PARKING"], ["Mind the", "Gap 2026"], []]
+
+
+def test_strict_makes_extra_text_cost(sign):
+    media = torch.stack([sign(["OPEN", "SALE"])])
+    loose, strict = (rewards.load("ocr", mode="lines", strict=strict) for strict in (False, True))
+    assert rewards.score(loose, media, ['"SALE"']).item() == 1
+    assert rewards.score(strict, media, ['"SALE"']).item() == 0
+    assert rewards.score(strict, media, ['"OPEN SALE"']).item() == 1
+
+
+@pytest.mark.parametrize(("frames", "score"), [(1, 1), (2, 0.5), (3, 1 / 3), (6, 2 / 6), (99, 2 / 6)])
+def test_a_video_scores_the_mean_over_evenly_spaced_frames(sign, frames, score):
+    blank, text = sign([]), sign(["CAT"])
+    video = torch.stack([blank, blank, blank, text, text, blank])
+    reward = rewards.load("ocr", mode="lines", frames=frames)
+    scores = rewards.score(reward, torch.stack([video, blank.expand_as(video)]), ['"CAT"', '"CAT"'])
+    assert scores.tolist() == pytest.approx([score, 0])
+
+
+# What goes wrong
+
+
+def test_a_prompt_without_quotes_is_an_error_for_ocr_alone_and_left_out_beside_others(lines_reward, sign):
+    media, prompts = torch.stack([sign(["CAT"]), sign(["DOG"])]), ['a "CAT"', "a dog"]
+    with pytest.raises(RewardError, match="'a dog'"):
+        rewards.score(lines_reward, media, prompts)
+    with pytest.raises(RewardError, match="'a dog'"):
+        score_all({"ocr": lines_reward}, media, prompts)
+    flat = rewards.as_reward(lambda media, prompts, metadata: [0.5] * len(prompts))
+    scores = score_all({"ocr": lines_reward, "flat": flat}, media, prompts)["ocr"]
+    assert scores.values.tolist() == [1, 0] and scores.applies.tolist() == [True, False]
+
+
+def test_a_failing_engine_is_an_error_that_names_the_image(sign, monkeypatch):
+    media = torch.stack([sign([]), sign(["CAT"]), sign(["DOG"])])
+
+    def out_of_memory(*args, **kwargs):
+        raise MemoryError("no room")
+
+    lines = OCR("lines", batch_size=1)
+    monkeypatch.setattr(lines.reader.recogniser, "session", out_of_memory)
+    with pytest.raises(RewardError, match=r"'ocr': the engine failed on .*image 1: MemoryError: no room"):
+        rewards.score(lines, media, ['"CAT"'] * 3)
+    page = OCR("page")
+    monkeypatch.setattr(page.reader.engine, "detect_and_crop", out_of_memory)
+    with pytest.raises(RewardError, match="'ocr': the engine failed on image 0: MemoryError: no room"):
+        rewards.score(page, media, ['"CAT"'] * 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mode": "line"}, "mode must be one of page, lines, not 'line'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": -1}, "threads must be at least 1"),
+        ({"frames": 0}, "frames must be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_named(options, words):
+    with pytest.raises(RewardError, match=words):
+        rewards.load("ocr", **options)
+
+
+def test_only_images_can_be_read(lines_reward):
+    with pytest.raises(RewardError, match=r"not shape \(1, 2, 3, 64, 64\)"):
+        lines_reward.read(torch.zeros(1, 2, 3, 64, 64))
+
+
+def test_the_engine_says_nothing_and_leaves_the_root_logger_alone(page, capfd):
+    root = logging.getLogger()
+    before = root.level, list(root.handlers)
+    reward = rewards.load("ocr", threads=1)
+    assert reward.read(page([])[None]) == [[]]
+    assert (root.level, list(root.handlers)) == before
+    assert capfd.readouterr() == ("", "")
