@@ -7,7 +7,8 @@ counted, so there is no generator state to keep.
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +72,39 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
 
     Raises UserError for a checkpoint that is damaged or of another model.
     """
-    try:
+    with _explained(path):
         contents = json.loads((path / "state.json").read_text())
-        policy.load_trainable_state(load_file(path / "weights.safetensors"))
-        policy.snapshots = {}
-        for name, tensor in load_file(path / "snapshots.safetensors", device=str(policy.device)).items():
-            snapshot, key = name.split(_SEPARATOR, 1)
-            policy.snapshots.setdefault(snapshot, {})[key] = tensor
+        _load_policy_state(path, policy)
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"), contents["optimizer"])
+    counters: dict[str, Any] = contents["counters"]
+    return counters
+
+
+def load_weights(path: Path, policy: Policy) -> str:
+    """Put a checkpoint's weights in the policy, its average where it has one; returns the checkpoint's name."""
+    with _explained(path):
+        _load_policy_state(path, policy)
+    if "ema" in policy.snapshots:
+        policy.load_trainable_state(policy.snapshots["ema"])
+    return path.name
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"checkpoint {path} cannot be used ({error}); remove that folder to go on from an older one"
         ) from error
-    counters: dict[str, Any] = contents["counters"]
-    return counters
+
+
+def _load_policy_state(path: Path, policy: Policy) -> None:
+    policy.load_trainable_state(load_file(path / "weights.safetensors"))
+    policy.snapshots = {}
+    for name, tensor in load_file(path / "snapshots.safetensors", device=str(policy.device)).items():
+        snapshot, key = name.split(_SEPARATOR, 1)
+        policy.snapshots.setdefault(snapshot, {})[key] = tensor
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

@@ -290,7 +290,9 @@ class Trainer:
     def _self_test(self, samples: Samples, places: torch.Tensor) -> None:
         self.tested = True
         items = self.batch(samples, places[: self.recipe.train.micro_batch] if len(places) else torch.zeros(1, 2).long())
+        forwards = self.policy.forwards
         results = self_test(self.policy, self.recipe.algorithm, items, samples)
+        self.policy.forwards = forwards
         self.display.self_test(results)
         if self.main:
             self.run_folder.update_info(self_test=[result._asdict() for result in results])

@@ -27,15 +27,13 @@ _TITLES = {
     "learning_rate": "Learning rate",
     "zero_spread": "Share of groups left out (no spread)",
 }
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#6b7280",
     "axes.grid": True,
     "axes.axisbelow": True,
-    "axes.formatter.limits": (-3, 4),
-    "axes.formatter.useoffset": False,
     "grid.color": "#e5e7eb",
     "svg.fonttype": "none",
 }
@@ -75,12 +73,12 @@ def evaluation_plots(evaluations: Sequence[dict[str, Any]]) -> list[Plot]:
         steps = [row["step"] for row in rows]
         with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"held-out {name}"}):
             figure, axes = _panel(rows)
-            error = [s["standard_error"] for s in summaries]
-            style = {"color": HELD_OUT, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
+            error = [_number(s["standard_error"]) for s in summaries]
+            style: Any = {"color": HELD_OUT, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
             axes.errorbar(steps, [s["mean"] for s in summaries], error, label="mean over pictures", **style)
             if summaries[-1].get("overall") is not None:
                 overall = [_number(s.get("overall")) for s in summaries]
-                axes.plot(steps, overall, "--", color=OTHER, label="unweighted mean of the tasks")
+                axes.plot(steps, overall, ".--", color=OTHER, label="unweighted mean of the tasks")
                 axes.legend(frameon=False, fontsize=8)
             plots.append(Plot(name, _svg(figure)))
     return plots
@@ -123,17 +121,19 @@ def _curve(rows: Sequence[dict[str, Any]], values: np.ndarray, color: str, error
 
 
 def _panel(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Axes]:
-    """Empty axes over the rows' training steps, with their training minutes along the top."""
+    """Empty axes from step 0 to the last row's, with the training minutes along the top."""
     figure = Figure(figsize=(4.4, 2.7), layout="constrained")
     axes = figure.subplots()
-    steps, minutes = [row["step"] for row in rows], [row["minutes"] for row in rows]
-    ticks = [t for t in MaxNLocator(5, integer=True).tick_values(steps[0], steps[-1]) if steps[0] <= t <= steps[-1]]
-    decimals = 0 if minutes[-1] >= 10 else 1
+    steps, minutes = [0, *(row["step"] for row in rows)], [0.0, *(row["minutes"] for row in rows)]
+    margin = 0.03 * steps[-1] or 0.5
+    axes.set_xlim(-margin, steps[-1] + margin)
+    ticks = [tick for tick in MaxNLocator(5, integer=True).tick_values(0, steps[-1]) if 0 <= tick <= steps[-1]]
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.set_xlabel("training steps")
+    axes.yaxis.set_major_formatter("{x:.4g}")
     top = axes.secondary_xaxis("top")
-    top.set_xticks(ticks, [f"{m:.{decimals}f}" for m in np.interp(ticks, steps, minutes)])
-    top.set_xlabel("training minutes", fontsize=8, color="#6b7280")
+    top.set_xticks(ticks, [f"{m:.{0 if minutes[-1] >= 10 else 1}f}" for m in np.interp(ticks, steps, minutes)])
+    top.set_xlabel("training minutes", fontsize=8, color="#6b7280", labelpad=6)
     top.tick_params(labelsize=8, labelcolor="#6b7280", color="#9ca3af")
     return figure, axes
 

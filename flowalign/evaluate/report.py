@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,51 +110,37 @@ def _contents(folder: Path) -> Row:
     """What the template shows."""
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; give a folder that `flowalign train` wrote")
-    metrics = _metrics(folder / "metrics.jsonl")
-    evaluations = sorted(map(_json, folder.glob("evaluations/step_*.json")), key=lambda evaluation: evaluation["step"])
+    metrics = _parsed(folder / "metrics.jsonl", _steps) or []
+    evaluations = [_parsed(path, json.loads) for path in sorted(folder.glob("evaluations/step_*.json"))]
     if not metrics and not evaluations:
         raise UserError(f"{folder} has neither metrics nor evaluations yet, so there is nothing to report")
-    recipe = _recipe(folder / "recipe.yaml")
-    scores = _scores(evaluations, recipe, folder)
+    recipe = _parsed(folder / "recipe.yaml", yaml.safe_load) or {}  # plain: older versions' runs keep their report
     return {
         "recipe": recipe,
         "recipe_text": (folder / "recipe.yaml").read_text("utf-8"),
-        "run": _json(folder / "run.json") if (folder / "run.json").is_file() else {},
+        "run": _parsed(folder / "run.json", json.loads),
         "metrics": metrics,
         "evaluations": evaluations,
-        "scores": scores,
-        "verdict": _verdict(scores, len(evaluations)),
+        "scores": _scores(evaluations, recipe, folder),
         "samples": _samples(folder / "samples"),
-        "phases": _phases(metrics),
+        "phases": _phases(metrics, evaluations),
         "training_plots": plots.training_plots(metrics, recipe.get("train", {}).get("prompts_per_step")),
         "evaluation_plots": plots.evaluation_plots(evaluations),
         "optimisation_plots": plots.optimisation_plots(metrics),
     }
 
 
-def _json(path: Path, text: str | None = None, line: int | None = None) -> Any:
+def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    """The contents of a file, or an empty mapping without one; UserError when they cannot be parsed."""
     try:
-        return json.loads(path.read_text("utf-8") if text is None else text)
-    except ValueError as error:
-        raise UserError(f"{path}{f', line {line}' if line else ''} is not JSON: {error}") from error
+        return parse(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def _recipe(path: Path) -> Row:
-    """The recipe as plain values, so that a run of an older version, with other keys, still has its report."""
-    try:
-        recipe = yaml.safe_load(path.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path} is no recipe: it must map keys to values")
-    return recipe
-
-
-def _metrics(path: Path) -> list[Row]:
-    """One row per training step: of steps that a resumed run repeated the last, and no line that a kill cut short."""
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.is_file() else []
-    rows = [_json(path, line, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
+def _steps(text: str) -> list[Row]:
+    """The metrics of every training step; a last line that a kill cut short, or that is being written, is left out."""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def _scored(before: Sequence[Row], after: Sequence[Row], reward: str) -> Iterator[Row]:
@@ -179,9 +165,9 @@ def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
         tags = summary.get("tasks") or ()
         tasks = {tag: task for tag in tags if (task := paired_change(before, after, name, tag))}
         if change := paired_change(before, after, name):
-            about = {"name": name, "trained": name in recipe.get("rewards", {}), "pictures": change, "tasks": tasks}
-            overall = overall_change(list(tasks.values())) if tasks else None
-            scores.append({**about, "overall": overall, **_moved(_scored(before, after, name))})
+            main = overall_change(list(tasks.values())) if tasks else change
+            about = {"name": name, "trained": name in recipe.get("rewards", {}), "main": main, "pictures": change}
+            scores.append({**about, "tasks": tasks, **_moved(_scored(before, after, name))})
     return scores
 
 
@@ -193,33 +179,18 @@ def _moved(rows: Iterator[Row]) -> Row:
     return {"fell": fell[:LARGEST], "fell_count": len(fell), "rose": rose[:LARGEST], "rose_count": len(rose)}
 
 
-def _verdict(scores: Sequence[Row], evaluations: int) -> tuple[str, str]:
-    """The answer in a word for its colour and a sentence; a reward with tasks is judged by their unweighted mean."""
-    if evaluations < 2:
-        seen = "No evaluation is there yet" if not evaluations else "Only the first evaluation is there"
-        return "unknown", f"{seen}, so this page cannot say yet whether training helped."
-    found: dict[str, list[str]] = {"better": [], "worse": [], "same": [], "unknown": []}
-    for score in scores:
-        found[(score["overall"] or score["pictures"]).verdict].append(score["name"])
-    better, worse = " and ".join(found["better"]), " and ".join(found["worse"])
-    if better and worse:
-        return "mixed", f"Mixed: {better} rose, but {worse} fell. Look at the pictures for cheating."
-    if worse:
-        return "worse", f"Training did harm: {worse} fell."
-    if better:
-        return "better", f"Training helped: {better} rose and nothing measured fell significantly."
-    return "same", "No significant change: nothing measured moved by two standard errors."
-
-
 def _samples(folder: Path) -> Row:
     """The fixed prompts with their pictures before and after, and those of the first few at every evaluation."""
     steps = sorted(path.parent for path in folder.glob("step_*/prompts.json"))
-    prompts = _json(steps[0] / "prompts.json") if steps else []
-    names = [f"{index:02d}.png" for index in range(len(prompts))]
-    strips = range(min(STRIP_PROMPTS, len(names)) if len(steps) > 2 else 0)
+    prompts = _parsed(steps[0] / "prompts.json", json.loads) if steps else []
+    ends = dict.fromkeys([*steps[:1], *steps[-1:]])
+    named = [(prompt, f"{index:02d}.png") for index, prompt in enumerate(prompts)]
     return {
-        "pairs": [(prompts[i], [_picture(step / name, PAIR_SIDE) for step in {steps[0]: 0, steps[-1]: 0}]) for i, name in enumerate(names)],
-        "strips": [(prompts[i], [_picture(step / names[i], STRIP_SIDE) for step in steps]) for i in strips],
+        "pairs": [(prompt, [_picture(step / name, PAIR_SIDE) for step in ends]) for prompt, name in named],
+        "strips": [
+            (prompt, [_picture(step / name, STRIP_SIDE) for step in steps])
+            for prompt, name in named[: STRIP_PROMPTS if len(steps) > 2 else 0]
+        ],
     }
 
 
@@ -227,9 +198,8 @@ def _picture(path: Path, side: int) -> Row:
     """A picture as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
     try:
         with Image.open(path) as image:
-            width, height = image.size
             data, kind = path.read_bytes(), "png"
-            if max(width, height) >= SMALL:
+            if max(image.size) >= SMALL:
                 image.thumbnail((side, side))
                 image.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=90)
                 data, kind = buffer.getvalue(), "jpeg"
@@ -237,12 +207,15 @@ def _picture(path: Path, side: int) -> Row:
         raise UserError(f"{path} is not a readable picture: {error}") from error
     step = int(path.parent.name.removeprefix("step_"))
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return {"step": step, "uri": uri, "width": width, "height": height, "small": kind == "png"}
+    return {"step": step, "uri": uri, "width": image.width, "height": image.height, "small": kind == "png"}
 
 
-def _phases(metrics: Sequence[Row]) -> list[Row]:
-    """Seconds of every phase per training step, averaged over all steps, and its share."""
-    names = dict.fromkeys(name for row in metrics for name in row.get("seconds", {}))
-    mean = {name: sum(row["seconds"].get(name, 0.0) for row in metrics) / len(metrics) for name in names}
-    total = sum(mean.values()) or 1.0
-    return [{"name": name, "seconds": seconds, "share": seconds / total} for name, seconds in mean.items()]
+def _phases(metrics: Sequence[Row], evaluations: Sequence[Row]) -> list[Row]:
+    """The phases of training and the evaluations: minutes in all, seconds per training step, share of the time."""
+    spent: dict[str, float] = {}
+    measured = [{"evaluate": row["seconds"]} for row in evaluations if "seconds" in row]
+    for seconds in [*(row["seconds"] for row in metrics), *measured]:
+        for name, value in seconds.items():
+            spent[name] = spent.get(name, 0.0) + value
+    total, steps = sum(spent.values()) or 1.0, len(metrics) or math.nan
+    return [{"name": n, "minutes": t / 60, "per_step": t / steps, "share": t / total} for n, t in spent.items()]

@@ -34,7 +34,7 @@ class SD3Policy(Policy):
         self.device = device
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         self.max_sequence_length = model.max_sequence_length
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, torch_dtype=self.dtype, **_absent(path))
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=self.dtype, **_absent(path))
         if model.adapter:
             self.pipeline.load_lora_weights(model.adapter)
             self.pipeline.fuse_lora()

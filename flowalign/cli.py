@@ -1,0 +1,230 @@
+"""The command line: `flowalign train sample score eval report recipes doctor`."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowalign.settings import UserError
+from rewards import RewardError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+console = Console(highlight=False)
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on with the run in the run folder")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print the resolved recipe and the batch arithmetic, load nothing")] = False,
+) -> None:
+    """Train a model with a recipe."""
+    from flowalign.config import dump_recipe, load_recipe
+    from flowalign.display import arithmetic_table
+
+    resolved = load_recipe(recipe, overrides or [])
+    if dry_run:
+        console.print(dump_recipe(resolved), markup=False)
+        console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    _quiet_libraries()
+    from flowalign.trainer import Interrupted, Trainer
+
+    try:
+        folder = Trainer(resolved, resume=resume).run()
+    except Interrupted as stopped:
+        console.print(str(stopped))
+        raise typer.Exit(130) from None
+    _print_gain(folder)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder or a hub id")],
+    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
+    adapter: Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float, typer.Option(min=1)] = 3.0,
+    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    size: Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")] = None,
+    max_sequence_length: Annotated[int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")] = None,
+    seed: int = 0,
+) -> None:
+    """Draw pictures."""
+    _quiet_libraries()
+    from flowalign.config import Model, Sampler
+    from flowalign.data import Row
+    from flowalign.policies.loading import load_policy, toyworld_model
+    from flowalign.rollout import rollout
+    from flowalign.runs import save_pictures
+    from flowalign.sampling.noise import EVALUATION
+
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty; write what to draw")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not an empty folder; choose another")
+    settings = toyworld_model() if model == "toyworld" else Model(path=model)
+    changes: dict[str, object] = {"adapter": str(adapter) if adapter else None}
+    if size is not None:
+        changes |= {"height": size, "width": size}
+    if max_sequence_length is not None:
+        changes["max_sequence_length"] = max_sequence_length
+    settings = settings.model_copy(update=changes)
+    policy = load_policy(settings, _device())
+    rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
+    sampler = Sampler(steps=steps, guidance=guidance)
+    drawn = rollout(policy, rows, images, sampler, (settings.height, settings.width), (EVALUATION, seed, 0), batch=16)
+    for path, prompt in zip(save_pictures(output, drawn.media), drawn.prompts, strict=True):
+        console.print(f"{path}  {prompt}", markup=False)
+
+
+@app.command()
+def score(
+    reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name or package.module:Name")],
+    images: Annotated[Path, typer.Option(help="folder of PNG or JPEG files, taken in the order of their names")],
+    prompts: Annotated[Path, typer.Option(help=".txt or .jsonl, a line for each image")],
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
+    output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
+) -> None:
+    """Score pictures with a reward."""
+    from flowalign.scoring import read_images, score_images, write_scores
+
+    rows, paths = read_images(images, prompts)
+    if output is not None and output.suffix not in (".csv", ".jsonl"):
+        raise UserError(f"--output {output}: use a .csv or .jsonl file")
+    scores = score_images(reward, option or [], rows, paths)
+    table = Table("image", "prompt", "score")
+    for path, row, value in zip(paths, rows, scores, strict=True):
+        table.add_row(path.name, row.prompt, f"{value:.4f}")
+    console.print(table)
+    console.print(f"mean {sum(scores) / len(scores):.4f} of {len(scores)} images")
+    if output is not None:
+        write_scores(output, paths, rows, scores)
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[str, typer.Argument(help="a recipe (its model as it is) or a run folder (its last checkpoint)")],
+    overrides: Overrides = None,
+) -> None:
+    """Measure a model on a recipe's held-out prompts."""
+    _quiet_libraries()
+    from flowalign.config import load_recipe
+    from flowalign.display import summary_table
+    from flowalign.runs import RunFolder
+    from flowalign.scoring import evaluate_recipe
+
+    if Path(target).is_dir():
+        run, _ = RunFolder.open(Path(target))
+        recipe = load_recipe(run.path / "recipe.yaml", overrides or [])
+        title, summary = evaluate_recipe(recipe, run, _device())
+    else:
+        recipe = load_recipe(target, overrides or [])
+        title, summary = evaluate_recipe(recipe, None, _device())
+    console.print(summary_table(title, summary))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
+    """Write a run's report.html anew from what is on disk."""
+    from flowalign.evaluate.report import write_report
+
+    console.print(f"wrote {write_report(run)}")
+
+
+recipes_app = typer.Typer(help="List and copy the bundled recipes.", invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the bundled recipes."""
+    if context.invoked_subcommand is None:
+        from flowalign.config import bundled_recipes
+
+        table = Table("recipe", "what it does")
+        for name, path in bundled_recipes().items():
+            table.add_row(name, path.read_text().splitlines()[0].removeprefix("# "))
+        console.print(table)
+
+
+@recipes_app.command("copy")
+def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to write")] = Path(".")) -> None:
+    """Copy a bundled recipe, to be edited."""
+    from flowalign.config import bundled_recipes, load_recipe
+
+    load_recipe(name)
+    source = bundled_recipes().get(name)
+    if source is None:
+        raise UserError(f"{name!r} is a file of your own; the bundled recipes are {', '.join(bundled_recipes())}")
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise UserError(f"{target} exists; choose another name")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    console.print(f"wrote {target}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what works on this machine, and why not."""
+    from flowalign.doctor import diagnose
+
+    table = Table("part", "state", "detail")
+    for part, works, detail in diagnose():
+        table.add_row(part, "[green]works[/]" if works else "[yellow]not here[/]", detail)
+    console.print(table)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _print_gain(folder: Path) -> None:
+    """First and last evaluation side by side."""
+    files = sorted((folder / "evaluations").glob("step_*.json")) if (folder / "evaluations").is_dir() else []
+    if len(files) < 2:
+        return
+    before, after = (json.loads(file.read_text())["summary"] for file in (files[0], files[-1]))
+    table = Table("held-out reward", "before", "after", "gain", title="same prompts, same noise", title_justify="left")
+    for name in before:
+        first, last = before[name]["mean"], after[name]["mean"]
+        table.add_row(name, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}")
+    console.print(table)
+
+
+def _quiet_libraries() -> None:
+    """The loading bars and notices of the model libraries say nothing that a user of ours can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: a person's mistake is one sentence and exit code 1."""
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except (UserError, RewardError) as error:
+        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

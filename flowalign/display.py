@@ -1,0 +1,129 @@
+"""What a person sees of a run in the terminal."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from flowalign.config import Recipe
+    from flowalign.selftest import Check
+
+Summary = Mapping[str, Mapping[str, Any]]
+
+
+class Display:
+    """Progress with time left and the reward as it moves; a line a step where the output is no terminal."""
+
+    def __init__(self, *, quiet: bool = False):
+        self.console = Console(quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._first_summary: Summary | None = None
+
+    def say(self, text: str) -> None:
+        """A plain line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def begin(self, recipe: "Recipe", folder: Path, parameters: Mapping[str, int], processes: int) -> None:
+        """What is about to be trained, and the batch arithmetic."""
+        share = f"{parameters['trainable'] / 1e6:.2f} of {parameters['all'] / 1e6:.2f} million weights"
+        self.say(f"{recipe.name}: {recipe.algorithm.name} on {', '.join(recipe.rewards)}, {share}, into {folder}")
+        self.console.print(arithmetic_table(recipe, processes))
+
+    def self_test(self, checks: "Sequence[Check]") -> None:
+        """The start-up checks."""
+        for check in checks:
+            mark = "[green]ok[/]  " if check.passed else "[red]FAIL[/]"
+            self.console.print(f"{mark} {check.check}: {check.detail}", soft_wrap=True)
+
+    @contextmanager
+    def training(self, steps: int, done: int) -> Iterator[None]:
+        """The progress bar of a run."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
+            self._progress, self._task = progress, progress.add_task("training", total=steps, completed=done, note="")
+            yield
+        self._progress = self._task = None
+
+    @contextmanager
+    def evaluating(self, pictures: int) -> Iterator[Callable[[int], None]]:
+        """A second bar while pictures are drawn and scored; yields the function that moves it."""
+        if self._progress is None:
+            with self.training(0, 0), self.evaluating(pictures) as advance:
+                yield advance
+            return
+        progress = self._progress
+        task = progress.add_task("evaluating", total=pictures, note="")
+        yield lambda count: progress.update(task, advance=count)
+        progress.remove_task(task)
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """A finished training step."""
+        rewards = " ".join(f"{name} {value:.3f}" for name, value in line["reward"].items())
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=line["step"], note=rewards)
+        if not self.console.is_terminal:
+            seconds = " ".join(f"{name} {value:.1f} s" for name, value in line["seconds"].items())
+            figures = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
+            self.say(f"step {line['step']}: {rewards} | {figures} | {seconds}")
+
+    def evaluation(self, step: int, summary: Summary, seconds: float) -> None:
+        """An evaluation's means, and how far they are from the first one of this process."""
+        parts = []
+        for name, result in summary.items():
+            text = f"{name} {result['mean']:.4f}"
+            if result["standard_error"] is not None:
+                text += f" ± {result['standard_error']:.4f}"
+            if self._first_summary is not None:
+                text += f" ({result['mean'] - self._first_summary[name]['mean']:+.4f})"
+            parts.append(text)
+        self._first_summary = self._first_summary or summary
+        self.say(f"evaluation at step {step}: {', '.join(parts)}  [{seconds:.0f} s]")
+
+    def finished(self, folder: Path, report: Path) -> None:
+        """Where to look."""
+        self.say(f"run folder {folder}\nreport     {report}")
+
+
+def arithmetic_table(recipe: "Recipe", processes: int = 1) -> Table:
+    """The batch arithmetic of a recipe."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for quantity, how in recipe.arithmetic(processes):
+        table.add_row(quantity, how)
+    return table
+
+
+def summary_table(title: str, summary: Summary) -> Table:
+    """Means, standard errors and GenEval tasks of an evaluation."""
+    table = Table(title=title, title_justify="left")
+    for column in ("reward", "task", "mean", "± s.e.", "pictures"):
+        table.add_column(column, justify="left" if column in ("reward", "task") else "right")
+    for name, result in summary.items():
+        rows = [("all", result), *result.get("tasks", {}).items()]
+        for task, row in rows:
+            error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+            table.add_row(name, task, f"{row['mean']:.4f}", error, str(row["count"]))
+        if "overall" in result:
+            table.add_row(name, "mean of tasks", f"{result['overall']:.4f}", "", "")
+    return table

@@ -1,0 +1,127 @@
+"""The command line: what a person types, and what a wrong word answers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flowalign.cli import main
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str]):
+    """Run a command that must fail; returns its one sentence."""
+
+    def run(*arguments: str, code: int = 1) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == code
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert "\n" not in error
+        return error
+
+    return run
+
+
+def succeed(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code in (0, None)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(3):
+        Image.fromarray(np.full((16, 16, 3), 80 * index, dtype=np.uint8)).save(folder / f"{index}.png")
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "judge.py").write_text(
+        "def level(media, prompts, metadata, scale=1.0):\n    return media.flatten(1).mean(1) * scale\n"
+    )
+    return folder
+
+
+def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str], failing) -> None:
+    succeed("recipes")
+    assert "toyworld_ocr" in capsys.readouterr().out
+    succeed("recipes", "copy", "toyworld_ocr", str(tmp_path))
+    assert (tmp_path / "toyworld_ocr.yaml").read_text().startswith("# Flow-GRPO")
+    assert "exists; choose another name" in failing("recipes", "copy", "toyworld_ocr", str(tmp_path))
+    assert "did you mean 'toyworld_ocr'" in failing("recipes", "copy", "toyworld_orc", str(tmp_path))
+
+
+def test_a_dry_run_prints_recipe_and_arithmetic_and_loads_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    succeed("train", "sd35_medium_ocr", "--dry-run", "train.steps=7")
+    output = capsys.readouterr().out
+    assert "steps: 7" in output
+    assert "48 prompts x 24 = 1152" in output
+    assert "1152 x 9 = 10368" in output
+
+
+def test_score_prints_and_writes(tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str], failing) -> None:
+    base = ["score", f"{tmp_path / 'judge.py'}:level", "--images", str(pictures), "--prompts"]
+    succeed(*base, str(tmp_path / "prompts.txt"), "--option", "scale=2", "--output", str(tmp_path / "scores.jsonl"))
+    assert "mean 0.6275 of 3 images" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["one", "two", "three"]
+    assert rows[1]["score"] == pytest.approx(2 * 80 / 255, rel=1e-4)
+    succeed(*base, str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "scores.csv"))
+    assert (tmp_path / "scores.csv").read_text().startswith("image,prompt,score\n0.png,one,0.0\n")
+    (tmp_path / "fewer.txt").write_text("one\n")
+    assert "holds 3 images" in failing(*base, str(tmp_path / "fewer.txt"))
+    assert "use a .csv or .jsonl" in failing(*base, str(tmp_path / "prompts.txt"), "--output", "scores.xls")
+    (pictures / "1.png").write_bytes(b"no picture")
+    assert "1.png cannot be read as an image" in failing(*base, str(tmp_path / "prompts.txt"))
+
+
+def test_an_ocr_prompt_without_quotes_is_named(tmp_path: Path, pictures: Path, failing) -> None:
+    error = failing("score", "ocr", "--images", str(pictures), "--prompts", str(tmp_path / "prompts.txt"))
+    assert "prompt 1 ('one') cannot be judged by ocr" in error
+
+
+def test_samples_are_drawn_into_an_empty_folder(tiny_model: Path, tmp_path: Path, failing) -> None:
+    command = ["sample", str(tiny_model), "a red star", "a ring", "--steps", "2", "--size", "64", "--images", "2"]
+    command += ["--max-sequence-length", "0", "--output", str(tmp_path / "drawn")]
+    succeed(*command)
+    assert [path.name for path in sorted((tmp_path / "drawn").iterdir())] == ["00.png", "01.png", "02.png", "03.png"]
+    assert "is not an empty folder" in failing(*command)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "toyworld_orc"], "did you mean 'toyworld_ocr'"),
+        (["train", "toyworld_ocr", "train.stps=3"], "unknown key 'train.stps'; did you mean 'steps'"),
+        (["train", "toyworld_ocr", "train.group_size=1"], "train.group_size should be greater than or equal to 2"),
+        (["train", "toyworld_ocr", "model.path=/no/model"], "'/no/model' does not exist"),
+        (["train", "toyworld_ocr", "prompts=/no/prompts.txt"], "'/no/prompts.txt' cannot be read"),
+        (["train", "toyworld_ocr", "prompts=list.csv"], "use a .txt or .jsonl file"),
+        (["train", "toyworld_ocr", "rewards.ocr.options.mod=page"], "mod"),
+        (["train", "toyworld_ocr", "rewards={orc: 1}"], "orc"),
+        (["eval", "toyworld_ocr", "evaluation.prompts=null"], "has no evaluation.prompts"),
+        (["report", "/no/run"], "/no/run"),
+        (["sample", "/no/model", "a star"], "'/no/model' does not exist"),
+        (["sample", "toyworld", ""], "a prompt is empty"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], message: str, failing, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failing(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_prompt_line_is_named_by_number(failing, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a star"}\n{"prompt": \n')
+    assert "bad.jsonl, line 2: not JSON" in failing("train", "toyworld_ocr", "prompts=bad.jsonl")
+
+
+def test_an_unwritable_run_folder_is_named(failing, tmp_path: Path, tiny_model: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    error = failing("train", "toyworld_ocr", f"model.path={tiny_model}", "run.folder=file/run")
+    assert "cannot write to run folder file/run" in error

@@ -1,0 +1,200 @@
+"""The SD3 policy against the pipeline it is made of, and what training needs of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from flowalign.config import Lora, Model, Rollout, Sampler
+from flowalign.data import Row
+from flowalign.policies.base import Policy
+from flowalign.policies.loading import load_policy
+from flowalign.rollout import rollout
+from flowalign.sampling import counted_noise
+from flowalign.settings import UserError
+
+PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"', "a photo of two rings"]
+ROWS = [Row(index, prompt) for index, prompt in enumerate(PROMPTS)]
+SIZE = (64, 64)
+KEY = (0, 7, 0)
+
+
+def settings(folder: Path, **changes: object) -> Model:
+    base = Model(path=str(folder), height=64, width=64, dtype="fp32", max_sequence_length=0)
+    return base.model_copy(update=changes)
+
+
+def plain_pipeline(path: Path) -> StableDiffusion3Pipeline:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline_images(pipeline: StableDiffusion3Pipeline, guidance: float, steps: int) -> torch.Tensor:
+    latents = counted_noise([(*KEY, row.index, 0, 0) for row in ROWS], (4, 16, 16), "cpu")
+    return pipeline(
+        PROMPTS,
+        height=64,
+        width=64,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        latents=latents,
+        max_sequence_length=0,
+        output_type="pt",
+    ).images
+
+
+def nudge(policy: Policy, scale: float = 0.05) -> None:
+    """Move the trainable weights away from where they start."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in policy.trainable_parameters().values():
+            weight += scale * torch.randn(weight.shape, generator=generator)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_rollout_without_noise_is_the_pipelines_own_output(tiny_model: Path, guidance: float, steps: int) -> None:
+    policy = load_policy(settings(tiny_model))
+    drawn = rollout(policy, ROWS, 1, Sampler(steps=steps, guidance=guidance), SIZE, KEY, batch=2)
+    torch.testing.assert_close(
+        drawn.media, pipeline_images(plain_pipeline(tiny_model), guidance, steps), atol=1e-4, rtol=0
+    )
+
+
+def test_an_sde_with_vanishing_noise_follows_the_ode(tiny_model: Path) -> None:
+    policy = load_policy(settings(tiny_model))
+    noisy = Rollout(steps=6, noise_level=1e-6, window=(0, 5))
+    with_sde = rollout(policy, ROWS, 1, noisy, SIZE, KEY, batch=8).latents
+    torch.testing.assert_close(with_sde, rollout(policy, ROWS, 1, Sampler(steps=6), SIZE, KEY, batch=8).latents)
+
+
+def test_a_sample_does_not_depend_on_its_batch(tiny_model: Path) -> None:
+    policy = load_policy(settings(tiny_model))
+    sampler = Rollout(steps=4)
+    whole = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=64)
+    parts = rollout(policy, ROWS[1:], 2, sampler, SIZE, KEY, batch=1)
+    torch.testing.assert_close(whole.latents[2:], parts.latents, atol=1e-5, rtol=1e-5)
+
+
+def test_the_trajectory_is_the_window_and_its_log_probabilities_replay(tiny_model: Path) -> None:
+    from flowalign.sampling import sde_step
+
+    policy = load_policy(settings(tiny_model))
+    sampler = Rollout(steps=5, window=(1, 3), noise_level=0.8)
+    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep_trajectory=True)
+    path = drawn.trajectory
+    assert path is not None
+    assert path.states.shape[:2] == (6, 3)
+    assert torch.equal(path.sigmas, policy.sigmas(5)[1:4])
+    for step in range(2):
+        x, sigma = path.states[:, step], path.sigmas[step].expand(6)
+        velocity = policy.guided_velocity(x, sigma, drawn.condition[drawn.groups], 1.0)
+        again = sde_step(
+            velocity, x, path.sigmas[step], path.sigmas[step + 1], noise_level=0.8, next_sample=path.states[:, step + 1]
+        )
+        torch.testing.assert_close(again.log_prob, path.log_probs[:, step], atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_is_the_model_before_training(tiny_model: Path) -> None:
+    for lora in (Lora(rank=4), None):
+        policy = load_policy(settings(tiny_model, lora=lora))
+        x, sigma = torch.randn(3, 4, 16, 16), torch.rand(3)
+        condition = policy.encode(PROMPTS)
+        with torch.no_grad():
+            before = policy.velocity(x, sigma, condition)
+            nudge(policy)
+            after = policy.velocity(x, sigma, condition)
+            with policy.reference():
+                reference = policy.velocity(x, sigma, condition)
+        assert not torch.allclose(before, after)
+        torch.testing.assert_close(reference, before)
+
+
+def test_snapshots_are_used_blended_and_left(tiny_model: Path) -> None:
+    policy = load_policy(settings(tiny_model))
+    start = policy.trainable_state()
+    policy.snapshot("old")
+    nudge(policy)
+    moved = policy.trainable_state()
+    with policy.using("old"):
+        assert all(torch.equal(p, start[name]) for name, p in policy.trainable_parameters().items())
+    assert all(torch.equal(p, moved[name]) for name, p in policy.trainable_parameters().items())
+    policy.blend("old", 0.75)
+    for name, kept in policy.snapshots["old"].items():
+        torch.testing.assert_close(kept, 0.75 * start[name] + 0.25 * moved[name])
+    policy.blend("old", 0.0)
+    assert all(torch.equal(kept, moved[name]) for name, kept in policy.snapshots["old"].items())
+
+
+def test_adapters_start_as_nothing_and_depend_on_the_seed(tiny_model: Path) -> None:
+    first, again, other = (load_policy(settings(tiny_model), seed=seed) for seed in (3, 3, 4))
+    names = list(first.trainable_parameters())
+    assert names
+    assert all(weight.dtype == torch.float32 for weight in first.trainable_parameters().values())
+    same = [torch.equal(first.trainable_parameters()[n], again.trainable_parameters()[n]) for n in names]
+    assert all(same)
+    assert not all(torch.equal(first.trainable_parameters()[n], other.trainable_parameters()[n]) for n in names)
+
+
+def test_the_exported_lora_draws_the_same_pictures_in_plain_diffusers(tiny_model: Path, tmp_path: Path) -> None:
+    policy = load_policy(settings(tiny_model, lora=Lora(rank=4, alpha=16, targets=("attention", "feed_forward"))))
+    nudge(policy)
+    policy.export(tmp_path / "lora")
+    pipeline = plain_pipeline(tiny_model)
+    untrained = pipeline_images(pipeline, 1.0, 3)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    trained = pipeline_images(pipeline, 1.0, 3)
+    ours = rollout(policy, ROWS, 1, Sampler(steps=3), SIZE, KEY, batch=8).media
+    assert (trained - untrained).abs().max() > 1e-3
+    torch.testing.assert_close(ours, trained, atol=1e-4, rtol=0)
+    merged = load_policy(settings(tiny_model, adapter=str(tmp_path / "lora"), lora=None))
+    torch.testing.assert_close(
+        rollout(merged, ROWS, 1, Sampler(steps=3), SIZE, KEY, batch=8).media, trained, atol=1e-4, rtol=0
+    )
+
+
+def test_half_precision_keeps_trainable_weights_and_velocities_in_float32(tiny_model: Path) -> None:
+    policy = load_policy(settings(tiny_model, dtype="bf16"))
+    velocity = policy.velocity(torch.randn(3, 4, 16, 16), torch.rand(3), policy.encode(PROMPTS))
+    assert velocity.dtype == torch.float32
+    velocity.square().mean().backward()
+    assert all(p.dtype == torch.float32 for p in policy.trainable_parameters().values())
+    assert any(p.grad is not None and p.grad.any() for p in policy.trainable_parameters().values())
+
+
+def test_an_explicit_backend_equals_the_default(tiny_model: Path) -> None:
+    x, sigma = torch.randn(3, 4, 16, 16), torch.rand(3)
+    velocities = []
+    for attention in ("auto", "native", "_native_math"):
+        policy = load_policy(settings(tiny_model, attention=attention))
+        with torch.no_grad():
+            velocities.append(policy.velocity(x, sigma, policy.encode(PROMPTS)))
+    load_policy(settings(tiny_model, attention="native"))
+    torch.testing.assert_close(velocities[0], velocities[1])
+    torch.testing.assert_close(velocities[0], velocities[2], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "xformers"}, "model.attention: xformers cannot run on cpu here"),
+        ({"attention": "fast"}, "unknown backend 'fast'"),
+        ({"lora": Lora(targets=("nothing",))}, "no module of the transformer ends in nothing"),
+        ({"path": "/no/such/folder"}, "does not exist"),
+        ({"adapter": "/no/such/lora"}, "no folder '/no/such/lora'"),
+    ],
+)
+def test_a_wrong_model_setting_is_one_sentence(tiny_model: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_policy(settings(tiny_model, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_supported_pipeline_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no model_index\.json"):
+        load_policy(Model(path=str(tmp_path)))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    with pytest.raises(UserError, match="is a OtherPipeline; supported are StableDiffusion3Pipeline"):
+        load_policy(Model(path=str(tmp_path)))
