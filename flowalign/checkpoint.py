@@ -110,7 +110,9 @@ def _load_policy_state(path: Path, policy: Policy) -> None:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     contents = optimizer.state_dict()
     tensors = {
-        f"{index}{_SEPARATOR}{name}": value for index, state in contents["state"].items() for name, value in state.items()
+        f"{index}{_SEPARATOR}{name}": value
+        for index, state in contents["state"].items()
+        for name, value in state.items()
     }
     return tensors, contents["param_groups"]
 

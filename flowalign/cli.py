@@ -24,7 +24,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")],
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="go on with the run in the run folder")] = False,
-    dry_run: Annotated[bool, typer.Option(help="print the resolved recipe and the batch arithmetic, load nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="print the resolved recipe and the batch arithmetic, load nothing")
+    ] = False,
 ) -> None:
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
@@ -36,7 +38,8 @@ def train(
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     _quiet_libraries()
-    from flowalign.trainer import Interrupted, Trainer
+    from flowalign.interrupt import Interrupted
+    from flowalign.trainer import Trainer
 
     try:
         folder = Trainer(resolved, resume=resume).run()
@@ -56,7 +59,9 @@ def sample(
     guidance: Annotated[float, typer.Option(min=1)] = 3.0,
     images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
     size: Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")] = None,
-    max_sequence_length: Annotated[int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Draw pictures."""

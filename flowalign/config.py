@@ -1,6 +1,5 @@
 """A recipe: the typed settings of one run, read from YAML, checked before anything loads."""
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -8,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from flowalign.algorithms import ALGORITHMS, Algorithm
+from flowalign.mistakes import Keys, explain, key_lines, nearest
 from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section, UserError
 
@@ -74,6 +74,8 @@ class Rollout(Sampler):
     """Its noise: a of flow_sde, eta of dance_sde, a in (0, 1) of cps."""
     window: tuple[NotNegative, NotNegative] | None = None
     """First stochastic step and the one after the last; all others are ODE steps. Null: all but the last."""
+    shared_noise: bool = False
+    """All pictures of a prompt start from the same noise and differ by their stochastic steps alone."""
     batch: Positive = 64
     """Pictures drawn at once."""
 
@@ -118,7 +120,9 @@ class Train(Section):
     group_size: Annotated[int, Field(ge=2)] = 24
     """Pictures of each prompt; their rewards are compared with one another."""
     updates_per_step: Positive = 2
-    """Optimizer updates that share one rollout; each sees its own part of the items."""
+    """Optimizer updates in a pass over a step's items; each sees its own part of them."""
+    passes: Positive = 1
+    """Times that every item of a step is learnt from."""
     micro_batch: Positive = 32
     """Items (a picture at one denoising step) in a forward and backward pass."""
     learning_rate: Rate = 3e-4
@@ -214,14 +218,15 @@ class Recipe(Section):
             raise ValueError(f"algorithm needs a name, one of {', '.join(ALGORITHMS)}")
         name = settings["name"]
         if name not in ALGORITHMS:
-            raise ValueError(f"unknown algorithm {name!r}{_nearest(str(name), ALGORITHMS)}")
+            raise ValueError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
         return ALGORITHMS[name].model_validate(settings)
 
     @model_validator(mode="after")
     def _items_suffice(self) -> "Recipe":
         if self.train.updates_per_step > self.items_per_step:
             raise ValueError(
-                f"train.updates_per_step ({self.train.updates_per_step}) exceeds the {self.items_per_step} items of a step"
+                f"train.updates_per_step ({self.train.updates_per_step}) exceeds the "
+                f"{self.items_per_step} items of a step"
             )
         return self
 
@@ -254,7 +259,7 @@ class Recipe(Section):
             ("items per update", f"{self.items_per_step} / {train.updates_per_step} updates = {items}"),
             ("micro-batches per update", f"{items} / {processes} process(es) / {train.micro_batch} = {passes}"),
             ("rollout forwards per step", f"{forwards}"),
-            ("training steps", f"{train.steps}, {train.steps * train.updates_per_step} updates"),
+            ("training steps", f"{train.steps} x {train.passes * train.updates_per_step} updates"),
         ]
 
 
@@ -264,11 +269,6 @@ def _with_weights(rewards: Any) -> Any:
         return rewards
     numbers = {name: {"weight": v} for name, v in rewards.items() if isinstance(v, int | float)}
     return {**rewards, **numbers}
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
 def bundled_recipes() -> dict[str, Path]:
@@ -286,11 +286,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text()
     except OSError as error:
-        known = _nearest(str(source), bundled_recipes())
+        known = nearest(str(source), bundled_recipes())
         raise UserError(f"no recipe {str(source)!r}: neither a readable file nor a bundled name{known}") from error
     try:
         values = yaml.safe_load(text)
-        lines = _key_lines(yaml.compose(text, yaml.SafeLoader))
+        lines = key_lines(yaml.compose(text, yaml.SafeLoader))
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         at = f", line {where.line + 1}" if where else ""
@@ -305,7 +305,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, path, lines, given)) from None
+        raise UserError(explain(error, Recipe, path, lines, given)) from None
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -313,26 +313,12 @@ def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, Path(where), {}, {})) from None
+        raise UserError(explain(error, Recipe, Path(where), {}, {})) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
-
-
-Keys = tuple[str, ...]
-
-
-def _key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
-    """The line of every key of a YAML mapping."""
-    lines: dict[Keys, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*prefix, str(key.value))
-            lines[path] = key.start_mark.line + 1
-            lines |= _key_lines(value, path)
-    return lines
 
 
 def _parse_override(text: str) -> tuple[Keys, Any]:
@@ -353,55 +339,3 @@ def _set(values: dict[str, Any], keys: Keys, value: Any, override: str) -> None:
             values[key] = {}
         values = values[key]
     values[keys[-1]] = value
-
-
-def _explain(error: ValidationError, path: Path, lines: Mapping[Keys, int], given: Mapping[Keys, str]) -> str:
-    """One sentence for the first mistake: where it stands, what is wrong, what would be right."""
-    first = error.errors()[0]
-    location = tuple(str(part) for part in first["loc"])
-    keys = tuple(part for part in location if part not in _TYPE_TAGS)
-    shown = ".".join(keys) or "the recipe"
-    override = next((text for where, text in given.items() if keys[: len(where)] == where), None)
-    line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
-    where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
-    if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {shown!r}{_nearest(keys[-1], _fields_at(keys[:-1]))}"
-    if first["type"] == "missing":
-        return f"{where}: {shown} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    value = f", not {first['input']!r}" if isinstance(first["input"], int | float | str | bool) else ""
-    if message.startswith("Input should"):
-        message = message.replace("Input should", "should", 1)
-        return f"{where}: {shown} {message}{value}"
-    return f"{where}: {shown}: {message}"
-
-
-_TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[str, ...]", "constrained-str", "int", "float", "none"}
-
-
-def _fields_at(keys: Keys) -> list[str]:
-    """The keys that the section at this place knows."""
-    section: Any = Recipe
-    for key in keys:
-        if key in ALGORITHMS or section is Algorithm:
-            break
-        field = section.model_fields.get(key) if isinstance(section, type) and hasattr(section, "model_fields") else None
-        if key == "algorithm":
-            names = {name for cls in ALGORITHMS.values() for name in cls.model_fields}
-            return sorted(names)
-        if field is None:
-            section = RewardSettings  # the only sections under names of a person's own
-            continue
-        section = _section_of(field.annotation)
-    return list(getattr(section, "model_fields", {}))
-
-
-def _section_of(annotation: Any) -> Any:
-    """The Section inside an annotation such as `Lora | None`; the annotation's first dict value otherwise."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        found = _section_of(part)
-        if found is not None:
-            return found
-    return None

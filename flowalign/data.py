@@ -46,7 +46,8 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"prompts {str(path)!r}: use a .txt or .jsonl file, or one of {', '.join(BUNDLED)}")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON text may hold U+2028 and its like, which are no line's end.
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts {str(path)!r} cannot be read: {error}") from error
     if not any(line.strip() for line in lines):

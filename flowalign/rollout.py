@@ -116,12 +116,16 @@ def _denoise(
     sampler: "Sampler",
     size: tuple[int, int],
 ) -> _Denoised:
-    """One batch from noise to latents. Initial noise is denoising step 0, the noise of step i is i + 1."""
+    """One batch from noise to latents; keys end in the member.
+
+    Initial noise is denoising step 0 of its member, or of member 0 where it is shared; the noise of step i is i + 1.
+    """
     shape = policy.latent_shape(*size)
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
     settings: Rollout | None = sampler if hasattr(sampler, "sde_window") else None  # type: ignore[assignment]
     first, end = settings.sde_window if settings else (0, 0)
-    x = counted_noise([(*key, 0) for key in keys], shape, policy.device)
+    shared = settings is not None and settings.shared_noise
+    x = counted_noise([(*key[:-1], 0 if shared else key[-1], 0) for key in keys], shape, policy.device)
     states, log_probs = [x], []
     for step in range(sampler.steps):
         sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()

@@ -63,10 +63,11 @@ class RunFolder:
         return cls(path), load_recipe(path / "recipe.yaml")
 
     def update_info(self, **values: Any) -> None:
-        """Merge values into run.json."""
+        """Merge values into run.json; None removes one."""
         path = self.path / "run.json"
-        info = json.loads(path.read_text()) if path.exists() else {}
-        replace_text(path, json.dumps(info | values, indent=2) + "\n")
+        info = (json.loads(path.read_text()) if path.exists() else {}) | values
+        kept = {key: value for key, value in info.items() if value is not None}
+        replace_text(path, json.dumps(kept, indent=2) + "\n")
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
@@ -74,7 +75,10 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps after `step`: a resumed run makes them again."""
+        """Drop metrics, evaluations and pictures from after `step`: a resumed run makes them again."""
+        for place in (*self.path.glob("evaluations/step_*.json"), *self.path.glob("samples/step_*")):
+            if int(place.stem.removeprefix("step_")) > step:
+                shutil.rmtree(place) if place.is_dir() else place.unlink()
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) in range(step + 1)]
             replace_text(self.metrics, "".join(line + "\n" for line in lines))

@@ -56,7 +56,7 @@ def _kl_gradient(policy: "Policy", algorithm: Algorithm, batch: Batch) -> Check:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in weights.values():
-            weight += 1e-2 * torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight.device))
     try:
         with_kl, _ = algorithm.loss(policy, batch)
         without, _ = algorithm.model_copy(update={"kl_weight": 0.0}).loss(policy, batch)
@@ -68,6 +68,5 @@ def _kl_gradient(policy: "Policy", algorithm: Algorithm, batch: Batch) -> Check:
 
 
 def _distinct_noise(samples: "Samples") -> Check:
-    states = samples.trajectory.states[:, 0] if samples.trajectory else samples.latents
-    distinct = len(torch.unique(states.flatten(1), dim=0))
+    distinct = len(torch.unique(samples.latents.flatten(1), dim=0))
     return Check("every sample has noise of its own", distinct == len(samples), f"{distinct} of {len(samples)}")

@@ -1,18 +1,15 @@
 """The one training loop, for every algorithm: rollout, score, advantages, loss, update, evaluate, checkpoint."""
 
 import math
-import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from flowalign.advantages import group_advantages, has_spread
 from flowalign.algorithms import Batch, Transition
@@ -20,8 +17,10 @@ from flowalign.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from flowalign.config import Evaluation, Recipe
 from flowalign.data import load_prompts, step_rows
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, load_rewards
+from flowalign.evaluate.evaluation import check_prompts, evaluate, gathered, load_rewards
 from flowalign.evaluate.report import write_report
+from flowalign.interrupt import Interrupted, asked_to_stop
+from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, now, versions
@@ -29,20 +28,29 @@ from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS, ROLLOUT
 from flowalign.selftest import self_test
 from flowalign.settings import UserError
+from rewards import Reward, as_reward
 from rewards.combine import score_all, weighted_sum
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has: its checkpoint is written."""
 
 
 class Trainer:
     """A run of a recipe. Everything that can be wrong is found out before the first step, in the cheapest order."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False, display: Display | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool = False,
+        display: Display | None = None,
+        policy: Policy | None = None,
+        rewards: Mapping[str, Reward | Callable[..., Any]] | None = None,
+    ):
+        """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards."""
         self.recipe = recipe
-        self.rewards = load_rewards(recipe.rewards)
-        self.weights = {name: entry.weight for name, entry in recipe.rewards.items()}
+        if rewards is None:
+            self.rewards = load_rewards(recipe.rewards)
+        else:
+            self.rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
+        self.weights = {name: recipe.rewards[name].weight if name in recipe.rewards else 1.0 for name in self.rewards}
         self.rows = load_prompts(recipe.prompts)
         check_prompts(self.rows, self.rewards, recipe.prompts)
         step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
@@ -51,16 +59,19 @@ class Trainer:
         self.evaluation_rewards = load_rewards(settings.rewards) if settings.rewards else self.rewards
         check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
         self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), log_with=list(recipe.run.trackers) or None, project_dir=str(recipe.folder)
+            cpu=not torch.cuda.is_available(),
+            log_with=list(recipe.run.trackers) or None,
+            project_dir=str(recipe.folder),
         )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if recipe.train.prompts_per_step % self.world:
             raise UserError(
-                f"train.prompts_per_step ({recipe.train.prompts_per_step}) must be a multiple of the {self.world} processes"
+                f"train.prompts_per_step ({recipe.train.prompts_per_step}) must be a multiple "
+                f"of the {self.world} processes"
             )
         self.main = self.accelerator.is_main_process
         self.display = display or Display(quiet=not self.main)
-        self.policy = load_policy(recipe.model, self.accelerator.device, recipe.run.seed)
+        self.policy = policy or load_policy(recipe.model, self.accelerator.device, recipe.run.seed)
         self.policy.sigmas(recipe.rollout.steps, recipe.rollout.grid)
         self.policy.transformer = self.accelerator.prepare_model(self.policy.transformer)
         self.parameters = list(self.policy.trainable_parameters().values())
@@ -73,7 +84,7 @@ class Trainer:
         self.step = self.update = 0
         self.minutes = 0.0
         self.seconds: dict[str, float] = defaultdict(float)
-        self.tested = self._stop_asked = False
+        self.tested = False
         if self.main:
             self.run_folder = RunFolder.create(recipe, resume=resume)
         self.accelerator.wait_for_everyone()
@@ -93,7 +104,7 @@ class Trainer:
         """
         recipe, train = self.recipe, self.recipe.train
         self._begin()
-        with self._signals(), self.display.training(train.steps, self.step):
+        with asked_to_stop(self.display.say) as self.stop, self.display.training(train.steps, self.step):
             if self.step == 0:
                 self._evaluate()
             while self.step < train.steps and not self._out_of_time():
@@ -101,9 +112,9 @@ class Trainer:
                 due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
                 if due and self.step < train.steps:
                     self._evaluate()
-                if self.step % recipe.run.checkpoint_every == 0 or self._stop_asked:
+                if self.step % recipe.run.checkpoint_every == 0 or self.stop.is_set():
                     self._checkpoint()
-                if self._stop_asked:
+                if self.stop.is_set():
                     self._report(stopped="asked to stop")
                     raise Interrupted(f"stopped after step {self.step} of {train.steps}; go on with --resume")
             self._evaluate()
@@ -188,20 +199,20 @@ class Trainer:
         first, end = self.recipe.rollout.sde_window
         places = torch.cartesian_prod(torch.arange(len(samples)), torch.arange(end - first))
         places = places[samples.has_spread.cpu()[places[:, 0]]]
-        generator = counted_generator(ITEMS, self.recipe.run.seed, self.step, self.rank)
-        places = places[torch.randperm(len(places), generator=generator)]
-        parts = places.tensor_split(train.updates_per_step)
-        counts = torch.tensor([len(part) for part in parts], device=self.accelerator.device)
-        totals = self.accelerator.reduce(counts, "sum").tolist()
         sums: dict[str, float] = defaultdict(float)
-        norms = []
-        for part, total in zip(parts, totals, strict=True):
-            if total == 0:
-                continue
-            if not self.tested:
-                self._self_test(samples, places)
-            norms.append(self._update(samples, part, total, sums))
-        items = sum(totals)
+        norms: list[float] = []
+        items = 0
+        for turn in range(train.passes):
+            generator = counted_generator(ITEMS, self.recipe.run.seed, self.step, self.rank, turn)
+            parts = places[torch.randperm(len(places), generator=generator)].tensor_split(train.updates_per_step)
+            counts = torch.tensor([len(part) for part in parts], device=self.accelerator.device)
+            for part, total in zip(parts, self.accelerator.reduce(counts, "sum").tolist(), strict=True):
+                if total == 0:
+                    continue
+                if not self.tested:
+                    self._self_test(samples, part)
+                norms.append(self._update(samples, part, total, sums))
+                items += total
         figures = {name: value / items for name, value in self._summed(sums).items()} if items else {}
         return {
             "loss": figures.pop("loss", 0.0),
@@ -284,12 +295,14 @@ class Trainer:
         if self.main:
             about = {"name": recipe.name, "versions": versions(), "command": command_line(), "device": device}
             started = {"started": now()} if self.step == 0 else {"resumed": now()}
-            self.run_folder.update_info(**about, **started, parameters=counts)
+            self.run_folder.update_info(**about, **started, parameters=counts, finished=None, stopped=None)
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
 
     def _self_test(self, samples: Samples, places: torch.Tensor) -> None:
         self.tested = True
-        items = self.batch(samples, places[: self.recipe.train.micro_batch] if len(places) else torch.zeros(1, 2).long())
+        items = self.batch(
+            samples, places[: self.recipe.train.micro_batch] if len(places) else torch.zeros(1, 2).long()
+        )
         forwards = self.policy.forwards
         results = self_test(self.policy, self.recipe.algorithm, items, samples)
         self.policy.forwards = forwards
@@ -310,7 +323,7 @@ class Trainer:
         with self.averaged(), self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
             own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress)
         self.policy.forwards = forwards  # measuring is not part of the training budget
-        evaluated = self._gathered(own)
+        evaluated = own if self.world == 1 else gathered(own, settings.pictures)
         about = {
             "step": self.step,
             "minutes": self.minutes,
@@ -323,19 +336,6 @@ class Trainer:
             summary = self.run_folder.write_evaluation(f"step_{self.step:06d}", evaluated, about)
             self.display.evaluation(self.step, summary, about["seconds"])
         self.accelerator.wait_for_everyone()
-
-    def _gathered(self, own: Evaluated) -> Evaluated:
-        """The evaluation of all processes, in the order of the prompts."""
-        if self.world == 1:
-            return own
-        rows = gather_object(list(zip(own.rows, own.scores, strict=True)))
-        rows.sort(key=lambda pair: pair[0].index)
-        first = list(dict.fromkeys(row.index for row in own.rows))[: len(own.pictures)]
-        pictures = gather_object(list(zip(first, own.pictures, strict=True)))
-        pictures.sort(key=lambda pair: pair[0])
-        kept = [picture for _, picture in pictures[: self.recipe.evaluation.pictures]]
-        stacked = torch.stack(kept) if kept else torch.empty(0)
-        return Evaluated([row for row, _ in rows], [scores for _, scores in rows], stacked)
 
     def _checkpoint(self) -> None:
         if self.main:
@@ -383,25 +383,6 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - started
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM ends the run after its step, the second at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            self._stop_asked = True
-            self.display.say("stopping after this step; once more to stop at once (the last checkpoint stays)")
-            for kind in before:
-                signal.signal(kind, before[kind])
-
-        before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-        for kind in before:
-            signal.signal(kind, ask)
-        try:
-            yield
-        finally:
-            for kind, handler in before.items():
-                signal.signal(kind, handler)
 
 
 def train(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> Path:

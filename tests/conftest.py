@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from hypothesis import settings
 
 from flowalign.toyworld import pretraining
+
+# How long an example takes is the machine's business, not a property of the code.
+settings.register_profile("flowalign", deadline=None)
+settings.load_profile("flowalign")
 
 
 @pytest.fixture(scope="session")

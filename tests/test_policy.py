@@ -26,7 +26,9 @@ def settings(folder: Path, **changes: object) -> Model:
 
 
 def plain_pipeline(path: Path) -> StableDiffusion3Pipeline:
-    pipeline = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        path, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -182,7 +182,15 @@ def test_report_answers_whether_training_helped(run):
     assert "1 of the start-up self-tests failed" in page.text
     for prompt in PROMPTS:
         assert prompt in page.text
-    assert page.text.count("rollout 3.00 38 %") == 1
+
+
+def test_time_is_split_into_phases_and_evaluation(run):
+    path = run / "evaluations" / "step_000002.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 16.0}))
+    text = Page(write_report(run)).text
+    assert "rollout 0.2 3.00 25 %" in text  # 4 steps of 3 + 1 + 4 seconds, and 16 seconds
+    assert "evaluate 0.3 4.00 33 %" in text
+    assert "0.8 minutes with evaluation, of which 2.0 count as training; 400 transformer forwards" in text
 
 
 def test_mixed_outcome_warns_of_cheating(run):

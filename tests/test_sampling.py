@@ -159,7 +159,7 @@ means, spreads = st.floats(-3, 3), st.floats(0.4, 2)
 
 
 @pytest.mark.parametrize("dynamics", GAUSSIAN)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15)
 @given(mu=means, s=spreads, noise_level=st.floats(0.05, 1), start=st.floats(0.3, 0.9))
 def test_marginals_tend_to_the_flows_at_every_step_like_one_over_the_number_of_steps(
     dynamics, mu, s, noise_level, start
@@ -188,7 +188,9 @@ def test_marginals_of_correlated_data_tend_to_the_flows_too(dynamics, noise_leve
 
 
 def test_dance_sde_keeps_the_marginals_from_pure_noise_on():
-    worst = [marginal_errors("dance_sde", 0.7, grid(1.0, n), *one_dimension(1.5, 1.2))[1].abs().max() for n in (100, 400)]
+    worst = [
+        marginal_errors("dance_sde", 0.7, grid(1.0, n), *one_dimension(1.5, 1.2))[1].abs().max() for n in (100, 400)
+    ]
     assert 3 < worst[0] / worst[1] < 6
 
 
@@ -200,10 +202,9 @@ def test_flow_sde_starts_from_pure_noise_with_an_excess_that_fades_as_the_grid_i
         first.append(error[0].item())
         later.append(error[steps // 2 - 1].item())
     assert first[1] == pytest.approx(noise_level**4 / 4, abs=0.001)
-    assert later[0] / later[1] == pytest.approx(2 ** noise_level**2, rel=0.02)
+    assert later[0] / later[1] == pytest.approx(2**noise_level**2, rel=0.02)
 
 
-@settings(deadline=None)
 @given(mu=means, s=st.floats(0, 2), noise_level=st.floats(0, 1), sigma=st.floats(0.05, 0.95))
 def test_a_cps_step_that_stays_loses_variance_in_closed_form(mu, s, noise_level, sigma):
     mean_error, error = marginal_errors("cps", noise_level, grid(sigma, 1, end=sigma), *one_dimension(mu, s))
@@ -212,7 +213,6 @@ def test_a_cps_step_that_stays_loses_variance_in_closed_form(mu, s, noise_level,
     assert error.item() == pytest.approx(-a * sigma**2 * (1 - c) ** 2 / (a + sigma**2), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(mu=means, noise_level=st.floats(0, 1), sigmas=st.lists(st.floats(0.01, 1), min_size=2, max_size=8, unique=True))
 def test_cps_keeps_the_marginals_of_a_single_picture_at_any_step_size(mu, noise_level, sigmas):
     schedule = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64)
@@ -263,7 +263,6 @@ def test_a_step_tends_to_the_odes_as_its_noise_goes_to_zero(dynamics):
     assert distances[0] / distances[1] == pytest.approx(100, rel=0.05)  # drift and noise are of second order
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 9))
 def test_ode_steps_are_exact_for_a_constant_velocity(start, end, steps):
     x, velocity = numbers(2, 3), numbers(2, 3, seed=1)
@@ -276,9 +275,17 @@ def test_ode_steps_are_exact_for_a_constant_velocity(start, end, steps):
 
 def test_sigma_max_stands_in_at_sigma_one_and_matters_nowhere_else():
     a, sigma_max, sigma_next = 0.7, 0.9, 0.8
-    step = any_step("flow_sde", noise_level=a, sigma=torch.tensor([1.0, 0.95, 0.5]), sigma_next=torch.tensor([0.8, 0.8, 0.4]), sigma_max=sigma_max)
+    step = any_step(
+        "flow_sde",
+        noise_level=a,
+        sigma=torch.tensor([1.0, 0.95, 0.5]),
+        sigma_next=torch.tensor([0.8, 0.8, 0.4]),
+        sigma_max=sigma_max,
+    )
     assert step.std.flatten()[0].item() == pytest.approx(a * math.sqrt(1 / (1 - sigma_max) * (1 - sigma_next)))
-    without = any_step("flow_sde", noise_level=a, sigma=torch.tensor([0.9, 0.95, 0.5]), sigma_next=torch.tensor([0.8, 0.8, 0.4]))
+    without = any_step(
+        "flow_sde", noise_level=a, sigma=torch.tensor([0.9, 0.95, 0.5]), sigma_next=torch.tensor([0.8, 0.8, 0.4])
+    )
     for ours, theirs in zip(step[1:], without[1:], strict=True):
         if ours is not step.log_prob:
             torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=0)
@@ -342,7 +349,10 @@ def test_rows_with_sigmas_of_their_own_equal_separate_calls(dynamics):
         torch.testing.assert_close(together.mean[row], alone.mean[0], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(together.next_sample[row], alone.next_sample[0], atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(together.log_prob[row], alone.log_prob[0], atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(ode_step(noise, noise, sigma, sigma_next)[1], ode_step(noise[1:2], noise[1:2], sigma[1].item(), sigma_next[1].item())[0])
+    torch.testing.assert_close(
+        ode_step(noise, noise, sigma, sigma_next)[1],
+        ode_step(noise[1:2], noise[1:2], sigma[1].item(), sigma_next[1].item())[0],
+    )
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
@@ -374,9 +384,9 @@ def test_the_log_probability_teaches_the_velocity(dynamics):
     """Its gradient is that of the residual: a step drawn above its mean pulls the mean up."""
     velocity = numbers(3, 2, 5, seed=1).requires_grad_()
     drawn = any_step(dynamics)
-    step = sde_step(velocity, numbers(3, 2, 5), 0.6, 0.5, dynamics=dynamics, noise_level=0.7, next_sample=drawn.next_sample)
+    step = sde_step(
+        velocity, numbers(3, 2, 5), 0.6, 0.5, dynamics=dynamics, noise_level=0.7, next_sample=drawn.next_sample
+    )
     (grad,) = torch.autograd.grad(step.log_prob.sum(), velocity, retain_graph=True)
     (slope,) = torch.autograd.grad(step.mean.sum(), velocity)
     assert torch.equal(grad.sign(), (slope * (drawn.next_sample - drawn.mean)).sign())
-
-

@@ -21,7 +21,7 @@ from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 from rewards import RewardError
 
-REWARDS = '''
+REWARDS = """
 import torch
 def brightness(media, prompts, metadata):
     return media.flatten(1).mean(1)
@@ -35,7 +35,7 @@ def short(media, prompts, metadata):
     return torch.zeros(len(media) - 1)
 def words(media, prompts, metadata):
     return ["good"] * len(media)
-'''
+"""
 
 
 @pytest.fixture
@@ -107,7 +107,9 @@ def test_a_run_leaves_everything_a_reader_needs(values: dict[str, Any]) -> None:
     assert "<html" in (folder / "report.html").read_text()
     info = json.loads((folder / "run.json").read_text())
     assert all(check["passed"] for check in info["self_test"])
-    assert info["versions"]["torch"] == torch.__version__.split("+")[0] or info["versions"]["torch"] == torch.__version__
+    assert (
+        info["versions"]["torch"] == torch.__version__.split("+")[0] or info["versions"]["torch"] == torch.__version__
+    )
     assert not list(folder.rglob(".partial*"))
 
 
@@ -121,7 +123,11 @@ def test_the_first_ratio_is_one_and_forwards_are_counted(values: dict[str, Any])
 
 def test_micro_batches_do_not_change_the_update(values: dict[str, Any]) -> None:
     one = metrics(quiet_train(changed(values, train={"micro_batch": 100, "steps": 2})))
-    many = metrics(quiet_train(changed(values, train={"micro_batch": 3, "steps": 2}, run={"folder": values["run"]["folder"] + "2"})))
+    many = metrics(
+        quiet_train(
+            changed(values, train={"micro_batch": 3, "steps": 2}, run={"folder": values["run"]["folder"] + "2"})
+        )
+    )
     for a, b in zip(one, many, strict=True):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert a["reward"]["total"] == pytest.approx(b["reward"]["total"], rel=1e-4)
@@ -214,7 +220,10 @@ def test_groups_without_spread_teach_nothing_and_break_nothing(values: dict[str,
 
 
 def test_a_zero_spread_group_leaves_the_others_their_update(values: dict[str, Any], tmp_path: Path) -> None:
-    half = "def half(media, prompts, metadata):\n    return [float(m.mean()) if 'two' in p else 0.0 for m, p in zip(media, prompts)]\n"
+    half = (
+        "def half(media, prompts, metadata):\n"
+        "    return [float(m.mean()) if 'two' in p else 0.0 for m, p in zip(media, prompts)]\n"
+    )
     (tmp_path / "half.py").write_text(half)
     rewards = {"half": {"load": f"{tmp_path / 'half.py'}:half"}}
     folder = quiet_train(changed(values, rewards=rewards, train={"steps": 2, "prompts_per_step": 4}))
@@ -278,7 +287,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(values: dict[str, Any]) -> 
     trainer.tested = True
     with torch.no_grad():
         next(iter(trainer.policy.trainable_parameters().values())).fill_(float("nan"))
-    with pytest.raises((UserError, RewardError), match="nan|NaN"):
+    with pytest.raises((UserError, RewardError), match=r"nan|NaN"):
         trainer.run()
 
 

@@ -46,6 +46,8 @@ class Algorithm(Section, ABC):
     """The settings of an algorithm and its loss. `needs` says what a rollout must keep for it."""
 
     needs: ClassVar[Literal["trajectory", "final"]]
+    name: str
+    """As a recipe gives it."""
 
     @abstractmethod
     def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:

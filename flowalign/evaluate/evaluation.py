@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 import rewards as zoo
 from flowalign.config import Evaluation, RewardSettings
@@ -89,9 +90,23 @@ def evaluate(
             progress=progress,
         )
         scores = score_all(rewards, samples.media, samples.prompts, samples.metadata)
-        for index in range(len(samples)):
-            scored.append({name: float(s.values[index]) for name, s in scores.items() if s.applies[index]})
+        scored += [
+            {name: float(s.values[index]) for name, s in scores.items() if s.applies[index]}
+            for index in range(len(samples))
+        ]
         expanded += samples.rows
         if sum(len(part) for part in pictures) < settings.pictures:
             pictures.append(samples.media[:: settings.images_per_prompt].cpu())
     return Evaluated(expanded, scored, torch.cat(pictures)[: settings.pictures] if pictures else torch.empty(0))
+
+
+def gathered(own: Evaluated, pictures: int) -> Evaluated:
+    """The evaluations of all processes as one, in the order of the prompts, with the first `pictures` pictures."""
+    pairs = gather_object(list(zip(own.rows, own.scores, strict=True)))
+    pairs.sort(key=lambda pair: pair[0].index)
+    shown = list(dict.fromkeys(row.index for row in own.rows))[: len(own.pictures)]
+    kept = gather_object(list(zip(shown, own.pictures, strict=True)))
+    kept.sort(key=lambda pair: pair[0])
+    images = [picture for _, picture in kept[:pictures]]
+    stacked = torch.stack(images) if images else torch.empty(0)
+    return Evaluated([row for row, _ in pairs], [scores for _, scores in pairs], stacked)

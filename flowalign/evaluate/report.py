@@ -97,10 +97,9 @@ def write_report(folder: Path) -> Path:
     Raises UserError when the folder is no run, has nothing to show yet, or holds a file that cannot be used.
     """
     folder = Path(folder)
-    contents = _contents(folder)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(contents)
+    page = environment.get_template("report.html.j2").render(_contents(folder))
     path = folder / "report.html"
     replace_text(path, page.encode("ascii", "xmlcharrefreplace").decode())
     return path
@@ -212,10 +211,9 @@ def _picture(path: Path, side: int) -> Row:
 
 def _phases(metrics: Sequence[Row], evaluations: Sequence[Row]) -> list[Row]:
     """The phases of training and the evaluations: minutes in all, seconds per training step, share of the time."""
-    spent: dict[str, float] = {}
     measured = [{"evaluate": row["seconds"]} for row in evaluations if "seconds" in row]
-    for seconds in [*(row["seconds"] for row in metrics), *measured]:
-        for name, value in seconds.items():
-            spent[name] = spent.get(name, 0.0) + value
+    timed = [*(row["seconds"] for row in metrics), *measured]
+    names = dict.fromkeys(name for seconds in timed for name in seconds)
+    spent = {name: sum(seconds.get(name, 0.0) for seconds in timed) for name in names}
     total, steps = sum(spent.values()) or 1.0, len(metrics) or math.nan
     return [{"name": n, "minutes": t / 60, "per_step": t / steps, "share": t / total} for n, t in spent.items()]

@@ -34,7 +34,8 @@ class SD3Policy(Policy):
         self.device = device
         self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
         self.max_sequence_length = model.max_sequence_length
-        self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=self.dtype, **_absent(path))
+        precision = {"vae": torch.float32, "default": self.dtype}  # a VAE in half precision shows in the pictures
+        self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=precision, **_absent(path))
         if model.adapter:
             self.pipeline.load_lora_weights(model.adapter)
             self.pipeline.fuse_lora()
@@ -42,11 +43,10 @@ class SD3Policy(Policy):
         for part in (self.pipeline.vae, self.pipeline.transformer, *self._text_encoders()):
             part.requires_grad_(False).eval()
         self.pipeline.to(device)
-        self.pipeline.vae.to(torch.float32)  # half precision shows in the pictures
         self.transformer = self.pipeline.transformer
         use_attention(self.transformer, model.attention, device, self.dtype)
         if model.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+            self.pipeline.transformer.enable_gradient_checkpointing()
         train_lora_or_all(self, model.lora, TARGETS, seed)
 
     def _text_encoders(self) -> list[torch.nn.Module]:
@@ -84,8 +84,9 @@ class SD3Policy(Policy):
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(channels, height / 8, width / 8) of the published models."""
-        factor = self.pipeline.vae_scale_factor
-        return (self.module.config.in_channels, height // factor, width // factor)  # type: ignore[union-attr, operator]
+        transformer: Any = self.module
+        factor: int = self.pipeline.vae_scale_factor
+        return (int(transformer.config.in_channels), height // factor, width // factor)
 
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
         """The pipeline's schedule, or the scheduler's shift of evenly spaced values."""

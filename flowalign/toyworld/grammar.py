@@ -76,10 +76,18 @@ def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]
 
 
 def words(held_out: bool) -> list[str]:
-    """The sign words of 3 to 5 letters, upper case; every fifth of the alphabetical list is held out."""
-    text = resources.files("flowalign.toyworld").joinpath("words.txt").read_text()
-    everything = sorted({word.upper() for word in text.split()})
-    return [word for index, word in enumerate(everything) if (index % 5 == 2) == held_out]
+    """The sign words of 3 to 5 capital letters; the held-out ones are in no picture or prompt that a model trains on.
+
+    Held out are every fifth word of the alphabetical list, and a second list.
+    """
+    first, second = (_word_file(name) for name in ("words.txt", "words_held_out.txt"))
+    chosen = [word for index, word in enumerate(first) if (index % 5 == 2) == held_out]
+    return chosen + second if held_out else chosen
+
+
+def _word_file(name: str) -> list[str]:
+    text = resources.files("flowalign.toyworld").joinpath(name).read_text()
+    return sorted({word.upper() for word in text.split()})
 
 
 def sign_prompt(lines: Sequence[str]) -> str:
@@ -88,16 +96,10 @@ def sign_prompt(lines: Sequence[str]) -> str:
 
 
 def split_signs(count: int, held_out: bool, seed: int = 0) -> list[str]:
-    """`count` sign prompts, half of one word and half of two, all different, from one side of the word list."""
-    rng = np.random.default_rng([seed, int(held_out)])
+    """`count` different sign prompts of one word, from one side of the word lists."""
     pool = words(held_out)
-    prompts: dict[str, None] = {}
-    for index in itertools.count():
-        if len(prompts) == count:
-            return list(prompts)
-        chosen = rng.choice(pool, size=1 + index % 2, replace=False)
-        prompts[sign_prompt(chosen)] = None
-    raise AssertionError("unreachable")
+    order = np.random.default_rng([seed, int(held_out)]).permutation(len(pool))
+    return [sign_prompt([pool[i]]) for i in order[:count]]
 
 
 def _background(rng: np.random.Generator) -> dict[str, Any]:
@@ -137,11 +139,11 @@ def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 def sign_scene(lines: Sequence[str], rng: np.random.Generator) -> Scene:
     """A random sign with these lines of at most 5 capital letters."""
-    ink = tuple(int(v) for v in rng.uniform(0, 75, size=3))
+    red, green, blue = (int(v) for v in rng.uniform(0, 75, size=3))
     slack = (SIZE - 12 * max(len(line) for line in lines)) // 2
     dx = int(rng.integers(-min(slack, 3), min(slack, 3) + 1))
     dy = int(rng.integers(-4, 5))
-    return Scene(lines=tuple(lines), ink=ink, offset=(dx, dy), **_background(rng))
+    return Scene(lines=tuple(lines), ink=(red, green, blue), offset=(dx, dy), **_background(rng))
 
 
 def random_lines(rng: np.random.Generator, pool: Sequence[str]) -> list[str]:

@@ -20,18 +20,21 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from flowalign.toyworld import grammar
 from flowalign.toyworld.render import SIZE, render
+from rewards.geneval import TASKS
 
 MAX_TOKENS = 20
 WIDTH = 128
 TEXT_WIDTH = 64
 PROMPT_DROPOUT = 0.1
+POOLED_DROPOUT = 0.5
+FOCUS_SIGNS = 0.35  # on top of the signs that are drawn anyway: about half
 
 Log = Callable[[str], None]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of the grammar's words; capital letters, quotes and the gap between two sign words are tokens."""
-    shapes = [row["prompt"] for task in grammar.TASKS for row in grammar.task_prompts(task)]
+    shapes = [row["prompt"] for task in TASKS for row in grammar.task_prompts(task)]
     pattern = r'[A-Z]|"|[a-z]+|(?<=[A-Z]) (?=[A-Z])'
     splitter = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     texts = [*shapes, grammar.sign_prompt([" ".join(grammar.LETTERS)])]
@@ -235,10 +238,20 @@ def train_transformer(
     steps: int,
     batch: int,
     decay: float,
+    focus: int,
+    single_words: int,
     log: Log,
 ) -> tuple[SD3Transformer2DModel, TextTower]:
-    """Flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2."""
+    """Flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2.
+
+    From step `focus` on, signs are seen more often and the pooled text is dropped from half of the examples: without
+    that the model drew the right number of letters but not the right letters. From step `single_words` on, the signs
+    that are added are those of one word.
+    """
     latents, ids = data
+    signs = (ids == tokenizer.convert_tokens_to_ids('"')).any(1)
+    words = (signs & ~(ids == tokenizer.convert_tokens_to_ids(" ")).any(1)).nonzero().flatten()
+    signs = signs.nonzero().flatten()
     torch.manual_seed(seed)
     transformer, text = make_transformer(), TextTower(tokenizer)
     optimizers = _optimizers(transformer, text)
@@ -255,6 +268,10 @@ def train_transformer(
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(latents), (batch,), generator=generator)
+        if step >= focus:  # half signs from here on
+            pool = signs if step < single_words else words
+            chosen = torch.randint(len(pool), (batch,), generator=generator)
+            rows = torch.where(torch.rand(batch, generator=generator) < FOCUS_SIGNS, pool[chosen], rows)
         x0, tokens = latents[rows].float(), ids[rows].long()
         dropped = torch.rand(batch, 1, generator=generator) < PROMPT_DROPOUT
         tokens = torch.where(dropped, empty, tokens)
@@ -262,7 +279,11 @@ def train_transformer(
         noise = torch.randn(x0.shape, generator=generator)
         x = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
         with torch.autocast("cpu", torch.bfloat16):
-            hidden, pooled = text(tokens)
+            hidden, pooled = text(torch.cat([tokens, empty]))
+            hidden, unsaid, pooled = hidden[:-1], pooled[-1:], pooled[:-1]
+            if step >= focus:  # the pooled text alone cannot spell: make the tokens carry the prompt
+                silent = torch.rand(batch, 1, generator=generator) < POOLED_DROPOUT
+                pooled = torch.where(silent, unsaid, pooled)
             velocity = transformer(x, hidden, pooled, sigma * 1000, return_dict=False)[0]
         loss = F.mse_loss(velocity.float(), noise - x0)
         loss.backward()
@@ -309,5 +330,5 @@ def write_prompts(folder: Path) -> None:
     for held_out, name in ((False, "train"), (True, "test")):
         shapes = grammar.split_shapes(per_task=86 if held_out else 200, held_out=held_out)
         (folder / f"shapes_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shapes))
-        signs = grammar.split_signs(512 if held_out else 1200, held_out)
+        signs = grammar.split_signs(512 if held_out else 720, held_out)
         (folder / f"words_{name}.txt").write_text("".join(sign + "\n" for sign in signs))

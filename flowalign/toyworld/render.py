@@ -92,7 +92,7 @@ def _glyph(letter: str) -> np.ndarray:
     """Coverage of one letter, (_LINE_HEIGHT, _CELL), condensed where it is wider than its cell."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
     font = ImageFont.truetype(str(path), 16 * _SUPERSAMPLING)
-    left, top, right, bottom = (int(v) for v in font.getbbox(letter, anchor="ls"))
+    left, _, right, _ = (int(v) for v in font.getbbox(letter, anchor="ls"))
     canvas = Image.new("L", (right - left, _LINE_HEIGHT * _SUPERSAMPLING))
     ImageDraw.Draw(canvas).text((-left, 17 * _SUPERSAMPLING), letter, font=font, fill=255, anchor="ls")
     width = min(round((right - left) / _SUPERSAMPLING), _CELL - 1)

@@ -101,8 +101,8 @@ def test_inputs_are_checked_before_any_reward_is_asked():
 
 
 def test_a_nan_from_one_of_several_rewards_is_an_error():
+    bad = as_reward(lambda media, prompts, metadata: [math.nan] * len(prompts), "bad")
     with pytest.raises(RewardError, match=r"'bad' scored item 0 .* as nan"):
-        bad = as_reward(lambda media, prompts, metadata: [math.nan] * len(prompts), "bad")
         score_all({"light": Brightness(), "bad": bad}, MEDIA, PROMPTS)
 
 

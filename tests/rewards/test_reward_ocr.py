@@ -4,7 +4,6 @@ import json
 import logging
 import random
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from rewards.combine import score_all
 from rewards.ocr import OCR, quoted_text, text_score
 from rewards.ocr_engine import ink_lines
 
-SHARED = Path(__file__).parents[3] / "shared"
 # Without words that the engine's model mistakes in this font and spacing: O for 0 and I for 1 in some of them.
 WORDS = [
     "CAT",
@@ -45,19 +43,14 @@ quotable = plain.filter(lambda text: text.strip(" "))
 # The score of what was read
 
 
-def test_scores_agree_with_the_published_ones():
-    path = SHARED / "golden" / "ocr_score.json"
-    if not path.exists():
-        pytest.skip("golden/ocr_score.json is absent")
-    for case in json.loads(path.read_text()):
+def test_scores_agree_with_the_published_ones(shared):
+    for case in json.loads((shared / "golden" / "ocr_score.json").read_text()):
         assert text_score(case["prompt"], case["recognised_lines"]) == case["score"], case
 
 
-def test_every_published_prompt_quotes_a_text():
-    path = SHARED / "data" / "ocr_prompts.txt"
-    if not path.exists():
-        pytest.skip("data/ocr_prompts.txt is absent")
-    assert all(quoted_text(prompt) for prompt in path.read_text().splitlines())
+def test_every_published_prompt_quotes_a_text(shared):
+    prompts = (shared / "data" / "ocr_prompts.txt").read_text().splitlines()
+    assert all(quoted_text(prompt) for prompt in prompts)
 
 
 @given(quotable, st.lists(plain, max_size=4), st.booleans())

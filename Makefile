@@ -1,0 +1,29 @@
+# `make demo` trains the embedded model; `make test` and `make lint` check a change.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test lint
+
+setup: .venv/installed
+
+# The stamp is older than pyproject.toml after a change to it, and then the installation is brought up to date.
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[test]'
+	touch $@
+
+demo: setup
+	rm -rf runs/demo
+	$(BIN)/flowalign train toyworld_ocr run.folder=runs/demo
+
+# Both parts run, whatever becomes of the first.
+test: setup
+	@status=0; \
+	$(BIN)/python -m pytest -m 'not slow' || status=1; \
+	$(BIN)/python -m pytest -m slow || status=1; \
+	exit $$status
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

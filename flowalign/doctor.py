@@ -1,0 +1,149 @@
+"""What works on this machine, and in a sentence why the rest does not: what `flowalign doctor` prints."""
+
+import importlib.metadata
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from huggingface_hub import constants as hub
+
+import rewards
+from flowalign.assets import asset
+from flowalign.data import BUNDLED
+from flowalign.policies.attention import use_attention
+from flowalign.runs import versions
+from flowalign.settings import UserError
+from flowalign.toyworld.render import Scene, render
+
+Row = tuple[str, bool, str]  # part, whether it works, and how or why not
+
+ATTENTION = ("native", "xformers", "flash")
+EXTRAS = ("xformers", "tensorboard", "wandb")
+WORD = "HELLO"
+ROOMY = 5  # GiB that a run with a few checkpoints of a large model's adapters may take
+_GIB = 2**30
+
+
+def diagnose() -> list[Row]:
+    """(part, whether it works, detail) for all that flowalign needs or can use here; takes a few seconds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [
+        _packages(),
+        *_devices(),
+        _bf16(device),
+        *(_attention(backend, device) for backend in ATTENTION),
+        _ocr(),
+        _assets("embedded model", ["toyworld/model"]),
+        _assets("bundled prompts", list(BUNDLED.values())),
+        _hub(),
+        _disk(),
+        *(_extra(name) for name in EXTRAS),
+    ]
+
+
+def _packages() -> Row:
+    return "packages", True, ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+def _devices() -> list[Row]:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / _GIB
+    cpu = ("CPU", True, f"{allowed} cores, {memory:.1f} GiB of memory")
+    if torch.cuda.is_available():
+        cards = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+        return [cpu, ("CUDA", True, ", ".join(f"{card.name}, {card.total_memory / _GIB:.1f} GiB" for card in cards))]
+    if torch.version.cuda is None:
+        return [cpu, ("CUDA", False, "this PyTorch is built without CUDA")]
+    return [
+        cpu,
+        ("CUDA", False, f"this PyTorch, built for CUDA {torch.version.cuda}, finds no graphics card or driver"),
+    ]
+
+
+def _bf16(device: torch.device) -> Row:
+    """How a matrix product compares with fp32's."""
+    size = 4096 if device.type == "cuda" else 512
+    try:
+        ratio = _seconds(size, torch.float32, device) / _seconds(size, torch.bfloat16, device)
+    except RuntimeError as error:
+        return "bf16", False, f"a product fails ({_first_line(error)}); set model.dtype=fp32"
+    if ratio > 1:
+        return "bf16", True, f"{ratio:.1f} times as fast as fp32 in a {size} x {size} product on {device.type}"
+    return "bf16", False, f"works, but {1 / ratio:.1f} times as slow as fp32 on {device.type}; set model.dtype=fp32"
+
+
+def _seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """The least time of a matrix product over a few tries, the first of them a warm-up."""
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = []
+    for _ in range(6):
+        synchronize()
+        started = time.perf_counter()
+        left @ right
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _attention(backend: str, device: torch.device) -> Row:
+    """Tried on a transformer of one small block, as a policy would set it."""
+    transformer = SD3Transformer2DModel(
+        sample_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=32, caption_projection_dim=32
+    )
+    try:
+        use_attention(transformer, backend, device, torch.bfloat16)
+    except UserError as error:
+        return f"attention {backend}", False, str(error).removeprefix("model.attention: ")
+    return f"attention {backend}", True, f"runs on {device.type} in bf16"
+
+
+def _ocr() -> Row:
+    """Finding and reading a word, on a picture large enough for both."""
+    picture = torch.from_numpy(render(Scene(lines=(WORD,)))).permute(2, 0, 1).float() / 255
+    picture = picture.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    try:
+        score = rewards.score(rewards.load("ocr"), picture[None], [f'a sign that says "{WORD}"']).item()
+    except rewards.RewardError as error:
+        return "OCR", False, str(error)
+    return "OCR", score == 1, f"a picture of the word {WORD} scores {score:.2f} of 1"
+
+
+def _assets(part: str, names: list[str]) -> Row:
+    """The first that is missing, or where they are."""
+    try:
+        places = [asset(name) for name in names]
+    except UserError as error:
+        return part, False, str(error)
+    return part, True, str(places[0] if len(places) == 1 else places[0].parent)
+
+
+def _hub() -> Row:
+    """By its settings alone: whether the network reaches it shows when a model is asked for."""
+    cache = Path(hub.HF_HUB_CACHE)
+    kept = f"the cache {cache} {'exists' if cache.is_dir() else 'does not exist yet'}"
+    if hub.HF_HUB_OFFLINE:
+        return "model hub", False, f"HF_HUB_OFFLINE is set: only cached models and local folders load; {kept}"
+    return "model hub", True, f"HF_HUB_OFFLINE is not set: hub ids are downloaded where the network allows; {kept}"
+
+
+def _disk() -> Row:
+    free = shutil.disk_usage(Path.cwd()).free / _GIB
+    few = "" if free >= ROOMY else f"; fewer than {ROOMY} may not hold a run's checkpoints"
+    return "disk", free >= ROOMY, f"{free:.1f} GiB free in {Path.cwd()}{few}"
+
+
+def _extra(name: str) -> Row:
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"extra {name}", False, f"not installed; add it with pip install 'flowalign[{name}]'"
+    return f"extra {name}", True, version
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

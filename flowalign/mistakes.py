@@ -1,0 +1,76 @@
+"""Turn a mistake in a recipe into one sentence: where it stands, what is wrong, what would be right."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from flowalign.algorithms import ALGORITHMS
+
+Keys = tuple[str, ...]
+_TYPE_TAGS = {"str", "tuple[str, ...]"}  # pydantic names the branch of a union in an error's place
+
+
+def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """The end of a sentence about an unknown name: the nearest known one, or all of them."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
+    """The line of every key of a YAML mapping."""
+    lines: dict[Keys, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, str(key.value))
+            lines[path] = key.start_mark.line + 1
+            lines |= key_lines(value, path)
+    return lines
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], path: Path, lines: Mapping[Keys, int], given: Mapping[Keys, str]
+) -> str:
+    """One sentence for the first mistake: where it stands, what is wrong, what would be right."""
+    first = error.errors()[0]
+    location = tuple(str(part) for part in first["loc"])
+    keys = tuple(part for part in location if part not in _TYPE_TAGS)
+    shown = ".".join(keys) or "the recipe"
+    override = next((text for where, text in given.items() if keys[: len(where)] == where), None)
+    line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
+    where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {shown!r}{nearest(keys[-1], _fields_at(model, keys[:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: {shown} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    value = f", not {first['input']!r}" if isinstance(first["input"], int | float | str | bool) else ""
+    if message.startswith("Input should"):
+        message = message.replace("Input should", "should", 1)
+        return f"{where}: {shown} {message}{value}"
+    return f"{where}: {shown}: {message}"
+
+
+def _fields_at(model: type[BaseModel], keys: Keys) -> list[str]:
+    """The keys that the section at this place knows."""
+    section = model
+    for key in keys:
+        if key == "algorithm":
+            return sorted({name for algorithm in ALGORITHMS.values() for name in algorithm.model_fields})
+        if key in section.model_fields:  # else a reward's own name, whose section is RewardSettings already
+            section = _section_of(section.model_fields[key].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The Section inside an annotation such as `Lora | None` or `dict[str, RewardSettings]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_of(part)
+        if found is not None:
+            return found
+    return None

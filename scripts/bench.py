@@ -1,0 +1,123 @@
+"""Where a training step's time goes: `python scripts/bench.py RECIPE [key=value ...]`.
+
+Prints images/s of rollout, items/s of training, milliseconds by phase, reward ms per image, the share of the step spent
+inside the transformer (its forwards, and the backward passes, which are the transformer's but for a few operations),
+peak memory, and how the time of a step grows with group size and denoising steps. Ratios within one run can be
+trusted; absolute times are this machine's.
+"""
+
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowalign.config import Recipe, load_recipe
+from flowalign.display import Display
+from flowalign.trainer import Trainer
+
+console = Console(highlight=False)
+
+
+class Stopwatch:
+    """Total seconds spent in the outermost of the functions it times."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+
+    def time(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self._depth += 1
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _synchronize()
+                self._depth -= 1
+                if self._depth == 0:
+                    self.seconds += time.perf_counter() - started
+
+        return timed
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
+    """Medians over `repeats` training steps after one to warm up."""
+    with tempfile.TemporaryDirectory() as folder:
+        changes = {"folder": f"{folder}/run", "trackers": ()}
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
+        trainer = Trainer(recipe, display=Display(quiet=True))
+        inside, decoding = Stopwatch(), Stopwatch()
+        trainer.policy.velocity = inside.time(trainer.policy.velocity)  # type: ignore[method-assign]
+        trainer.policy.decode = decoding.time(trainer.policy.decode)  # type: ignore[method-assign]
+        trainer.accelerator.backward = inside.time(trainer.accelerator.backward)  # type: ignore[method-assign]
+        trainer.tested = True
+        rows: list[dict[str, float]] = []
+        for repeat in range(repeats + 1):
+            inside.seconds = decoding.seconds = 0.0
+            started = time.perf_counter()
+            trainer._train_step()
+            whole = time.perf_counter() - started
+            if repeat:
+                row = {**trainer.seconds, "decode": decoding.seconds, "step": whole}
+                rows.append({**row, "transformer": inside.seconds})
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:
+    pictures, items = recipe.samples_per_step, recipe.items_per_step
+    table = Table("quantity", "value", title=recipe.name, title_justify="left")
+    table.add_row("rollout", f"{pictures / seconds['rollout']:.1f} images/s (decoding included)")
+    table.add_row("training", f"{items / seconds['train']:.1f} items/s")
+    table.add_row("reward", f"{1000 * seconds['reward'] / pictures:.2f} ms/image")
+    for phase in ("rollout", "decode", "reward", "train", "step"):
+        table.add_row(f"{phase} time", f"{1000 * seconds[phase]:.0f} ms")
+    table.add_row("inside the transformer", f"{seconds['transformer'] / seconds['step']:.1%} of the step")
+    if torch.cuda.is_available():
+        table.add_row("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device")
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        table.add_row("peak memory", f"{peak:.2f} GiB of the process")
+    return table
+
+
+def main(
+    recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")] = "toyworld_ocr",
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="steps measured")] = 3,
+    growth: Annotated[bool, typer.Option(help="also measure growth with group size and denoising steps")] = True,
+) -> None:
+    """Measure a recipe's training step."""
+    resolved = load_recipe(recipe, overrides or [])
+    base = measure(resolved, repeats)
+    console.print(_table(resolved, base))
+    if not growth:
+        return
+    table = Table("change", "step time", "of the recipe's", title="growth", title_justify="left")
+    cases = [(f"group size {resolved.train.group_size * k // 2}", "train.group_size", k) for k in (1, 4)]
+    cases += [(f"{resolved.rollout.steps * k // 2} denoising steps", "rollout.steps", k) for k in (1, 4)]
+    first, end = resolved.rollout.sde_window
+    for name, key, halves in cases:
+        value = (resolved.train.group_size if key == "train.group_size" else resolved.rollout.steps) * halves // 2
+        window = f"rollout.window=[{min(first, value - 1)}, {min(end, value - 1)}]"
+        changed = load_recipe(recipe, [*(overrides or []), f"{key}={value}", window])
+        seconds = measure(changed, repeats)
+        table.add_row(name, f"{1000 * seconds['step']:.0f} ms", f"{seconds['step'] / base['step']:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

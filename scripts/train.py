@@ -1,0 +1,8 @@
+"""`flowalign train` for several processes: `accelerate launch scripts/train.py RECIPE [KEY=VALUE ...] [--resume]`."""
+
+import sys
+
+from flowalign.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])
