@@ -18,20 +18,20 @@ def main(
     vae_steps: Annotated[int, typer.Option(help="autoencoder updates of 32 pictures")] = 1200,
     shards: Annotated[int, typer.Option(help="cached pictures, in units of 8,192")] = 24,
     shapes: Annotated[float, typer.Option(help="share of shape pictures; the rest are signs")] = 0.7,
-    steps: Annotated[int, typer.Option(help="transformer updates")] = 7500,
+    steps: Annotated[int, typer.Option(help="transformer updates")] = 7400,
     batch: Annotated[int, typer.Option(help="pictures per transformer update")] = 64,
     decay: Annotated[float, typer.Option(help="last part of the updates over which the rate falls to 0")] = 0.36,
-    focus: Annotated[int, typer.Option(help="update from which signs and single tokens are stressed")] = 3500,
-    single_words: Annotated[int, typer.Option(help="update from which those signs are of one word")] = 4000,
+    focus: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="updates from which spelling is stressed, with one word only, and no more"),
+    ] = (3500, 4000, 5500),
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = pretraining.make_tokenizer()
     pretraining.write_prompts(output.parent / "prompts")
     vae = pretraining.train_autoencoder(work, seed, vae_steps, batch=32, log=print)
     data = pretraining.cache_latents(work, vae, tokenizer, seed, shards, shapes, log=print)
-    transformer, text = pretraining.train_transformer(
-        work, data, tokenizer, seed, steps, batch, decay, focus, single_words, print
-    )
+    transformer, text = pretraining.train_transformer(work, data, tokenizer, seed, steps, batch, decay, focus, print)
     pretraining.assemble(output, vae, transformer, text, tokenizer)
     print(f"wrote {output}")
 

@@ -119,7 +119,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 def test_a_misspelt_bundled_name_is_answered_with_the_bundled_ones():
-    with pytest.raises(UserError, match="'toyworld/word_train': .*toyworld/words_train, toyworld/words_test"):
+    with pytest.raises(UserError, match=r"'toyworld/word_train': .*toyworld/words_train, toyworld/words_test"):
         load_prompts("toyworld/word_train")
 
 
@@ -134,7 +134,7 @@ def test_a_step_takes_different_prompts_of_the_list(length, data, seed, step):
     count = data.draw(st.integers(1, length))
     chosen = step_rows(rows(length), count, seed, step)
     assert len(chosen) == len({row.index for row in chosen}) == count
-    assert set(row.index for row in chosen) <= set(range(length))
+    assert {row.index for row in chosen} <= set(range(length))
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 10), st.integers(1, 4))

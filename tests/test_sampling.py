@@ -29,6 +29,7 @@ What comes out:
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -268,7 +269,7 @@ def test_ode_steps_are_exact_for_a_constant_velocity(start, end, steps):
     x, velocity = numbers(2, 3), numbers(2, 3, seed=1)
     schedule = grid(start, steps, end=end)
     state = x
-    for sigma, sigma_next in zip(schedule[:-1], schedule[1:], strict=True):
+    for sigma, sigma_next in pairwise(schedule):
         state = ode_step(velocity, state, sigma, sigma_next)
     torch.testing.assert_close(state, x + (end - start) * velocity, atol=1e-12, rtol=0)
 

@@ -303,3 +303,17 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
     a = [scores["brightness"] for scores in first.scores[2:]]
     assert a == pytest.approx([scores["brightness"] for scores in fewer.scores], rel=1e-4)
     assert first.pictures.shape == (2, 3, 64, 64)
+
+
+def test_the_loss_trace_of_flow_grpo_is_unchanged(values: dict[str, Any]) -> None:
+    """Numbers of an earlier run: a change that should not alter them must not."""
+    recipe = changed(values, algorithm={"kl_weight": 0.5}, train={"steps": 3, "passes": 2}, evaluation={"prompts": None})
+    kept = ("loss", "grad_norm")
+    trace = [
+        {**{key: line[key] for key in kept}, "reward": line["reward"]["total"], **line["figures"]}
+        for line in metrics(quiet_train(recipe))
+    ]
+    saved = json.loads((Path(__file__).parent / "traces" / "flow_grpo.json").read_text())
+    assert len(trace) == len(saved)
+    for line, expected in zip(trace, saved, strict=True):
+        assert line == pytest.approx(expected, rel=1e-2, abs=1e-6)

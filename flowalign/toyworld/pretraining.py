@@ -238,15 +238,13 @@ def train_transformer(
     steps: int,
     batch: int,
     decay: float,
-    focus: int,
-    single_words: int,
+    focus: tuple[int, int, int],
     log: Log,
 ) -> tuple[SD3Transformer2DModel, TextTower]:
     """Flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2.
 
-    From step `focus` on, signs are seen more often and the pooled text is dropped from half of the examples: without
-    that the model drew the right number of letters but not the right letters. From step `single_words` on, the signs
-    that are added are those of one word.
+    From step focus[0] to focus[2], signs are seen more often, those of one word from focus[1], and the pooled text is
+    dropped from half of the examples: without that the model drew the right number of letters but not the right ones.
     """
     latents, ids = data
     signs = (ids == tokenizer.convert_tokens_to_ids('"')).any(1)
@@ -268,8 +266,9 @@ def train_transformer(
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(latents), (batch,), generator=generator)
-        if step >= focus:  # half signs from here on
-            pool = signs if step < single_words else words
+        focused = focus[0] <= step < focus[2]
+        if focused:
+            pool = signs if step < focus[1] else words
             chosen = torch.randint(len(pool), (batch,), generator=generator)
             rows = torch.where(torch.rand(batch, generator=generator) < FOCUS_SIGNS, pool[chosen], rows)
         x0, tokens = latents[rows].float(), ids[rows].long()
@@ -281,7 +280,7 @@ def train_transformer(
         with torch.autocast("cpu", torch.bfloat16):
             hidden, pooled = text(torch.cat([tokens, empty]))
             hidden, unsaid, pooled = hidden[:-1], pooled[-1:], pooled[:-1]
-            if step >= focus:  # the pooled text alone cannot spell: make the tokens carry the prompt
+            if focused:  # the pooled text alone cannot spell: make the tokens carry the prompt
                 silent = torch.rand(batch, 1, generator=generator) < POOLED_DROPOUT
                 pooled = torch.where(silent, unsaid, pooled)
             velocity = transformer(x, hidden, pooled, sigma * 1000, return_dict=False)[0]
