@@ -228,7 +228,7 @@ def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, tokenizer):
         folder.mkdir(exist_ok=True)
         # So few steps are all warm-up: the learning rate does not know how many are to come.
         parts = train_transformer(
-            folder, data, tokenizer, seed=3, steps=steps, batch=4, decay=0.1, focus=1, single_words=2, log=print
+            folder, data, tokenizer, seed=3, steps=steps, batch=4, decay=0.1, focus=(1, 2, 3), log=print
         )
         return [part.state_dict() for part in parts]
 
