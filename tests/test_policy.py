@@ -200,3 +200,14 @@ def test_a_folder_that_is_no_supported_pipeline_is_refused(tmp_path: Path) -> No
     (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
     with pytest.raises(UserError, match="is a OtherPipeline; supported are StableDiffusion3Pipeline"):
         load_policy(Model(path=str(tmp_path)))
+
+
+def test_shared_noise_leaves_only_the_stochastic_steps_to_tell_members_apart(tiny_model: Path) -> None:
+    policy = load_policy(settings(tiny_model))
+    sampler = Rollout(steps=3, window=(0, 1), shared_noise=True)
+    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep_trajectory=True)
+    assert drawn.trajectory is not None
+    starts = drawn.trajectory.states[:, 0]
+    assert torch.equal(starts[0::2], starts[1::2])
+    assert not torch.equal(starts[0], starts[2])
+    assert len(torch.unique(drawn.latents.flatten(1), dim=0)) == 6
