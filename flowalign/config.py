@@ -16,7 +16,8 @@ from flowalign.settings import Section, UserError
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -129,7 +130,7 @@ class Train(Section):
     """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     """Of AdamW."""
     warmup_updates: NotNegative = 0
     """Updates over which the learning rate rises linearly."""
@@ -184,7 +185,7 @@ class Run(Section):
 class Recipe(Section):
     """Everything that decides a run."""
 
-    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(min_length=1, pattern=r"^\w[\w.-]*$")]
     """The run's name, and its folder's."""
     model: Model = Model()
     prompts: str | tuple[str, ...]
@@ -284,8 +285,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = bundled_recipes().get(str(source), Path(source))
     try:
-        text = path.read_text()
-    except OSError as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         known = nearest(str(source), bundled_recipes())
         raise UserError(f"no recipe {str(source)!r}: neither a readable file nor a bundled name{known}") from error
     try:

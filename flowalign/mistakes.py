@@ -35,11 +35,15 @@ def explain(
     error: ValidationError, model: type[BaseModel], path: Path, lines: Mapping[Keys, int], given: Mapping[Keys, str]
 ) -> str:
     """One sentence for the first mistake: where it stands, what is wrong, what would be right."""
-    first = error.errors()[0]
+    # An unknown key first: it is often why another one is missing.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     location = tuple(str(part) for part in first["loc"])
     keys = tuple(part for part in location if part not in _TYPE_TAGS)
     shown = ".".join(keys) or "the recipe"
-    override = next((text for where, text in given.items() if keys[: len(where)] == where), None)
+    override = next(
+        (text for where, text in given.items() if keys and (keys[: len(where)] == where or where[: len(keys)] == keys)),
+        None,
+    )
     line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
     where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
     if first["type"] == "extra_forbidden":

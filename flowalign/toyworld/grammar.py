@@ -76,9 +76,9 @@ def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]
 
 
 def words(held_out: bool) -> list[str]:
-    """The sign words of 3 to 5 capital letters; the held-out ones are in no picture or prompt that a model trains on.
+    """The sign words of 3 to 5 capital letters; the held-out ones are in no prompt that a model trains on.
 
-    Held out are every fifth word of the alphabetical list, and a second list.
+    Held out are every fifth word of the alphabetical list, and a second list; random letters may still spell one.
     """
     first, second = (_word_file(name) for name in ("words.txt", "words_held_out.txt"))
     chosen = [word for index, word in enumerate(first) if (index % 5 == 2) == held_out]
