@@ -37,7 +37,7 @@ def train(
         console.print(dump_recipe(resolved), markup=False)
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
-    _quiet_libraries()
+    quiet_libraries()
     from flowalign.interrupt import Interrupted
     from flowalign.trainer import Trainer
 
@@ -65,7 +65,7 @@ def sample(
     seed: int = 0,
 ) -> None:
     """Draw pictures."""
-    _quiet_libraries()
+    quiet_libraries()
     from flowalign.config import Model, Sampler
     from flowalign.data import Row
     from flowalign.policies.loading import load_policy, toyworld_model
@@ -122,7 +122,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Measure a model on a recipe's held-out prompts."""
-    _quiet_libraries()
+    quiet_libraries()
     from flowalign.config import load_recipe
     from flowalign.display import summary_table
     from flowalign.runs import RunFolder
@@ -184,11 +184,14 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to 
 @app.command()
 def doctor() -> None:
     """Say what works on this machine, and why not."""
+    quiet_libraries()
+    from rich.markup import escape
+
     from flowalign.doctor import diagnose
 
     table = Table("part", "state", "detail")
     for part, works, detail in diagnose():
-        table.add_row(part, "[green]works[/]" if works else "[yellow]not here[/]", detail)
+        table.add_row(part, "[green]works[/]" if works else "[yellow]not here[/]", escape(detail))
     console.print(table)
 
 
@@ -211,7 +214,7 @@ def _print_gain(folder: Path) -> None:
     console.print(table)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """The loading bars and notices of the model libraries say nothing that a user of ours can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import diffusers

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowalign.cli import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.display import Display
 from flowalign.trainer import Trainer
@@ -101,21 +102,21 @@ def main(
     growth: Annotated[bool, typer.Option(help="also measure growth with group size and denoising steps")] = True,
 ) -> None:
     """Measure a recipe's training step."""
+    quiet_libraries()
     resolved = load_recipe(recipe, overrides or [])
     base = measure(resolved, repeats)
     console.print(_table(resolved, base))
     if not growth:
         return
     table = Table("change", "step time", "of the recipe's", title="growth", title_justify="left")
-    cases = [(f"group size {resolved.train.group_size * k // 2}", "train.group_size", k) for k in (1, 4)]
-    cases += [(f"{resolved.rollout.steps * k // 2} denoising steps", "rollout.steps", k) for k in (1, 4)]
-    first, end = resolved.rollout.sde_window
-    for name, key, halves in cases:
-        value = (resolved.train.group_size if key == "train.group_size" else resolved.rollout.steps) * halves // 2
-        window = f"rollout.window=[{min(first, value - 1)}, {min(end, value - 1)}]"
+    group, steps = resolved.train.group_size, resolved.rollout.steps
+    cases = [("train.group_size", max(2, group // 2)), ("train.group_size", 2 * group)]
+    cases += [("rollout.steps", 2 * steps), ("rollout.steps", 4 * steps)]
+    for key, value in cases:
+        window = f"rollout.window={list(resolved.rollout.sde_window)}"
         changed = load_recipe(recipe, [*(overrides or []), f"{key}={value}", window])
         seconds = measure(changed, repeats)
-        table.add_row(name, f"{1000 * seconds['step']:.0f} ms", f"{seconds['step'] / base['step']:.2f}")
+        table.add_row(f"{key}={value}", f"{1000 * seconds['step']:.0f} ms", f"{seconds['step'] / base['step']:.2f}")
     console.print(table)
 
 

@@ -181,7 +181,7 @@ def test_an_explicit_backend_equals_the_default(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": "xformers"}, "model.attention: xformers cannot run on cpu here"),
+        ({"attention": "xformers"}, r"model\.attention: xformers cannot run on cpu here .*flowalign\[xformers\]"),
         ({"attention": "fast"}, "unknown backend 'fast'"),
         ({"lora": Lora(targets=("nothing",))}, "no module of the transformer ends in nothing"),
         ({"path": "/no/such/folder"}, "does not exist"),

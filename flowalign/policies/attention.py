@@ -1,6 +1,7 @@
 """Attention backends. diffusers' SD3 processor calls PyTorch's attention directly and ignores the dispatcher; this one
 asks it."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -62,5 +63,6 @@ def use_attention(transformer: Any, backend: str, device: torch.device, dtype: t
     except (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         transformer.set_attention_backend("native")
         why = str(error).strip().splitlines()[0].rstrip(".")
-        hint = "; install it with pip install 'flowalign[xformers]'" if isinstance(error, ImportError) else ""
+        missing = backend == "xformers" and importlib.util.find_spec("xformers") is None
+        hint = "; install it with pip install 'flowalign[xformers]'" if missing else ""
         raise UserError(f"model.attention: {backend} cannot run on {device.type} here ({why}){hint}") from error
