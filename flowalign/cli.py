@@ -1,5 +1,6 @@
 """The command line: `flowalign train sample score eval report recipes doctor`."""
 
+import errno
 import json
 import os
 import shutil
@@ -231,6 +232,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
     except (UserError, RewardError) as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        text = f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}; mend that, then use --resume"
+        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

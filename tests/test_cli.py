@@ -1,5 +1,6 @@
 """The command line: what a person types, and what a wrong word answers."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def test_a_bad_prompt_line_is_named_by_number(failing, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a star"}\n{"prompt": \n')
     assert "bad.jsonl, line 2: not JSON" in failing("train", "toyworld_ocr", "prompts=bad.jsonl")
+
+
+def test_a_full_disk_is_one_sentence(failing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(folder: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "report.html"))
+
+    monkeypatch.setattr("flowalign.evaluate.report.write_report", full)
+    assert "No space left on device; mend that" in failing("report", str(tmp_path))
 
 
 def test_an_unwritable_run_folder_is_named(failing, tmp_path: Path, tiny_model: Path, monkeypatch) -> None:
