@@ -1,6 +1,8 @@
 # `make demo` trains the embedded model; `make test` and `make lint` check a change.
 PYTHON ?= python3
 BIN := .venv/bin
+# Threads that wait asleep: spinning ones slow everything down tenfold when another program wants a core.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: setup demo test lint
 

@@ -1,10 +1,42 @@
 """How much better a sample is than the other samples of its prompt. Pure functions of (N,) tensors."""
 
+from typing import Literal, NamedTuple
+
 import torch
+
+Scale = Literal["global", "group", "none"]
+
+
+class Scored(NamedTuple):
+    """The rewards of N samples: their weighted total, and each reward apart with where it applies."""
+
+    total: torch.Tensor  # (N,)
+    values: torch.Tensor  # (K, N)
+    applies: torch.Tensor  # (K, N) bool
+    weights: torch.Tensor  # (K,)
+    names: tuple[str, ...]
+    previews: torch.Tensor | None = None  # (N, T), totals of the one-step predictions after each of T denoising steps
+
+    def shares(self, teaches: torch.Tensor) -> torch.Tensor:
+        """(K, N): 0 where a reward does not apply, elsewhere 1 / the share of the samples that teach to which it does.
+
+        The mean of share times loss over those samples is then a reward's mean loss where it applies.
+        """
+        fractions = self.applies[:, teaches].float().mean(1, keepdim=True)
+        return torch.where(self.applies, 1 / fractions, torch.zeros_like(fractions))
 
 
 def _group_sums(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add_(0, index, values)
+
+
+def _centred(values: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values less their group's mean, and the population standard deviation of each one's group; both (N,)."""
+    _, index = torch.unique(groups, return_inverse=True)
+    count = int(index.max()) + 1 if len(index) else 0
+    sizes = _group_sums(torch.ones_like(values), index, count)
+    centred = values - (_group_sums(values, index, count) / sizes)[index]
+    return centred, (_group_sums(centred**2, index, count) / sizes).sqrt()[index]
 
 
 def group_advantages(
@@ -17,16 +49,56 @@ def group_advantages(
     per-prompt statistics.
     """
     values = rewards.double()
-    _, index = torch.unique(groups, return_inverse=True)
-    count = int(index.max()) + 1 if len(index) else 0
-    sizes = _group_sums(torch.ones_like(values), index, count)
-    means = _group_sums(values, index, count) / sizes
-    centred = values - means[index]
+    centred, std = _centred(values, groups)
     if global_std:
         std = values.std(correction=0)
-    else:
-        std = (_group_sums(centred**2, index, count) / sizes).sqrt()[index]
     return (centred / (std + eps)).float()
+
+
+def advantages(rewards: torch.Tensor, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """`group_advantages` divided by the group's or the global deviation, or by none (Dr. GRPO, Liu et al. 2025)."""
+    if scale == "none":
+        return _centred(rewards.double(), groups)[0].float()
+    return group_advantages(rewards, groups, global_std=scale == "global")
+
+
+def reward_advantages(scored: Scored, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """(N, K): the advantages of each reward apart, over the samples to which it applies; 0 for the others."""
+    columns = torch.zeros(scored.values.shape, device=scored.total.device)
+    for column, values, applies in zip(columns, scored.values, scored.applies, strict=True):
+        if applies.any():
+            column[applies] = advantages(values[applies], groups[applies], scale)
+    return columns.T
+
+
+def summed_advantages(scored: Scored, groups: torch.Tensor, scale: Scale, eps: float = 1e-4) -> torch.Tensor:
+    """(N,): the weighted sum of each reward's own advantages, then divided by its deviation over all samples.
+
+    A reward of little spread counts as much as one of large spread. Source: GDPO (decoupled normalisation), as
+    Flow-Factory's advantage processor computes it.
+    """
+    total = (reward_advantages(scored, groups, scale) * scored.weights).sum(1).double()
+    return ((total - total.mean()) / (total.std(correction=0) + eps)).float()
+
+
+def value_advantages(
+    rewards: torch.Tensor, groups: torch.Tensor, *, discount: float, absolute: float, eps: float = 1e-4
+) -> torch.Tensor:
+    """VGPO's dense advantages (N, T) of the rewards (N, T) of one-step predictions after each of T denoising steps.
+
+    Q_t = sum_k discount^k R_{t+k}, from the step to the end of the rollout; w_t = Q_t / mean_t Q_t;
+    A_t = w_t ((Q_t - group mean) / (group std + eps) + absolute Q_t). With `absolute` > 0 a group of equal rewards
+    still teaches. Source: VGPO (2512.12387, eq. 10-11); the form of eq. 12-13 is derived from their description. Raises
+    ValueError for a reward below 0, since w_t is a ratio of them.
+    """
+    if (rewards < 0).any():
+        raise ValueError("VGPO weighs steps by their values, so its rewards must be at least 0")
+    values = rewards.double().clone()
+    for step in reversed(range(values.shape[1] - 1)):
+        values[:, step] += discount * values[:, step + 1]
+    weights = values / values.mean(1, keepdim=True).clamp(min=eps)
+    relative = torch.stack([group_advantages(column, groups, eps=eps) for column in values.T], dim=1)
+    return (weights * (relative + absolute * values)).float()
 
 
 def has_spread(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

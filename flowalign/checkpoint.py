@@ -33,9 +33,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, counters: Mapping[str, Any], keep: int
+    folder: Path,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    memory: Mapping[str, torch.Tensor],
+    counters: Mapping[str, Any],
+    keep: int,
 ) -> Path:
-    """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`.
+    """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`; `memory` is the algorithm's.
 
     Raises UserError when the disk does not take it; older checkpoints are then untouched.
     """
@@ -51,6 +56,7 @@ def save_checkpoint(
         save_file(policy.trainable_state(), partial / "weights.safetensors")
         save_file(snapshots, partial / "snapshots.safetensors")
         save_file(state, partial / "optimizer.safetensors")
+        save_file(dict(memory), partial / "algorithm.safetensors")
         (partial / "state.json").write_text(json.dumps({"counters": dict(counters), "optimizer": groups}))
         for path in [*partial.iterdir(), partial]:
             _sync(path)
@@ -67,8 +73,10 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put weights, snapshots and optimizer back and return the counters.
+def load_checkpoint(
+    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, memory: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Put weights, snapshots, optimizer and the algorithm's memory back and return the counters.
 
     Raises UserError for a checkpoint that is damaged or of another model.
     """
@@ -76,6 +84,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         contents = json.loads((path / "state.json").read_text())
         _load_policy_state(path, policy)
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"), contents["optimizer"])
+        memory |= load_file(path / "algorithm.safetensors")
     counters: dict[str, Any] = contents["counters"]
     return counters
 
@@ -105,6 +114,7 @@ def _load_policy_state(path: Path, policy: Policy) -> None:
     for name, tensor in load_file(path / "snapshots.safetensors", device=str(policy.device)).items():
         snapshot, key = name.split(_SEPARATOR, 1)
         policy.snapshots.setdefault(snapshot, {})[key] = tensor
+    policy.find_current()
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:

@@ -1,13 +1,15 @@
-"""The command line: `flowalign train sample score eval report recipes doctor`."""
+"""The command line: `flowalign train compare collect sample score eval report recipes doctor`."""
 
 import errno
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -39,15 +41,51 @@ def train(
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     quiet_libraries()
-    from flowalign.interrupt import Interrupted
     from flowalign.trainer import Trainer
 
-    try:
+    with _interruptible():
         folder = Trainer(resolved, resume=resume).run()
-    except Interrupted as stopped:
-        console.print(str(stopped))
-        raise typer.Exit(130) from None
     _print_gain(folder)
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="bundled recipes' names or YAML files")],
+    budget: Annotated[float, typer.Option(metavar="MINUTES", help="training minutes of every run")],
+    seeds: Annotated[str, typer.Option(help="every recipe is trained with each of them, such as 1,2,3")] = "0",
+    output: Annotated[Path, typer.Option(help="folder for the runs and the comparison")] = Path("runs/comparison"),
+    target: Annotated[float | None, typer.Option(help="a reward whose price in minutes and forwards is asked")] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="the held-out reward that ranks; the default is the evaluation's first")
+    ] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a change to every recipe; repeatable")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="keep finished runs, go on with the others")] = False,
+) -> None:
+    """Train recipes under one budget, from the same model, prompts and seeds, and write one report of them."""
+    quiet_libraries()
+    from flowalign.evaluate import compare as comparison
+    from flowalign.evaluate.compare_page import leaderboard, legend
+
+    with _interruptible():
+        result = comparison.compare(
+            recipes,
+            budget,
+            output,
+            seeds=comparison.parse_seeds(seeds),
+            reward=reward,
+            target=target,
+            overrides=changes or [],
+            resume=resume,
+        )
+    columns, rows = leaderboard(result)
+    shown = [place for place, name in enumerate(columns) if name in ("recipe", "after", "gain") or " to " in name]
+    table = Table(*(columns[place] for place in shown))
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
+    console.print(table)
+    console.print(f"{legend(result)}\nwrote comparison.json, .md and .html into {output}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -94,16 +132,47 @@ def sample(
 
 
 @app.command()
+def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:
+    """Draw and score groups into the recipe's store; what is there already is kept."""
+    quiet_libraries()
+    from flowalign.config import load_recipe
+    from flowalign.scoring import collect_recipe
+
+    store = collect_recipe(load_recipe(recipe, overrides or []), _device())
+    table = Table("reward", "mean", "std", title=f"{store.path}: {len(store)} prompts", title_justify="left")
+    for name, values in store.rewards.items():
+        known = values[~np.isnan(values)]
+        table.add_row(name, f"{known.mean():.4f}", f"{known.std():.4f}")
+    console.print(table)
+
+
+@app.command()
 def score(
     reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name or package.module:Name")],
-    images: Annotated[Path, typer.Option(help="folder of PNG or JPEG files, taken in the order of their names")],
-    prompts: Annotated[Path, typer.Option(help=".txt or .jsonl, a line for each image")],
+    images: Annotated[
+        Path | None, typer.Option(help="folder of PNG or JPEG files, in the order of their names")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help=".txt or .jsonl, a line for each image")] = None,
+    store: Annotated[Path | None, typer.Option(help="in place of images: a store of groups, which keeps them")] = None,
+    name: Annotated[str | None, typer.Option(help="the reward's name in the store; the default is its own")] = None,
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
-    """Score pictures with a reward."""
-    from flowalign.scoring import read_images, score_images, write_scores
+    """Score pictures, or the groups of a store, with a reward."""
+    from flowalign.scoring import read_images, rescore_store, score_images, write_scores
 
+    if store is not None:
+        if images or prompts or output:
+            raise UserError(
+                "--store holds pictures and prompts and keeps the scores; leave --images, --prompts, --output out"
+            )
+        values = rescore_store(store, reward, option or [], name)
+        console.print(f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} pictures, now in {store}")
+        return
+    if images is None or prompts is None:
+        raise UserError("give --images and --prompts, or --store")
+    if name is not None:
+        raise UserError("--name is the reward's name in a store; give --store with it")
     rows, paths = read_images(images, prompts)
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise UserError(f"--output {output}: use a .csv or .jsonl file")
@@ -194,6 +263,18 @@ def doctor() -> None:
     for part, works, detail in diagnose():
         table.add_row(part, "[green]works[/]" if works else "[yellow]not here[/]", escape(detail))
     console.print(table)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """A run that was asked to stop says so and ends with the exit code of Ctrl-C."""
+    from flowalign.interrupt import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        console.print(str(stopped))
+        raise typer.Exit(130) from None
 
 
 def _device() -> str:

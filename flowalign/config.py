@@ -6,11 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from flowalign.algorithms import ALGORITHMS, Algorithm
 from flowalign.mistakes import Keys, explain, key_lines, nearest
+from flowalign.sampling.noise import WINDOW, counted_generator
 from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section, UserError
 
@@ -64,17 +66,25 @@ class Sampler(Section):
     """Classifier-free guidance; 1 is without, and costs half."""
     grid: Literal["model", "uniform"] = "model"
     """The scheduler's own sigmas, or evenly spaced ones (before its shift) that skip its nearly empty last step."""
+    solver: Literal["euler", "dpm++"] = "euler"
+    """Of the ODE: Euler, or DPM-Solver++ (2M) for good pictures in few steps."""
 
 
 class Rollout(Sampler):
     """How the pictures to learn from are drawn."""
 
-    dynamics: Dynamics = "flow_sde"
-    """The stochastic step: flow_sde, dance_sde or cps."""
-    noise_level: Annotated[float, Field(gt=0)] = 0.7
-    """Its noise: a of flow_sde, eta of dance_sde, a in (0, 1) of cps."""
+    dynamics: Literal[Dynamics, "ode"] = "flow_sde"
+    """The stochastic step: flow_sde, dance_sde, cps or memoryless; ode is the default where no trajectory is needed."""
+    noise_level: Annotated[float, Field(gt=0)] | None = 0.7
+    """Its noise: a of flow_sde, eta of dance_sde, a in (0, 1) of cps; none for memoryless and ode."""
     window: tuple[NotNegative, NotNegative] | None = None
     """First stochastic step and the one after the last; all others are ODE steps. Null: all but the last."""
+    window_size: Positive | None = None
+    """Only so many steps of the window are stochastic at a time; null: all of them."""
+    window_moves: Literal["random", "sliding"] = "random"
+    """Where these are: drawn anew for every training step, or sliding on by one (MixGRPO)."""
+    window_interval: Positive = 25
+    """Training steps after which a sliding window moves."""
     shared_noise: bool = False
     """All pictures of a prompt start from the same noise and differ by their stochastic steps alone."""
     batch: Positive = 64
@@ -85,16 +95,48 @@ class Rollout(Sampler):
         first, end = self.sde_window
         if not first < end <= self.steps:
             raise ValueError(f"window [{first}, {end}] must lie within the {self.steps} steps and hold one at least")
-        if self.dynamics == "cps" and end == self.steps:
-            raise ValueError(f"window must end before step {self.steps}, where a cps step has no noise")
-        if self.dynamics == "cps" and self.noise_level >= 1:
+        if self.window_size and self.window_size > end - first:
+            raise ValueError(
+                f"window_size {self.window_size} exceeds the {end - first} steps of window [{first}, {end}]"
+            )
+        if self.dynamics in ("cps", "memoryless") and end == self.steps:
+            raise ValueError(f"window must end before step {self.steps}, where a {self.dynamics} step has no noise")
+        if self.dynamics == "cps" and not (self.noise_level and self.noise_level < 1):
             raise ValueError("noise_level of cps must be below 1")
+        if self.dynamics in ("memoryless", "ode"):
+            if self.noise_level and "noise_level" in self.model_fields_set:
+                raise ValueError(f"dynamics {self.dynamics} takes no noise_level; leave it out")
+            object.__setattr__(self, "noise_level", None)
+        elif self.noise_level is None:
+            raise ValueError(f"dynamics {self.dynamics} needs a noise_level")
+        if self.shared_noise and self.dynamics == "ode":
+            raise ValueError("shared_noise makes the pictures of a prompt all alike with dynamics ode; leave it out")
+        if self.solver != "euler" and self.dynamics != "ode":
+            raise ValueError(f"solver {self.solver} follows the ODE; it cannot take stochastic steps ({self.dynamics})")
         return self
 
     @property
     def sde_window(self) -> tuple[int, int]:
-        """The stochastic steps as [first, end)."""
+        """The steps that may be stochastic, as [first, end)."""
         return self.window or (0, max(self.steps - 1, 1))
+
+    @property
+    def window_length(self) -> int:
+        """How many steps are stochastic at a time."""
+        first, end = self.sde_window
+        return self.window_size or end - first
+
+    def window_at(self, seed: int, step: int) -> tuple[int, int]:
+        """The stochastic steps [first, end) of a training step, the same for all its samples; none for the ODE."""
+        first, end = self.sde_window
+        if self.dynamics == "ode":
+            return first, first
+        places = end - first - self.window_length + 1
+        if self.window_moves == "sliding":
+            first += (step // self.window_interval) % places
+        else:
+            first += int(torch.randint(places, (), generator=counted_generator(WINDOW, seed, step)))
+        return first, first + self.window_length
 
 
 class RewardSettings(Section):
@@ -182,6 +224,17 @@ class Run(Section):
     """Accelerate trackers to log to as well."""
 
 
+class Collect(Section):
+    """How `flowalign collect` fills the store, with the rollout's sampler."""
+
+    prompts: Positive | None = None
+    """The first so many prompts of the list; null: all."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Pictures of each prompt."""
+    shard_prompts: Positive = 32
+    """Prompts drawn and written at once; what a kill can cost."""
+
+
 class Recipe(Section):
     """Everything that decides a run."""
 
@@ -192,10 +245,27 @@ class Recipe(Section):
     """Prompt list(s) to train on: bundled names, .txt or .jsonl files."""
     rewards: Rewards
     algorithm: SerializeAsAny[Algorithm]
+    store: str | None = None
+    """A store of groups to learn from in place of rollouts (`flowalign collect` makes one)."""
+    collect: Collect = Collect()
     rollout: Rollout = Rollout()
     train: Train = Train()
     evaluation: Evaluation = Evaluation()
     run: Run = Run()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ode_where_no_trajectory_is_needed(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        given, rollout = values.get("algorithm"), values.get("rollout", {})
+        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", given)
+        kind = ALGORITHMS.get(name) if isinstance(name, str) else None
+        if isinstance(rollout, Rollout):
+            rollout = rollout.model_dump(include=rollout.model_fields_set)
+        if kind is None or kind.needs != "final" or not isinstance(rollout, Mapping) or "dynamics" in rollout:
+            return values
+        return {**values, "rollout": {**rollout, "dynamics": "ode"}}
 
     @field_validator("rewards", mode="before")
     @classmethod
@@ -223,6 +293,16 @@ class Recipe(Section):
         return ALGORITHMS[name].model_validate(settings)
 
     @model_validator(mode="after")
+    def _parts_agree(self) -> "Recipe":
+        if self.algorithm.needs == "trajectory" and self.rollout.dynamics == "ode":
+            raise ValueError(f"rollout.dynamics ode leaves no stochastic step to {self.algorithm.name}")
+        if self.store is not None and not self.algorithm.offline:
+            able = ", ".join(name for name, kind in ALGORITHMS.items() if kind.offline)
+            raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
+        self.algorithm.check(self.rollout, self.train, len(self.rewards))
+        return self
+
+    @model_validator(mode="after")
     def _items_suffice(self) -> "Recipe":
         if self.train.updates_per_step > self.items_per_step:
             raise ValueError(
@@ -238,9 +318,8 @@ class Recipe(Section):
 
     @property
     def items_per_step(self) -> int:
-        """Pictures times trained denoising steps."""
-        first, end = self.rollout.sde_window
-        return self.samples_per_step * (end - first)
+        """Pictures times trained denoising steps or noise levels."""
+        return self.samples_per_step * self.algorithm.draws(self.rollout)
 
     @property
     def folder(self) -> Path:
@@ -249,18 +328,22 @@ class Recipe(Section):
 
     def arithmetic(self, processes: int = 1) -> list[tuple[str, str]]:
         """The batch arithmetic, as rows of a quantity and how it comes about."""
-        train, (first, end) = self.train, self.rollout.sde_window
+        train, sampler, draws = self.train, self.rollout, self.algorithm.draws(self.rollout)
+        first, end = sampler.sde_window
+        within = f"{draws} of steps {first} to {end - 1}" if sampler.window_size else f"{first} to {end - 1}"
+        trained = f"steps {within} of {sampler.steps}" if self.algorithm.needs == "trajectory" else f"{draws} levels"
+        until = f"as many as {self.run.max_minutes:g} minutes hold" if self.run.max_minutes else f"{train.steps}"
         items = math.ceil(self.items_per_step / train.updates_per_step)
         passes = math.ceil(items / processes / train.micro_batch)
-        forwards = self.samples_per_step * self.rollout.steps * (2 if self.rollout.guidance > 1 else 1)
+        forwards = self.samples_per_step * sampler.steps * (2 if sampler.guidance > 1 else 1)
         return [
             ("pictures per step", f"{train.prompts_per_step} prompts x {train.group_size} = {self.samples_per_step}"),
-            ("trained steps", f"{first} to {end - 1} of {self.rollout.steps}"),
-            ("items per step", f"{self.samples_per_step} x {end - first} = {self.items_per_step}"),
+            ("trained noise levels", trained),
+            ("items per step", f"{self.samples_per_step} x {draws} = {self.items_per_step}"),
             ("items per update", f"{self.items_per_step} / {train.updates_per_step} updates = {items}"),
             ("micro-batches per update", f"{items} / {processes} process(es) / {train.micro_batch} = {passes}"),
-            ("rollout forwards per step", f"{forwards}"),
-            ("training steps", f"{train.steps} x {train.passes * train.updates_per_step} updates"),
+            ("rollout forwards per step", "none, from the store" if self.store else f"{forwards}"),
+            ("training steps", f"{until} x {train.passes * train.updates_per_step} updates"),
         ]
 
 
@@ -281,23 +364,10 @@ def bundled_recipes() -> dict[str, Path]:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a bundled name or a YAML file, with `key.sub=value` overrides.
 
-    Raises UserError with the file, the line and the key of the first mistake.
+    A recipe may name a `base`, another one whose sections it takes wherever it has none of its own. Raises UserError
+    with the file, the line and the key of the first mistake.
     """
-    path = bundled_recipes().get(str(source), Path(source))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        known = nearest(str(source), bundled_recipes())
-        raise UserError(f"no recipe {str(source)!r}: neither a readable file nor a bundled name{known}") from error
-    try:
-        values = yaml.safe_load(text)
-        lines = key_lines(yaml.compose(text, yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        at = f", line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{at}: not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    values, origins = _read_recipe(source, ())
     given = {}
     for override in overrides:
         keys, value = _parse_override(override)
@@ -306,7 +376,47 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
+        section = str(next((found["loc"][0] for found in error.errors() if found["loc"]), ""))
+        path, lines = origins.get(section, origins["name"] if "name" in origins else next(iter(origins.values())))
         raise UserError(explain(error, Recipe, path, lines, given)) from None
+
+
+Origins = dict[str, tuple[Path, dict[Keys, int]]]
+
+
+def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    """A recipe's values with those of its base, and where each section stands: the file and the lines of its keys."""
+    path = bundled_recipes().get(str(source), Path(source))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = nearest(str(source), bundled_recipes())
+        where = f"{above[-1]}: base: " if above else ""
+        raise UserError(
+            f"{where}no recipe {str(source)!r}: neither a readable file nor a bundled name{known}"
+        ) from error
+    if path in above:
+        raise UserError(f"{above[-1]}: base: {source} is based on this recipe itself")
+    try:
+        values = yaml.safe_load(text)
+        lines = key_lines(yaml.compose(text, yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{at}: not YAML: {getattr(error, 'problem', None) or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}, {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values")
+    base = values.pop("base", None)
+    origins: Origins = {str(section): (path, lines) for section in values}
+    if base is None:
+        return values, origins
+    if not isinstance(base, str):
+        raise UserError(f"{path}, line {lines[('base',)]}: base must be a recipe's name or file, not {base!r}")
+    beside = path.parent / base
+    below, places = _read_recipe(beside if beside.is_file() else base, (*above, path))
+    return {**below, **values}, {**places, **origins}
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -1,5 +1,6 @@
 """What a person sees of a run in the terminal."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,8 @@ class Display:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._first_summary: Summary | None = None
+        self._max_minutes: float | None = None
+        self._steps = 0
 
     def say(self, text: str) -> None:
         """A plain line."""
@@ -39,6 +42,7 @@ class Display:
 
     def begin(self, recipe: "Recipe", folder: Path, parameters: Mapping[str, int], processes: int) -> None:
         """What is about to be trained, and the batch arithmetic."""
+        self._max_minutes = recipe.run.max_minutes
         share = f"{parameters['trainable'] / 1e6:.2f} of {parameters['all'] / 1e6:.2f} million weights"
         self.say(f"{recipe.name}: {recipe.algorithm.name} on {', '.join(recipe.rewards)}, {share}, into {folder}")
         self.console.print(arithmetic_table(recipe, processes))
@@ -61,6 +65,7 @@ class Display:
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[note]}"),
         )
+        self._steps = steps
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
             self._progress, self._task = progress, progress.add_task("training", total=steps, completed=done, note="")
             yield
@@ -83,6 +88,9 @@ class Display:
         rewards = " ".join(f"{name} {value:.3f}" for name, value in line["reward"].items())
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=line["step"], note=rewards)
+            if self._max_minutes is not None:  # the end that is in sight: the time's, at the pace so far
+                pace = math.ceil(line["step"] * self._max_minutes / line["minutes"])
+                self._progress.update(self._task, total=min(self._steps, max(pace, line["step"])))
         if not self.console.is_terminal:
             seconds = " ".join(f"{name} {value:.1f} s" for name, value in line["seconds"].items())
             figures = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())

@@ -21,11 +21,14 @@ def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
-    """The line of every key of a YAML mapping."""
+    """The line of every key of a YAML mapping; ValueError for a key that stands twice, of which YAML keeps the last."""
     lines: dict[Keys, int] = {}
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             path = (*prefix, str(key.value))
+            if path in lines:
+                twice = f"lines {lines[path]} and {key.start_mark.line + 1}"
+                raise ValueError(f"{twice}: {'.'.join(path)} is given twice; keep one")
             lines[path] = key.start_mark.line + 1
             lines |= key_lines(value, path)
     return lines

@@ -3,18 +3,20 @@
 Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flowalign.advantages import Scored
+from flowalign.algorithms.base import Keep
+from flowalign.config import Rollout, Sampler
 from flowalign.data import Row
-from flowalign.sampling import counted_noise, ode_step, sde_step
+from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
 from flowalign.sampling.steps import Dynamics
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Sampler
     from flowalign.policies.base import Condition, Policy
 
 Progress = Callable[[int], None]
@@ -29,7 +31,8 @@ class Trajectory:
     sigmas: torch.Tensor  # (W + 1,)
     sigma_max: float
     dynamics: Dynamics
-    noise_level: float
+    noise_level: float | None
+    means: torch.Tensor | None = None  # (B, W, ...), of the steps' Gaussians, where asked for
 
 
 @dataclass
@@ -41,10 +44,14 @@ class Samples:
     condition: "Condition"  # one row a prompt; `groups` indexes it
     latents: torch.Tensor  # (B, ...), x0
     media: torch.Tensor  # (B, 3, H, W) in [0, 1]
+    grid: torch.Tensor  # (steps + 1,), the sigmas of the rollout
+    members: list[int] = field(default_factory=list)  # B, the place of a sample in its group
     trajectory: Trajectory | None = None
-    rewards: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (B,)
-    advantages: torch.Tensor | None = None  # (B,)
-    has_spread: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: groups that teach
+    previews: torch.Tensor | None = None  # (B, T, 3, H, W), one-step predictions after each step from the window on
+    scored: Scored | None = None  # the rewards
+    shares: torch.Tensor | None = None  # (B, K), see Scored.shares
+    advantages: torch.Tensor | None = None  # (B,), or (B, K) or (B, T) as the algorithm has them
+    teaches: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: the samples to learn from
 
     @property
     def prompts(self) -> list[str]:
@@ -65,32 +72,36 @@ def rollout(
     policy: "Policy",
     rows: Sequence[Row],
     group_size: int,
-    sampler: "Sampler",
+    sampler: Sampler,
     size: tuple[int, int],
     key: tuple[int, ...],
     *,
     batch: int,
-    keep_trajectory: bool = False,
+    keep: Collection[Keep] = (),
+    training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
 ) -> Samples:
     """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
 
-    A `Rollout` sampler takes its window of stochastic steps; any other follows the ODE. size: (height, width) in
-    pixels. Whatever `batch`, the numbers of a sample are its own.
+    A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
+    other follows the ODE. size: (height, width) in pixels. `keep` names what is returned beside the finished samples.
+    Whatever `batch`, the numbers of a sample are its own.
     """
     condition = policy.encode([row.prompt for row in rows])
     groups = torch.arange(len(rows)).repeat_interleave(group_size)
     members = torch.arange(group_size).repeat(len(rows)).tolist()
     samples = [rows[group] for group in groups.tolist()]
     keys = [(*key, row.index, member) for row, member in zip(samples, members, strict=True)]
-    parts, media = [], []
+    window = sampler.window_at(*training_step) if isinstance(sampler, Rollout) else (0, 0)
+    parts, media, previews = [], [], []
     for start in range(0, len(samples), batch):
         chosen = slice(start, start + batch)
-        part = _denoise(policy, condition[groups[chosen].to(policy.device)], keys[chosen], sampler, size)
-        if not keep_trajectory:
-            part.trajectory = None
+        part = _denoise(policy, condition[groups[chosen].to(policy.device)], keys[chosen], sampler, window, size, keep)
         parts.append(part)
         media.append(policy.decode(part.latents))
+        if "previews" in keep:
+            shown = [policy.decode(preview) for preview in part.previews]
+            previews.append(torch.stack([*shown, media[-1]], dim=1))
         if progress:
             progress(len(part.latents))
     return Samples(
@@ -99,7 +110,10 @@ def rollout(
         condition=condition,
         latents=torch.cat([part.latents for part in parts]),
         media=torch.cat(media),
+        grid=policy.sigmas(sampler.steps, sampler.grid),
+        members=members,
         trajectory=_join([part.trajectory for part in parts if part.trajectory]),
+        previews=torch.cat(previews) if previews else None,
     )
 
 
@@ -107,14 +121,17 @@ def rollout(
 class _Denoised:
     latents: torch.Tensor
     trajectory: Trajectory | None
+    previews: list[torch.Tensor]  # x0_hat after each step from the window on, but the last
 
 
 def _denoise(
     policy: "Policy",
     condition: "Condition",
     keys: Sequence[tuple[int, ...]],
-    sampler: "Sampler",
+    sampler: Sampler,
+    window: tuple[int, int],
     size: tuple[int, int],
+    keep: Collection[Keep],
 ) -> _Denoised:
     """One batch from noise to latents; keys end in the member.
 
@@ -122,16 +139,18 @@ def _denoise(
     """
     shape = policy.latent_shape(*size)
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
-    settings: Rollout | None = sampler if hasattr(sampler, "sde_window") else None  # type: ignore[assignment]
-    first, end = settings.sde_window if settings else (0, 0)
+    settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
+    solve = ode_solver(sampler.solver, sigmas)
     x = counted_noise([(*key[:-1], 0 if shared else key[-1], 0) for key in keys], shape, policy.device)
-    states, log_probs = [x], []
+    states, log_probs, means, previews = [x], [], [], []
     for step in range(sampler.steps):
         sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
         level = torch.full((len(x),), sigma, device=x.device)
         velocity = policy.guided_velocity(x, level, condition, sampler.guidance)
-        if settings and first <= step < end:
+        if "previews" in keep and step > window[0]:
+            previews.append(ode_step(velocity, x, sigma, 0.0))
+        if settings is not None and settings.dynamics != "ode" and window[0] <= step < window[1]:
             taken = sde_step(
                 velocity,
                 x,
@@ -142,28 +161,34 @@ def _denoise(
                 sigma_max=sigmas[1].item(),
                 noise=counted_noise([(*key, step + 1) for key in keys], shape, policy.device),
             )
-            states = [x, taken.next_sample] if step == first else [*states, taken.next_sample]
+            states = [x, taken.next_sample] if step == window[0] else [*states, taken.next_sample]
             log_probs.append(taken.log_prob)
+            if "means" in keep:
+                means.append(taken.mean)
             x = taken.next_sample
         else:
-            x = ode_step(velocity, x, sigma, sigma_next)
-    if settings is None:
-        return _Denoised(x, None)
+            x = solve(velocity, x, step)
+    if settings is None or settings.dynamics == "ode" or "trajectory" not in keep:
+        return _Denoised(x, None, previews)
     kept = Trajectory(
         states=torch.stack(states, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
-        sigmas=sigmas[first : end + 1],
+        sigmas=sigmas[window[0] : window[1] + 1],
         sigma_max=sigmas[1].item(),
         dynamics=settings.dynamics,
         noise_level=settings.noise_level,
+        means=torch.stack(means, dim=1) if means else None,
     )
-    return _Denoised(x, kept)
+    return _Denoised(x, kept, previews)
 
 
 def _join(parts: Sequence[Trajectory]) -> Trajectory | None:
     if not parts:
         return None
-    states = torch.cat([part.states for part in parts])
-    log_probs = torch.cat([part.log_probs for part in parts])
     first = parts[0]
-    return Trajectory(states, log_probs, first.sigmas, first.sigma_max, first.dynamics, first.noise_level)
+    return replace(
+        first,
+        states=torch.cat([part.states for part in parts]),
+        log_probs=torch.cat([part.log_probs for part in parts]),
+        means=None if first.means is None else torch.cat([part.means for part in parts if part.means is not None]),
+    )

@@ -47,7 +47,7 @@ class RunFolder:
         if not resume and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise UserError(f"{run.path} exists and is no run; set run.folder to another place")
         if resume:
-            _refuse_changes(load_recipe(saved), recipe)
+            refuse_changes(load_recipe(saved), recipe)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             replace_text(saved, dump_recipe(recipe))
@@ -109,7 +109,8 @@ def _step_of(line: str) -> int:
         return -1
 
 
-def _refuse_changes(saved: Recipe, wanted: Recipe) -> None:
+def refuse_changes(saved: Recipe, wanted: Recipe) -> None:
+    """UserError unless a run of the recipe `saved` may go on as one of `wanted`."""
     before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     refused = [key for key in differing if key not in _MAY_CHANGE and (key[0] != "run" or key == ("run", "seed"))]
@@ -146,6 +147,16 @@ def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return sorted(folder.glob("*.png"))
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """(3, H, W) in [0, 1]; UserError for a file that is no image."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    except OSError as error:  # PIL's own error for what is no image is one too
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

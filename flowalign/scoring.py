@@ -1,4 +1,4 @@
-"""Score files on disk, and evaluate a recipe's model or a run's last checkpoint: what the command line does."""
+"""Score files, collect and rescore stores, evaluate a model or a run: what the command line does."""
 
 import csv
 import io
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image, UnidentifiedImageError
 
 import rewards as zoo
 from flowalign.checkpoint import checkpoints, load_weights
@@ -18,8 +17,9 @@ from flowalign.config import Recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
+from flowalign.offline import GroupStore, collect
 from flowalign.policies.loading import load_policy
-from flowalign.runs import RunFolder, replace_text
+from flowalign.runs import RunFolder, read_picture, replace_text
 from flowalign.settings import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -45,9 +45,9 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
     start = 0
     with Display().evaluating(len(paths)) as progress:
         while start < len(paths):
-            batch = [_read(paths[start])]
+            batch = [read_picture(paths[start])]
             while start + len(batch) < len(paths) and len(batch) < _BATCH:
-                following = _read(paths[start + len(batch)])
+                following = read_picture(paths[start + len(batch)])
                 if following.shape != batch[0].shape:
                     break
                 batch.append(following)
@@ -59,21 +59,31 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
     return scores
 
 
+def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
+    """Fill the recipe's store with groups of its model's pictures."""
+    if recipe.store is None:
+        raise UserError("the recipe names no store; give store=FOLDER")
+    rewards = load_rewards(recipe.rewards)
+    rows = load_prompts(recipe.prompts, recipe.collect.prompts)
+    check_prompts(rows, rewards, recipe.prompts)
+    policy = load_policy(recipe.model, device, recipe.run.seed)
+    with Display().evaluating(len(rows) * recipe.collect.group_size) as progress:
+        return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
+
+
+def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
+    """Add a reward to a store; (N, G), NaN where it does not apply."""
+    store = GroupStore.open(path)
+    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    with Display().evaluating(len(store) * store.manifest["group_size"]) as progress:
+        return store.rescore(name or judge.name, judge, progress)
+
+
 def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--option {text!r} must be written KEY=VALUE")
     return key, yaml.safe_load(value)
-
-
-def _read(path: Path) -> torch.Tensor:
-    """(3, H, W) in [0, 1]."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float]) -> None:

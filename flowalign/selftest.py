@@ -22,13 +22,13 @@ class Check(NamedTuple):
 def self_test(policy: "Policy", algorithm: Algorithm, batch: Batch, samples: "Samples") -> list[Check]:
     """All checks, on a micro-batch of the first rollout; the weights are left as they were."""
     loss, figures = algorithm.loss(policy, batch)
-    checks = [_gradient(policy, loss)]
+    checks = [_gradient(policy, loss.sum())]
     if "ratio_distance" in figures:
         checks.insert(0, _ratio(algorithm, figures["ratio_distance"].max().item()))
     if getattr(algorithm, "kl_weight", 0):
         checks.append(_kl_gradient(policy, algorithm, batch))
     checks.append(_distinct_noise(samples))
-    with_spread = samples.has_spread.float().mean().item()
+    with_spread = samples.teaches.float().mean().item()
     checks.append(Check("rewards differ within prompts", with_spread > 0, f"in {with_spread:.0%} of the groups"))
     return checks
 
@@ -57,10 +57,11 @@ def _kl_gradient(policy: "Policy", algorithm: Algorithm, batch: Batch) -> Check:
     with torch.no_grad():
         for weight in weights.values():
             weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight.device))
+    policy.weights_changed()
     try:
         with_kl, _ = algorithm.loss(policy, batch)
         without, _ = algorithm.model_copy(update={"kl_weight": 0.0}).loss(policy, batch)
-        gradients = torch.autograd.grad(with_kl - without, list(weights.values()), allow_unused=True)
+        gradients = torch.autograd.grad(with_kl.sum() - without.sum(), list(weights.values()), allow_unused=True)
     finally:
         policy.load_trainable_state(kept)
     norm = sum(float(gradient.norm()) ** 2 for gradient in gradients if gradient is not None) ** 0.5

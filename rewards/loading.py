@@ -9,7 +9,12 @@ import torch
 
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
 
-BUILT_IN = {"geneval": "rewards.geneval:GenEval", "ocr": "rewards.ocr:OCR"}
+BUILT_IN = {
+    "colorfulness": "rewards.colorfulness:Colorfulness",
+    "compressibility": "rewards.compressibility:Compressibility",
+    "geneval": "rewards.geneval:GenEval",
+    "ocr": "rewards.ocr:OCR",
+}
 ENTRY_POINT_GROUP = "flowalign.rewards"
 
 

@@ -64,7 +64,8 @@ def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
         inside, decoding = Stopwatch(), Stopwatch()
         trainer.policy.velocity = inside.time(trainer.policy.velocity)  # type: ignore[method-assign]
         trainer.policy.decode = decoding.time(trainer.policy.decode)  # type: ignore[method-assign]
-        trainer.accelerator.backward = inside.time(trainer.accelerator.backward)  # type: ignore[method-assign]
+        trainer.learner._each_gradient = inside.time(trainer.learner._each_gradient)  # type: ignore[method-assign]
+        trainer.accelerator.backward = inside.time(trainer.accelerator.backward)
         trainer.tested = True
         rows: list[dict[str, float]] = []
         for repeat in range(repeats + 1):

@@ -6,7 +6,9 @@ Takes about an hour and a quarter on two cores; a killed run goes on where it wa
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from diffusers import AutoencoderKL
 
 from flowalign.toyworld import pretraining
 
@@ -16,22 +18,22 @@ def main(
     work: Annotated[Path, typer.Option(help="checkpoints and cached latents")] = Path("runs/pretrain_toyworld"),
     seed: Annotated[int, typer.Option(help="of weights, pictures and noise")] = 0,
     vae_steps: Annotated[int, typer.Option(help="autoencoder updates of 32 pictures")] = 1200,
-    shards: Annotated[int, typer.Option(help="cached pictures, in units of 8,192")] = 24,
-    shapes: Annotated[float, typer.Option(help="share of shape pictures; the rest are signs")] = 0.7,
-    steps: Annotated[int, typer.Option(help="transformer updates")] = 7400,
+    shards: Annotated[int, typer.Option(help="cached pictures, in units of 8,192")] = 32,
+    shapes: Annotated[float, typer.Option(help="share of shape pictures; the rest are signs")] = 0.8,
+    steps: Annotated[int, typer.Option(help="transformer updates")] = 9000,
     batch: Annotated[int, typer.Option(help="pictures per transformer update")] = 64,
-    decay: Annotated[float, typer.Option(help="last part of the updates over which the rate falls to 0")] = 0.36,
-    focus: Annotated[
-        tuple[int, int, int],
-        typer.Option(help="updates from which spelling is stressed, with one word only, and no more"),
-    ] = (3500, 4000, 5500),
+    decay: Annotated[float, typer.Option(help="last part of the updates over which the rate falls to 0")] = 0.4,
+    start: Annotated[Path | None, typer.Option(help="a pipeline folder whose weights are gone on from")] = None,
 ) -> None:
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = pretraining.make_tokenizer()
     pretraining.write_prompts(output.parent / "prompts")
-    vae = pretraining.train_autoencoder(work, seed, vae_steps, batch=32, log=print)
+    if start is None:
+        vae = pretraining.train_autoencoder(work, seed, vae_steps, batch=32, log=print)
+    else:
+        vae = AutoencoderKL.from_pretrained(start, subfolder="vae", dtype=torch.float32)
     data = pretraining.cache_latents(work, vae, tokenizer, seed, shards, shapes, log=print)
-    transformer, text = pretraining.train_transformer(work, data, tokenizer, seed, steps, batch, decay, focus, print)
+    transformer, text = pretraining.train_transformer(work, data, tokenizer, seed, steps, batch, decay, print, start)
     pretraining.assemble(output, vae, transformer, text, tokenizer)
     print(f"wrote {output}")
 

@@ -1,7 +1,9 @@
 """What every test may lean on."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,22 @@ from hypothesis import settings
 
 from flowalign.sampling import counted_generator
 from flowalign.toyworld import pretraining
+
+REWARDS = """
+import torch
+def brightness(media, prompts, metadata):
+    return media.flatten(1).mean(1)
+def constant(media, prompts, metadata):
+    return torch.ones(len(media))
+def raises(media, prompts, metadata):
+    raise RuntimeError("the judge is asleep")
+def nan(media, prompts, metadata):
+    return torch.full((len(media),), float("nan"))
+def short(media, prompts, metadata):
+    return torch.zeros(len(media) - 1)
+def words(media, prompts, metadata):
+    return ["good"] * len(media)
+"""
 
 # How long an example takes is the machine's business, not a property of the code.
 settings.register_profile("flowalign", deadline=None)
@@ -54,6 +72,48 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vae.register_to_config(scaling_factor=0.7, shift_factor=0.1)
     pretraining.assemble(folder, vae, transformer, text, tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_values(tiny_model: Path) -> Callable[[Path], dict[str, Any]]:
+    """Makes the values of a recipe of a few seconds, with its files in a folder."""
+    return lambda folder: _values(tiny_model, folder)
+
+
+@pytest.fixture
+def values(tiny_values: Callable[[Path], dict[str, Any]], tmp_path: Path) -> dict[str, Any]:
+    """A recipe of a few seconds."""
+    return tiny_values(tmp_path)
+
+
+def _values(tiny_model: Path, folder: Path) -> dict[str, Any]:
+    (folder / "judge.py").write_text(REWARDS)
+    (folder / "prompts.txt").write_text("".join(f"a photo of {n} stars\n" for n in ("two", "three", "four", "a")))
+    return {
+        "name": "tiny",
+        "model": {
+            "path": str(tiny_model),
+            "height": 64,
+            "width": 64,
+            "dtype": "fp32",
+            "max_sequence_length": 0,
+            "lora": {"rank": 4, "targets": ["attention", "feed_forward"]},
+        },
+        "prompts": str(folder / "prompts.txt"),
+        "rewards": {"brightness": {"load": f"{folder / 'judge.py'}:brightness"}},
+        "algorithm": {"name": "flow_grpo", "clip_range": 1e-2},
+        "rollout": {"steps": 3, "window": [0, 2], "batch": 8},
+        "train": {
+            "steps": 4,
+            "prompts_per_step": 2,
+            "group_size": 4,
+            "updates_per_step": 2,
+            "micro_batch": 3,
+            "learning_rate": 3e-3,
+        },
+        "evaluation": {"prompts": str(folder / "prompts.txt"), "steps": 3, "every": 2, "pictures": 2},
+        "run": {"folder": str(folder / "run"), "checkpoint_every": 1},
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -192,7 +192,7 @@ def test_every_setting_is_described_where_it_is_held():
         (
             "  steps: 10",
             "  dynamics: csp",
-            "demo.yaml, line 13: rollout.dynamics should be 'flow_sde', 'dance_sde' or 'cps', not 'csp'",
+            "demo.yaml, line 13: rollout.dynamics should be 'flow_sde', 'dance_sde', 'cps', 'memoryless' or 'ode', not",
         ),
         ("  path: toyworld", "  dtype: fp8", "demo.yaml, line 4: model.dtype should be 'bf16' or 'fp32', not 'fp8'"),
         ("toyworld/words_train", "5", "demo.yaml, line 2: prompts should be a valid string, not 5"),
@@ -237,6 +237,7 @@ def test_every_setting_is_described_where_it_is_held():
         # What is no recipe
         ("rewards:\n", "rewards: [\n", "demo.yaml, line 9: not YAML: "),
         ("  steps: 10", "\tsteps: 10", "demo.yaml, line 13: not YAML: "),
+        ("  steps: 5", "  steps: 5\n  steps: 6", "demo.yaml, lines 15 and 16: train.steps is given twice; keep one"),
         (GOOD, "", "demo.yaml: a recipe is a mapping of keys to values"),
         (GOOD, "- a\n- b\n", "demo.yaml: a recipe is a mapping of keys to values"),
     ],
@@ -376,7 +377,7 @@ def test_the_arithmetic_of_a_small_recipe_is_as_by_hand():
     assert recipe.items_per_step == 24  # at 2 of the 5 denoising steps
     assert dict(recipe.arithmetic(processes=2)) == {
         "pictures per step": "4 prompts x 3 = 12",
-        "trained steps": "1 to 2 of 5",
+        "trained noise levels": "steps 1 to 2 of 5",
         "items per step": "12 x 2 = 24",
         "items per update": "24 / 5 updates = 5",  # 5 5 5 5 4
         "micro-batches per update": "5 / 2 process(es) / 2 = 2",  # 3 items on the first, 2 at a time
@@ -389,3 +390,35 @@ def test_all_steps_but_the_last_are_stochastic_unless_a_window_is_given():
     assert Rollout(steps=10).sde_window == (0, 9)
     assert Rollout(steps=10, window=(2, 5)).sde_window == (2, 5)
     assert Rollout(steps=1).sde_window == (0, 1)
+
+
+# A recipe on top of another
+
+
+def test_a_recipe_takes_from_its_base_what_it_does_not_say(write, tmp_path):
+    below = write(GOOD)
+    above = tmp_path / "above.yaml"
+    above.write_text(f"base: {below.name}\nname: above\nalgorithm: {{name: nft, timesteps: 1}}\n")
+    recipe, base = load_recipe(above), load_recipe(below)
+    assert (recipe.name, recipe.algorithm.name) == ("above", "nft")
+    assert recipe.train == base.train and recipe.model == base.model and recipe.rollout.steps == base.rollout.steps
+    assert load_recipe(above, ["train.steps=99"]).train.steps == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("base: nowhere\nname: a\n", r"above.yaml: base: no recipe 'nowhere': neither a readable file"),
+        ("base: above.yaml\nname: a\n", r"above.yaml: base: .*above.yaml is based on this recipe itself"),
+        ("base: [a]\nname: a\n", r"above.yaml, line 1: base must be a recipe's name or file, not \['a'\]"),
+        ("base: demo.yaml\nname: a\ntrain: {stepz: 1}\n", r"above.yaml, line 3: unknown key 'train.stepz'"),
+        ("base: broken.yaml\nname: a\n", r"broken.yaml, line 2: unknown key 'train.stepz'"),
+    ],
+)
+def test_a_mistake_names_the_file_in_which_it_stands(write, tmp_path, text, sentence):
+    write(GOOD)
+    (tmp_path / "broken.yaml").write_text("base: demo.yaml\ntrain: {stepz: 1}\n")
+    (tmp_path / "above.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "above.yaml")
+    assert re.search(sentence, str(caught.value)), caught.value

@@ -1,6 +1,7 @@
 """Flow-GRPO: its clipped ratio in closed form, and its loss on a policy of a few numbers."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def rolled_batch(policy, *, step=1, settings=ROLLOUT, guidance=1.0, reference_gu
     """The items of one denoising step of a real rollout: 2 prompts, 3 pictures each."""
     rows = [Row(0, "cat"), Row(1, "house")]
     settings = settings.model_copy(update={"guidance": guidance})
-    samples = rollout(policy, rows, 3, settings, (8, 8), (0, 0, 0), batch=6, keep_trajectory=True)
+    samples = rollout(policy, rows, 3, settings, (8, 8), (0, 0, 0), batch=6, keep={"trajectory", "means"})
     taken = samples.trajectory
     count = len(samples.latents)
     return Batch(
@@ -96,6 +97,7 @@ def rolled_batch(policy, *, step=1, settings=ROLLOUT, guidance=1.0, reference_gu
             log_prob=taken.log_probs[:, step],
             dynamics=taken.dynamics,
             noise_level=taken.noise_level,
+            mean=taken.means[:, step],
         ),
     )
 
@@ -327,3 +329,82 @@ def test_the_reference_learns_nothing_and_leaves_the_weights_as_they_are():
     for name, parameter in policy.trainable_parameters().items():
         assert torch.equal(parameter, before[name])
         assert torch.equal(policy.snapshots["reference"][name], kept[name])
+
+
+# GRPO-Guard
+
+
+@pytest.mark.parametrize("dynamics", ["flow_sde", "dance_sde", "memoryless"])
+@pytest.mark.parametrize("step", range(4))
+def test_the_guarded_ratio_of_a_policy_that_has_not_moved_is_exactly_one(dynamics, step):
+    policy = TinyPolicy()
+    batch = rolled_batch(policy, step=step, settings=Rollout(steps=6, window=(0, 4), dynamics=dynamics))
+    loss, figures = FlowGRPO(ratio="guard").loss(policy, batch)
+    assert figures["ratio_distance"].tolist() == [0] * 6
+    assert loss.item() == pytest.approx(-batch.advantages.mean().item() * 6)  # divided by a step of 1 / 6
+
+
+def test_the_guarded_ratio_takes_each_items_own_bias_and_noise():
+    """By hand: log ratio_i = std_i (log p_i - log p_rollout_i + mean (m_i - m_rollout_i)^2 / (2 std_i^2))."""
+    policy = TinyPolicy()
+    early, late = rolled_batch(policy, step=1), rolled_batch(policy, step=3)
+    policy.move(0.1)
+    expected = []
+    for batch in (early, late):
+        step = batch.transition
+        mean, std = gaussian_now(policy, batch)
+        gain = (Normal(mean, std).log_prob(step.next_state) - Normal(step.mean, std).log_prob(step.next_state)).mean(1)
+        bias = ((mean - step.mean) ** 2 / (2 * std**2)).mean(1)
+        ratio = ((gain + bias) * std.flatten()).exp()
+        expected.append(-batch.advantages * ratio * 6)
+        plain = FlowGRPO(clip_range=1e3).loss(policy, batch)[1]["policy_loss"]
+        torch.testing.assert_close(plain, -batch.advantages * gain.exp())
+    both = join(early, late)
+    loss, figures = FlowGRPO(ratio="guard", clip_range=1e3, advantage_clip=9.0).loss(policy, both)
+    torch.testing.assert_close(figures["policy_loss"], torch.cat(expected))
+    torch.testing.assert_close(loss, torch.cat(expected).mean())
+
+
+def test_a_sample_at_the_rollouts_mean_has_the_guarded_ratio_one_however_far_the_policy_moved():
+    """That is what the bias takes away: there the plain ratio is below 1 for every other policy."""
+    policy = TinyPolicy()
+    batch = rolled_batch(policy)
+    _, std = gaussian_now(policy, batch)
+    step = batch.transition
+    log_prob = Normal(step.mean, std).log_prob(step.mean).mean(1)
+    middle = replace(batch, transition=replace(step, next_state=step.mean, log_prob=log_prob))
+    policy.move(0.3)
+    guarded = FlowGRPO(ratio="guard", clip_range=1e3).loss(policy, middle)[1]["ratio_distance"]
+    assert guarded.max() < 1e-6
+    plain = FlowGRPO(clip_range=1e3).loss(policy, middle)[1]["policy_loss"] / -batch.advantages
+    assert (plain < 0.999).all()
+
+
+def gaussian_now(policy, batch):
+    """Mean and std of the batch's steps under the policy as it is."""
+    step = batch.transition
+    with torch.no_grad():
+        velocity = policy.velocity(step.state, step.sigma, batch.condition)
+        taken = sde_step(
+            velocity,
+            step.state,
+            step.sigma,
+            step.sigma_next,
+            noise_level=step.noise_level,
+            sigma_max=step.sigma_max,
+        )
+    return taken.mean, taken.std
+
+
+def join(*batches):
+    """The items of batches from one rollout in one batch."""
+
+    def column(of, name):
+        values = [getattr(of(batch), name) for batch in batches]
+        return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].ndim else values[0]
+
+    step = batches[0].transition
+    transition = Transition(**{name: column(lambda batch: batch.transition, name) for name in vars(step)})
+    parts = {name: column(lambda batch: batch, name) for name in ("advantages", "groups", "latents")}
+    condition = Condition.cat([batch.condition for batch in batches])
+    return Batch(**{**vars(batches[0]), **parts, "condition": condition, "transition": transition})

@@ -85,7 +85,7 @@ def test_the_trajectory_is_the_window_and_its_log_probabilities_replay(tiny_mode
 
     policy = load_policy(settings(tiny_model))
     sampler = Rollout(steps=5, window=(1, 3), noise_level=0.8)
-    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep_trajectory=True)
+    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep={"trajectory"})
     path = drawn.trajectory
     assert path is not None
     assert path.states.shape[:2] == (6, 3)
@@ -205,7 +205,7 @@ def test_a_folder_that_is_no_supported_pipeline_is_refused(tmp_path: Path) -> No
 def test_shared_noise_leaves_only_the_stochastic_steps_to_tell_members_apart(tiny_model: Path) -> None:
     policy = load_policy(settings(tiny_model))
     sampler = Rollout(steps=3, window=(0, 1), shared_noise=True)
-    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep_trajectory=True)
+    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep={"trajectory"})
     assert drawn.trajectory is not None
     starts = drawn.trajectory.states[:, 0]
     assert torch.equal(starts[0::2], starts[1::2])

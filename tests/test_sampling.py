@@ -38,9 +38,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.distributions import Normal
 
-from flowalign.sampling import DYNAMICS, gaussian_kl, ode_step, sde_step
+from flowalign.sampling import DYNAMICS, gaussian_kl, ode_solver, ode_step, sde_step
 
 GAUSSIAN = ("flow_sde", "dance_sde")
+NOISY = ("flow_sde", "dance_sde", "cps")  # with a noise level
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
@@ -50,7 +51,8 @@ def numbers(*shape, seed=0, dtype=torch.float64):
 def any_step(dynamics, *, noise_level=0.7, dtype=torch.float64, sigma=0.6, sigma_next=0.5, seed=0, **more):
     """A step of 3 rows of shape (2, 5) with random velocities."""
     sample, velocity = numbers(3, 2, 5, seed=seed, dtype=dtype), numbers(3, 2, 5, seed=seed + 1, dtype=dtype)
-    return sde_step(velocity, sample, sigma, sigma_next, dynamics=dynamics, noise_level=noise_level, **more)
+    level = None if dynamics == "memoryless" else noise_level
+    return sde_step(velocity, sample, sigma, sigma_next, dynamics=dynamics, noise_level=level, **more)
 
 
 # Agreement with the published code and with the Gaussian
@@ -245,10 +247,110 @@ def test_cps_keeps_the_marginals_when_its_noise_shrinks_like_the_root_of_the_ste
     assert 3 < worst[0] / worst[1] < 6
 
 
+# Memoryless dynamics
+
+
+@given(sigma=st.floats(0.05, 0.99), fraction=st.floats(0.05, 0.95))
+def test_a_memoryless_step_is_the_posterior_of_the_noising_process(sigma, fraction):
+    """DDPM's q(x' | x, x0), by Bayes' rule: prior x' ~ N((1 - s') x0, s'^2), likelihood x ~ N(r x', s^2 - r^2 s'^2)."""
+    x0, x, after = numbers(3, 2, 5, seed=4), numbers(3, 2, 5), fraction * sigma
+    step = sde_step((x - x0) / sigma, x, sigma, after, dynamics="memoryless", next_sample=x)
+    ratio = (1 - sigma) / (1 - after)
+    precision = 1 / after**2 + ratio**2 / (sigma**2 - ratio**2 * after**2)
+    mean = ((1 - after) * x0 / after**2 + ratio * x / (sigma**2 - ratio**2 * after**2)) / precision
+    torch.testing.assert_close(step.mean, mean, atol=1e-9, rtol=1e-9)
+    assert step.std.item() == pytest.approx(precision**-0.5, rel=1e-9)
+    expected = Normal(step.mean, step.std).log_prob(x).flatten(1).mean(1)
+    torch.testing.assert_close(step.log_prob, expected)
+
+
+@pytest.mark.parametrize("start", [1.0, 0.8])
+@pytest.mark.parametrize("s", [0.5, 1.2])
+def test_memoryless_dynamics_keep_the_marginals_as_the_grid_is_refined(start, s):
+    worst = []
+    for steps in (100, 400):
+        mean_error, error = marginal_errors("memoryless", None, grid(start, steps), *one_dimension(1.5, s))
+        assert mean_error.abs().max() < 1e-10
+        worst.append(error.abs().max().item())
+    assert 3 < worst[0] / worst[1] < 6
+    assert worst[1] < 0.02
+
+
+@pytest.mark.parametrize("start", [1.0, 0.9, 0.5])
+def test_finished_samples_remember_of_the_first_noise_what_the_noising_process_leaves(start):
+    """Cov(x0, x_sigma) / Var(x_sigma) = (1 - sigma) s^2 / V: nothing at sigma = 1, where Flow-SDE's still do."""
+    s, ends = 1.2, {}
+    for dynamics, level in (("memoryless", None), ("flow_sde", 0.7)):
+        slopes, _, _ = affine_steps(dynamics, level, grid(start, 400), *one_dimension(1.5, s))
+        ends[dynamics] = slopes.prod().item()
+    left = (1 - start) * s**2
+    assert ends["memoryless"] == pytest.approx(left / ((1 - start) * left + start**2), abs=1e-9)
+    assert ends["flow_sde"] > ends["memoryless"] + 0.1
+
+
+def test_memoryless_steps_are_those_of_flow_sde_at_the_root_of_two_to_first_order():
+    means, variances = [], []
+    for size in (0.01, 0.005):
+        ours = any_step("memoryless", sigma=0.6, sigma_next=0.6 - size)
+        theirs = any_step("flow_sde", noise_level=math.sqrt(2), sigma=0.6, sigma_next=0.6 - size)
+        means.append((ours.mean - theirs.mean).abs().max().item() / size)
+        variances.append(abs(ours.std**2 - theirs.std**2).item() / size)
+    for first, second in (means, variances):
+        assert first / second == pytest.approx(2, rel=0.05) and first < 0.3
+
+
+def test_memoryless_dynamics_take_no_noise_level():
+    with pytest.raises(ValueError, match="memoryless takes no noise_level"):
+        sde_step(numbers(1, 2), numbers(1, 2), 0.6, 0.5, dynamics="memoryless", noise_level=0.7)
+
+
+# Solvers of the ODE
+
+
+def solved(name, sigmas, mu=1.0, s=1.5):
+    """How far a solver's end is from the flow's own, for data N(mu, s^2): x_sigma = m + sqrt(V) z at every sigma."""
+    z, place = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None], one_dimension(mu, s)
+    mean, spread = moments(sigmas[:1].double(), *place)
+    state, step_on = mean + spread[0].sqrt() * z, ode_solver(name, sigmas)
+    for step, sigma in enumerate(sigmas[:-1].double()):
+        velocity = exact_velocity(state, sigma.expand(len(z)), *place)
+        state = step_on(velocity, state, step).double()
+    return (state - (mu + s * z)).abs().max().item()
+
+
+@pytest.mark.parametrize(("name", "factor"), [("euler", 2), ("dpm++", 4)])
+def test_the_error_of_a_solver_falls_with_its_order(name, factor):
+    errors = [solved(name, grid(0.95, steps).float()) for steps in (16, 32, 64)]
+    assert errors[0] / errors[1] == pytest.approx(factor, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(factor, rel=0.1)
+
+
+def test_dpm_solver_needs_fewer_steps_from_pure_noise_than_euler():
+    assert solved("dpm++", grid(1.0, 8).float()) < solved("euler", grid(1.0, 40).float())
+    assert solved("dpm++", grid(1.0, 5).float()) < 0.6 * solved("euler", grid(1.0, 5).float())
+
+
+def test_the_first_step_of_dpm_solver_is_ddims_and_its_last_the_predicted_picture():
+    sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
+    solve = ode_solver("dpm++", sigmas)
+    x, v = numbers(3, 2, 5, dtype=torch.float32), numbers(3, 2, 5, seed=1, dtype=torch.float32)
+    x0, eps = x - v, x
+    state = solve(v, x, 0)
+    torch.testing.assert_close(state, 0.3 * x0 + 0.7 * eps)
+    state = solve(v, state, 1)
+    torch.testing.assert_close(solve(v, state, 2), state - 0.3 * v)
+
+
+def test_a_solver_of_lower_precision_gives_float32():
+    low = numbers(2, 3, dtype=torch.bfloat16)
+    for name in ("euler", "dpm++"):
+        assert ode_solver(name, grid(1.0, 4).float())(low, low, 0).dtype == torch.float32
+
+
 # Special steps
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("dynamics", NOISY)
 def test_without_noise_a_step_is_the_odes_and_says_nothing_of_probability(dynamics):
     step = any_step(dynamics, noise_level=0.0)
     expected = ode_step(numbers(3, 2, 5, seed=1), numbers(3, 2, 5), 0.6, 0.5)
@@ -257,7 +359,7 @@ def test_without_noise_a_step_is_the_odes_and_says_nothing_of_probability(dynami
     assert step.log_prob.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("dynamics", DYNAMICS)
+@pytest.mark.parametrize("dynamics", NOISY)
 def test_a_step_tends_to_the_odes_as_its_noise_goes_to_zero(dynamics):
     expected = ode_step(numbers(3, 2, 5, seed=1), numbers(3, 2, 5), 0.6, 0.5)
     distances = [(any_step(dynamics, noise_level=level).mean - expected).abs().max() for level in (0.1, 0.01)]
@@ -297,7 +399,7 @@ def test_flow_sde_at_sigma_one_asks_for_sigma_max():
         any_step("flow_sde", sigma=torch.tensor([0.5, 1.0, 0.5]), sigma_next=0.4)
 
 
-@pytest.mark.parametrize("dynamics", ["dance_sde", "cps"])
+@pytest.mark.parametrize("dynamics", ["dance_sde", "cps", "memoryless"])
 def test_other_dynamics_start_at_sigma_one_without_sigma_max(dynamics):
     assert all(tensor.isfinite().all() for tensor in any_step(dynamics, sigma=1.0, sigma_next=0.9))
 
@@ -306,8 +408,9 @@ def test_the_last_step_of_flow_sde_is_finite():
     assert all(tensor.isfinite().all() for tensor in any_step("flow_sde", sigma=0.1, sigma_next=0.0))
 
 
-def test_a_cps_step_to_zero_gives_the_predicted_picture_without_noise():
-    step = any_step("cps", sigma=0.3, sigma_next=0.0)
+@pytest.mark.parametrize("dynamics", ["cps", "memoryless"])
+def test_a_step_to_zero_gives_the_predicted_picture_without_noise(dynamics):
+    step = any_step(dynamics, sigma=0.3, sigma_next=0.0)
     torch.testing.assert_close(step.next_sample, numbers(3, 2, 5) - 0.3 * numbers(3, 2, 5, seed=1))
     assert step.log_prob.tolist() == [0, 0, 0]
 
@@ -342,7 +445,7 @@ def test_rows_with_sigmas_of_their_own_equal_separate_calls(dynamics):
             sigma[row].item(),
             sigma_next[row].item(),
             dynamics=dynamics,
-            noise_level=0.7,
+            noise_level=None if dynamics == "memoryless" else 0.7,
             sigma_max=0.9,
             noise=noise[row : row + 1],
         )
@@ -385,8 +488,9 @@ def test_the_log_probability_teaches_the_velocity(dynamics):
     """Its gradient is that of the residual: a step drawn above its mean pulls the mean up."""
     velocity = numbers(3, 2, 5, seed=1).requires_grad_()
     drawn = any_step(dynamics)
+    level = None if dynamics == "memoryless" else 0.7
     step = sde_step(
-        velocity, numbers(3, 2, 5), 0.6, 0.5, dynamics=dynamics, noise_level=0.7, next_sample=drawn.next_sample
+        velocity, numbers(3, 2, 5), 0.6, 0.5, dynamics=dynamics, noise_level=level, next_sample=drawn.next_sample
     )
     (grad,) = torch.autograd.grad(step.log_prob.sum(), velocity, retain_graph=True)
     (slope,) = torch.autograd.grad(step.mean.sum(), velocity)

@@ -221,15 +221,12 @@ def cached_latents(tokenizer):
 
 
 def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, tokenizer):
-    """The first step sees all pictures alike, the second more signs, the third more of one word."""
     data = cached_latents(tokenizer)
 
     def train(folder, steps):
         folder.mkdir(exist_ok=True)
         # So few steps are all warm-up: the learning rate does not know how many are to come.
-        parts = train_transformer(
-            folder, data, tokenizer, seed=3, steps=steps, batch=4, decay=0.1, focus=(1, 2, 3), log=print
-        )
+        parts = train_transformer(folder, data, tokenizer, seed=3, steps=steps, batch=4, decay=0.1, log=print)
         return [part.state_dict() for part in parts]
 
     unbroken = train(tmp_path / "unbroken", 3)

@@ -21,54 +21,6 @@ from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 from rewards import RewardError
 
-REWARDS = """
-import torch
-def brightness(media, prompts, metadata):
-    return media.flatten(1).mean(1)
-def constant(media, prompts, metadata):
-    return torch.ones(len(media))
-def raises(media, prompts, metadata):
-    raise RuntimeError("the judge is asleep")
-def nan(media, prompts, metadata):
-    return torch.full((len(media),), float("nan"))
-def short(media, prompts, metadata):
-    return torch.zeros(len(media) - 1)
-def words(media, prompts, metadata):
-    return ["good"] * len(media)
-"""
-
-
-@pytest.fixture
-def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
-    """A recipe of a few seconds."""
-    (tmp_path / "judge.py").write_text(REWARDS)
-    (tmp_path / "prompts.txt").write_text("".join(f"a photo of {n} stars\n" for n in ("two", "three", "four", "a")))
-    return {
-        "name": "tiny",
-        "model": {
-            "path": str(tiny_model),
-            "height": 64,
-            "width": 64,
-            "dtype": "fp32",
-            "max_sequence_length": 0,
-            "lora": {"rank": 4, "targets": ["attention", "feed_forward"]},
-        },
-        "prompts": str(tmp_path / "prompts.txt"),
-        "rewards": {"brightness": {"load": f"{tmp_path / 'judge.py'}:brightness"}},
-        "algorithm": {"name": "flow_grpo", "clip_range": 1e-2},
-        "rollout": {"steps": 3, "window": [0, 2], "batch": 8},
-        "train": {
-            "steps": 4,
-            "prompts_per_step": 2,
-            "group_size": 4,
-            "updates_per_step": 2,
-            "micro_batch": 3,
-            "learning_rate": 3e-3,
-        },
-        "evaluation": {"prompts": str(tmp_path / "prompts.txt"), "steps": 3, "every": 2, "pictures": 2},
-        "run": {"folder": str(tmp_path / "run"), "checkpoint_every": 1},
-    }
-
 
 def changed(values: dict[str, Any], **sections: Any) -> Recipe:
     """The recipe with some keys of some sections changed."""

@@ -1,18 +1,23 @@
-"""What an algorithm is: a loss on a batch of items, and what it moves after an update. Nothing else."""
+"""What an algorithm is: a loss on a batch of items, and what it moves after a training step. Nothing else."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field, PrivateAttr
 
+from flowalign.advantages import Scale, Scored, advantages, has_spread, summed_advantages
 from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section
 
 if TYPE_CHECKING:
+    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Condition, Policy
 
 Figures = dict[str, torch.Tensor]
+Keep = Literal["trajectory", "means", "previews"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,17 @@ class Transition:
     next_state: torch.Tensor  # (n, ...)
     log_prob: torch.Tensor  # (n,), under the policy that sampled
     dynamics: Dynamics
-    noise_level: float
+    noise_level: float | None
+    mean: torch.Tensor | None = None  # (n, ...), of the policy that sampled, where the algorithm asks for it
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Finished samples noised anew, for n items: state = (1 - sigma) x0 + sigma noise, with target noise - x0."""
+
+    sigma: torch.Tensor  # (n,)
+    noise: torch.Tensor  # (n, ...)
+    state: torch.Tensor  # (n, ...)
 
 
 @dataclass(frozen=True)
@@ -34,24 +49,99 @@ class Batch:
     """n items of one training step: what `Algorithm.loss` sees."""
 
     condition: "Condition"
-    advantages: torch.Tensor  # (n,)
-    groups: torch.Tensor  # (n,), the prompt an item belongs to
+    advantages: torch.Tensor  # (n,), or (n, K) of an algorithm that keeps one a reward
+    groups: torch.Tensor  # (n,), the set within which an item is compared
     latents: torch.Tensor  # (n, ...), the finished sample x0
     guidance: float
     reference_guidance: float
-    transition: Transition | None = None
+    transition: Transition | None = None  # where needs = "trajectory"
+    noised: Noised | None = None  # where needs = "final"
+    rewards: torch.Tensor | None = None  # (n,), the weighted total
+    shares: torch.Tensor | None = None  # (n, K), see Scored.shares
+    samples: torch.Tensor | None = None  # (n,), which items are of one sample
+    update: int = 0  # optimizer updates before this one
 
 
 class Algorithm(Section, ABC):
-    """The settings of an algorithm and its loss. `needs` says what a rollout must keep for it."""
+    """The settings of an algorithm and its loss. The class variables say what it must be given."""
 
     needs: ClassVar[Literal["trajectory", "final"]]
+    unit: ClassVar[Literal["item", "group", "path"]] = "item"
+    """What a micro-batch never parts: nothing, a group at one noise level, or a group with all its trained steps."""
+    behaviour: ClassVar[str | None] = None
+    """The snapshot that draws the rollouts; None: the trained weights."""
+    offline: ClassVar[bool] = False
+    """Whether it can learn from a store of groups that another policy drew."""
+
     name: str
     """As a recipe gives it."""
+    advantage: Literal["total", "summed"] = "total"
+    """Advantages of the weighted total, or the weighted sum of each reward's own advantages (GDPO)."""
+    advantage_std: Scale = "global"
+    """Divide advantages by the standard deviation of the whole step's rewards, of the group's, or by none."""
+    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
+    """Advantages are clipped to [-this, this]."""
+    equal_groups: Literal["skip", "keep"] = "skip"
+    """Whether groups whose rewards are all equal are left out of a step."""
+    kl_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL to the reference; 0 spends no forward on it."""
+
+    _state: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the algorithm remembers from update to update beside the policy's snapshots; checkpoints hold it."""
+        return self._state
+
+    @property
+    def keep(self) -> frozenset[Keep]:
+        """What a rollout must keep beside the finished samples."""
+        return frozenset({"trajectory"}) if self.needs == "trajectory" else frozenset()
+
+    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+        """Raises ValueError, in one sentence, for settings that do not go together; `rewards` is their number."""
+
+    def refuse(self, why: str, *settings: str) -> None:
+        """Raises ValueError for the first of the settings that is not at its default: it would be ignored."""
+        for name in settings:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"algorithm.{name}: {why}")
+
+    def draws(self, rollout: "Rollout") -> int:
+        """Items that each sample makes."""
+        return rollout.window_length
+
+    def begin(self, policy: "Policy") -> None:
+        """Take the snapshots that the algorithm lives on; called once, before the first step."""
+
+    def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+        """Advantages (N,) of all samples of a step, or (N, K)."""
+        if self.advantage == "summed":
+            return summed_advantages(scored, groups, self.advantage_std)
+        return advantages(scored.total, groups, self.advantage_std)
+
+    def teaches(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+        """(N,) bool: the samples to learn from."""
+        if self.equal_groups == "keep":
+            return torch.ones_like(scored.total, dtype=torch.bool)
+        if self.advantage == "total":
+            return has_spread(scored.total, groups)
+        return torch.stack([has_spread(values, groups) for values in scored.values]).any(0)
 
     @abstractmethod
     def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
-        """The mean loss over the batch's items, and detached figures to log, each (n,) or a scalar."""
+        """The mean loss over the batch's items, and detached figures to log, each (n,) or a scalar.
+
+        Where `apart` says so it is of shape (L,), and the loop asks `gradient_weights` how to join the L gradients.
+        """
+
+    def apart(self, update: int) -> bool:
+        """Whether the loss of this update is several, whose gradients are taken one by one."""
+        return False
+
+    def gradient_weights(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
+        """Weights (L,) of the gradients of a loss (L,), from their inner products (L, L), and figures to log."""
+        raise NotImplementedError(f"{self.name} has one loss")
 
     def after_update(self, policy: "Policy", update: int) -> None:
-        """Move snapshots after optimizer update number `update`; most algorithms have none."""
+        """Move snapshots after a training step's last optimizer update, number `update`; many algorithms have none."""

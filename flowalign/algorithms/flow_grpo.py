@@ -8,6 +8,15 @@ steps inside an ODE rollout as in Flow-GRPO-Fast and MixGRPO. Per item (a sample
 
 Differences from the published code: the KL is that of the step's Gaussian, variance s^2 (-D), where the code divides by
 2 s^2 and is 4 to 30 times weaker; `kl: flow_grpo` keeps the published scaling.
+
+As published, the KL is differentiated at the visited states: that a step also changes the KL of later ones is not seen.
+With `dynamics: memoryless` the fixed point is the sampler's law tilted by exp(reward / kl) where that does not matter
+(linear rewards, tests/test_closed_forms.py), and near it elsewhere. Centring by the mean of G samples makes a reward's
+pull (1 - 1/G) as strong, which is as if kl were larger by 1 / (1 - 1/G).
+
+`ratio: guard` is GRPO-Guard (Wang et al. 2025): with b = mean (m - m_rollout)^2 / (2 std^2) of an item's own means m,
+ratio = exp((log p - log p_rollout + b) std) and the policy loss is divided by -D. The published code takes one b for a
+whole batch. `values: dense` is VGPO (2512.12387): see `advantages.value_advantages`.
 """
 
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -15,11 +24,29 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from pydantic import Field
 
-from flowalign.algorithms.base import Algorithm, Batch, Figures
-from flowalign.sampling import gaussian_kl, sde_step
+from flowalign.advantages import Scored, value_advantages
+from flowalign.algorithms.base import Algorithm, Batch, Figures, Keep
+from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
 if TYPE_CHECKING:
+    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Policy
+
+
+def replay(policy: "Policy", batch: Batch, guidance: float) -> SdeStep:
+    """The batch's stochastic steps under the weights in use: mean, std and log-probability of where they went."""
+    step = batch.transition
+    assert step is not None, "the rollout kept a trajectory, since needs = 'trajectory'"
+    return sde_step(
+        policy.guided_velocity(step.state, step.sigma, batch.condition, guidance),
+        step.state,
+        step.sigma,
+        step.sigma_next,
+        dynamics=step.dynamics,
+        noise_level=step.noise_level,
+        sigma_max=step.sigma_max,
+        next_sample=step.next_state,
+    )
 
 
 def clipped_ratio_loss(
@@ -32,43 +59,68 @@ def clipped_ratio_loss(
 
 
 class FlowGRPO(Algorithm):
-    """Settings and loss of Flow-GRPO."""
+    """Settings and loss of Flow-GRPO and its variants."""
 
     needs: ClassVar = "trajectory"
     name: Literal["flow_grpo"] = "flow_grpo"
     clip_range: Annotated[float, Field(gt=0)] = 1e-4
     """How far the ratio may move from 1 before an item stops teaching; log-probabilities are means over dimensions."""
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """Advantages are clipped to [-this, this]."""
-    global_std: bool = True
-    """Divide advantages by the standard deviation of the whole step's rewards instead of the group's."""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the reference; 0 spends no forward on it."""
+    ratio: Literal["plain", "guard"] = "plain"
+    """The likelihood ratio, or GRPO-Guard's, normalised over noise levels."""
     kl: Literal["exact", "flow_grpo"] = "exact"
     """The Gaussian KL of the step, or the published code's scaling, smaller by the factor sigma - sigma_next."""
+    values: Literal["final", "dense"] = "final"
+    """Advantages from the finished picture, or from one-step previews after every trained step (VGPO)."""
+    discount: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Of the rewards of later previews, with dense values."""
+    absolute: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the value itself beside the advantage, with dense values, so that equal groups teach too."""
+
+    @property
+    def keep(self) -> frozenset[Keep]:
+        """The means for GRPO-Guard, the previews for dense values."""
+        more: list[Keep] = ["trajectory"]
+        if self.ratio == "guard":
+            more.append("means")
+        if self.values == "dense":
+            more.append("previews")
+        return frozenset(more)
+
+    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+        """What belongs to a variant is refused without it."""
+        if self.ratio == "guard" and rollout.dynamics == "cps":
+            raise ValueError("algorithm.ratio guard needs true log-probabilities, which rollout.dynamics cps has not")
+        if self.values == "final":
+            self.refuse("belongs to values: dense", "absolute", "discount")
+        else:
+            self.refuse(
+                "dense values are of the weighted total, within groups; leave it out", "advantage", "advantage_std"
+            )
+
+    def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+        """(N,), or (N, T) of dense values."""
+        if scored.previews is None:
+            return super().advantages(scored, groups)
+        return value_advantages(scored.previews, groups, discount=self.discount, absolute=self.absolute)
+
+    def teaches(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+        """With the absolute term all groups."""
+        return torch.ones_like(groups, dtype=torch.bool) if self.absolute else super().teaches(scored, groups)
 
     def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: ratio, clipped share, KL."""
-        step = batch.transition
-        assert step is not None, "the rollout kept a trajectory, since needs = 'trajectory'"
-
-        def replay(guidance: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            velocity = policy.guided_velocity(step.state, step.sigma, batch.condition, guidance)
-            taken = sde_step(
-                velocity,
-                step.state,
-                step.sigma,
-                step.sigma_next,
-                dynamics=step.dynamics,
-                noise_level=step.noise_level,
-                sigma_max=step.sigma_max,
-                next_sample=step.next_state,
-            )
-            return taken.mean, taken.std, taken.log_prob
-
-        mean, std, log_prob = replay(batch.guidance)
+        step, taken = batch.transition, replay(policy, batch, batch.guidance)
+        assert step is not None
         advantages = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
-        losses, ratio = clipped_ratio_loss(log_prob, step.log_prob, advantages, self.clip_range)
+        log_prob, old_log_prob = taken.log_prob, step.log_prob
+        if self.ratio == "guard":
+            assert step.mean is not None, "the rollout kept its means"
+            std = taken.std.flatten()
+            log_prob = (log_prob + gaussian_kl(taken.mean, step.mean, taken.std)) * std
+            old_log_prob = old_log_prob * std
+        losses, ratio = clipped_ratio_loss(log_prob, old_log_prob, advantages, self.clip_range)
+        if self.ratio == "guard":
+            losses = losses / (step.sigma - step.sigma_next)
         distance = (ratio.detach() - 1).abs()
         figures = {
             "policy_loss": losses.detach(),
@@ -77,8 +129,8 @@ class FlowGRPO(Algorithm):
         }
         if self.kl_weight:
             with torch.no_grad(), policy.reference():
-                reference_mean, _, _ = replay(batch.reference_guidance)
-            divergence = gaussian_kl(mean, reference_mean, std)
+                reference = replay(policy, batch, batch.reference_guidance)
+            divergence = gaussian_kl(taken.mean, reference.mean, taken.std)
             if self.kl == "flow_grpo" and step.dynamics != "cps":  # a cps step's variance holds no -D
                 divergence = divergence * (step.sigma - step.sigma_next)
             losses = losses + self.kl_weight * divergence

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 TRAINING, HELD_OUT, OTHER = "#2563a8", "#b4530f", "#4b5563"
+GROUPS = ("#2563a8", "#d97706", "#0f8a5f", "#c026a3", "#dc2626", "#0891b2", "#7c4a1e", "#4b5563")
 _TITLES = {
     "loss": "Loss",
     "policy_loss": "Policy loss",
@@ -45,6 +46,20 @@ class Plot:
 
     title: str
     svg: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A value (points,) against what was spent (points,), in ascending order; `group` chooses color and dashes."""
+
+    group: int
+    spent: Sequence[float]
+    values: Sequence[float]
+
+
+def group_style(group: int) -> tuple[str, str]:
+    """The color and the CSS name of the line style of a group of curves; both differ for the first 24 groups."""
+    return GROUPS[group % len(GROUPS)], ("solid", "dashed", "dotted")[group // len(GROUPS) % 3]
 
 
 def training_plots(metrics: Sequence[dict[str, Any]], prompts_per_step: int | None) -> list[Plot]:
@@ -95,6 +110,35 @@ def optimisation_plots(metrics: Sequence[dict[str, Any]]) -> list[Plot]:
     return [Plot(_TITLES.get(name, name), _curve(metrics, series[name], OTHER)) for name in shown]
 
 
+def budget_plot(title: str, curves: Sequence[Curve], budget: str, target: float | None = None) -> Plot:
+    """Curves against a budget: faint each by itself, bold the mean of a group as far as its shortest curve reaches.
+
+    `target` is a line across.
+    """
+    salt = f"{title} {budget} {[(curve.group, *curve.values) for curve in curves]}"
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure, axes = _axes()
+        axes.set_xlabel(budget)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter("{x:,.10g}")
+        if target is not None:
+            axes.axhline(target, color=OTHER, linestyle=":", linewidth=1)
+        for group in dict.fromkeys(curve.group for curve in curves):
+            color, dashes = group_style(group)
+            own = [curve for curve in curves if curve.group == group]
+            for curve in own:
+                axes.plot(curve.spent, curve.values, color=color, linestyle=dashes, linewidth=0.8, alpha=0.35)
+            axes.plot(*mean_curve(own), color=color, linestyle=dashes, linewidth=1.8)
+        return Plot(title, _svg(figure))
+
+
+def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """What was spent and the mean of the curves, interpolated linearly, where all of them have values."""
+    first, last = max(curve.spent[0] for curve in curves), min(curve.spent[-1] for curve in curves)
+    spent = np.unique([value for curve in curves for value in (*curve.spent, first, last) if first <= value <= last])
+    return spent, np.mean([np.interp(spent, curve.spent, curve.values) for curve in curves], axis=0)
+
+
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
@@ -122,19 +166,25 @@ def _curve(rows: Sequence[dict[str, Any]], values: np.ndarray, color: str, error
 
 def _panel(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Axes]:
     """Empty axes from step 0 to the last row's, with the training minutes along the top."""
-    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _axes()
     steps, minutes = [0, *(row["step"] for row in rows)], [0.0, *(row["minutes"] for row in rows)]
     margin = 0.03 * steps[-1] or 0.5
     axes.set_xlim(-margin, steps[-1] + margin)
     ticks = [tick for tick in MaxNLocator(5, integer=True).tick_values(0, steps[-1]) if 0 <= tick <= steps[-1]]
     axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
     axes.set_xlabel("training steps")
-    axes.yaxis.set_major_formatter("{x:.4g}")
     top = axes.secondary_xaxis("top")
     top.set_xticks(ticks, [f"{m:.{0 if minutes[-1] >= 10 else 1}f}" for m in np.interp(ticks, steps, minutes)])
     top.set_xlabel("training minutes", fontsize=8, color="#6b7280", labelpad=6)
     top.tick_params(labelsize=8, labelcolor="#6b7280", color="#9ca3af")
+    return figure, axes
+
+
+def _axes() -> tuple[Figure, Axes]:
+    """Empty axes of a panel."""
+    figure = Figure(figsize=(4.4, 2.7), layout="constrained")
+    axes = figure.subplots()
+    axes.yaxis.set_major_formatter("{x:.4g}")
     return figure, axes
 
 

@@ -4,26 +4,21 @@ Before is the first evaluation, after the last. Both score the same prompts draw
 judged by its paired differences, whose standard error is smaller than the two means would suggest.
 """
 
-import base64
-import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import yaml
-from PIL import Image
 
 from flowalign.evaluate import plots
-from flowalign.runs import replace_text
+from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
 from flowalign.settings import UserError
 
 Row = dict[str, Any]
-SMALL = 128  # pixels; pictures under this side are embedded as they are and scaled up without smoothing
 PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger pictures are shrunk to these
 STRIP_PROMPTS = 4  # shown at every evaluation
 LARGEST = 5  # rows shown of those that fell and of those that rose
@@ -97,11 +92,8 @@ def write_report(folder: Path) -> Path:
     Raises UserError when the folder is no run, has nothing to show yet, or holds a file that cannot be used.
     """
     folder = Path(folder)
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    page = environment.get_template("report.html.j2").render(_contents(folder))
     path = folder / "report.html"
-    replace_text(path, page.encode("ascii", "xmlcharrefreplace").decode())
+    write_page(path, _contents(folder))
     return path
 
 
@@ -109,15 +101,14 @@ def _contents(folder: Path) -> Row:
     """What the template shows."""
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run: it has no recipe.yaml; give a folder that `flowalign train` wrote")
-    metrics = _parsed(folder / "metrics.jsonl", _steps) or []
-    evaluations = [_parsed(path, json.loads) for path in sorted(folder.glob("evaluations/step_*.json"))]
+    metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     if not metrics and not evaluations:
         raise UserError(f"{folder} has neither metrics nor evaluations yet, so there is nothing to report")
-    recipe = _parsed(folder / "recipe.yaml", yaml.safe_load) or {}  # plain: older versions' runs keep their report
+    recipe = parsed(folder / "recipe.yaml", yaml.safe_load) or {}  # plain: older versions' runs keep their report
     return {
         "recipe": recipe,
         "recipe_text": (folder / "recipe.yaml").read_text("utf-8"),
-        "run": _parsed(folder / "run.json", json.loads),
+        "run": parsed(folder / "run.json", json.loads),
         "metrics": metrics,
         "evaluations": evaluations,
         "scores": _scores(evaluations, recipe, folder),
@@ -127,19 +118,6 @@ def _contents(folder: Path) -> Row:
         "evaluation_plots": plots.evaluation_plots(evaluations),
         "optimisation_plots": plots.optimisation_plots(metrics),
     }
-
-
-def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
-    """The contents of a file, or an empty mapping without one; UserError when they cannot be parsed."""
-    try:
-        return parse(path.read_text("utf-8")) if path.is_file() else {}
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _steps(text: str) -> list[Row]:
-    """The metrics of every training step; a last line that a kill cut short, or that is being written, is left out."""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 def _scored(before: Sequence[Row], after: Sequence[Row], reward: str) -> Iterator[Row]:
@@ -181,32 +159,16 @@ def _moved(rows: Iterator[Row]) -> Row:
 def _samples(folder: Path) -> Row:
     """The fixed prompts with their pictures before and after, and those of the first few at every evaluation."""
     steps = sorted(path.parent for path in folder.glob("step_*/prompts.json"))
-    prompts = _parsed(steps[0] / "prompts.json", json.loads) if steps else []
+    prompts = parsed(steps[0] / "prompts.json", json.loads) if steps else []
     ends = dict.fromkeys([*steps[:1], *steps[-1:]])
     named = [(prompt, f"{index:02d}.png") for index, prompt in enumerate(prompts)]
     return {
-        "pairs": [(prompt, [_picture(step / name, PAIR_SIDE) for step in ends]) for prompt, name in named],
+        "pairs": [(prompt, [picture(step / name, PAIR_SIDE) for step in ends]) for prompt, name in named],
         "strips": [
-            (prompt, [_picture(step / name, STRIP_SIDE) for step in steps])
+            (prompt, [picture(step / name, STRIP_SIDE) for step in steps])
             for prompt, name in named[: STRIP_PROMPTS if len(steps) > 2 else 0]
         ],
     }
-
-
-def _picture(path: Path, side: int) -> Row:
-    """A picture as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
-    try:
-        with Image.open(path) as image:
-            data, kind = path.read_bytes(), "png"
-            if max(image.size) >= SMALL:
-                image.thumbnail((side, side))
-                image.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=90)
-                data, kind = buffer.getvalue(), "jpeg"
-    except OSError as error:
-        raise UserError(f"{path} is not a readable picture: {error}") from error
-    step = int(path.parent.name.removeprefix("step_"))
-    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return {"step": step, "uri": uri, "width": image.width, "height": image.height, "small": kind == "png"}
 
 
 def _phases(metrics: Sequence[Row], evaluations: Sequence[Row]) -> list[Row]:

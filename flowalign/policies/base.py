@@ -49,6 +49,7 @@ class Policy(ABC):
 
     def __init__(self) -> None:
         self.snapshots: dict[str, dict[str, torch.Tensor]] = {}
+        self._current: set[str] = set()
         self._empty: Condition | None = None
 
     @abstractmethod
@@ -122,16 +123,37 @@ class Policy(ABC):
         """Raises KeyError when a weight is missing from `state`."""
         for name, parameter in self.trainable_parameters().items():
             parameter.copy_(state[name])
+        self.find_current()
+
+    def weights_changed(self) -> None:
+        """To be said after every change of the trained weights: no snapshot equals them any more."""
+        self._current.clear()
+
+    def is_current(self, name: str) -> bool:
+        """Whether a snapshot is known to equal the trained weights, so that its forward pass can be saved."""
+        return name in self._current
+
+    def find_current(self) -> None:
+        """Compare all snapshots with the trained weights, after either was loaded."""
+        weights = self.trainable_parameters()
+        self._current = {
+            name
+            for name, kept in self.snapshots.items()
+            if all(torch.equal(kept[key], parameter) for key, parameter in weights.items())
+        }
 
     def snapshot(self, name: str) -> None:
         """Keep a copy of the weights as they are now."""
         self.snapshots[name] = self.trainable_state()
+        self._current.add(name)
 
     @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
         """snapshot <- decay * snapshot + (1 - decay) * weights; a decay of 0 copies."""
         for key, parameter in self.trainable_parameters().items():
             self.snapshots[name][key].lerp_(parameter.detach(), 1 - decay)
+        if decay == 0:
+            self._current.add(name)
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:

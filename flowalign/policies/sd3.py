@@ -43,6 +43,7 @@ class SD3Policy(Policy):
         for part in (self.pipeline.vae, self.pipeline.transformer, *self._text_encoders()):
             part.requires_grad_(False).eval()
         self.pipeline.to(device)
+        self.pipeline.vae.to(memory_format=torch.channels_last)
         self.transformer = self.pipeline.transformer
         use_attention(self.transformer, model.attention, device, self.dtype)
         if model.gradient_checkpointing:
@@ -77,10 +78,13 @@ class SD3Policy(Policy):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W)."""
+        """Images (B, 3, H, W), a few at a time: activations that fit the cache are three times as fast."""
         vae = self.pipeline.vae
-        images = vae.decode(latents.float() / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        return (images / 2 + 0.5).clamp(0, 1)
+        latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = latents[0, 0].numel() * self.pipeline.vae_scale_factor**2
+        at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(at_once)])
+        return (images / 2 + 0.5).clamp(0, 1).contiguous()
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(channels, height / 8, width / 8) of the published models."""

@@ -5,6 +5,16 @@ velocity v = eps - x0.
 """
 
 from flowalign.sampling.noise import counted_generator, counted_noise
+from flowalign.sampling.solvers import ode_solver
 from flowalign.sampling.steps import DYNAMICS, SdeStep, gaussian_kl, ode_step, sde_step
 
-__all__ = ["DYNAMICS", "SdeStep", "counted_generator", "counted_noise", "gaussian_kl", "ode_step", "sde_step"]
+__all__ = [
+    "DYNAMICS",
+    "SdeStep",
+    "counted_generator",
+    "counted_noise",
+    "gaussian_kl",
+    "ode_solver",
+    "ode_step",
+    "sde_step",
+]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 # The first part of every key says what the numbers are for, so that no two uses share a stream.
-ROLLOUT, EVALUATION, PROMPTS, ITEMS, FORWARD = range(5)
+ROLLOUT, EVALUATION, PROMPTS, ITEMS, FORWARD, WINDOW, STORE = range(7)
 
 
 def _seed(key: Sequence[int]) -> int:

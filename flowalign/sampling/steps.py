@@ -1,4 +1,4 @@
-"""One denoising step from sigma to sigma_next < sigma: the ODE's, and three stochastic ones with log-probabilities.
+"""One denoising step from sigma to sigma_next < sigma: the ODE's, and four stochastic ones with log-probabilities.
 
 With D = sigma_next - sigma < 0, x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v:
 
@@ -9,8 +9,14 @@ dance_sde  DanceGRPO (Xue et al. 2025): constant eta = a, std = eta sqrt(-D),
            mean = x + D v + eta^2 D (x - (1 - sigma) x0_hat) / (2 sigma^2).
 cps        Flow-CPS (coefficients-preserving sampling): std = sigma_next sin(a pi / 2),
            mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) eps_hat.
+memoryless The SDE of flow_sde with a = sqrt(2), whose finished samples do not remember the first noise, so that the
+           optimum of reward - kl KL(path) is the reference tilted by exp(reward / kl) (Domingo-Enrich et al. 2025);
+           what a per-step KL loss finds of it is said in algorithms/flow_grpo.py. Flow-SDE's
+           formula is far off at this noise in few steps and needs sigma_max at 1; so the step is the posterior of its
+           noising process at x0_hat, the same in the limit: c = (1 - sigma) sigma_next / ((1 - sigma_next) sigma),
+           mean = (1 - sigma_next) x0_hat + c sigma_next eps_hat, std = sigma_next sqrt(1 - c^2). It has no noise level.
 
-Log-probabilities are means over a row's dimensions. Those of flow_sde and dance_sde are the Gaussian's; that of cps is
+Log-probabilities are means over a row's dimensions. All are the Gaussian's but that of cps, which is
 the published -(x' - mean)^2, without the Gaussian's constants and its 1 / (2 std^2), since its clip ranges assume that.
 """
 
@@ -19,7 +25,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Dynamics = Literal["flow_sde", "dance_sde", "cps"]
+Dynamics = Literal["flow_sde", "dance_sde", "cps", "memoryless"]
 DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)
 
 
@@ -36,7 +42,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _column(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
+def column(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
     """A scalar or (B,) tensor in the shape and precision that broadcasts over (B, ...)."""
     column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return column.reshape(-1, *[1] * (like.ndim - 1)) if column.ndim else column
@@ -47,7 +53,7 @@ def ode_step(
 ) -> torch.Tensor:
     """Euler's step of the flow, (B, ...), in float32 or better."""
     sample = _precise(sample)
-    return sample + (_column(sigma_next, sample) - _column(sigma, sample)) * velocity.to(sample.dtype)
+    return sample + (column(sigma_next, sample) - column(sigma, sample)) * velocity.to(sample.dtype)
 
 
 def sde_step(
@@ -57,7 +63,7 @@ def sde_step(
     sigma_next: torch.Tensor | float,
     *,
     dynamics: Dynamics = "flow_sde",
-    noise_level: float,
+    noise_level: float | None = None,
     sigma_max: torch.Tensor | float | None = None,
     next_sample: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -70,23 +76,31 @@ def sde_step(
     """
     if dynamics not in DYNAMICS:
         raise ValueError(f"unknown dynamics {dynamics!r}; choose one of {', '.join(DYNAMICS)}")
+    if dynamics == "memoryless" and noise_level is not None:
+        raise ValueError("memoryless takes no noise_level")
     x = _precise(sample)
     v = velocity.to(x.dtype)
-    now, after = _column(sigma, x), _column(sigma_next, x)
+    now, after = column(sigma, x), column(sigma_next, x)
     delta = after - now
-    if dynamics == "flow_sde":
+    if dynamics == "memoryless":
+        x0, eps = x - now * v, x + (1 - now) * v
+        kept = (1 - now) * after / ((1 - after) * now)
+        std = after * torch.sqrt(1 - kept**2)
+        mean = (1 - after) * x0 + kept * after * eps
+    elif noise_level is None:
+        raise ValueError(f"{dynamics} needs a noise_level")
+    elif dynamics == "flow_sde":
         if sigma_max is None:
             if bool((now >= 1).any()):
                 raise ValueError("flow_sde at sigma = 1 needs sigma_max, the schedule's second value")
             sigma_max = 1.0
-        bounded = torch.where(now >= 1, _column(sigma_max, x), now)
+        bounded = torch.where(now >= 1, column(sigma_max, x), now)
         scale = noise_level * torch.sqrt(now / (1 - bounded))
         std = scale * torch.sqrt(-delta)
         drift = scale**2 / (2 * now)
         mean = x * (1 + drift * delta) + v * (1 + drift * (1 - now)) * delta
     elif dynamics == "dance_sde":
-        x0 = x - now * v
-        std = noise_level * torch.sqrt(-delta)
+        x0, std = x - now * v, noise_level * torch.sqrt(-delta)
         mean = x + delta * v + 0.5 * noise_level**2 * delta * (x - (1 - now) * x0) / now**2
     else:
         x0, eps = x - now * v, x + (1 - now) * v

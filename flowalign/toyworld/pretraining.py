@@ -27,7 +27,6 @@ WIDTH = 128
 TEXT_WIDTH = 64
 PROMPT_DROPOUT = 0.1
 POOLED_DROPOUT = 0.5
-FOCUS_SIGNS = 0.35  # on top of the signs that are drawn anyway: about half
 
 Log = Callable[[str], None]
 
@@ -238,20 +237,25 @@ def train_transformer(
     steps: int,
     batch: int,
     decay: float,
-    focus: tuple[int, int, int],
     log: Log,
+    start: Path | None = None,
 ) -> tuple[SD3Transformer2DModel, TextTower]:
     """Flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2.
 
-    From step focus[0] to focus[2], signs are seen more often, those of one word from focus[1], and the pooled text is
-    dropped from half of the examples: without that the model drew the right number of letters but not the right ones.
+    Until the rate decays, the pooled text is dropped from half of the examples: without that the model reads the
+    pooled text alone and draws the right number of letters but not the right ones. `start` is a pipeline folder whose
+    weights are gone on from.
     """
     latents, ids = data
-    signs = (ids == tokenizer.convert_tokens_to_ids('"')).any(1)
-    words = (signs & ~(ids == tokenizer.convert_tokens_to_ids(" ")).any(1)).nonzero().flatten()
-    signs = signs.nonzero().flatten()
     torch.manual_seed(seed)
     transformer, text = make_transformer(), TextTower(tokenizer)
+    if start is not None:
+        transformer = SD3Transformer2DModel.from_pretrained(start, subfolder="transformer", dtype=torch.float32)
+        for index, name in enumerate(("text_encoder", "text_encoder_2")):
+            loaded = CLIPTextModelWithProjection.from_pretrained(start, subfolder=name, dtype=torch.float32)
+            text.encoders[index] = loaded
+    transformer.train()
+    text.train()
     optimizers = _optimizers(transformer, text)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parts = {"transformer": transformer, "text": text, "muon": optimizers[0], "adamw": optimizers[1]}
@@ -266,11 +270,6 @@ def train_transformer(
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(latents), (batch,), generator=generator)
-        focused = focus[0] <= step < focus[2]
-        if focused:
-            pool = signs if step < focus[1] else words
-            chosen = torch.randint(len(pool), (batch,), generator=generator)
-            rows = torch.where(torch.rand(batch, generator=generator) < FOCUS_SIGNS, pool[chosen], rows)
         x0, tokens = latents[rows].float(), ids[rows].long()
         dropped = torch.rand(batch, 1, generator=generator) < PROMPT_DROPOUT
         tokens = torch.where(dropped, empty, tokens)
@@ -280,7 +279,7 @@ def train_transformer(
         with torch.autocast("cpu", torch.bfloat16):
             hidden, pooled = text(torch.cat([tokens, empty]))
             hidden, unsaid, pooled = hidden[:-1], pooled[-1:], pooled[:-1]
-            if focused:  # the pooled text alone cannot spell: make the tokens carry the prompt
+            if step < (1 - decay) * steps:
                 silent = torch.rand(batch, 1, generator=generator) < POOLED_DROPOUT
                 pooled = torch.where(silent, unsaid, pooled)
             velocity = transformer(x, hidden, pooled, sigma * 1000, return_dict=False)[0]

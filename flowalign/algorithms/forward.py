@@ -1,0 +1,162 @@
+"""What the algorithms of the forward process share: trained noise levels, the three predictions, moving snapshots.
+
+They need finished samples only: x_sigma = (1 - sigma) x0 + sigma eps with a new eps, whose velocity is v = eps - x0.
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+
+from flowalign.algorithms.base import Algorithm, Batch, Noised
+from flowalign.settings import Section
+
+if TYPE_CHECKING:
+    from flowalign.config import Rollout, Train
+    from flowalign.policies.base import Policy
+
+Level = Annotated[float, Field(ge=0, le=1)]
+
+
+class Decay(Section):
+    """The decay d of a snapshot, moved after every training step: snapshot <- d snapshot + (1 - d) weights.
+
+    d(n) = min(first + slope (n - start)+, last), n counting optimizer updates. Source: DiffusionNFT's `return_decay`
+    and the schedules of Flow-Factory's CRD.
+    """
+
+    first: Level = 0.0
+    """Its value up to update `start`; 0 copies the weights."""
+    slope: Annotated[float, Field(ge=0)] = 0.0
+    """Its rise with every update after `start`."""
+    start: Annotated[int, Field(ge=0)] = 0
+    """The update from which it rises."""
+    last: Level = 1.0
+    """Where the rise ends."""
+
+    @model_validator(mode="after")
+    def _moves(self) -> "Decay":
+        if self.first >= 1:
+            raise ValueError("a decay that begins at 1 never moves the snapshot; begin below 1")
+        if self.last < self.first:
+            raise ValueError(f"last ({self.last:g}) must not lie below first ({self.first:g})")
+        return self
+
+    def at(self, update: int) -> float:
+        """d after this many optimizer updates."""
+        return min(self.first + self.slope * max(update - self.start, 0), self.last)
+
+
+class Predictions(NamedTuple):
+    """Velocities (n, ...) of the policy, of a snapshot and of the reference (None where not asked for)."""
+
+    policy: torch.Tensor
+    snapshot: torch.Tensor
+    reference: torch.Tensor | None
+
+
+class ForwardAlgorithm(Algorithm):
+    """The settings of an algorithm that learns from finished samples noised anew."""
+
+    needs: ClassVar = "final"
+    timesteps: Annotated[int, Field(gt=0)] = 2
+    """Noise levels that each sample is trained at."""
+    timestep_sampling: Literal["grid", "uniform", "logit_normal"] = "grid"
+    """Drawn from the rollout's own sigmas without repeating, or from a density, one from each of equal strata."""
+    timestep_range: tuple[Level, Level] = (0.0, 1.0)
+    """The lowest and the highest sigma trained at."""
+
+    @model_validator(mode="after")
+    def _range_is_wide(self) -> "ForwardAlgorithm":
+        low, high = self.timestep_range
+        if not low < high:
+            raise ValueError(f"timestep_range [{low:g}, {high:g}] is empty")
+        return self
+
+    def draws(self, rollout: "Rollout") -> int:
+        """The noise levels."""
+        return self.timesteps
+
+    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+        """The grid must hold enough sigmas, and micro-batches whole groups."""
+        if self.timestep_sampling == "grid" and self.timesteps > rollout.steps:
+            raise ValueError(
+                f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's grid"
+            )
+        if self.unit == "group" and train.micro_batch < train.group_size:
+            raise ValueError(
+                f"train.micro_batch ({train.micro_batch}) must hold a whole group ({train.group_size}) for {self.name}"
+            )
+
+    def levels(self, grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """`timesteps` noise levels (T,) for one sample; `grid` is the rollout's schedule, from 1 down to 0.
+
+        Raises ValueError when the grid has too few sigmas in the range.
+        """
+        low, high = self.timestep_range
+        if self.timestep_sampling == "grid":
+            inside = grid[(grid >= low) & (grid <= high) & (grid > 0)]
+            if len(inside) < self.timesteps:
+                raise ValueError(
+                    f"algorithm.timestep_range [{low:g}, {high:g}] holds {len(inside)} sigmas of the rollout's grid; "
+                    f"algorithm.timesteps asks for {self.timesteps}"
+                )
+            return inside[torch.randperm(len(inside), generator=generator)[: self.timesteps]]
+        strata = torch.randperm(self.timesteps, generator=generator)
+        uniform = (strata + torch.rand(self.timesteps, generator=generator)) / self.timesteps
+        if self.timestep_sampling == "uniform":
+            return (low + (high - low) * uniform).clamp(1e-3, 1 - 1e-3)
+        ends = torch.tensor([low, high], dtype=torch.float64).logit(eps=1e-9)
+        first, last = torch.special.ndtr(ends)
+        return torch.special.ndtri(first + (last - first) * uniform.double()).sigmoid().float().clamp(1e-3, 1 - 1e-3)
+
+
+def noised(batch: Batch) -> Noised:
+    """The batch's noised samples; they are there, since needs = "final"."""
+    assert batch.noised is not None
+    return batch.noised
+
+
+def predictions(policy: "Policy", batch: Batch, snapshot: str | None, *, reference: bool) -> Predictions:
+    """The velocities at the batch's noised samples, each in one forward pass over all items.
+
+    The snapshot's pass is saved while it equals the trained weights, as after a copy. `snapshot` None is the reference
+    itself. The reference alone takes `batch.reference_guidance`.
+    """
+    at = noised(batch)
+
+    def velocity(guidance: float) -> torch.Tensor:
+        return policy.guided_velocity(at.state, at.sigma, batch.condition, guidance)
+
+    own = velocity(batch.guidance)
+    with torch.no_grad():
+        fixed = None
+        if reference or snapshot is None:
+            with policy.reference():
+                fixed = velocity(batch.reference_guidance)
+        if snapshot is None:
+            assert fixed is not None
+            return Predictions(own, fixed, fixed)
+        if policy.is_current(snapshot):
+            return Predictions(own, own.detach(), fixed)
+        with policy.using(snapshot):
+            return Predictions(own, velocity(batch.guidance), fixed)
+
+
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error over each row's dimensions, (n,)."""
+    return ((prediction - target) ** 2).flatten(1).mean(1)
+
+
+def adaptive_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """`squared_error` divided by the row's own mean absolute error, which takes no gradient; (n,).
+
+    Source: DiffusionNFT's training code, whose weight is at least 1e-5.
+    """
+    weight = (prediction - target).detach().double().abs().flatten(1).mean(1).clamp(min=1e-5)
+    return (squared_error(prediction, target) / weight).to(prediction.dtype)
+
+
+def reward_level(advantage: torch.Tensor, clip: float) -> torch.Tensor:
+    """Advantages as rewards in [0, 1]: 1/2 + clipped advantage / (2 clip). Source: DiffusionNFT."""
+    return (0.5 + advantage / (2 * clip)).clamp(0, 1)

@@ -1,0 +1,108 @@
+"""GDRO: rank the finished samples of a prompt by a listwise loss, offline, without a sampler.
+
+Source: Wang et al., "GDRO: Group-level Direct Reward Optimization" (2601.02036). With v = eps - x0 and one noise level
+and one noise for a whole group, the implicit reward of a sample and the group's loss are
+
+    s_i  = -beta (mean (v_theta - v)^2 - mean (v_reference - v)^2)
+    loss = sum_{i<k} (log sum_{m>=i} exp s_m - sum_{j>=i} q_i(j) s_j),  q_i = softmax over j >= i of r_j / temperature
+
+for rewards in falling order, plus `stabiliser` times the flow-matching error of the best sample. A temperature of 0
+ranks hard, and with two samples that is Diffusion-DPO (Wallace et al. 2024); `top_1` keeps the first term alone.
+
+The notes on the paper leave open whether a group shares its noise and whether errors are summed or averaged over
+dimensions: here it does, since only differences count, and they are averaged, so beta is not the paper's number.
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from flowalign.algorithms.base import Batch, Figures
+from flowalign.algorithms.forward import ForwardAlgorithm, noised, predictions, squared_error
+
+if TYPE_CHECKING:
+    from flowalign.config import Rollout, Train
+    from flowalign.policies.base import Policy
+
+
+def _listwise(implicit_reward: torch.Tensor, reward: torch.Tensor, temperature: float, top_1: bool) -> torch.Tensor:
+    """The loss of one group, a scalar, from (k,) values."""
+    count = len(reward)
+    order = reward.argsort(descending=True, stable=True)
+    own, ranked = implicit_reward[order], reward[order].to(implicit_reward)
+    if temperature > 0:
+        logits = (ranked / temperature).expand(count, count)
+    else:  # the limit: all weight on the best that remain, shared by ties
+        logits = torch.where(ranked == ranked[:, None], 0.0, -torch.inf).to(own)
+    gone = torch.ones(count, count, dtype=torch.bool, device=own.device).tril(-1)  # row i: what ranks before i
+    wanted = logits.masked_fill(gone, -torch.inf).softmax(1)
+    remaining = own.expand(count, count).masked_fill(gone, -torch.inf).logsumexp(1)
+    terms = remaining - wanted @ own
+    return terms[0] if top_1 else terms[:-1].sum()
+
+
+def group_loss(
+    implicit_reward: torch.Tensor,
+    reward: torch.Tensor,
+    groups: torch.Tensor,
+    *,
+    temperature: float,
+    top_1: bool = False,
+) -> torch.Tensor:
+    """The listwise loss, a scalar, of implicit rewards (n,) and rewards (n,): the mean over `groups` (n,).
+
+    Adding a constant to a group's rewards, or to its implicit rewards, changes nothing.
+    """
+    chosen = [groups == group for group in groups.unique()]
+    losses = [_listwise(implicit_reward[rows], reward[rows], temperature, top_1) for rows in chosen]
+    return torch.stack(losses).mean()
+
+
+def best_of_each(reward: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """(n,) bool: the first sample of highest reward in each group."""
+    best = torch.zeros_like(groups, dtype=torch.bool)
+    for group in groups.unique():
+        rows = (groups == group).nonzero().flatten()
+        best[rows[reward[rows].argmax()]] = True
+    return best
+
+
+class GDRO(ForwardAlgorithm):
+    """Settings and loss of GDRO; with group size 2, temperature 0 and stabiliser 0, of Diffusion-DPO."""
+
+    unit: ClassVar = "group"
+    offline: ClassVar = True
+    name: Literal["gdro"] = "gdro"
+    timestep_sampling: Literal["grid", "uniform", "logit_normal"] = "uniform"
+    """Drawn from the rollout's own sigmas without repeating, or from a density, one from each of equal strata."""
+    beta: Annotated[float, Field(gt=0)] = 1000.0
+    """Scale of the implicit reward, whose errors are means over dimensions."""
+    temperature: Annotated[float, Field(ge=0)] = 0.05
+    """Of the rewards' softmax; 0 ranks hard."""
+    top_1: bool = False
+    """Only which sample is best, not the order of the others."""
+    stabiliser: Annotated[float, Field(ge=0)] = 0.5
+    """Weight of the best sample's flow-matching error, which keeps its own likelihood from falling."""
+
+    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+        """The reference is the implicit reward's own."""
+        super().check(rollout, train, rewards)
+        self.refuse("gdro has no KL of its own, beta is its pull to the reference", "kl_weight")
+        self.refuse("gdro ranks rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
+
+    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+        """See the module; figures: the ranking loss, the spread of the implicit reward, the best sample's error."""
+        assert batch.rewards is not None
+        at, seen = noised(batch), predictions(policy, batch, None, reference=True)
+        target = at.noise - batch.latents
+        error = squared_error(seen.policy, target)
+        implicit = self.beta * (squared_error(seen.snapshot, target) - error)
+        ranking = group_loss(implicit, batch.rewards, batch.groups, temperature=self.temperature, top_1=self.top_1)
+        best = best_of_each(batch.rewards, batch.groups)
+        figures = {
+            "policy_loss": ranking.detach(),
+            "implicit_reward_std": implicit.detach().std(),
+            "best_error": error[best].mean().detach(),
+        }
+        return ranking + self.stabiliser * error[best].mean(), figures

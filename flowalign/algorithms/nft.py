@@ -1,0 +1,124 @@
+"""DiffusionNFT: contrast a policy's own samples on the forward process, without trajectories or likelihoods.
+
+Source: Zheng et al., "DiffusionNFT: Online Diffusion Reinforcement with Forward Process" (2025), and its training code.
+Per item (a sample noised anew to x_sigma, with velocity v = eps - x0), r in [0, 1] from its advantage:
+
+    v+ = beta v_theta + (1 - beta) v_old        v- = (1 + beta) v_old - beta v_theta
+    l+- = mean (x0+- - x0)^2 / sg[mean |x0+- - x0|],     x0+- = x_sigma - sigma v+-
+    loss = clip / beta (r l+ + (1 - r) l-) + kl_weight mean (v_theta - v_reference)^2
+
+Differences from the published code: noise levels reach the model as floats, where its sampler cuts them to whole
+timesteps; the snapshot's forward is saved while it equals the trained weights; the reference's where kl_weight is 0.
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+
+from flowalign.algorithms.base import Batch, Figures
+from flowalign.algorithms.forward import (
+    Decay,
+    ForwardAlgorithm,
+    adaptive_error,
+    noised,
+    predictions,
+    reward_level,
+    squared_error,
+)
+from flowalign.sampling.steps import column
+
+if TYPE_CHECKING:
+    from flowalign.policies.base import Policy
+
+
+class NftLoss(NamedTuple):
+    """Scalars: the sum that is minimised and its two parts, the KL without its weight."""
+
+    loss: torch.Tensor
+    policy_loss: torch.Tensor
+    kl: torch.Tensor
+
+
+def contrast(
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    velocity: torch.Tensor,
+    velocity_old: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The errors l+ and l-, (n,) each, of x0 (n, ...) noised to sigma (n,); see the module."""
+    level = column(sigma, x0)
+    state = (1 - level) * x0 + level * noise
+    positive = beta * velocity + (1 - beta) * velocity_old
+    negative = (1 + beta) * velocity_old - beta * velocity
+    return adaptive_error(state - level * positive, x0), adaptive_error(state - level * negative, x0)
+
+
+def nft_loss(
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    velocity: torch.Tensor,
+    velocity_old: torch.Tensor,
+    velocity_ref: torch.Tensor | None,
+    advantage: torch.Tensor,
+    *,
+    beta: float,
+    kl_weight: float,
+    advantage_clip: float = 5.0,
+) -> NftLoss:
+    """DiffusionNFT's loss of n items: x0, noise and velocities (n, ...), sigma and advantage (n,).
+
+    Without a `velocity_ref` the KL is 0.
+    """
+    positive, negative = contrast(x0, noise, sigma, velocity, velocity_old, beta)
+    level = reward_level(advantage, advantage_clip)
+    policy_loss = advantage_clip / beta * (level * positive + (1 - level) * negative).mean()
+    kl = policy_loss.new_zeros(()) if velocity_ref is None else squared_error(velocity, velocity_ref).mean()
+    return NftLoss(policy_loss + kl_weight * kl, policy_loss, kl)
+
+
+class NFT(ForwardAlgorithm):
+    """Settings and loss of DiffusionNFT."""
+
+    behaviour: ClassVar = "old"
+    name: Literal["nft"] = "nft"
+    equal_groups: Literal["skip", "keep"] = "keep"
+    """Whether groups whose rewards are all equal are left out of a step."""
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    """How far v+ and v- lie from the old velocity, in units of the policy's own distance."""
+    old_decay: Decay = Decay(slope=1e-3, last=0.5)
+    """How the old policy, which draws the rollouts, follows the trained one."""
+
+    def begin(self, policy: "Policy") -> None:
+        """The old policy starts as the trained one."""
+        policy.snapshot("old")
+
+    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+        """See the module; figures: both parts, the distance to the old policy."""
+        at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)
+        result = nft_loss(
+            batch.latents,
+            at.noise,
+            at.sigma,
+            seen.policy,
+            seen.snapshot,
+            seen.reference,
+            batch.advantages,
+            beta=self.beta,
+            kl_weight=self.kl_weight,
+            advantage_clip=self.advantage_clip,
+        )
+        figures = {
+            "policy_loss": result.policy_loss.detach(),
+            "old_distance": squared_error(seen.policy, seen.snapshot).detach(),
+        }
+        if seen.reference is not None:
+            figures["kl"] = result.kl.detach()
+        return result.loss, figures
+
+    def after_update(self, policy: "Policy", update: int) -> None:
+        """The old policy follows."""
+        policy.blend("old", self.old_decay.at(update))

@@ -1,0 +1,87 @@
+"""PRDP: regress the difference of two trajectories' log-likelihood ratios on the difference of their rewards.
+
+Source: Deng et al., "PRDP: Proximal Reward Difference Prediction" (2402.08714), on the Gaussian steps of a flow model.
+With R = sum over trained steps of log p_theta(x_next | x) - log p_reference(x_next | x), for each pair of a prompt's
+samples
+
+    loss = max((dR - d reward / beta)^2, (dR_clipped - d reward / beta)^2)
+
+where each step's ratio is clipped to `proximity` around that of the policy that sampled. The loss is zero on all pairs
+exactly at the optimum of the KL-regularised objective, p ~ p_reference exp(reward / beta). Unlike elsewhere
+log-probabilities are summed over dimensions, since this optimum is about the whole density. Summed over a group's pairs
+the unclipped loss is a regression centred within the prompt, the trajectory's relative of CRD.
+"""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from flowalign.algorithms.base import Algorithm, Batch, Figures
+from flowalign.algorithms.flow_grpo import replay
+
+if TYPE_CHECKING:
+    from flowalign.config import Rollout, Train
+    from flowalign.policies.base import Policy
+
+
+def pair_loss(
+    ratio: torch.Tensor, old_ratio: torch.Tensor, reward: torch.Tensor, *, beta: float, proximity: float
+) -> torch.Tensor:
+    """The loss of one prompt, a scalar: log-ratios (G, T) of G trajectories now and when sampled, rewards (G,)."""
+    clipped = ratio.clamp(old_ratio - proximity, old_ratio + proximity)
+    target = (reward[:, None] - reward) / beta
+
+    def error(total: torch.Tensor) -> torch.Tensor:
+        return (total[:, None] - total - target) ** 2
+
+    errors = torch.maximum(error(ratio.sum(1)), error(clipped.sum(1)))
+    return errors.sum() / (len(reward) * (len(reward) - 1))
+
+
+class PRDP(Algorithm):
+    """Settings and loss of PRDP."""
+
+    needs: ClassVar = "trajectory"
+    unit: ClassVar = "path"
+    name: Literal["prdp"] = "prdp"
+    beta: Annotated[float, Field(gt=0)] = 10.0
+    """Weight of the KL in the objective: the optimum tilts the reference by exp(reward / beta)."""
+    proximity: Annotated[float, Field(gt=0)] = 0.1
+    """How far a step's log-ratio may move from that of the policy that sampled before it stops teaching."""
+
+    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+        """Needs true log-probabilities, and whole groups in a micro-batch."""
+        if rollout.dynamics == "cps":
+            raise ValueError("rollout.dynamics cps has no true log-probabilities; use another one with prdp")
+        self.refuse("prdp has no KL of its own, beta is its pull to the reference", "kl_weight")
+        self.refuse("prdp regresses on rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
+        needed = train.group_size * self.draws(rollout)
+        if train.micro_batch < needed:
+            raise ValueError(
+                f"train.micro_batch ({train.micro_batch}) must hold a group with all its trained steps "
+                f"({train.group_size} x {self.draws(rollout)} = {needed}) for prdp"
+            )
+
+    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+        """See the module; figures: how far the log-ratios stand from the reference and moved since the rollout."""
+        assert batch.transition is not None and batch.rewards is not None and batch.samples is not None
+        step, dimensions = batch.transition, batch.latents[0].numel()
+        own = replay(policy, batch, batch.guidance).log_prob
+        with torch.no_grad(), policy.reference():
+            reference = replay(policy, batch, batch.reference_guidance).log_prob
+        ratio, old_ratio = dimensions * (own - reference), dimensions * (step.log_prob - reference)
+        losses = []
+        for group in batch.groups.unique():
+            rows = (batch.groups == group).nonzero().flatten()
+            rows = rows[batch.samples[rows].argsort(stable=True)]
+            members = len(batch.samples[rows].unique())
+            now, then = ratio[rows].view(members, -1), old_ratio[rows].view(members, -1)
+            rewards = batch.rewards[rows].view(members, -1)[:, 0]
+            losses.append(pair_loss(now, then, rewards, beta=self.beta, proximity=self.proximity))
+        figures = {
+            "ratio_distance": (own.detach() - step.log_prob).expm1().abs(),
+            "log_ratio": ratio.detach(),
+            "clipped": ((ratio - old_ratio).detach().abs() > self.proximity).float(),
+        }
+        return torch.stack(losses).mean(), figures

@@ -1,0 +1,159 @@
+"""A comparison as a markdown leaderboard and as one self-contained page, from what comparison.json holds."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowalign.evaluate import plots
+from flowalign.evaluate.pages import parsed, picture, read_metrics, write_page
+
+Result = Mapping[str, Any]
+Table = tuple[list[str], list[list[str]]]
+PICTURE_SIDE = 192  # pixels; larger pictures are shrunk to this
+BUDGETS = {"minutes": "training minutes", "forwards": "transformer forwards"}
+
+
+def leaderboard(result: Result) -> Table:
+    """Columns and rows of the table of recipes, the best first: mean and standard deviation over seeds."""
+    columns = ["recipe", "algorithm", "before", "after", "gain", "minutes", "forwards", "steps"]
+    if result["target"] is not None:
+        columns += [f"{budget} to {result['target']:g}" for budget in BUDGETS]
+    rows = []
+    for of in result["recipes"]:
+        row = [of["name"], of["algorithm"], *_ends(of["rewards"][result["reward"]])]
+        row += [_text(of[key], _format(key, result)) for key in ("minutes", "forwards", "steps")]
+        if of["to_target"] is not None:
+            row += [_price(of["to_target"][budget], _format(budget, result), result) for budget in BUDGETS]
+        rows.append(row)
+    return columns, rows
+
+
+def leaderboard_markdown(result: Result) -> str:
+    """The command, the table of recipes and how to read it."""
+    columns, rows = leaderboard(result)
+    lines = [columns, ["---"] * len(columns), *rows]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"    {result['command']}\n\n{table}\n{legend(result)}\n"
+
+
+def legend(result: Result) -> str:
+    """How to read the table."""
+    seeds = ", ".join(str(seed) for seed in result["seeds"])
+    over = f"mean ± standard deviation over seeds {seeds}" if len(result["seeds"]) > 1 else f"seed {seeds}"
+    text = (
+        f"Held-out {result['reward']} of {', '.join(result['shared']['evaluation.prompts'])}, {over}; "
+        f"{result['budget_minutes']:g} minutes of training a run on {' and '.join(result['devices'])}. "
+        "Forwards are the rows that the transformer saw in rollouts and losses; evaluation is in neither budget."
+    )
+    if result["target"] is not None:
+        text += f" Where {result['target']:g} is reached is interpolated linearly between evaluations."
+    return text
+
+
+def write_comparison_page(output: Path, result: Result) -> Path:
+    """Write comparison.html beside the run folders that it is made of, and return its path."""
+    path = output / "comparison.html"
+    groups = {of["name"]: group for group, of in enumerate(result["recipes"])}
+    metrics = [read_metrics(output / run["folder"]) for run in result["runs"]]
+    others = [name for name in result["recipes"][0]["rewards"] if name != result["reward"]]
+    contents = {
+        "result": result,
+        "lead": _lead(result),
+        "legend": legend(result),
+        "leaderboard": leaderboard(result),
+        "others": [[name, of["name"], *_ends(of["rewards"][name])] for name in others for of in result["recipes"]],
+        "styles": {name: plots.group_style(group) for name, group in groups.items()},
+        "held_out_plots": _plots(result, groups, [run["curve"] for run in result["runs"]], "rewards"),
+        "training_plots": _plots(result, groups, metrics, "reward"),
+        "pictures": _pictures(output, result),
+        "runs": [_run_row(run, result) for run in result["runs"]],
+        "budgets": BUDGETS,
+    }
+    write_page(path, contents)
+    return path
+
+
+def _lead(result: Result) -> str:
+    """Who ends highest and by how much, with the error that the seeds allow."""
+    reward, (best, *others) = result["reward"], result["recipes"]
+    ends = f"{best['name']} ends highest: held-out {reward} {_text(best['rewards'][reward]['after'], '.3f')}"
+    if not others:
+        ends = f"{best['name']}: held-out {reward} {_text(best['rewards'][reward]['gain'], '+.3f')}"
+        return f"{ends} over {len(result['seeds'])} seeds"
+    after = {(run["recipe"], run["seed"]): run["rewards"][reward]["after"] for run in result["runs"]}
+    leads = np.array([after[best["name"], seed] - after[others[0]["name"], seed] for seed in result["seeds"]])
+    above = f"{ends}, {leads.mean():.3f}"
+    if len(leads) == 1:
+        return f"{above} above {others[0]['name']}; one seed does not say how much of that is chance"
+    error = leads.std(ddof=1) / len(leads) ** 0.5
+    return f"{above} ± {error:.3f} above {others[0]['name']} (paired standard error over {len(leads)} seeds)"
+
+
+def _plots(result: Result, groups: Mapping[str, int], series: Sequence[Any], key: str) -> dict[str, list[plots.Plot]]:
+    """A panel for each reward under `key` of the runs' `series`, by budget."""
+    names = dict.fromkeys(name for points in series for point in points for name in point[key])
+    if key == "reward":
+        names.pop("total", None)  # a sum that every recipe weighs in its own way
+    panels: dict[str, list[plots.Plot]] = {budget: [] for budget in BUDGETS}
+    for name in names:
+        target = result["target"] if key == "rewards" and name == result["reward"] else None
+        for budget, label in BUDGETS.items():
+            curves = []
+            for run, points in zip(result["runs"], series, strict=True):
+                if known := [(point[budget], point[key][name]) for point in points if name in point[key]]:
+                    spent, values = zip(*known, strict=True)
+                    curves.append(plots.Curve(groups[run["recipe"]], spent, values))
+            panels[budget].append(plots.budget_plot(name, curves, label, target))
+    return panels
+
+
+def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Fixed prompts with their picture before training and after it by every recipe, all of the first seed."""
+    first = {run["recipe"]: output / run["folder"] for run in result["runs"] if run["seed"] == result["seeds"][0]}
+    shown: list[tuple[str, Path]] = []
+    for of in result["recipes"]:
+        steps = sorted(path.parent for path in first[of["name"]].glob("samples/step_*/prompts.json"))
+        if not steps:
+            return []
+        shown += [("before", steps[0])] * (not shown) + [(of["name"], steps[-1])]
+    prompts = min((parsed(step / "prompts.json", json.loads) for _, step in shown), key=len)
+    return [
+        (prompt, [(label, picture(step / f"{index:02d}.png", PICTURE_SIDE)) for label, step in shown])
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _run_row(run: Result, result: Result) -> dict[str, Any]:
+    """A run as cells of text and the place of its own report."""
+    ends = run["rewards"][result["reward"]]
+    cells = [f"{ends['before']:.3f}", f"{ends['after']:.3f}", f"{ends['gain']:+.3f}"]
+    cells += [f"{run[key]:{_format(key, result)}}" for key in ("minutes", "forwards", "steps")]
+    if result["target"] is not None:
+        met = run["to_target"]
+        cells += [f"{met[key]:{_format(key, result)}}" if met else "not reached" for key in BUDGETS]
+    return {"recipe": run["recipe"], "seed": run["seed"], "report": f"{run['folder']}/report.html", "cells": cells}
+
+
+def _ends(ends: Result) -> list[str]:
+    return [_text(ends["before"], ".3f"), _text(ends["after"], ".3f"), _text(ends["gain"], "+.3f")]
+
+
+def _format(key: str, result: Result) -> str:
+    """The format of a cost: minutes with so many decimals that a short budget still shows."""
+    return (".1f" if result["budget_minutes"] >= 10 else ".2f") if key == "minutes" else ",.0f"
+
+
+def _text(of: Result, style: str) -> str:
+    """Mean ± standard deviation; the latter only where there is one and it is not zero."""
+    return f"{of['mean']:{style}}" + (f" ± {of['std']:{style.lstrip('+')}}" if of["std"] else "")
+
+
+def _price(of: Result | None, style: str, result: Result) -> str:
+    """What it took to reach the target, and how many of the seeds did where not all."""
+    if of is None:
+        return "not reached"
+    seeds = len(result["seeds"])
+    return _text(of, style) + (f" ({of['count']} of {seeds} seeds)" if of["count"] < seeds else "")

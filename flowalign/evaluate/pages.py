@@ -1,0 +1,59 @@
+"""What the HTML pages share: their templates, a run's files with one-sentence errors, and pictures as data URIs."""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from PIL import Image
+
+from flowalign.runs import replace_text
+from flowalign.settings import UserError
+
+SMALL = 128  # pixels; pictures under this side are embedded as they are and scaled up without smoothing
+
+
+def write_page(path: Path, contents: Mapping[str, Any]) -> None:
+    """Write a page, whole, from the template that bears its name, such as report.html.j2."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template(f"{path.name}.j2").render(contents)
+    replace_text(path, page.encode("ascii", "xmlcharrefreplace").decode())
+
+
+def parsed(path: Path, parse: Callable[[str], Any]) -> Any:
+    """The contents of a file, or an empty mapping without one; UserError when they cannot be parsed."""
+    try:
+        return parse(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of every training step; a last line that a kill cut short, or that is being written, is left out."""
+    return parsed(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.split("\n")[:-1]]) or []
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run in the order of their steps."""
+    return [parsed(path, json.loads) for path in sorted(folder.glob("evaluations/step_*.json"))]
+
+
+def picture(path: Path, side: int) -> dict[str, Any]:
+    """A picture of samples/step_N/ as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
+    try:
+        with Image.open(path) as image:
+            data, kind = path.read_bytes(), "png"
+            if max(image.size) >= SMALL:
+                image.thumbnail((side, side))
+                image.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=90)
+                data, kind = buffer.getvalue(), "jpeg"
+    except OSError as error:
+        raise UserError(f"{path} is not a readable picture: {error}") from error
+    step = int(path.parent.name.removeprefix("step_"))
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"step": step, "uri": uri, "width": image.width, "height": image.height, "small": kind == "png"}

@@ -1,0 +1,149 @@
+"""From a step's samples to optimizer updates: units in a counted order, micro-batches, one or several gradients."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from flowalign.algorithms import Batch
+from flowalign.config import Recipe
+from flowalign.items import Items
+from flowalign.policies.base import Policy
+from flowalign.rollout import Samples
+from flowalign.sampling import counted_generator
+from flowalign.sampling.noise import ITEMS
+from flowalign.settings import UserError
+
+
+class Learner:
+    """Holds the optimizer; `update` counts its updates."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, accelerator: Accelerator):
+        self.recipe, self.policy, self.accelerator = recipe, policy, accelerator
+        train = recipe.train
+        self.parameters = list(policy.trainable_parameters().values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
+        )
+        self.update = 0
+
+    def learn(self, samples: Samples, step: int, before_first: Callable[[Batch], None] | None) -> dict[str, Any]:
+        """The updates of training step `step`; returns the figures to log.
+
+        `before_first` sees the first micro-batch before anything is learnt from it.
+        """
+        recipe, train, algorithm = self.recipe, self.recipe.train, self.recipe.algorithm
+        figures = Figures()
+        norms: list[float] = []
+        for turn in range(train.passes):
+            items = Items(samples, recipe, step, turn)
+            units = items.units()
+            generator = counted_generator(ITEMS, recipe.run.seed, step, self.accelerator.process_index, turn)
+            parts = units[torch.randperm(len(units), generator=generator)].tensor_split(train.updates_per_step)
+            counts = torch.tensor([len(part) for part in parts], device=self.accelerator.device)
+            for part, total in zip(parts, self.accelerator.reduce(counts, "sum").tolist(), strict=True):
+                if total == 0:
+                    continue
+                if before_first:
+                    before_first(items.batch(self._chunks(part)[0], self.update))
+                    before_first = None
+                norms.append(self._update(items, part, total, step, figures))
+        if norms:
+            algorithm.after_update(self.policy, self.update)
+        means = figures.means(self.accelerator)
+        return {
+            "loss": means.pop("loss", 0.0),
+            "figures": means,
+            "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _chunks(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Micro-batches of whole units; without units, one of a unit that another process's gradients wait for."""
+        if not len(units):
+            members = self.recipe.train.group_size if self.recipe.algorithm.unit != "item" else 1
+            units = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.long)], dim=1)[None]
+        return units.split(max(1, self.recipe.train.micro_batch // units.shape[1]))
+
+    def _update(self, items: Items, units: torch.Tensor, total: int, step: int, figures: "Figures") -> float:
+        """One optimizer update on `units` of `total` over all processes; returns the gradient norm."""
+        algorithm, train, world = self.recipe.algorithm, self.recipe.train, self.accelerator.num_processes
+        weight = 1.0 if len(units) else 0.0
+        chunks, apart = self._chunks(units), algorithm.apart(self.update)
+        gradients: torch.Tensor | float = 0.0
+        for index, chunk in enumerate(chunks):
+            synced = index == len(chunks) - 1 and not apart
+            with nullcontext() if synced else self.accelerator.no_sync(self.policy.transformer):
+                loss, seen = algorithm.loss(self.policy, items.batch(chunk, self.update))
+                share = weight * len(chunk) / total
+                if apart:
+                    gradients = gradients + self._each_gradient(loss * share)
+                else:
+                    self.accelerator.backward(loss * share * world)
+            figures.add({"loss": loss.detach(), **seen}, weight * len(chunk))
+        if isinstance(gradients, torch.Tensor):
+            self._join(gradients, figures)
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {step + 1}: the gradient is {norm}; lower train.learning_rate or set model.dtype=fp32"
+            )
+        rise = min(1.0, (self.update + 1) / max(train.warmup_updates, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = train.learning_rate * rise
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.weights_changed()
+        self.update += 1
+        if train.ema_decay:
+            self.policy.blend("ema", train.ema_decay)
+        return norm
+
+    def _each_gradient(self, losses: torch.Tensor) -> torch.Tensor:
+        """The gradients (L, P) of losses (L,) on one graph."""
+        rows = []
+        for index, loss in enumerate(losses):
+            kept = index < len(losses) - 1
+            found = torch.autograd.grad(loss, self.parameters, retain_graph=kept, allow_unused=True)
+            pairs = zip(found, self.parameters, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+        return torch.stack(rows)
+
+    def _join(self, gradients: torch.Tensor, figures: "Figures") -> None:
+        """Write the algorithm's combination of the gradients (L, P) where the optimizer looks for it."""
+        gradients = self.accelerator.reduce(gradients, "sum")
+        gram = gradients.double() @ gradients.double().T
+        weights, seen = self.recipe.algorithm.gradient_weights(gram.cpu())
+        joined = weights.to(gradients) @ gradients
+        parts = joined.split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        figures.add({name: torch.tensor(value) for name, value in seen.items()}, 1.0)
+
+
+class Figures:
+    """Means of figures over the items of a step, whichever updates and processes they came from."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.weights: dict[str, float] = defaultdict(float)
+
+    def add(self, figures: dict[str, torch.Tensor], weight: float) -> None:
+        """Each figure's mean counts `weight` times."""
+        for name, figure in figures.items():
+            self.sums[name] += weight * figure.mean().item()
+            self.weights[name] += weight
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Over all processes."""
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        both = torch.tensor([[self.sums[name], self.weights[name]] for name in names], dtype=torch.float64)
+        if accelerator.num_processes > 1:
+            both = accelerator.reduce(both.to(accelerator.device), "sum").cpu()
+        return {name: total / weight for name, (total, weight) in zip(names, both.tolist(), strict=True)}

@@ -1,0 +1,375 @@
+"""Stores of scored groups on disk: collected once, trained from many times.
+
+    manifest.json           model, sampler, sizes; for each shard the number of its prompts and its latents' checksum
+    shard_000000/           appears whole or not at all
+      latents.safetensors   (P, G, ...) float32, finished samples of P prompts
+      rows.jsonl            prompt, metadata, index in the prompt list
+      rewards/NAME.json     (P, G) values, null where the reward does not apply
+      media/0000_00.png     what was scored
+
+A sample's noise is counted by (the store's seed, prompt index, member), so a shard lost to a kill is made again alike.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from flowalign.advantages import Scored
+from flowalign.config import Recipe
+from flowalign.data import Row, step_rows
+from flowalign.policies.base import Policy
+from flowalign.rollout import Samples, rollout
+from flowalign.runs import read_picture, replace_text, to_uint8
+from flowalign.sampling import counted_generator
+from flowalign.sampling.noise import STORE
+from flowalign.settings import UserError
+from rewards import Reward
+from rewards.combine import Scores, score_all, weighted_sum
+
+FORMAT = 1
+
+
+class GroupStore:
+    """An opened store. Rewards are in memory, latents are read when they are drawn."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.rows: list[Row] = []
+        self.places: list[tuple[int, int]] = []  # of each row: shard, place in it
+        self.rewards: dict[str, np.ndarray] = {}  # (N, G), NaN where a reward does not apply
+        self._latents: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> "GroupStore":
+        """A store with its manifest checked against what is there.
+
+        Raises UserError for a folder that is no store, a missing or torn shard, and rewards that are no numbers.
+        """
+        manifest = _read_manifest(path)
+        store = cls(path, manifest)
+        parts: dict[str, list[np.ndarray]] = {name: [] for name in manifest["rewards"]}
+        for index, about in enumerate(manifest["shards"]):
+            folder = _shard(path, index)
+            latents = folder / "latents.safetensors"
+            rows = _read_rows(folder / "rows.jsonl")
+            if not latents.is_file() or latents.stat().st_size != about["bytes"] or len(rows) != about["prompts"]:
+                raise UserError(f"store {path}: {folder.name} is torn or missing; collect again into another folder")
+            store.rows += rows
+            store.places += [(index, place) for place in range(len(rows))]
+            for name, values in parts.items():
+                values.append(_read_rewards(folder, name, (about["prompts"], manifest["group_size"])))
+        store.rewards = {name: np.concatenate(values) for name, values in parts.items() if values}
+        return store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def spent(self) -> tuple[float, int]:
+        """Minutes and transformer forwards that collecting took: part of the cost of every run that learns from it."""
+        shards = self.manifest["shards"]
+        return sum(shard["minutes"] for shard in shards), sum(shard["forwards"] for shard in shards)
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises UserError when the recipe cannot train from the store."""
+        train, model = recipe.train, recipe.model
+        if train.group_size > self.manifest["group_size"]:
+            raise UserError(
+                f"train.group_size ({train.group_size}) exceeds the {self.manifest['group_size']} samples "
+                f"of each prompt in store {self.path}"
+            )
+        if train.prompts_per_step > len(self):
+            raise UserError(
+                f"train.prompts_per_step ({train.prompts_per_step}) exceeds the {len(self)} prompts "
+                f"of store {self.path}"
+            )
+        if [model.height, model.width] != self.manifest["size"]:
+            height, width = self.manifest["size"]
+            raise UserError(
+                f"store {self.path} holds pictures of {height} x {width} pixels, the recipe asks for "
+                f"{model.height} x {model.width}"
+            )
+        for name in recipe.rewards:
+            if name not in self.rewards:
+                raise UserError(
+                    f"store {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)} "
+                    f"(`flowalign score {name} --store {self.path}` adds it)"
+                )
+        taught = [name for name, settings in recipe.rewards.items() if settings.weight > 0]
+        judged = np.any([np.isfinite(self.rewards[name]) for name in taught] or [[False]], axis=0)
+        if not judged.all():
+            row = self.rows[int(np.argwhere(~judged)[0][0])]
+            raise UserError(
+                f"store {self.path}: no reward of positive weight ({', '.join(taught)}) applies to {row.prompt!r}"
+            )
+
+    def check_model(self, policy: Policy) -> None:
+        """Raises UserError when another model made the store."""
+        if fingerprint(policy) != self.manifest["model"]["fingerprint"]:
+            raise UserError(
+                f"store {self.path} was collected with other weights ({self.manifest['model']['path']}); "
+                "train that model, or collect anew"
+            )
+
+    def draw(self, policy: Policy, recipe: Recipe, step: int, share: slice) -> Samples:
+        """Of training step `step`'s groups the `share`, each with `train.group_size` of its samples, all counted."""
+        train, size = recipe.train, self.manifest["group_size"]
+        numbered = [Row(place, row.prompt, row.metadata) for place, row in enumerate(self.rows)]
+        rows = step_rows(numbered, train.prompts_per_step, recipe.run.seed, step)[share]
+        latents, members = [], []
+        for row in rows:
+            generator = counted_generator(STORE, recipe.run.seed, step, row.index)
+            chosen = torch.randperm(size, generator=generator)[: train.group_size]
+            shard, place = self.places[row.index]
+            latents.append(self._shard_latents(shard)[place, chosen])
+            members += chosen.tolist()
+        drawn = [row for row in rows for _ in range(train.group_size)]
+        where = [row.index for row in drawn]
+        return Samples(
+            rows=drawn,
+            groups=torch.arange(len(rows)).repeat_interleave(train.group_size).to(policy.device),
+            condition=policy.encode([row.prompt for row in rows]),
+            latents=torch.cat(latents).to(policy.device),
+            media=torch.empty(0),
+            grid=policy.sigmas(recipe.rollout.steps, recipe.rollout.grid),
+            members=members,
+            scored=self._scored(recipe, where, members, policy.device),
+        )
+
+    def _scored(self, recipe: Recipe, rows: list[int], members: list[int], device: torch.device) -> Scored:
+        weights = {name: settings.weight for name, settings in recipe.rewards.items()}
+        scores = {}
+        for name in weights:
+            values = torch.from_numpy(self.rewards[name][rows, members]).float()
+            scores[name] = Scores(values.nan_to_num(0.0).to(device), (~values.isnan()).to(device))
+        return Scored(
+            total=weighted_sum(scores, weights),
+            values=torch.stack([score.values for score in scores.values()]),
+            applies=torch.stack([score.applies for score in scores.values()]),
+            weights=torch.tensor(list(weights.values()), device=device),
+            names=tuple(weights),
+        )
+
+    def _shard_latents(self, index: int) -> torch.Tensor:
+        if index not in self._latents:
+            file = _shard(self.path, index) / "latents.safetensors"
+            if _checksum(file) != self.manifest["shards"][index]["checksum"]:
+                raise UserError(f"store {self.path}: {file.parent.name} was changed since it was collected")
+            self._latents[index] = load_file(file)["latents"]
+        return self._latents[index]
+
+    def rescore(self, name: str, reward: Reward, progress: Callable[[int], None]) -> np.ndarray:
+        """Score all stored pictures with one more reward, without sampling.
+
+        Returns (N, G), NaN where it does not apply. A killed rescoring leaves the store as
+        it was. Raises UserError for a name that the store has, and for a reward that applies to none of its prompts.
+        """
+        if name in self.rewards:
+            raise UserError(f"store {self.path} has a reward {name!r} already; give this one another name with --name")
+        parts: list[np.ndarray] = []
+        whole = self._size * max(1, 64 // self._size)  # groups, which some rewards must see together
+        for index, about in enumerate(self.manifest["shards"]):
+            folder = _shard(self.path, index)
+            first = self.places.index((index, 0))
+            rows = [row for row in self.rows[first : first + about["prompts"]] for _ in range(self._size)]
+            applies = [reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows]
+            values = np.full(len(rows), np.nan)
+            asked = [place for place, yes in enumerate(applies) if yes]
+            for start in range(0, len(asked), whole):
+                chosen = asked[start : start + whole]
+                media = torch.stack([read_picture(folder / "media" / _picture(place, self._size)) for place in chosen])
+                texts, metadata = [rows[i].prompt for i in chosen], [rows[i].metadata for i in chosen]
+                values[chosen] = score_all({name: reward}, media, texts, metadata)[name].values.numpy()
+                progress(len(chosen))
+            parts.append(values.reshape(-1, self._size))
+        if not np.isfinite(np.concatenate(parts)).any():
+            raise UserError(f"reward {name!r} applies to no prompt of store {self.path}")
+        for index, values in enumerate(parts):
+            _write_rewards(_shard(self.path, index), name, values)
+        self.manifest["rewards"] = sorted({*self.manifest["rewards"], name})
+        _write_manifest(self.path, self.manifest)
+        scores: np.ndarray = np.concatenate(parts)
+        self.rewards[name] = scores
+        return scores
+
+    @property
+    def _size(self) -> int:
+        return int(self.manifest["group_size"])
+
+
+def collect(
+    recipe: Recipe,
+    path: Path,
+    rows: Sequence[Row],
+    rewards: Mapping[str, Reward],
+    policy: Policy,
+    progress: Callable[[int], None],
+) -> GroupStore:
+    """Draw and score `collect.group_size` samples of every row that the store at `path` does not hold yet.
+
+    Raises UserError when `path` holds a store of another model, sampler or group size, or something else.
+    """
+    settings = recipe.collect
+    wanted = {
+        "format": FORMAT,
+        "model": {"path": recipe.model.path, "fingerprint": fingerprint(policy)},
+        "size": [recipe.model.height, recipe.model.width],
+        "sampler": recipe.rollout.model_dump(mode="json", exclude={"batch"}),
+        "seed": recipe.run.seed,
+        "group_size": settings.group_size,
+        "rewards": sorted(rewards),
+    }
+    manifest: dict[str, Any] = {**wanted, "shards": []}
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        manifest = _read_manifest(path)
+        for key, value in wanted.items():
+            if key != "model" and manifest[key] != value:
+                raise UserError(
+                    f"store {path} was collected with another {key} ({manifest[key]}, now {value}); "
+                    "choose another folder"
+                )
+        store = GroupStore.open(path)
+        store.check_model(policy)
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        _write_manifest(path, manifest)
+        store = GroupStore.open(path)
+    done = {row.index: row.prompt for row in store.rows}
+    for row in rows:
+        if done.get(row.index, row.prompt) != row.prompt:
+            raise UserError(
+                f"store {path} was collected with another prompt {row.index + 1} "
+                f"({done[row.index]!r}, now {row.prompt!r}); choose another folder"
+            )
+    left = [row for row in rows if row.index not in done]
+    policy.forwards = 0
+    for start in range(0, len(left), settings.shard_prompts):
+        part = left[start : start + settings.shard_prompts]
+        began, forwards = time.perf_counter(), policy.forwards
+        samples = rollout(
+            policy,
+            part,
+            settings.group_size,
+            recipe.rollout,
+            (recipe.model.height, recipe.model.width),
+            (STORE, recipe.run.seed, 0),
+            batch=recipe.rollout.batch,
+            progress=progress,
+        )
+        scores = score_all(rewards, samples.media, samples.prompts, samples.metadata)
+        about = _write_shard(path, len(manifest["shards"]), part, samples, scores)
+        spent = {"minutes": (time.perf_counter() - began) / 60, "forwards": policy.forwards - forwards}
+        manifest["shards"].append({**about, **spent})
+        _write_manifest(path, manifest)
+    return GroupStore.open(path)
+
+
+def fingerprint(policy: Policy) -> str:
+    """A checksum of the model's weights as they were before training, whatever precision they were loaded in."""
+    digest = hashlib.sha256()
+    with policy.reference():
+        weights = {name.replace(".base_layer", ""): value for name, value in policy.module.named_parameters()}
+        for name in sorted(name for name in weights if "lora_" not in name):
+            value = weights[name].detach().to(torch.bfloat16).cpu().contiguous()
+            digest.update(name.encode())
+            digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _shard(path: Path, index: int) -> Path:
+    return path / f"shard_{index:06d}"
+
+
+def _reward_file(folder: Path, name: str) -> Path:
+    return folder / "rewards" / f"{quote(name, safe='')}.json"  # a reward's name may be any text
+
+
+def _picture(place: int, group_size: int) -> str:
+    prompt, member = divmod(place, group_size)
+    return f"{prompt:04d}_{member:02d}.png"
+
+
+def _write_shard(
+    path: Path, index: int, rows: Sequence[Row], samples: Samples, scores: Mapping[str, Scores]
+) -> dict[str, Any]:
+    """Write a shard whole and return its line of the manifest."""
+    partial, size = path / ".partial_shard", len(samples) // len(rows)
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "media").mkdir(parents=True)
+    latents = samples.latents.cpu().view(len(rows), size, *samples.latents.shape[1:]).contiguous()
+    save_file({"latents": latents}, partial / "latents.safetensors")
+    lines = [{"index": row.index, "prompt": row.prompt, "metadata": row.metadata} for row in rows]
+    (partial / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for place, picture in enumerate(to_uint8(samples.media)):
+        Image.fromarray(picture).save(partial / "media" / _picture(place, size))
+    for name, score in scores.items():
+        values = torch.where(score.applies, score.values, torch.nan).cpu().numpy()
+        _write_rewards(partial, name, values.reshape(len(rows), size))
+    file = partial / "latents.safetensors"
+    about = {"prompts": len(rows), "bytes": file.stat().st_size, "checksum": _checksum(file)}
+    shutil.rmtree(_shard(path, index), ignore_errors=True)  # finished, but the kill came before the manifest
+    partial.rename(_shard(path, index))
+    return about
+
+
+def _write_rewards(folder: Path, name: str, values: np.ndarray) -> None:
+    (folder / "rewards").mkdir(exist_ok=True)
+    listed = [[None if np.isnan(value) else float(value) for value in row] for row in values]
+    replace_text(_reward_file(folder, name), json.dumps(listed) + "\n")
+
+
+def _read_rows(file: Path) -> list[Row]:
+    """The rows of a shard, none of a file that is missing or torn."""
+    try:
+        return [Row(**json.loads(line)) for line in file.read_text().splitlines()]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _read_rewards(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
+    """(P, G), NaN where the reward does not apply; UserError for what is no number."""
+    file = _reward_file(folder, name)
+    if not file.is_file():
+        raise UserError(f"store {folder.parent}: {folder.name} lacks the reward {name!r} of the manifest")
+    try:
+        listed = json.loads(file.read_text())
+        missing = np.array([[value is None for value in row] for row in listed])
+        values = np.array([[np.nan if value is None else value for value in row] for row in listed], dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file} holds no table of rewards: {error}") from error
+    if values.shape != shape:
+        raise UserError(f"{file} holds {values.shape} rewards; the manifest says {shape}")
+    bad = ~np.isfinite(values) & ~missing
+    if bad.any():
+        prompt, member = np.argwhere(bad)[0]
+        raise UserError(f"{file}: the reward of prompt {prompt}, member {member} is {values[prompt, member]}")
+    return values
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no store of groups: its manifest.json cannot be read ({error})") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise UserError(f"store {path} has format {found}; this version reads {FORMAT}")
+    return manifest
+
+
+def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    replace_text(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,28 @@
+"""How colourful a picture is, by a formula."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewards.base import Reward
+
+
+class Colorfulness(Reward):
+    """Hasler and Suesstrunk's colourfulness M3 (2003) of pixels in [0, 1]: 0 for grey, about 0.4 for vivid pictures.
+
+    With rg = R - G and yb = (R + G) / 2 - B over all pixels: sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2).
+    """
+
+    name = "colorfulness"
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
+        frames = media if media.ndim == 5 else media[:, None]
+        red, green, blue = frames.float().flatten(-2).unbind(2)
+        opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, B, F, pixels)
+        spread = opponents.var(-1, correction=0).sum(0).sqrt()
+        shift = (opponents.mean(-1) ** 2).sum(0).sqrt()
+        return (spread + 0.3 * shift).mean(1)

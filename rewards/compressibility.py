@@ -1,0 +1,43 @@
+"""How small a picture is as a JPEG file: a reward without a model, and a classic to be hacked with."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from rewards.base import Reward, RewardError
+
+
+class Compressibility(Reward):
+    """Minus the size of the picture's JPEG file, in bytes per pixel; with `reverse` plus it (incompressibility).
+
+    Source: DDPO (Black et al. 2023, section 5), which takes kilobytes of a 512-pixel picture; per pixel it is the same
+    up to a factor and does not depend on the resolution.
+    """
+
+    name = "compressibility"
+
+    def __init__(self, quality: int = 95, reverse: bool = False):
+        if not 1 <= quality <= 100:
+            raise RewardError(f"reward 'compressibility': quality must lie in 1 to 100, not {quality}")
+        self.quality = quality
+        self.sign = 1.0 if reverse else -1.0
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
+        frames = media if media.ndim == 5 else media[:, None]
+        count = frames.shape[1]
+        levels = (frames.flatten(0, 1).detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+        pictures: np.ndarray = levels.permute(0, 2, 3, 1).cpu().numpy()
+        sizes = [self._bytes(picture) / picture[..., 0].size for picture in pictures]
+        return self.sign * torch.tensor(sizes).view(-1, count).mean(1)
+
+    def _bytes(self, picture: np.ndarray) -> int:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, format="JPEG", quality=self.quality)
+        return buffer.tell()
