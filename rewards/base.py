@@ -7,13 +7,14 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +27,33 @@ class RewardError(ValueError):
     """What a person did wrong with a reward, in one sentence that names the reward and the item."""
 
 
+class Golden(NamedTuple):
+    """Items whose scores are known, for `rewards.check`: B media, prompts and metadata rows, scores (B,)."""
+
+    media: torch.Tensor
+    prompts: Sequence[str]
+    metadata: Sequence[Mapping[str, Any]]
+    scores: Sequence[float]
+    tolerance: float = 1e-3
+
+
 class Reward(ABC):
     """A score for each of B items; higher is better.
 
     `name` is the class's own name in lower case unless the class sets one. `scope` is "sample" when an item's score
-    depends on that item alone, "group" when the reward must see all items of a prompt at once. A reward that learns
-    adds `update(...)` and `state_dict()`.
+    depends on that item alone, "group" when the reward must see all items of a prompt at once; items of one group then
+    have equal prompts. `range` is the lowest and highest score there can be, `prompt_sensitive` says that another
+    prompt may change the score; `rewards.check` holds a reward to both.
     """
 
     name: str
     scope: Literal["sample", "group"] = "sample"
+    range: tuple[float, float] = (-math.inf, math.inf)
+    prompt_sensitive: bool = False
+
+    def golden(self) -> Golden | None:
+        """Items with known scores, where the reward has them."""
+        return None
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -54,6 +72,27 @@ class Reward(ABC):
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (B,), float32, of media (B, ...) made from B prompts with their B metadata rows."""
+
+
+class TrainableReward(Reward):
+    """A reward that learns while the policy does, from the policy's own pictures."""
+
+    @abstractmethod
+    def update(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
+    ) -> dict[str, float]:
+        """Learn from the pictures (B, ...) of training step `step`, after they were scored; returns figures to log.
+
+        Raises RewardError when what is learnt has become useless as a reward, in one sentence that says why.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Everything that learning changes, for an exact resume."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
 
 
 def score(

@@ -10,10 +10,24 @@ import torch
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
 
 BUILT_IN = {
+    "adversarial_dino": "rewards.adversarial:AdversarialDINO",
+    "adversarial_pickscore": "rewards.adversarial:AdversarialPickScore",
+    "aesthetic": "rewards.aesthetic:Aesthetic",
+    "artifact": "rewards.artifact:Artifact",
+    "artifact_vlm": "rewards.artifact_vlm:ArtifactVLM",
+    "clipscore": "rewards.clipscore:CLIPScore",
     "colorfulness": "rewards.colorfulness:Colorfulness",
     "compressibility": "rewards.compressibility:Compressibility",
     "geneval": "rewards.geneval:GenEval",
+    "hpsv2": "rewards.hpsv2:HPSv2",
+    "imagereward": "rewards.imagereward:ImageReward",
     "ocr": "rewards.ocr:OCR",
+    "pairwise": "rewards.pairwise:Pairwise",
+    "pickscore": "rewards.pickscore:PickScore",
+    "prompt_echo": "rewards.prompt_echo:PromptEcho",
+    "rubric": "rewards.rubric:Rubric",
+    "similarity": "rewards.similarity:Similarity",
+    "yes_no": "rewards.yes_no:YesNo",
 }
 ENTRY_POINT_GROUP = "flowalign.rewards"
 

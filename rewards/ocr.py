@@ -13,6 +13,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from rewards.base import Reward, RewardError
+from rewards.frames import chosen_frames, mean_of_frames
 
 TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 
@@ -58,6 +59,8 @@ class OCR(Reward):
     """
 
     name = "ocr"
+    range = (0.0, 1.0)
+    prompt_sensitive = True
 
     def __init__(
         self,
@@ -99,11 +102,7 @@ class OCR(Reward):
         """Scores (B,) in [0, 1]; RewardError for a prompt that quotes no text, before anything is read."""
         for prompt in prompts:
             _wanted(prompt)
-        count = 1
-        if media.ndim == 5:
-            total = media.shape[1]
-            count = min(self.frames, total)
-            media = media[:, [(2 * i + 1) * total // (2 * count) for i in range(count)]].flatten(0, 1)
-        lines = self.read(media)
+        frames, count = chosen_frames(media, self.frames)
+        lines = self.read(frames)
         scores = [text_score(prompts[i // count], found, strict=self.strict) for i, found in enumerate(lines)]
-        return torch.tensor(scores).view(-1, count).mean(1)
+        return mean_of_frames(torch.tensor(scores), count)
