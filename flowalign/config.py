@@ -45,8 +45,9 @@ class Model(Section):
     """Pixels."""
     width: Positive = 512
     """Pixels."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the forward passes; trainable weights and all probabilities stay float32."""
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    """Precision of the forward passes; auto is bf16 where the device multiplies it itself. Trainable weights and all
+    probabilities stay float32."""
     attention: str = "auto"
     """Attention backend: auto, native, xformers, or any other name of diffusers' dispatcher."""
     max_sequence_length: NotNegative = 256

@@ -70,10 +70,10 @@ def _bf16(device: torch.device) -> Row:
     try:
         ratio = _seconds(size, torch.float32, device) / _seconds(size, torch.bfloat16, device)
     except RuntimeError as error:
-        return "bf16", False, f"a product fails ({_first_line(error)}); set model.dtype=fp32"
+        return "bf16", False, f"a product fails ({_first_line(error)}); model.dtype=fp32 works"
     if ratio > 1:
         return "bf16", True, f"{ratio:.1f} times as fast as fp32 in a {size} x {size} product on {device.type}"
-    return "bf16", False, f"works, but {1 / ratio:.1f} times as slow as fp32 on {device.type}; set model.dtype=fp32"
+    return "bf16", False, f"works, but {1 / ratio:.1f} times as slow as fp32 on {device.type}; model.dtype=fp32 is faster"
 
 
 def _seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -256,7 +256,9 @@ class Trainer:
         }
         device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu"
         if self.main:
-            about = {"name": recipe.name, "versions": versions(), "command": command_line(), "device": device}
+            dtype = str(self.policy.dtype).removeprefix("torch.")
+            about = {"name": recipe.name, "versions": versions(), "command": command_line()}
+            about |= {"device": device, "dtype": dtype}
             started = {"started": now()} if self.step == 0 else {"resumed": now()}
             self.run_folder.update_info(**about, **started, parameters=counts, finished=None, stopped=None)
         self.display.begin(recipe, self.run_folder.path, counts, self.world)

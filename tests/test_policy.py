@@ -8,7 +8,7 @@ from diffusers import StableDiffusion3Pipeline
 
 from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.data import Row
-from flowalign.policies.base import Policy
+from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.loading import load_policy
 from flowalign.rollout import rollout
 from flowalign.sampling import counted_noise
@@ -211,3 +211,12 @@ def test_shared_noise_leaves_only_the_stochastic_steps_to_tell_members_apart(tin
     assert torch.equal(starts[0::2], starts[1::2])
     assert not torch.equal(starts[0], starts[2])
     assert len(torch.unique(drawn.latents.flatten(1), dim=0)) == 6
+
+
+def test_auto_precision_is_the_one_that_the_processor_computes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for able, wanted in (({"avx2": True}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert forward_dtype("auto", cpu) == wanted
+        assert forward_dtype("bf16", cpu) == torch.bfloat16
+        assert forward_dtype("fp32", cpu) == torch.float32

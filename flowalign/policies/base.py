@@ -39,6 +39,21 @@ class Condition:
         return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
+def forward_dtype(setting: str, device: torch.device) -> torch.dtype:
+    """The dtype that model.dtype asks for; auto is bfloat16 where the device has instructions for its products.
+
+    A processor without them computes bfloat16 ten to forty times slower than float32.
+    """
+    if setting != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[setting]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
 class Policy(ABC):
     """What the loop, the rollout and the algorithms see of a model. An adapter fills in the abstract methods."""
 

@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 
 from flowalign.config import Model
 from flowalign.policies.attention import use_attention
-from flowalign.policies.base import Condition, Grid, Policy
+from flowalign.policies.base import Condition, Grid, Policy, forward_dtype
 from flowalign.policies.weights import train_lora_or_all
 
 TARGETS = {
@@ -32,7 +32,7 @@ class SD3Policy(Policy):
     def __init__(self, path: Path | str, model: Model, device: torch.device, seed: int):
         super().__init__()
         self.device = device
-        self.dtype = torch.bfloat16 if model.dtype == "bf16" else torch.float32
+        self.dtype = forward_dtype(model.dtype, device)
         self.max_sequence_length = model.max_sequence_length
         precision = {"vae": torch.float32, "default": self.dtype}  # a VAE in half precision shows in the pictures
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=precision, **_absent(path))
