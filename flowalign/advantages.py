@@ -8,7 +8,7 @@ Scale = Literal["global", "group", "none"]
 
 
 class Scored(NamedTuple):
-    """The rewards of N samples: their weighted total, and each reward apart with where it applies."""
+    """The rewards of N samples: their total, and each reward apart, shaped, with where it applies."""
 
     total: torch.Tensor  # (N,)
     values: torch.Tensor  # (K, N)
@@ -16,6 +16,8 @@ class Scored(NamedTuple):
     weights: torch.Tensor  # (K,)
     names: tuple[str, ...]
     previews: torch.Tensor | None = None  # (N, T), totals of the one-step predictions after each of T denoising steps
+    measured: torch.Tensor | None = None  # (K, N), each reward as it was before shaping
+    trust: torch.Tensor | None = None  # (N,) in (0, 1], what a sample's advantage is multiplied by
 
     def shares(self, teaches: torch.Tensor) -> torch.Tensor:
         """(K, N): 0 where a reward does not apply, elsewhere 1 / the share of the samples that teach to which it does.

@@ -7,7 +7,7 @@ counted, so there is no generator state to keep.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from flowalign.policies.base import Policy
 from flowalign.settings import UserError
 
 _SEPARATOR = "/"
+Restore = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -36,11 +37,13 @@ def save_checkpoint(
     folder: Path,
     policy: Policy,
     optimizer: torch.optim.Optimizer,
-    memory: Mapping[str, torch.Tensor],
+    memory: Mapping[str, Mapping[str, torch.Tensor]],
     counters: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`; `memory` is the algorithm's.
+    """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`.
+
+    `memory` is what others than the policy remember: a file of tensors for each name.
 
     Raises UserError when the disk does not take it; older checkpoints are then untouched.
     """
@@ -56,7 +59,8 @@ def save_checkpoint(
         save_file(policy.trainable_state(), partial / "weights.safetensors")
         save_file(snapshots, partial / "snapshots.safetensors")
         save_file(state, partial / "optimizer.safetensors")
-        save_file(dict(memory), partial / "algorithm.safetensors")
+        for name, tensors in memory.items():
+            save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps({"counters": dict(counters), "optimizer": groups}))
         for path in [*partial.iterdir(), partial]:
             _sync(path)
@@ -74,9 +78,9 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, memory: dict[str, torch.Tensor]
+    path: Path, policy: Policy, optimizer: torch.optim.Optimizer, memory: Mapping[str, Restore]
 ) -> dict[str, Any]:
-    """Put weights, snapshots, optimizer and the algorithm's memory back and return the counters.
+    """Put weights, snapshots and optimizer back, give each of `memory` what it remembered, and return the counters.
 
     Raises UserError for a checkpoint that is damaged or of another model.
     """
@@ -84,7 +88,8 @@ def load_checkpoint(
         contents = json.loads((path / "state.json").read_text())
         _load_policy_state(path, policy)
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"), contents["optimizer"])
-        memory |= load_file(path / "algorithm.safetensors")
+        for name, restore in memory.items():
+            restore(load_file(path / f"{name}.safetensors"))
     counters: dict[str, Any] = contents["counters"]
     return counters
 

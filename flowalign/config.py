@@ -140,6 +140,57 @@ class Rollout(Sampler):
         return first, first + self.window_length
 
 
+class Shaping(Section):
+    """How a reward is bent before it is learnt from; sources in `rewards.combine`."""
+
+    form: Literal["standardise", "sigmoid", "log_sigmoid"]
+    """In deviations from the references' mean; PAR's sigmoid of the difference to them; log sigmoid above a quantile."""
+    reference: str | Annotated[tuple[float, ...], Field(min_length=1)]
+    """Scores of the model before training: a store of groups that has this reward, or numbers for every prompt."""
+    scale: Rate = 1.0
+    """Of the difference, in sigmoid."""
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Of the references, in log_sigmoid."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "Shaping":
+        _refuse_unused(self, {"scale": "sigmoid", "quantile": "log_sigmoid"})
+        if self.form == "standardise" and not isinstance(self.reference, str) and len(set(self.reference)) < 2:
+            raise ValueError("standardise needs references that differ")
+        return self
+
+
+class Combine(Section):
+    """How several rewards become the one that advantages are made of; sources in `rewards.combine`."""
+
+    form: Literal["sum", "worst", "uncertainty", "bonus"] = "sum"
+    """Weighted mean; lowest; mean less variance; or base (floor + (1 - floor) bonus)."""
+    penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the variance, in uncertainty."""
+    base: str | None = None
+    """The reward without which nothing counts, in bonus."""
+    bonus: str | None = None
+    """The reward that adds to it, in bonus."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """What the base is worth without the bonus, in bonus: 0.4 for generation, 0.6 for editing."""
+    disagreement: Annotated[float, Field(ge=0)] = 0.0
+    """Samples on which the rewards disagree by U teach exp(-this U) as much; 0 leaves that out."""
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> "Combine":
+        _refuse_unused(self, {"penalty": "uncertainty", "base": "bonus", "bonus": "bonus", "floor": "bonus"})
+        if self.form == "bonus" and (self.base is None or self.bonus is None or self.base == self.bonus):
+            raise ValueError("form bonus needs two rewards, base and bonus")
+        return self
+
+
+def _refuse_unused(section: Any, used_by: Mapping[str, str]) -> None:
+    """Raises ValueError for a setting that the section's form would ignore."""
+    for name, form in used_by.items():
+        if form != section.form and getattr(section, name) != type(section).model_fields[name].default:
+            raise ValueError(f"{name} belongs to form {form}, not to {section.form}; leave it out")
+
+
 class RewardSettings(Section):
     """One reward of a recipe."""
 
@@ -149,6 +200,8 @@ class RewardSettings(Section):
     """A built-in name, "file.py:Name" or "package.module:Name"; left out, the reward's key is its name."""
     options: dict[str, Any] = {}
     """Passed to the reward."""
+    shaping: Shaping | None = None
+    """How it is bent before it is learnt from; it is measured as it is."""
 
 
 Rewards = Annotated[dict[str, RewardSettings], Field(min_length=1)]
@@ -245,6 +298,7 @@ class Recipe(Section):
     prompts: str | tuple[str, ...]
     """Prompt list(s) to train on: bundled names, .txt or .jsonl files."""
     rewards: Rewards
+    combine: Combine = Combine()
     algorithm: SerializeAsAny[Algorithm]
     store: str | None = None
     """A store of groups to learn from in place of rollouts (`flowalign collect` makes one)."""
@@ -300,6 +354,16 @@ class Recipe(Section):
         if self.store is not None and not self.algorithm.offline:
             able = ", ".join(name for name, kind in ALGORITHMS.items() if kind.offline)
             raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
+        for key in ("base", "bonus"):
+            name = getattr(self.combine, key)
+            if name is not None and name not in self.rewards:
+                raise ValueError(f"combine.{key}: there is no reward {name!r}{nearest(name, self.rewards)}")
+        if self.combine.form != "sum" and self.algorithm.parts_rewards:
+            raise ValueError(f"combine.form {self.combine.form}: {self.algorithm.name} takes each reward by itself")
+        if self.combine.disagreement and not self.algorithm.has_advantages:
+            raise ValueError(f"combine.disagreement weighs advantages; {self.algorithm.name} has none")
+        if self.combine.disagreement and len(self.rewards) < 2:
+            raise ValueError("combine.disagreement needs two rewards or more")
         self.algorithm.check(self.rollout, self.train, len(self.rewards))
         return self
 

@@ -73,7 +73,11 @@ def _bf16(device: torch.device) -> Row:
         return "bf16", False, f"a product fails ({_first_line(error)}); model.dtype=fp32 works"
     if ratio > 1:
         return "bf16", True, f"{ratio:.1f} times as fast as fp32 in a {size} x {size} product on {device.type}"
-    return "bf16", False, f"works, but {1 / ratio:.1f} times as slow as fp32 on {device.type}; model.dtype=fp32 is faster"
+    return (
+        "bf16",
+        False,
+        f"works, but {1 / ratio:.1f} times as slow as fp32 on {device.type}; model.dtype=fp32 is faster",
+    )
 
 
 def _seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,7 +24,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from flowalign.advantages import Scored
 from flowalign.config import Recipe
 from flowalign.data import Row, step_rows
 from flowalign.policies.base import Policy
@@ -34,7 +33,7 @@ from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
 from flowalign.settings import UserError
 from rewards import Reward
-from rewards.combine import Scores, score_all, weighted_sum
+from rewards.combine import Scores, score_all
 
 FORMAT = 1
 
@@ -142,22 +141,24 @@ class GroupStore:
             media=torch.empty(0),
             grid=policy.sigmas(recipe.rollout.steps, recipe.rollout.grid),
             members=members,
-            scored=self._scored(recipe, where, members, policy.device),
+            scores=self._scores(recipe.rewards, where, members, policy.device),
         )
 
-    def _scored(self, recipe: Recipe, rows: list[int], members: list[int], device: torch.device) -> Scored:
-        weights = {name: settings.weight for name, settings in recipe.rewards.items()}
+    def _scores(
+        self, names: Iterable[str], rows: list[int], members: list[int], device: torch.device
+    ) -> dict[str, Scores]:
         scores = {}
-        for name in weights:
-            values = torch.from_numpy(self.rewards[name][rows, members]).float()
-            scores[name] = Scores(values.nan_to_num(0.0).to(device), (~values.isnan()).to(device))
-        return Scored(
-            total=weighted_sum(scores, weights),
-            values=torch.stack([score.values for score in scores.values()]),
-            applies=torch.stack([score.applies for score in scores.values()]),
-            weights=torch.tensor(list(weights.values()), device=device),
-            names=tuple(weights),
-        )
+        for name in names:
+            values = torch.from_numpy(self.rewards[name][rows, members]).float().to(device)
+            scores[name] = Scores(values.nan_to_num(0.0), ~values.isnan())
+        return scores
+
+    def references(self, name: str) -> dict[str, list[float]]:
+        """A reward's scores by prompt, where it applies; UserError for a reward that the store lacks."""
+        if name not in self.rewards:
+            raise UserError(f"store {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)}")
+        listed = zip(self.rows, self.rewards[name], strict=True)
+        return {row.prompt: values.tolist() for row, values in listed if np.isfinite(values).all()}
 
     def _shard_latents(self, index: int) -> torch.Tensor:
         if index not in self._latents:

@@ -15,11 +15,13 @@ from flowalign.config import Rollout, Sampler
 from flowalign.data import Row
 from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
 from flowalign.sampling.steps import Dynamics
+from rewards.combine import Scores
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Condition, Policy
 
 Progress = Callable[[int], None]
+Finished = Callable[[torch.Tensor, Sequence[Row]], None]
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Samples:
     members: list[int] = field(default_factory=list)  # B, the place of a sample in its group
     trajectory: Trajectory | None = None
     previews: torch.Tensor | None = None  # (B, T, 3, H, W), one-step predictions after each step from the window on
-    scored: Scored | None = None  # the rewards
+    scores: dict[str, Scores] | None = None  # of each reward, as measured
+    scored: Scored | None = None  # what the algorithm gets of them
     shares: torch.Tensor | None = None  # (B, K), see Scored.shares
     advantages: torch.Tensor | None = None  # (B,), or (B, K) or (B, T) as the algorithm has them
     teaches: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: the samples to learn from
@@ -80,12 +83,13 @@ def rollout(
     keep: Collection[Keep] = (),
     training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
+    finished: Finished | None = None,
 ) -> Samples:
     """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
 
     A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
     other follows the ODE. size: (height, width) in pixels. `keep` names what is returned beside the finished samples.
-    Whatever `batch`, the numbers of a sample are its own.
+    Whatever `batch`, the numbers of a sample are its own. `finished` is called with each batch's media and rows.
     """
     condition = policy.encode([row.prompt for row in rows])
     groups = torch.arange(len(rows)).repeat_interleave(group_size)
@@ -104,6 +108,8 @@ def rollout(
             previews.append(torch.stack([*shown, media[-1]], dim=1))
         if progress:
             progress(len(part.latents))
+        if finished:
+            finished(media[-1], samples[chosen])
     return Samples(
         rows=samples,
         groups=groups.to(policy.device),

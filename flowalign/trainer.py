@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from flowalign.advantages import Scored
 from flowalign.algorithms import Batch
 from flowalign.algorithms.forward import ForwardAlgorithm
-from flowalign.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.config import Evaluation, Recipe
 from flowalign.data import load_prompts, step_rows
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, gathered, load_rewards
 from flowalign.evaluate.report import write_report
 from flowalign.interrupt import Interrupted, asked_to_stop
+from flowalign.judging import Judging
 from flowalign.learner import Learner
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
@@ -31,8 +31,7 @@ from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import self_test
 from flowalign.settings import UserError
-from rewards import Reward, as_reward
-from rewards.combine import Scores, score_all, weighted_sum
+from rewards import Reward
 
 
 class Trainer:
@@ -49,21 +48,19 @@ class Trainer:
     ):
         """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards."""
         self.recipe = recipe
-        if rewards is None:
-            self.rewards = load_rewards(recipe.rewards)
-        else:
-            self.rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
-        self.weights = {name: recipe.rewards[name].weight if name in recipe.rewards else 1.0 for name in self.rewards}
+        self.judging = Judging(recipe, rewards)
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
         if self.store is not None:
             self.store.check(recipe)
+            self.judging.check_prompts(self.store.rows)
         else:
             self.rows = load_prompts(recipe.prompts)
-            check_prompts(self.rows, self.rewards, recipe.prompts)
+            check_prompts(self.rows, self.judging.rewards, recipe.prompts)
+            self.judging.check_prompts(self.rows)
             step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
         settings = recipe.evaluation
         self.evaluation_rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
-        self.evaluation_rewards = load_rewards(settings.rewards) if settings.rewards else self.rewards
+        self.evaluation_rewards = load_rewards(settings.rewards) if settings.rewards else self.judging.rewards
         check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -155,6 +152,7 @@ class Trainer:
             samples = self._samples()
         with self._phase("reward"):
             figures = self._score(samples)
+            learnt, alarms = self.judging.learn(samples, self.step, self.accelerator)
         with self._phase("train"):
             figures |= self.learner.learn(
                 samples, self.step, None if self.tested else partial(self._self_test, samples)
@@ -168,10 +166,14 @@ class Trainer:
             **figures,
             "seconds": dict(self.seconds),
         }
+        if learnt:
+            line |= {"rewards_learnt": learnt, "alarms": alarms}
         if self.main:
             self.run_folder.log_step(line)
             self.accelerator.log({f"reward/{k}": v for k, v in figures["reward"].items()}, step=self.step)
         self.display.step(line)
+        for alarm in alarms:
+            self.display.say(f"alarm at step {self.step}: {alarm}")
 
     def _samples(self) -> Samples:
         """This process's share of the step's groups: drawn by the behaviour policy, or taken from the store."""
@@ -193,56 +195,45 @@ class Trainer:
                 batch=recipe.rollout.batch,
                 keep=recipe.algorithm.keep,
                 training_step=(recipe.run.seed, self.step),
+                finished=self.judging.judge,
             )
 
     def _score(self, samples: Samples) -> dict[str, Any]:
         """Rewards and advantages of the samples; statistics over all processes."""
-        if samples.scored is None:
-            samples.scored = self._scored(samples)
+        samples.scored = self.judging.score(samples)
         own, algorithm = samples.scored, self.recipe.algorithm
-        gather = self.accelerator.gather
+        assert own.measured is not None
+        measured = self._gathered(own.measured)
         everyone = own._replace(
-            total=gather(own.total),
-            values=gather(own.values.T.contiguous()).T,
-            applies=gather(own.applies.T.contiguous()).T,
-            previews=None if own.previews is None else gather(own.previews),
+            total=self._gathered(own.total),
+            values=self._gathered(own.values),
+            applies=self._gathered(own.applies),
+            previews=None if own.previews is None else self.accelerator.gather(own.previews),
+            trust=None if own.trust is None else self._gathered(own.trust),
         )
         groups = torch.arange(self.recipe.train.prompts_per_step, device=own.total.device)
         groups = groups.repeat_interleave(self.recipe.train.group_size)
         teaches = algorithm.teaches(everyone, groups)
         part = slice(self.rank * len(samples), (self.rank + 1) * len(samples))
         try:
-            samples.advantages = algorithm.advantages(everyone, groups)[part].to(own.total.device)
+            advantages = algorithm.advantages(everyone, groups)[part].to(own.total.device)
         except ValueError as error:
             raise UserError(f"step {self.step + 1}: {error}") from error
+        samples.advantages = advantages if own.trust is None else (advantages.T * own.trust).T
         samples.teaches = teaches[part]
         samples.shares = everyone.shares(teaches).T[part]
         means, stds = {"total": everyone.total.mean().item()}, {"total": everyone.total.std().item()}
-        for name, values, applies in zip(own.names, everyone.values, everyone.applies, strict=True):
+        for name, values, applies in zip(own.names, measured, everyone.applies, strict=True):
             if applies.sum() > 1:
                 means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
-        return {"reward": means, "reward_std": stds, "zero_spread": 1 - teaches.float().mean().item()}
+        figures = {"reward": means, "reward_std": stds, "zero_spread": 1 - teaches.float().mean().item()}
+        if everyone.trust is not None:
+            figures["trust"] = everyone.trust.mean().item()
+        return figures
 
-    def _scored(self, samples: Samples) -> Scored:
-        """The rewards of this process's samples."""
-
-        def judged(media: torch.Tensor) -> tuple[torch.Tensor, dict[str, Scores]]:
-            scores = score_all(self.rewards, media, samples.prompts, samples.metadata)
-            return weighted_sum(scores, self.weights), scores
-
-        total, scores = judged(samples.media)
-        previews = None
-        if samples.previews is not None:
-            earlier = [judged(preview)[0] for preview in samples.previews[:, :-1].unbind(1)]
-            previews = torch.stack([*earlier, total], dim=1)
-        return Scored(
-            total=total,
-            values=torch.stack([score.values for score in scores.values()]),
-            applies=torch.stack([score.applies for score in scores.values()]),
-            weights=torch.tensor([self.weights[name] for name in scores], device=total.device),
-            names=tuple(scores),
-            previews=previews,
-        )
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """The samples of all processes along the last axis, of a tensor (N,) or (K, N) of this process's."""
+        return self.accelerator.gather(part.movedim(-1, 0).contiguous()).movedim(0, -1)
 
     # What surrounds the steps.
 
@@ -308,15 +299,19 @@ class Trainer:
                 "forwards": self.policy.forwards,
             }
             keep = self.recipe.run.keep_checkpoints
-            state = self.recipe.algorithm.state
-            save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, state, counters, keep)
+            memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
+            save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         """Go on from the last checkpoint; a run killed before its first begins again."""
         found = checkpoints(self.run_folder.checkpoints)
         if found:
-            counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, self.recipe.algorithm.state)
+            memory: dict[str, Restore] = {
+                "algorithm": self.recipe.algorithm.state.update,
+                "rewards": self.judging.load_state,
+            }
+            counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, memory)
             self.step, self.learner.update = counters["step"], counters["update"]
             self.minutes, self.policy.forwards = counters["minutes"], counters["forwards"]
         if self.main:

@@ -3,7 +3,7 @@
 `rewards.score(reward, media, prompts, metadata)` calls one and checks what comes back.
 """
 
-from rewards.base import Reward, RewardError, score
+from rewards.base import Golden, Reward, RewardError, TrainableReward, score
 from rewards.loading import as_reward, available, load
 
-__all__ = ["Reward", "RewardError", "as_reward", "available", "load", "score"]
+__all__ = ["Golden", "Reward", "RewardError", "TrainableReward", "as_reward", "available", "load", "score"]

@@ -75,16 +75,18 @@ class Reward(ABC):
 
 
 class TrainableReward(Reward):
-    """A reward that learns while the policy does, from the policy's own pictures."""
+    """A reward that learns while the policy does, from the policy's own pictures.
+
+    `alarm` says, in one sentence, why what it has learnt is no good as a reward any more; `update` sets it.
+    """
+
+    alarm: str | None = None
 
     @abstractmethod
     def update(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
     ) -> dict[str, float]:
-        """Learn from the pictures (B, ...) of training step `step`, after they were scored; returns figures to log.
-
-        Raises RewardError when what is learnt has become useless as a reward, in one sentence that says why.
-        """
+        """Learn from the pictures (B, ...) of training step `step`, after they were scored; returns figures to log."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -1,10 +1,14 @@
-"""Several rewards on one batch, where each need not apply to every item."""
+"""Several rewards on one batch, where each need not apply to every item: shaped one by one, then made one total.
+
+Shaping compares a score with reference scores, those of the model before training. Sources are with each function.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from rewards.base import Reward, RewardError, check_inputs, score, shown
 
@@ -56,17 +60,99 @@ def weighted_sum(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> 
     """Total (B,) float32: of each item, the weighted mean of the scores of the rewards that apply to it.
 
     Weights are finite and at least 0, one for each reward. Raises RewardError for other weights and for an item to
-    whose rewards only weight 0 is given.
+    whose rewards only weight 0 is given; so do the other combinations.
     """
+    shares, values = _shares(scores, weights)
+    return (shares * values).sum(0)
+
+
+def _shares(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each reward's share in each item's total, and its score; both (K, B), shares of an item summing to 1."""
     if set(scores) != set(weights):
         missing, extra = sorted(set(scores) - set(weights)), sorted(set(weights) - set(scores))
         raise RewardError(f"weights and rewards differ: no weight for {missing}, no reward for {extra}")
     for key, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise RewardError(f"the weight of reward {key!r} is {weight}; it must be a finite number of at least 0")
-    shares = torch.stack([weights[key] * scores[key].applies.float() for key in scores])
-    values = torch.stack([scores[key].values for key in scores])
-    total = shares.sum(0)
+    given = torch.stack([weights[key] * scores[key].applies.float() for key in scores])
+    total = given.sum(0)
     if not (total > 0).all():
         raise RewardError(f"item {int((total <= 0).nonzero()[0])} has no reward of positive weight that applies to it")
-    return (shares * values).sum(0) / total
+    return given / total, torch.stack([scores[key].values for key in scores])
+
+
+def standardised(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Values (B,) in standard deviations from the mean of all reference scores, of any shape."""
+    return (values - reference.mean()) / _positive(reference.std(), "standardise")
+
+
+def centred_sigmoid(values: torch.Tensor, reference: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+    """PAR: the mean over m of sigmoid(scale (value - reference_m)), of values (B,) and reference (B, M); in [0, 1].
+
+    Source: Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF" (2502.18770).
+    """
+    return (scale * (values[:, None] - reference)).sigmoid().mean(1)
+
+
+def centred_log_sigmoid(values: torch.Tensor, reference: torch.Tensor, quantile: float = 0.85) -> torch.Tensor:
+    """log sigmoid(value - r), r the quantile of the Gaussian fitted to the references (B, M) of each item; below 0.
+
+    Sums of it are log P(all are good). Source: Wang et al. 2024, "Transforming and Combining Rewards" (2402.00742), with
+    the reference quantile of PAR's comparison.
+    """
+    deviation = reference.std(1) if reference.shape[1] > 1 else torch.zeros_like(reference[:, 0])
+    level = reference.mean(1) + deviation * torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)).item()
+    return F.logsigmoid(values - level)
+
+
+def worst_case(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> torch.Tensor:
+    """Total (B,): the lowest score of the rewards of positive weight that apply to an item.
+
+    Source: Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization" (2310.02743), WCO.
+    """
+    shares, values = _shares(scores, weights)
+    return torch.where(shares > 0, values, torch.inf).amin(0)
+
+
+def uncertainty_weighted(scores: Mapping[str, Scores], weights: Mapping[str, float], penalty: float) -> torch.Tensor:
+    """Total (B,): the members' weighted mean less `penalty` times their weighted variance (2310.02743, UWO)."""
+    shares, values = _shares(scores, weights)
+    mean = (shares * values).sum(0)
+    return mean - penalty * (shares * (values - mean) ** 2).sum(0)
+
+
+def base_and_bonus(scores: Mapping[str, Scores], base: str, bonus: str, floor: float) -> torch.Tensor:
+    """Total (B,): base (floor + (1 - floor) bonus), of scores in [0, 1]: without the base the bonus is worth nothing.
+
+    Source: FIRM, "Trust Your Critic" (2603.12247): floor 0.6 for editing (CME, execution and consistency), 0.4 for
+    generation (QMA, instruction following and quality). RewardError for an item that lacks one, or a score below 0.
+    """
+    for name in (base, bonus):
+        if name not in scores:
+            raise RewardError(f"the combination needs the reward {name!r}; there are {', '.join(scores)}")
+        values, applies = scores[name]
+        if not applies.all():
+            raise RewardError(f"reward {name!r} does not apply to item {int((~applies).nonzero()[0])}; both must")
+        if (values < 0).any() or (values > 1).any():
+            index = int(((values < 0) | (values > 1)).nonzero()[0])
+            raise RewardError(
+                f"reward {name!r} scored item {index} as {values[index]:.4g}; base and bonus must lie in [0, 1]"
+            )
+    return scores[base].values * (floor + (1 - floor) * scores[bonus].values)
+
+
+def agreement(scores: Mapping[str, Scores], weights: Mapping[str, float], scale: float) -> torch.Tensor:
+    """How far the rewards agree on each item, (B,) in (0, 1]: exp(-scale U), U their weighted standard deviation.
+
+    It weighs an item's part in learning. Source: Ctrl-U (2410.11236), whose U is the difference of two answers of one
+    model; here it is the disagreement of several.
+    """
+    shares, values = _shares(scores, weights)
+    mean = (shares * values).sum(0)
+    return (-scale * (shares * (values - mean) ** 2).sum(0).sqrt()).exp()
+
+
+def _positive(deviation: torch.Tensor, form: str) -> torch.Tensor:
+    if not deviation > 0:
+        raise RewardError(f"{form} needs reference scores that differ, not {deviation.item():.4g} of deviation")
+    return deviation

@@ -298,9 +298,10 @@ def test_groups_are_drawn_by_step_and_shared_out_whole(ready: dict[str, Any], po
     assert [row for half in halves for row in half.rows] == everything.rows
     assert everything.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sorted({row.prompt for row in everything.rows}) == sorted(row.prompt for row in store.rows)
-    assert everything.scored is not None
+    assert everything.scores is not None
     for place, (row, member) in enumerate(zip(everything.rows, everything.members, strict=True)):
-        assert everything.scored.total[place].item() == pytest.approx(store.rewards["brightness"][row.index, member])
+        score = everything.scores["brightness"].values[place].item()
+        assert score == pytest.approx(store.rewards["brightness"][row.index, member])
         shard, at = store.places[row.index]
         latents = load_file(store.path / f"shard_{shard:06d}" / "latents.safetensors")["latents"]
         assert torch.equal(everything.latents[place], latents[at, member])

@@ -72,6 +72,8 @@ class Algorithm(Section, ABC):
     """The snapshot that draws the rollouts; None: the trained weights."""
     offline: ClassVar[bool] = False
     """Whether it can learn from a store of groups that another policy drew."""
+    has_advantages: ClassVar[bool] = True
+    """Whether it learns from advantages, or from the rewards themselves."""
 
     name: str
     """As a recipe gives it."""
@@ -92,6 +94,11 @@ class Algorithm(Section, ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """What the algorithm remembers from update to update beside the policy's snapshots; checkpoints hold it."""
         return self._state
+
+    @property
+    def parts_rewards(self) -> bool:
+        """Whether it learns from each reward apart and not from their total."""
+        return self.advantage == "summed"
 
     @property
     def keep(self) -> frozenset[Keep]:

@@ -73,6 +73,7 @@ class GDRO(ForwardAlgorithm):
 
     unit: ClassVar = "group"
     offline: ClassVar = True
+    has_advantages: ClassVar = False
     name: Literal["gdro"] = "gdro"
     timestep_sampling: Literal["grid", "uniform", "logit_normal"] = "uniform"
     """Drawn from the rollout's own sigmas without repeating, or from a density, one from each of equal strata."""

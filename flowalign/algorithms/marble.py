@@ -98,6 +98,11 @@ class Marble(NFT):
     _names: tuple[str, ...] = PrivateAttr(default=())
     _fixed: tuple[float, ...] = PrivateAttr(default=())
 
+    @property
+    def parts_rewards(self) -> bool:
+        """Always: that is what it is for."""
+        return True
+
     def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
         """There must be something to balance."""
         super().check(rollout, train, rewards)

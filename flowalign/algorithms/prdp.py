@@ -44,6 +44,7 @@ class PRDP(Algorithm):
 
     needs: ClassVar = "trajectory"
     unit: ClassVar = "path"
+    has_advantages: ClassVar = False
     name: Literal["prdp"] = "prdp"
     beta: Annotated[float, Field(gt=0)] = 10.0
     """Weight of the KL in the objective: the optimum tilts the reference by exp(reward / beta)."""

@@ -1,0 +1,194 @@
+"""From pictures to what an algorithm learns from: scored while others are drawn, shaped by the recipe, made one total."""
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from flowalign.advantages import Scored
+from flowalign.config import Combine, Recipe, RewardSettings, Shaping
+from flowalign.data import Row
+from flowalign.evaluate.evaluation import load_rewards
+from flowalign.offline import GroupStore
+from flowalign.rollout import Samples
+from flowalign.settings import UserError
+from rewards import Reward, RewardError, TrainableReward, as_reward
+from rewards.combine import (
+    Scores,
+    agreement,
+    base_and_bonus,
+    centred_log_sigmoid,
+    centred_sigmoid,
+    score_all,
+    standardised,
+    uncertainty_weighted,
+    weighted_sum,
+    worst_case,
+)
+
+_SEPARATOR = "/"
+
+
+class Judging:
+    """The rewards of a run. One way for rollouts and stores; `rewards` take the place of the recipe's own."""
+
+    def __init__(self, recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]] | None):
+        self.recipe = recipe
+        if rewards is None:
+            self.rewards = load_rewards(recipe.rewards)
+        else:
+            self.rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
+        settings = {name: recipe.rewards.get(name, RewardSettings()) for name in self.rewards}
+        self.weights = {name: entry.weight for name, entry in settings.items()}
+        self.shaping = {name: entry.shaping for name, entry in settings.items() if entry.shaping is not None}
+        self.references = {
+            name: GroupStore.open(Path(shaping.reference)).references(name)
+            for name, shaping in self.shaping.items()
+            if isinstance(shaping.reference, str)
+        }
+        self.trainable = {name: one for name, one in self.rewards.items() if isinstance(one, TrainableReward)}
+        self._thread = ThreadPoolExecutor(1, "rewards")
+        self._pending: list[Future[dict[str, Scores]]] = []
+
+    def check_prompts(self, rows: Sequence[Row]) -> None:
+        """Raises UserError for the first prompt of which a store of references knows nothing."""
+        for name, known in self.references.items():
+            for row in rows:
+                asked = self.rewards[name].applies_to({**row.metadata, "prompt": row.prompt})
+                if asked and row.prompt not in known:
+                    raise UserError(
+                        f"rewards.{name}.shaping: store {self.shaping[name].reference} has no reference scores "
+                        f"of {row.prompt!r}; collect it for all prompts"
+                    )
+
+    def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> None:
+        """Begin to score finished pictures of a rollout, in their order; `score` waits for the result."""
+        if all(reward.scope == "sample" for reward in self.rewards.values()):  # a group may be parted by batches
+            texts, metadata = [row.prompt for row in rows], [row.metadata for row in rows]
+            self._pending.append(self._thread.submit(score_all, self.rewards, media, texts, metadata))
+
+    def score(self, samples: Samples) -> Scored:
+        """What the algorithm gets of samples; those of a store bring their scores."""
+        if samples.scores is None:
+            samples.scores = self._finished() or self._measured(samples, samples.media)
+        scored = self.scored(samples.scores, samples.prompts)
+        if samples.previews is None:
+            return scored
+        earlier = [
+            self.scored(self._measured(samples, preview), samples.prompts).total
+            for preview in samples.previews[:, :-1].unbind(1)
+        ]
+        return scored._replace(previews=torch.stack([*earlier, scored.total], dim=1))
+
+    def _measured(self, samples: Samples, media: torch.Tensor) -> dict[str, Scores]:
+        return score_all(self.rewards, media, samples.prompts, samples.metadata)
+
+    def _finished(self) -> dict[str, Scores]:
+        """The scores of all pictures since the last call; none where scoring did not begin."""
+        pending, self._pending = self._pending, []
+        try:
+            parts = [future.result() for future in pending]
+        finally:
+            for future in pending:
+                future.cancel()
+        names = parts[0] if parts else ()
+        return {name: Scores(*map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in names}
+
+    def learn(self, samples: Samples, step: int, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
+        """Rewards that learn take their step; returns their figures and alarms.
+
+        Every process learns from the samples of all, so that the rewards stay the same everywhere.
+        """
+        figures: dict[str, Any] = {}
+        alarms: list[str] = []
+        if not self.trainable:
+            return figures, alarms
+        media = accelerator.gather(samples.media)
+        rows = samples.rows if accelerator.num_processes == 1 else gather_object(samples.rows)
+        for name, reward in self.trainable.items():
+            asked = [reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows]
+            chosen = [place for place, yes in enumerate(asked) if yes]
+            if chosen:
+                part = [rows[place] for place in chosen]
+                texts, metadata = [row.prompt for row in part], [row.metadata for row in part]
+                figures[name] = reward.update(media[chosen], texts, metadata, step)
+                if reward.alarm:
+                    alarms.append(f"reward {name!r}: {reward.alarm}")
+        return figures, alarms
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the rewards have learnt."""
+        return {
+            f"{name}{_SEPARATOR}{key}": value
+            for name, reward in self.trainable.items()
+            for key, value in reward.state_dict().items()
+        }
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state` gave; KeyError for a reward that it lacks."""
+        for name, reward in self.trainable.items():
+            prefix = f"{name}{_SEPARATOR}"
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            if not own:
+                raise KeyError(f"nothing of reward {name!r}")
+            reward.load_state_dict(own)
+
+    def scored(self, scores: Mapping[str, Scores], prompts: Sequence[str]) -> Scored:
+        """What the algorithm gets of the scores of B samples with their prompts."""
+        shaped = {name: self._shaped(name, score, prompts) for name, score in scores.items()}
+        device = next(iter(shaped.values())).values.device
+        trust = None
+        combine = self.recipe.combine
+        if combine.disagreement:
+            trust = agreement(shaped, self.weights, combine.disagreement)
+        return Scored(
+            total=total(shaped, self.weights, combine),
+            values=torch.stack([score.values for score in shaped.values()]),
+            applies=torch.stack([score.applies for score in shaped.values()]),
+            weights=torch.tensor([self.weights[name] for name in shaped], device=device),
+            names=tuple(shaped),
+            measured=torch.stack([score.values for score in scores.values()]),
+            trust=trust,
+        )
+
+    def _shaped(self, name: str, score: Scores, prompts: Sequence[str]) -> Scores:
+        shaping, asked = self.shaping.get(name), score.applies
+        if shaping is None or not asked.any():
+            return score
+        if isinstance(shaping.reference, str):
+            known = self.references[name]
+            chosen = [known[prompt] for prompt, yes in zip(prompts, asked.tolist(), strict=True) if yes]
+            everything = [value for listed in known.values() for value in listed]
+        else:
+            chosen = [list(shaping.reference)] * int(asked.sum())
+            everything = list(shaping.reference)
+        values = score.values.clone()
+        own, all_prompts = torch.tensor(chosen).to(values), torch.tensor(everything).to(values)
+        values[asked] = shape(shaping, values[asked], own, all_prompts)
+        return Scores(values, asked)
+
+
+def shape(shaping: Shaping, values: torch.Tensor, own: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:
+    """Values (B,) as the recipe shapes them, by the references (B, M) of their prompts and those of all prompts."""
+    if shaping.form == "standardise":
+        return standardised(values, everything)
+    if shaping.form == "sigmoid":
+        return centred_sigmoid(values, own, shaping.scale)
+    return centred_log_sigmoid(values, own, shaping.quantile)
+
+
+def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: Combine) -> torch.Tensor:
+    """The one number (B,) that the recipe makes of the scores."""
+    if combine.form == "worst":
+        return worst_case(scores, weights)
+    if combine.form == "uncertainty":
+        return uncertainty_weighted(scores, weights, combine.penalty)
+    if combine.form == "bonus":
+        if combine.base is None or combine.bonus is None:
+            raise RewardError("combine.form bonus needs combine.base and combine.bonus")
+        return base_and_bonus(scores, combine.base, combine.bonus, combine.floor)
+    return weighted_sum(scores, weights)
