@@ -1,4 +1,4 @@
-"""From pictures to what an algorithm learns from: scored while others are drawn, shaped by the recipe, made one total."""
+"""From pictures to what an algorithm learns from: scored while others are drawn, shaped, and made one total."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

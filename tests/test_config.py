@@ -194,7 +194,11 @@ def test_every_setting_is_described_where_it_is_held():
             "  dynamics: csp",
             "demo.yaml, line 13: rollout.dynamics should be 'flow_sde', 'dance_sde', 'cps', 'memoryless' or 'ode', not",
         ),
-        ("  path: toyworld", "  dtype: fp8", "demo.yaml, line 4: model.dtype should be 'auto', 'bf16' or 'fp32', not 'fp8'"),  # noqa: E501
+        (
+            "  path: toyworld",
+            "  dtype: fp8",
+            "demo.yaml, line 4: model.dtype should be 'auto', 'bf16' or 'fp32', not 'fp8'",
+        ),
         ("toyworld/words_train", "5", "demo.yaml, line 2: prompts should be a valid string, not 5"),
         ("name: demo", "name: a/b", "demo.yaml, line 1: name: "),
         ("\n  ocr: 1.0", " {}", "demo.yaml, line 7: rewards: .*at least 1 item"),
