@@ -1,4 +1,4 @@
-"""The command line: `flowalign train compare collect sample score eval report recipes doctor`."""
+"""The command line: `flowalign train compare collect sample score eval report serve rewards recipes doctor`."""
 
 import errno
 import json
@@ -214,6 +214,65 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
     from flowalign.evaluate.report import write_report
 
     console.print(f"wrote {write_report(run)}")
+
+
+@app.command()
+def serve(
+    rewards: Annotated[list[str], typer.Argument(metavar="REWARD...", help="built-in names, file.py:Name, ...")],
+    host: Annotated[str, typer.Option(help="beyond loopback it needs a token in FLOWALIGN_TOKEN")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="REWARD.KEY=VALUE", help="passed to a reward; repeatable")
+    ] = None,
+) -> None:
+    """Serve rewards over HTTP, for recipes that name them as http://host:port/REWARD."""
+    quiet_libraries()
+    import rewards as zoo
+    from flowalign.scoring import options_by_reward
+    from rewards.server import serve as run_server
+
+    options = options_by_reward(rewards, option or [])
+    loaded = {name.rpartition(":")[2]: zoo.load(name, **options[name]) for name in rewards}
+    run_server(loaded, host=host, port=port)
+
+
+rewards_app = typer.Typer(help="List the rewards, and check that one keeps the contract.", invoke_without_command=True)
+app.add_typer(rewards_app, name="rewards")
+
+
+@rewards_app.callback()
+def list_rewards(context: typer.Context) -> None:
+    """List the rewards that a recipe can name, built in and installed."""
+    if context.invoked_subcommand is None:
+        from flowalign.scoring import described_rewards
+
+        table = Table("reward", "what it judges")
+        for name, purpose in described_rewards():
+            table.add_row(name, purpose)
+        console.print(table)
+
+
+@rewards_app.command("check")
+def check_reward(
+    reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name, package.module:Name or http://...")],
+    images: Annotated[Path | None, typer.Option(help="folder of pictures to try it on; by default drawn ones")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=".txt or .jsonl, a line for each picture")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
+) -> None:
+    """Try a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
+    quiet_libraries()
+    from flowalign.scoring import check_reward as findings_of
+
+    if (images is None) is not (prompts is None):
+        raise UserError("--images and --prompts go together")
+    findings = findings_of(reward, option or [], images, prompts)
+    table = Table("check", "result", "detail", title=reward, title_justify="left")
+    for check, passed, detail in findings:
+        mark = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "-"}[passed]
+        table.add_row(check, mark, detail)
+    console.print(table)
+    if any(finding.passed is False for finding in findings):
+        raise typer.Exit(1)
 
 
 recipes_app = typer.Typer(help="List and copy the bundled recipes.", invoke_without_command=True)

@@ -144,7 +144,7 @@ class Shaping(Section):
     """How a reward is bent before it is learnt from; sources in `rewards.combine`."""
 
     form: Literal["standardise", "sigmoid", "log_sigmoid"]
-    """In deviations from the references' mean; PAR's sigmoid of the difference to them; log sigmoid above a quantile."""
+    """In deviations from the references' mean; PAR's sigmoid of the difference to them; or log sigmoid of it."""
     reference: str | Annotated[tuple[float, ...], Field(min_length=1)]
     """Scores of the model before training: a store of groups that has this reward, or numbers for every prompt."""
     scale: Rate = 1.0

@@ -28,12 +28,13 @@ from flowalign.config import Recipe
 from flowalign.data import Row, step_rows
 from flowalign.policies.base import Policy
 from flowalign.rollout import Samples, rollout
-from flowalign.runs import read_picture, replace_text, to_uint8
+from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
 from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import Scores, score_all
+from rewards.pictures import read_picture
 
 FORMAT = 1
 

@@ -149,16 +149,6 @@ def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:
     return sorted(folder.glob("*.png"))
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """(3, H, W) in [0, 1]; UserError for a file that is no image."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    except OSError as error:  # PIL's own error for what is no image is one too
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
     pixels: np.ndarray = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

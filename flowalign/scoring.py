@@ -19,10 +19,10 @@ from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.offline import GroupStore, collect
 from flowalign.policies.loading import load_policy
-from flowalign.runs import RunFolder, read_picture, replace_text
+from flowalign.runs import RunFolder, replace_text
 from flowalign.settings import UserError
+from rewards.pictures import SUFFIXES, read_picture
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _BATCH = 16
 
 
@@ -30,7 +30,7 @@ def read_images(folder: Path, prompts: Path) -> tuple[list[Row], list[Path]]:
     """The prompts and the images that belong to them; UserError when their numbers differ."""
     if not folder.is_dir():
         raise UserError(f"--images {folder} is no folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     rows = load_prompts(str(prompts))
     if len(paths) != len(rows):
         raise UserError(f"{folder} holds {len(paths)} images, {prompts} {len(rows)} prompts; each image needs its own")
@@ -41,22 +41,28 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
     """The score of each image; sizes may differ from image to image."""
     judge = zoo.load(reward, **dict(_option(text) for text in options))
     check_prompts(rows, {judge.name: judge}, "given")
-    scores: list[float] = []
-    start = 0
+    scores = [0.0] * len(paths)
     with Display().evaluating(len(paths)) as progress:
-        while start < len(paths):
-            batch = [read_picture(paths[start])]
-            while start + len(batch) < len(paths) and len(batch) < _BATCH:
-                following = read_picture(paths[start + len(batch)])
-                if following.shape != batch[0].shape:
-                    break
-                batch.append(following)
-            part = rows[start : start + len(batch)]
-            values = zoo.score(judge, torch.stack(batch), [r.prompt for r in part], [r.metadata for r in part])
-            scores += values.tolist()
-            start += len(batch)
-            progress(len(batch))
+        for places in _batches(judge, rows):
+            pictures = [read_picture(paths[place]) for place in places]
+            for shape in dict.fromkeys(picture.shape for picture in pictures):
+                chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
+                if judge.scope == "group" and len(chosen) < len(pictures):
+                    raise UserError(f"the pictures of {rows[places[0]].prompt!r} must be of one size to be compared")
+                part = [rows[places[i]] for i in chosen]
+                media = torch.stack([pictures[i] for i in chosen])
+                values = zoo.score(judge, media, [row.prompt for row in part], [row.metadata for row in part])
+                for i, value in zip(chosen, values.tolist(), strict=True):
+                    scores[places[i]] = value
+            progress(len(places))
     return scores
+
+
+def _batches(judge: zoo.Reward, rows: Sequence[Row]) -> list[list[int]]:
+    """Places that are scored together: a few at a time, or all of a prompt where the reward compares them."""
+    if judge.scope == "group":
+        return [[i for i, row in enumerate(rows) if row.prompt == prompt] for prompt in {row.prompt: 0 for row in rows}]
+    return [list(range(start, min(start + _BATCH, len(rows)))) for start in range(0, len(rows), _BATCH)]
 
 
 def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
@@ -77,6 +83,40 @@ def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | N
     judge = zoo.load(reward, **dict(_option(text) for text in options))
     with Display().evaluating(len(store) * store.manifest["group_size"]) as progress:
         return store.rescore(name or judge.name, judge, progress)
+
+
+def described_rewards() -> list[tuple[str, str]]:
+    """Every reward's name and the first sentence of what it is."""
+    found = []
+    for name in zoo.available():
+        summary = zoo.describe(name)
+        found.append((name, summary))
+    return found
+
+
+def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: Path | None) -> list[zoo.Finding]:
+    """The findings of `rewards.check`, on a folder's pictures or on drawn ones."""
+    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    if images is None or prompts is None:
+        return zoo.check(judge)
+    rows, paths = read_images(images, prompts)
+    pictures = [read_picture(path) for path in paths]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise UserError(f"--images {images}: the pictures must be of one size to be tried together")
+    items = zoo.Items(torch.stack(pictures), [row.prompt for row in rows], [row.metadata for row in rows])
+    return zoo.check(judge, items)
+
+
+def options_by_reward(rewards: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The options of each reward, from texts REWARD.KEY=VALUE."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in rewards}
+    for text in options:
+        key, value = _option(text)
+        name, dot, option = key.rpartition(".")
+        if not dot or name not in found:
+            raise UserError(f"--option {text!r} must be written REWARD.KEY=VALUE with one of {', '.join(rewards)}")
+        found[name][option] = value
+    return found
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -4,6 +4,20 @@
 """
 
 from rewards.base import Golden, Reward, RewardError, TrainableReward, score
-from rewards.loading import as_reward, available, load
+from rewards.contract import Finding, Items, check
+from rewards.loading import as_reward, available, describe, load
 
-__all__ = ["Golden", "Reward", "RewardError", "TrainableReward", "as_reward", "available", "load", "score"]
+__all__ = [
+    "Finding",
+    "Golden",
+    "Items",
+    "Reward",
+    "RewardError",
+    "TrainableReward",
+    "as_reward",
+    "available",
+    "check",
+    "describe",
+    "load",
+    "score",
+]

@@ -1,11 +1,13 @@
 """How colourful a picture is, by a formula."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from rewards.base import Reward
+from rewards.frames import chosen_frames, mean_of_frames
 
 
 class Colorfulness(Reward):
@@ -15,14 +17,15 @@ class Colorfulness(Reward):
     """
 
     name = "colorfulness"
+    range = (0.0, math.inf)
 
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
-        frames = media if media.ndim == 5 else media[:, None]
-        red, green, blue = frames.float().flatten(-2).unbind(2)
-        opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, B, F, pixels)
+        frames, count = chosen_frames(media)
+        red, green, blue = frames.float().flatten(-2).unbind(1)
+        opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, B * F, pixels)
         spread = opponents.var(-1, correction=0).sum(0).sqrt()
         shift = (opponents.mean(-1) ** 2).sum(0).sqrt()
-        return (spread + 0.3 * shift).mean(1)
+        return mean_of_frames(spread + 0.3 * shift, count)

@@ -1,6 +1,7 @@
 """How small a picture is as a JPEG file: a reward without a model, and a classic to be hacked with."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from rewards.base import Reward, RewardError
+from rewards.frames import chosen_frames, mean_of_frames
 
 
 class Compressibility(Reward):
@@ -25,17 +27,17 @@ class Compressibility(Reward):
             raise RewardError(f"reward 'compressibility': quality must lie in 1 to 100, not {quality}")
         self.quality = quality
         self.sign = 1.0 if reverse else -1.0
+        self.range = (0.0, math.inf) if reverse else (-math.inf, 0.0)
 
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
-        frames = media if media.ndim == 5 else media[:, None]
-        count = frames.shape[1]
-        levels = (frames.flatten(0, 1).detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+        frames, count = chosen_frames(media)
+        levels = (frames.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
         pictures: np.ndarray = levels.permute(0, 2, 3, 1).cpu().numpy()
         sizes = [self._bytes(picture) / picture[..., 0].size for picture in pictures]
-        return self.sign * torch.tensor(sizes).view(-1, count).mean(1)
+        return self.sign * mean_of_frames(torch.tensor(sizes), count)
 
     def _bytes(self, picture: np.ndarray) -> int:
         buffer = io.BytesIO()

@@ -6,8 +6,8 @@ import torch
 def chosen_frames(media: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, int]:
     """Frames (B * F, 3, H, W) of media (B, 3, H, W) or (B, N, 3, H, W), and F, how many each item has.
 
-    An image is one frame. Of a video's N frames F = min(count, N) are taken, the middles of as many equal spans; `count`
-    None takes all.
+    An image is one frame. Of a video's N frames F = min(count, N) are taken, the middles of as many equal spans; all of
+    them if `count` is None.
     """
     if media.ndim == 4:
         return media, 1

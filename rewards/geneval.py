@@ -164,6 +164,8 @@ class GenEval(Reward):
 
     name = "geneval"
     scope = "sample"
+    range = (0.0, 1.0)
+    prompt_sensitive = True
 
     def __init__(self, detector: str | Detector, strict_weight: float = 0.0, nms_threshold: float = 1.0):
         if not 0 <= strict_weight <= 1:

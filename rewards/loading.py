@@ -1,8 +1,11 @@
 """From a reward's name, file or module to the reward; only the one that is asked for gets imported."""
 
+import ast
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +13,8 @@ import torch
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
 
 BUILT_IN = {
-    "adversarial_dino": "rewards.adversarial:AdversarialDINO",
-    "adversarial_pickscore": "rewards.adversarial:AdversarialPickScore",
+    "adversarial_dino": "rewards.adversarial_dino:AdversarialDINO",
+    "adversarial_pickscore": "rewards.adversarial_pickscore:AdversarialPickScore",
     "aesthetic": "rewards.aesthetic:Aesthetic",
     "artifact": "rewards.artifact:Artifact",
     "artifact_vlm": "rewards.artifact_vlm:ArtifactVLM",
@@ -79,6 +82,17 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
 def available() -> list[str]:
     """The names that `load` knows, built in and installed, sorted."""
     return sorted({*BUILT_IN, *_plugins()})
+
+
+def describe(name: str) -> str:
+    """The first sentence of what a reward of `available` says of itself, read without importing a built-in one."""
+    if name in BUILT_IN:
+        spec = importlib.util.find_spec(BUILT_IN[name].partition(":")[0])
+        assert spec is not None and spec.origin is not None
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    else:
+        text = inspect.getdoc(_plugins()[name].load()) or ""
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def as_reward(target: Any, name: str | None = None, **options: Any) -> Reward:

@@ -26,11 +26,11 @@ from flowalign.evaluate.evaluation import load_rewards
 from flowalign.offline import GroupStore, collect
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.runs import read_picture
 from flowalign.scoring import rescore_store
 from flowalign.settings import UserError
 from flowalign.trainer import train
 from rewards import RewardError
+from rewards.pictures import read_picture
 
 JUDGES = """
 import torch

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rewards import Reward, RewardError, as_reward
-from rewards.combine import Scores, score_all, weighted_sum
+from rewards.combine import (
+    Scores,
+    agreement,
+    base_and_bonus,
+    centred_log_sigmoid,
+    centred_sigmoid,
+    score_all,
+    standardised,
+    uncertainty_weighted,
+    weighted_sum,
+    worst_case,
+)
 
 MEDIA = torch.linspace(0, 0.75, 4).view(4, 1, 1, 1).expand(4, 3, 2, 2)
 PROMPTS = ['a sign "CAT"', "a cat", 'a sign "DOG"', "a dog"]
@@ -140,3 +151,78 @@ def test_a_total_lies_between_the_least_and_the_greatest_score_that_applies(rows
     total = weighted_sum(scores, {str(i): weight for i, (_, _, weight) in enumerate(rows)}).item()
     applying = [value for value, applies, _ in rows if applies]
     assert min(applying) - 1e-4 <= total <= max(applying) + 1e-4
+
+
+# Shaping and combinations, with the papers' own numbers where they give some
+
+
+def scores_of(**values: list[float]) -> dict[str, Scores]:
+    return {
+        name: Scores(torch.tensor(listed), torch.ones(len(listed), dtype=torch.bool)) for name, listed in values.items()
+    }
+
+
+def test_par_is_the_mean_sigmoid_of_the_difference_to_the_references():
+    values, references = torch.tensor([1.0, 3.0]), torch.tensor([[1.0, 0.0], [1.0, 5.0]])
+    wanted = [(0.5 + 1 / (1 + math.exp(-1))) / 2, (1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(2))) / 2]
+    torch.testing.assert_close(centred_sigmoid(values, references), torch.tensor(wanted))
+
+
+@given(shift=st.floats(-5, 5))
+def test_par_sees_differences_only_and_stays_between_0_and_1(shift):
+    values, references = torch.tensor([-40.0, 0.3, 40.0]), torch.tensor([[0.0, 0.5]] * 3)
+    shaped = centred_sigmoid(values, references)
+    torch.testing.assert_close(centred_sigmoid(values + shift, references + shift), shaped, atol=1e-4, rtol=0)
+    assert ((shaped >= 0) & (shaped <= 1)).all() and shaped[0] < shaped[1] < shaped[2]
+
+
+def test_log_sigmoid_is_centred_on_the_quantile_of_the_fitted_gaussian():
+    references = torch.tensor([[0.0, 2.0]])  # mean 1, deviation sqrt 2
+    level = 1 + 2**0.5 * 1.0364334  # the 85 % quantile
+    shaped = centred_log_sigmoid(torch.tensor([level]), references, 0.85)
+    torch.testing.assert_close(shaped, torch.tensor([math.log(0.5)]))
+
+
+def test_summed_log_sigmoids_are_the_log_probability_that_all_are_good():
+    a, b = torch.tensor([0.4]), torch.tensor([-1.3])
+    zero = torch.zeros(1, 1)
+    both = centred_log_sigmoid(a, zero, 0.5) + centred_log_sigmoid(b, zero, 0.5)
+    torch.testing.assert_close(both.exp(), a.sigmoid() * b.sigmoid())
+
+
+def test_standardised_references_have_mean_0_and_deviation_1():
+    references = torch.tensor([0.2, 0.4, 0.9, 0.1])
+    shaped = standardised(references, references)
+    assert shaped.mean().item() == pytest.approx(0, abs=1e-6) and shaped.std().item() == pytest.approx(1)
+    with pytest.raises(RewardError, match="reference scores that differ"):
+        standardised(references, torch.ones(3))
+
+
+def test_the_worst_case_is_the_lowest_member_that_applies():
+    scores = scores_of(a=[0.9, 0.1], b=[0.2, 0.8])
+    scores["b"] = Scores(scores["b"].values, torch.tensor([True, False]))
+    torch.testing.assert_close(worst_case(scores, {"a": 1.0, "b": 3.0}), torch.tensor([0.2, 0.1]))
+
+
+def test_uncertainty_takes_the_variance_of_the_members_off():
+    scores = scores_of(a=[1.0, 0.5], b=[0.0, 0.5])
+    found = uncertainty_weighted(scores, {"a": 1.0, "b": 1.0}, penalty=2.0)
+    torch.testing.assert_close(found, torch.tensor([0.5 - 2 * 0.25, 0.5]))
+
+
+def test_firm_s_forms_give_the_paper_s_numbers():
+    # CME: execution (0.6 + 0.4 consistency); QMA: instruction (0.4 + 0.6 quality).
+    scores = scores_of(base=[1.0, 0.5, 0.0], bonus=[0.0, 0.5, 1.0])
+    torch.testing.assert_close(base_and_bonus(scores, "base", "bonus", 0.6), torch.tensor([0.6, 0.4, 0.0]))
+    torch.testing.assert_close(base_and_bonus(scores, "base", "bonus", 0.4), torch.tensor([0.4, 0.35, 0.0]))
+
+
+def test_a_bonus_outside_0_to_1_is_refused_with_its_item():
+    with pytest.raises(RewardError, match="reward 'bonus' scored item 1 as 1.5"):
+        base_and_bonus(scores_of(base=[1.0, 1.0], bonus=[0.0, 1.5]), "base", "bonus", 0.4)
+
+
+def test_rewards_that_agree_are_trusted_and_others_less():
+    scores = scores_of(a=[0.5, 1.0], b=[0.5, 0.0])
+    found = agreement(scores, {"a": 1.0, "b": 1.0}, scale=2.0)
+    torch.testing.assert_close(found, torch.tensor([1.0, math.exp(-1.0)]))

@@ -1,0 +1,168 @@
+"""A discriminator on frozen DINO features as a reward that learns: how much a picture looks like the references.
+
+Source: Adv-GRPO, "The Image as Its Own Reward" (2511.20256), and its released code. A head h, shared by the class token
+and the patches of a vision transformer, is trained with the hinge loss
+
+    L = l(class) + 0.3 l(patches),    l = 1/2 (mean max(0, 1 - h(reference)) + mean max(0, 1 + h(generated)))
+
+and the reward is 0.7 h(class) + 0.3 mean h(patches). What differs from the code: the head sees features of length 1 in
+training and in scoring, where the code normalises them in scoring only; all patches are scored, not 64 random ones, so
+that equal pictures score alike; no rollout is thrown away, since the head takes `updates` steps on every step's
+pictures and on those of steps before, where the code draws new rollouts for each of nine steps and trains no policy on
+them. An untrained head scores 0, so the policy waits for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rewards.base import RewardError, TrainableReward
+from rewards.frames import chosen_frames, mean_of_frames
+from rewards.learning import Head, counted, load_training_state, training_state
+from rewards.pictures import folder_pictures
+from rewards.vit import VisionBackbone
+
+PATCH_WEIGHT = 0.3
+SATURATED_LOSS = 0.02  # of at most about 1.3: every picture lies beyond its margin
+COLLAPSED_SPREAD = 1e-3  # of rewards that are trained to lie 2 apart
+PATIENCE = 3  # training steps in a row before an alarm
+
+Features = tuple[torch.Tensor, torch.Tensor]  # class (B, D), patches (B, P, D)
+
+
+def hinge_loss(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
+    """1/2 (mean max(0, 1 - real) + mean max(0, 1 + generated)), a scalar."""
+    return (F.relu(1 - real).mean() + F.relu(1 + generated).mean()) / 2
+
+
+class AdversarialDINO(TrainableReward):
+    """See the module.
+
+    references: folder of pictures to look like; 200 are enough (the paper's ablation).
+    model: a timm vision transformer, as `rewards.vit.load_vit` takes it. hidden: width of the head.
+    updates: head steps after each training step that is a multiple of `every`. batch: pictures of each kind in one.
+    buffer: generated pictures, the last so many, that are learnt from. patches: patches of a picture that are.
+    """
+
+    name = "adversarial_dino"
+
+    def __init__(
+        self,
+        references: str,
+        model: str = "vit_base_patch14_dinov2.lvd142m",
+        hidden: int = 512,
+        updates: int = 9,
+        every: int = 1,
+        batch: int = 64,
+        buffer: int = 1024,
+        patches: int = 64,
+        learning_rate: float = 1e-4,
+        batch_size: int = 64,
+        frames: int = 4,
+        device: str | None = None,
+        seed: int = 0,
+    ):
+        counts = {"hidden": hidden, "updates": updates, "every": every, "batch": batch, "buffer": buffer}
+        for option, value in {**counts, "patches": patches, "frames": frames}.items():
+            if value < 1:
+                raise RewardError(f"reward {self.name!r}: {option} must be at least 1, not {value}")
+        if not learning_rate > 0:
+            raise RewardError(f"reward {self.name!r}: learning_rate must be above 0, not {learning_rate}")
+        files = folder_pictures(references, self.name, "references")
+        self.backbone = VisionBackbone(model, device, batch_size, self.name)
+        self.updates, self.every, self.batch, self.buffer = updates, every, batch, buffer
+        self.patches, self.frames, self.seed = patches, frames, seed
+        self.head = Head(self.backbone.dim, hidden, seed).to(self.backbone.device)
+        self.optimizer = torch.optim.Adam(self.head.parameters(), lr=learning_rate, betas=(0.5, 0.999))
+        self.real = self._some_patches(self.backbone.features_of_files(files), 0)
+        self.generated: Features | None = None
+        self.taken = 0  # head steps so far
+        self.bad = 0  # training steps in a row that gave cause for an alarm
+
+    @torch.no_grad()
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Rewards (B,), logits without bounds."""
+        frames, count = chosen_frames(media, self.frames)
+        return mean_of_frames(self._reward(self.backbone.features(frames)), count)
+
+    def _reward(self, features: Features) -> torch.Tensor:
+        own, patches = features
+        return (1 - PATCH_WEIGHT) * self.head(own) + PATCH_WEIGHT * self.head(patches).mean(1)
+
+    def update(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
+    ) -> dict[str, float]:
+        """Take the pictures into the buffer and, every `every` steps, train the head; figures of the last batch."""
+        frames, _ = chosen_frames(media, self.frames)
+        new = self._some_patches(self.backbone.features(frames), 1, step)
+        old = self.generated
+        self.generated = new if old is None else (torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]]))
+        self.generated = (self.generated[0][-self.buffer :], self.generated[1][-self.buffer :])
+        if step % self.every:
+            return {}
+        loss = torch.zeros(())
+        for _ in range(self.updates):
+            real, generated = self._drawn(self.real, 2), self._drawn(self.generated, 3)
+            loss = hinge_loss(self.head(real[0]), self.head(generated[0])) + PATCH_WEIGHT * hinge_loss(
+                self.head(real[1]), self.head(generated[1])
+            )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.taken += 1
+        with torch.no_grad():
+            rewards, wanted = self._reward(new), self._reward(self.real)
+        figures = {
+            "loss": loss.item(),
+            "generated": rewards.mean().item(),
+            "reference": wanted.mean().item(),
+            "accuracy": ((wanted > 0).float().mean() + (rewards < 0).float().mean()).item() / 2,
+        }
+        self._watch(figures["loss"], rewards)
+        return figures
+
+    def _watch(self, loss: float, rewards: torch.Tensor) -> None:
+        spread = rewards.std().item() if len(rewards) > 1 else float("inf")
+        saturated, collapsed = loss < SATURATED_LOSS, spread < COLLAPSED_SPREAD
+        self.bad = self.bad + 1 if saturated or collapsed else 0
+        self.alarm = None
+        if self.bad >= PATIENCE:
+            self.alarm = (
+                f"saturated: it tells generated from reference pictures with a loss of {loss:.2g}, so it has no more "
+                "to learn and its reward grades by how, not whether; use fewer updates or a smaller learning_rate"
+                if saturated
+                else f"collapsed: its rewards of a step's pictures differ by {spread:.2g} only, which teaches nothing; "
+                "use more updates or more references"
+            )
+
+    def _some_patches(self, features: Features, *key: int) -> Features:
+        """With `patches` of the patches, drawn with a counted seed."""
+        own, patches = features
+        order = torch.rand(patches.shape[:2], generator=counted(self.seed, *key)).argsort(1)[:, : self.patches]
+        chosen = order.to(patches.device)[..., None].expand(-1, -1, patches.shape[-1])
+        return own, patches.gather(1, chosen)
+
+    def _drawn(self, features: Features, kind: int) -> Features:
+        order = torch.randperm(len(features[0]), generator=counted(self.seed, kind, self.taken))[: self.batch]
+        rows = order.to(features[0].device)
+        return features[0][rows], features[1][rows]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The head with its optimizer, the buffer and the counters."""
+        state = training_state(dict(self.head.named_parameters()), self.optimizer)
+        if self.generated is not None:
+            state |= {"buffer.class": self.generated[0], "buffer.patches": self.generated[1]}
+        return {**state, "counters": torch.tensor([self.taken, self.bad])}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        load_training_state(state, dict(self.head.named_parameters()), self.optimizer)
+        self.generated = None
+        if "buffer.class" in state:
+            device = self.backbone.device
+            self.generated = (state["buffer.class"].to(device), state["buffer.patches"].to(device))
+        self.taken, self.bad = (int(value) for value in state["counters"])

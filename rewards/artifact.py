@@ -1,0 +1,199 @@
+"""How free of artifacts a picture is: a light head on frozen features, trained on pictures with and without them.
+
+The cheap form of ArtifactReward (2601.03468), whose published form (`artifact_vlm`) asks a vision-language model.
+Every patch of a vision transformer gets a logit a_p; the picture's is a smooth maximum, so that one bad spot counts:
+
+    a = (1 / 4) log mean_p exp(4 a_p),        reward = 1 - sigmoid(a)
+
+The patches' own probabilities are a map of where the artifacts are. A policy that learns may leave what the head was
+trained on; `refresh` trains on with its pictures as unlabelled ones, of which a known share is clean, by the
+non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6), beside the labelled ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from rewards.base import RewardError, TrainableReward, reason
+from rewards.frames import chosen_frames, mean_of_frames
+from rewards.learning import Head, counted, load_training_state, training_state
+from rewards.pictures import folder_pictures
+from rewards.vit import VisionBackbone
+from rewards.weights import located
+
+SHARPNESS = 4.0  # of the smooth maximum
+
+
+class Refresh(NamedTuple):
+    """Labelled pictures and how the head goes on learning; see `Artifact`."""
+
+    clean: torch.Tensor  # patches (N, P, D)
+    artifacts: torch.Tensor
+    every: int
+    updates: int
+    clean_share: float
+
+
+def picture_logits(patch_logits: torch.Tensor) -> torch.Tensor:
+    """The smooth maximum (B,) of patch logits (B, P)."""
+    count = torch.tensor(float(patch_logits.shape[1]), device=patch_logits.device)
+    return ((SHARPNESS * patch_logits).logsumexp(1) - count.log()) / SHARPNESS
+
+
+def labelled_loss(clean: torch.Tensor, artifacts: torch.Tensor) -> torch.Tensor:
+    """Cross entropy, a scalar, of picture logits (N,) and (M,), both kinds counting the same."""
+    return (F.softplus(clean).mean() + F.softplus(-artifacts).mean()) / 2
+
+
+def unlabelled_loss(clean: torch.Tensor, unlabelled: torch.Tensor, clean_share: float) -> torch.Tensor:
+    """Kiryo et al.'s non-negative risk, a scalar, of picture logits (N,) and (M,), clean being the positive class."""
+    rest = F.softplus(-unlabelled).mean() - clean_share * F.softplus(-clean).mean()
+    return clean_share * F.softplus(clean).mean() + F.relu(rest)
+
+
+def fit(
+    head: Head,
+    clean: torch.Tensor,
+    artifacts: torch.Tensor,
+    *,
+    steps: int,
+    batch: int = 64,
+    learning_rate: float = 1e-3,
+) -> list[float]:
+    """Train a head on patches (N, P, D) and (M, P, D); returns the loss of each step. The seed is counted."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    losses = []
+    for step in range(steps):
+        parts = [_batch(kind, batch, step, place) for place, kind in enumerate((clean, artifacts))]
+        loss = labelled_loss(*(picture_logits(head(part)) for part in parts))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _batch(patches: torch.Tensor, size: int, *key: int) -> torch.Tensor:
+    return patches[torch.randperm(len(patches), generator=counted(*key))[:size].to(patches.device)]
+
+
+def save_head(head: Head, model: str, path: Path) -> None:
+    """Write a head with the name of the model whose features it takes."""
+    save_file(head.state_dict(), path, metadata={"model": model})
+
+
+def load_head(path: str, reward: str = "artifact") -> tuple[Head, str]:
+    """A head and its model's name; RewardError for a file that is none."""
+    try:
+        state = load_file(located(path))
+        with safe_open(located(path), "pt") as file:
+            model = (file.metadata() or {})["model"]
+        head = Head(state["inner.weight"].shape[1], state["inner.weight"].shape[0])
+        head.load_state_dict(state)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise RewardError(
+            f"reward {reward!r}: head {path} is no file of scripts/train_artifact_reward.py ({reason(error)})"
+        ) from error
+    return head, model
+
+
+class Artifact(TrainableReward):
+    """P(no artifact) in [0, 1]; see the module.
+
+    head: file of scripts/train_artifact_reward.py, or "toyworld/judges/artifact.safetensors", the embedded world's.
+    refresh: training steps from one refreshing to the next, 0 for none; it needs `clean` and `artifacts`, folders of
+    labelled pictures. updates: head steps in a refreshing. clean_share: the share of the policy's pictures that is
+    taken to be clean.
+    """
+
+    name = "artifact"
+    range = (0.0, 1.0)
+
+    def __init__(
+        self,
+        head: str,
+        refresh: int = 0,
+        clean: str | None = None,
+        artifacts: str | None = None,
+        clean_share: float = 0.5,
+        updates: int = 20,
+        learning_rate: float = 1e-4,
+        batch_size: int = 64,
+        frames: int = 4,
+        device: str | None = None,
+    ):
+        if refresh < 0 or updates < 1 or frames < 1 or not learning_rate > 0 or not 0 < clean_share < 1:
+            raise RewardError(
+                f"reward {self.name!r}: refresh must be at least 0, updates and frames at least 1, learning_rate above "
+                "0 and clean_share between 0 and 1"
+            )
+        loaded, model = load_head(head, self.name)
+        self.backbone = VisionBackbone(model, device, batch_size, self.name)
+        if self.backbone.dim != loaded.inner.in_features:
+            raise RewardError(
+                f"reward {self.name!r}: head {head} takes features of {loaded.inner.in_features}, "
+                f"its model {model} gives {self.backbone.dim}"
+            )
+        self.head = loaded.to(self.backbone.device)
+        self.frames = frames
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate)
+        self.refresh: Refresh | None = None
+        if refresh:
+            if clean is None or artifacts is None:
+                raise RewardError(f"reward {self.name!r}: refresh needs the folders clean and artifacts")
+            kinds = {"clean": clean, "artifacts": artifacts}
+            files = [folder_pictures(folder, self.name, option) for option, folder in kinds.items()]
+            known = [self.backbone.features_of_files(paths)[1] for paths in files]
+            self.refresh = Refresh(known[0], known[1], refresh, updates, clean_share)
+        elif clean is not None or artifacts is not None:
+            raise RewardError(f"reward {self.name!r}: clean and artifacts are for refresh; set it or leave them out")
+
+    @torch.no_grad()
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,)."""
+        frames, count = chosen_frames(media, self.frames)
+        return mean_of_frames((-picture_logits(self.head(self.backbone.features(frames)[1]))).sigmoid(), count)
+
+    @torch.no_grad()
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Where the artifacts are: probabilities (B, H, W) of images (B, 3, H, W), as fine as the patches are."""
+        logits = self.head(self.backbone.features(images)[1])
+        height, width = self.backbone.grid
+        local = logits.sigmoid().view(len(images), 1, height, width)
+        return F.interpolate(local, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+
+    def update(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
+    ) -> dict[str, float]:
+        """Every `refresh` steps, train on with the pictures; figures: both losses of the last head step."""
+        known = self.refresh
+        if known is None or (step + 1) % known.every:
+            return {}
+        unlabelled = self.backbone.features(chosen_frames(media, self.frames)[0])[1]
+        labelled, free = torch.zeros(()), torch.zeros(())
+        for turn in range(known.updates):
+            kinds = (known.clean, known.artifacts, unlabelled)
+            parts = [_batch(kind, 64, step, turn, place) for place, kind in enumerate(kinds)]
+            good, bad, new = (picture_logits(self.head(part)) for part in parts)
+            labelled, free = labelled_loss(good, bad), unlabelled_loss(good, new, known.clean_share)
+            self.optimizer.zero_grad(set_to_none=True)
+            (labelled + free).backward()
+            self.optimizer.step()
+        return {"labelled_loss": labelled.item(), "unlabelled_loss": free.item()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The head with its optimizer."""
+        return training_state(dict(self.head.named_parameters()), self.optimizer)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        load_training_state(state, dict(self.head.named_parameters()), self.optimizer)

@@ -1,0 +1,178 @@
+"""`check`: whether a reward keeps the contract that training relies on, tried on pictures."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from rewards.base import Reward, RewardError, TrainableReward, score
+
+TOLERANCE = 1e-4  # of scores of about 1; kernels of another batch size round differently
+_SIZE = 64
+_EXAMPLES = (
+    ('a red circle above the word "STONE"', "circle", "red"),
+    ('a blue square and a sign that says "LAMP"', "square", "blue"),
+    ('a green star with the text "RIVER"', "star", "green"),
+    ('two black rings beside "CLOUD"', "ring", "black"),
+)
+
+
+class Finding(NamedTuple):
+    """One line of the table; `passed` None where there was nothing to check."""
+
+    check: str
+    passed: bool | None
+    detail: str
+
+
+class Items(NamedTuple):
+    """B items to try a reward on."""
+
+    media: torch.Tensor
+    prompts: list[str]
+    metadata: list[Mapping[str, Any]]
+
+    def of(self, places: Sequence[int]) -> "Items":
+        """Some of them, in another order."""
+        return Items(self.media[list(places)], [self.prompts[i] for i in places], [self.metadata[i] for i in places])
+
+
+def examples() -> Items:
+    """Eight drawn pictures of four prompts that quote a text and carry GenEval's metadata."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.linspace(0, 1, _SIZE)
+    media: list[torch.Tensor] = []
+    prompts: list[str] = []
+    metadata: list[Mapping[str, Any]] = []
+    for index in range(2 * len(_EXAMPLES)):
+        prompt, shape, color = _EXAMPLES[index % len(_EXAMPLES)]
+        tint = torch.rand(3, 1, 1, generator=generator)
+        picture = tint * (0.6 + 0.4 * rows[:, None]).expand(3, _SIZE, _SIZE)
+        x, y, side = (int(value) for value in torch.randint(6, 24, (3,), generator=generator))
+        picture = picture.clone()
+        picture[:, y : y + side, x : x + side] = torch.rand(3, 1, 1, generator=generator)
+        picture = (picture + 0.02 * torch.randn(picture.shape, generator=generator)).clamp(0, 1)
+        media.append(picture)
+        prompts.append(prompt)
+        clause = {"class": shape, "count": 1, "color": color}
+        metadata.append({"tag": "colors", "include": [clause], "prompt": prompt})
+    return Items(torch.stack(media), prompts, metadata)
+
+
+def check(reward: Reward, items: Items | None = None) -> list[Finding]:
+    """The findings on a reward, tried on `items` to which it applies, by default drawn `examples`.
+
+    Raises RewardError when it applies to fewer than two of them, or when no score can be had.
+    """
+    given = examples() if items is None else items
+    rows = [{**row, "prompt": prompt} for row, prompt in zip(given.metadata, given.prompts, strict=True)]
+    chosen = [index for index, row in enumerate(rows) if reward.applies_to(row)]
+    if len(chosen) < 2:
+        raise RewardError(
+            f"reward {reward.name!r} applies to {len(chosen)} of the {len(rows)} items it was to be tried on; "
+            "give pictures and prompts that it can judge"
+        )
+    tried = given.of(chosen)
+    before = tried.media.clone()
+    scores = _scores(reward, tried)
+    findings = [
+        Finding("one finite number per item", True, f"{len(scores)} items, {scores.min():.4g} to {scores.max():.4g}"),
+        _same("media are left as they were", before, tried.media, tolerance=0),
+        _range(reward, scores),
+        _same("deterministic", scores, _scores(reward, tried), tolerance=0),
+        _order(reward, tried, scores),
+        _alone(reward, tried, scores),
+        _prompts(reward, tried, scores),
+        _video(reward, tried, scores),
+        _golden(reward),
+    ]
+    if isinstance(reward, TrainableReward):
+        findings.append(_state(reward, tried))
+    return findings
+
+
+def _scores(reward: Reward, items: Items) -> torch.Tensor:
+    return score(reward, *items)
+
+
+def _same(title: str, wanted: torch.Tensor, found: torch.Tensor, tolerance: float = TOLERANCE) -> Finding:
+    difference = float((wanted - found).abs().max())
+    allowed = tolerance * max(1.0, float(wanted.abs().max()))
+    return Finding(title, difference <= allowed, f"greatest difference {difference:.2g}, allowed {allowed:.2g}")
+
+
+def _range(reward: Reward, scores: torch.Tensor) -> Finding:
+    low, high = reward.range
+    title = "within its declared range"
+    if math.isinf(low) and math.isinf(high):
+        return Finding(title, None, "it declares none")
+    inside = bool((scores >= low - 1e-6).all() and (scores <= high + 1e-6).all())
+    return Finding(title, inside, f"[{low:g}, {high:g}]")
+
+
+def _order(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
+    places = torch.randperm(len(scores), generator=torch.Generator().manual_seed(1)).tolist()
+    return _same("another order, the same scores", scores[places], _scores(reward, items.of(places)))
+
+
+def _alone(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
+    """Each item, or each group of a reward that compares, scored without the others."""
+    parts = [[place] for place in range(len(scores))]
+    if reward.scope == "group":
+        parts = [[i for i, other in enumerate(items.prompts) if other == one] for one in dict.fromkeys(items.prompts)]
+    found = torch.empty_like(scores)
+    for part in parts:
+        found[part] = _scores(reward, items.of(part))
+    return _same(f"each {'group' if reward.scope == 'group' else 'item'} alone, the same scores", scores, found)
+
+
+def _prompts(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
+    """With the next group's prompts and metadata, scores move if and only if the reward says so."""
+    names = list(dict.fromkeys(items.prompts))
+    title = "the prompt matters" if reward.prompt_sensitive else "the prompt does not matter"
+    if len(names) < 2:
+        return Finding(title, None, "all items have one prompt")
+    first = {name: items.prompts.index(name) for name in names}
+    following = {name: first[names[(index + 1) % len(names)]] for index, name in enumerate(names)}
+    places = [following[prompt] for prompt in items.prompts]
+    changed = Items(items.media, [items.prompts[i] for i in places], [items.metadata[i] for i in places])
+    moved = float((_scores(reward, changed) - scores).abs().max())
+    allowed = TOLERANCE * max(1.0, float(scores.abs().max()))
+    passed = moved > 0 if reward.prompt_sensitive else moved <= allowed
+    return Finding(title, passed, f"other prompts move a score by up to {moved:.2g}")
+
+
+def _video(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
+    title = "a video of equal frames scores as its frame"
+    still = items._replace(media=items.media[:, None].repeat(1, 2, 1, 1, 1))
+    try:
+        found = _scores(reward, still)
+    except RewardError as error:
+        return Finding(title, None, f"images only: {error}")
+    return _same(title, scores, found)
+
+
+def _golden(reward: Reward) -> Finding:
+    golden = reward.golden()
+    if golden is None:
+        return Finding("golden scores", None, "it has none")
+    found = score(reward, golden.media, golden.prompts, golden.metadata)
+    difference = float((found - torch.tensor(golden.scores)).abs().max())
+    detail = f"{len(found)} items, greatest difference {difference:.2g}, allowed {golden.tolerance:.2g}"
+    return Finding("golden scores", difference <= golden.tolerance, detail)
+
+
+def _state(reward: TrainableReward, items: Items) -> Finding:
+    """After a step and back, it scores as before; after the same step again, as after the first."""
+    kept = {key: value.clone() for key, value in reward.state_dict().items()}
+    before = _scores(reward, items)
+    reward.update(*items, step=0)
+    after = _scores(reward, items)
+    reward.load_state_dict(kept)
+    back = _scores(reward, items)
+    reward.update(*items, step=0)
+    again = _scores(reward, items)
+    reward.load_state_dict(kept)
+    exact = torch.equal(before, back) and torch.equal(after, again)
+    return Finding("what it learns is saved and restored", exact, "scores before, after and again")

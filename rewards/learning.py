@@ -1,0 +1,60 @@
+"""What rewards that learn share: a head on frozen features, its state with an optimizer's, and counted minibatches."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+_SEPARATOR = "|"  # in no parameter's name
+
+
+class Head(nn.Module):
+    """Logits (...) of features (..., D), which it brings to length sqrt(D); 0 everywhere before it is trained."""
+
+    def __init__(self, width: int, hidden: int, seed: int = 0):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, hidden), nn.Linear(hidden, 1)
+        nn.init.kaiming_uniform_(self.inner.weight, a=5**0.5, generator=torch.Generator().manual_seed(seed))
+        for parameter in (self.inner.bias, *self.outer.parameters()):
+            nn.init.zeros_(parameter)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        unit = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
+        logits: torch.Tensor = self.outer(F.gelu(self.inner(unit))).squeeze(-1)
+        return logits
+
+
+def counted(*key: int) -> torch.Generator:
+    """A generator whose draws depend on the numbers alone, so that a resumed run draws alike."""
+    seed = 0
+    for part in key:
+        seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def training_state(
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The parameters and what the optimizer keeps of each, by name."""
+    state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            state[f"{name}{_SEPARATOR}{key}"] = value.detach().clone()
+    return state
+
+
+def load_training_state(
+    state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Put back what `training_state` gave; KeyError or RuntimeError when it is of another module."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[name])
+        prefix = f"{name}{_SEPARATOR}"
+        kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        optimizer.state[parameter] = {
+            key: value.clone() if key == "step" else value.clone().to(parameter) for key, value in kept.items()
+        }
+        if not kept:
+            del optimizer.state[parameter]

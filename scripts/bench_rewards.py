@@ -1,0 +1,120 @@
+"""How fast each reward scores, in images a second, on the embedded world's pictures and judges.
+
+    python scripts/bench_rewards.py
+
+OCR is compared with the engine called image by image at its default settings, on signs and on a page of text. Each
+figure is the best of several turns, and the turns of all rewards alternate, so that another program disturbs all alike.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rapidocr import RapidOCR
+from rich.console import Console
+from rich.table import Table
+
+import rewards
+from flowalign.toyworld.grammar import random_example, words
+from flowalign.toyworld.render import render
+from rewards import Items
+
+CLIP = {"model": "toyworld/judges/clip"}
+DETECTOR = "flowalign.toyworld.detector:ExactDetector"
+
+
+def pictures(count: int, shapes: float) -> Items:
+    """Rendered signs (shapes 0) or shapes (shapes 1)."""
+    rng = np.random.default_rng(0)
+    drawn = [random_example(rng, words(held_out=True), shapes) for _ in range(count)]
+    media = torch.stack([torch.from_numpy(render(scene)).permute(2, 0, 1) / 255 for _, scene in drawn])
+    metadata = [{"tag": "single_object", "include": [{"class": "circle", "count": 1}]}] * count
+    return Items(media, [prompt for prompt, _ in drawn], metadata)
+
+
+def pages(count: int) -> Items:
+    """Photographs' size, 512 pixels, with a line of text."""
+    font = ImageFont.load_default(48)
+    media = []
+    for index in range(count):
+        page = Image.new("RGB", (512, 512), (225, 235, 245))
+        ImageDraw.Draw(page).text((60, 60 + 40 * (index % 8)), "FRESH BREAD", (40, 60, 20), font)
+        media.append(torch.from_numpy(np.array(page)).permute(2, 0, 1) / 255)
+    return Items(torch.stack(media), ['a shop with the sign "FRESH BREAD"'] * count, [{}] * count)
+
+
+def scoring(name: str, items: Items, **options: object) -> Callable[[], None]:
+    """One turn of a reward."""
+    reward = rewards.load(name, **options)
+
+    def turn() -> None:
+        rewards.score(reward, *items)
+
+    return turn
+
+
+def one_by_one(items: Items) -> Callable[[], None]:
+    """One turn of RapidOCR at its default settings, an image a call."""
+    engine = RapidOCR(params={"Global.log_level": "critical"})
+    images = [(picture.permute(1, 2, 0).flip(-1) * 255).round().to(torch.uint8).numpy() for picture in items.media]
+
+    def turn() -> None:
+        for image in images:
+            engine(np.ascontiguousarray(image))
+
+    return turn
+
+
+def main() -> None:
+    """Parse the command line, take the times, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64, help="pictures in a turn; pages take an eighth of it")
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    signs, shapes, page = pictures(options.images, 0), pictures(options.images, 1), pages(max(options.images // 8, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        for index, picture in enumerate(shapes.media):
+            levels = (picture.permute(1, 2, 0) * 255).to(torch.uint8).numpy()
+            Image.fromarray(levels).save(Path(folder) / f"{index:03d}.png")
+        turns = {
+            "ocr, engine image by image (signs)": (one_by_one(signs), len(signs.media)),
+            "ocr, mode lines (signs)": (scoring("ocr", signs, mode="lines"), len(signs.media)),
+            "ocr, engine image by image (pages)": (one_by_one(page), len(page.media)),
+            "ocr, mode page (pages)": (scoring("ocr", page), len(page.media)),
+            "geneval, exact detector": (scoring("geneval", shapes, detector=DETECTOR), len(shapes.media)),
+            "compressibility": (scoring("compressibility", shapes), len(shapes.media)),
+            "colorfulness": (scoring("colorfulness", shapes), len(shapes.media)),
+            "clipscore": (scoring("clipscore", shapes, **CLIP), len(shapes.media)),
+            "pickscore": (scoring("pickscore", shapes, **CLIP), len(shapes.media)),
+            "aesthetic": (
+                scoring("aesthetic", shapes, head="toyworld/judges/aesthetic.safetensors", **CLIP),
+                len(shapes.media),
+            ),
+            "artifact": (
+                scoring("artifact", shapes, head="toyworld/judges/artifact.safetensors"),
+                len(shapes.media),
+            ),
+            "adversarial_dino": (
+                scoring("adversarial_dino", shapes, model="toyworld/judges/vit", references=folder),
+                len(shapes.media),
+            ),
+        }
+        best = dict.fromkeys(turns, float("inf"))
+        for _ in range(options.turns + 1):  # the first turn warms up and is the worst
+            for name, (turn, _) in turns.items():
+                started = time.perf_counter()
+                turn()
+                best[name] = min(best[name], time.perf_counter() - started)
+    table = Table("reward", "images/s", "ms/image")
+    for name, (_, count) in turns.items():
+        table.add_row(name, f"{count / best[name]:.0f}", f"{1000 * best[name] / count:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Draw two folders of the embedded world's pictures, clean and damaged, to train the artifact judge on.
+
+    python scripts/make_toyworld_artifacts.py --output runs/artifacts
+    python scripts/train_artifact_reward.py --clean runs/artifacts/clean --artifacts runs/artifacts/artifacts \
+        --model toyworld/judges/vit --output assets/toyworld/judges/artifact.safetensors
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from flowalign.assets import asset
+from flowalign.toyworld.artifacts import HELD_OUT, KINDS, damaged
+from flowalign.toyworld.grammar import random_example, words
+from flowalign.toyworld.render import render
+
+
+def main() -> None:
+    """Parse the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for clean/ and artifacts/")
+    parser.add_argument("--count", type=int, default=3000, help="pictures of each kind")
+    parser.add_argument("--held-out", action="store_true", help="the kinds of damage that the judge is not trained on")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    kinds = list((HELD_OUT if options.held_out else KINDS).values())
+    rng, pool = np.random.default_rng(options.seed), words(held_out=options.held_out)
+    for name in ("clean", "artifacts"):
+        (options.output / name).mkdir(parents=True, exist_ok=True)
+    autoencoder = AutoencoderKL.from_pretrained(asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
+    for index in range(options.count):
+        for name in ("clean", "artifacts"):
+            picture = render(random_example(rng, pool, shapes=0.5)[1])
+            if index % 2:  # as the embedded model would show it: its decoder is no artifact
+                picture = decoded(autoencoder, picture)
+            if name == "artifacts":
+                picture = damaged(picture, kinds[index // 2 % len(kinds)], rng)
+            Image.fromarray(picture).save(options.output / name / f"{index:05d}.png")
+    print(f"wrote {options.count} clean and {options.count} damaged pictures into {options.output}")
+
+
+@torch.no_grad()
+def decoded(autoencoder: AutoencoderKL, picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3), uint8, through the autoencoder and back."""
+    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+    back = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mean).sample[0]
+    levels: np.ndarray = ((back.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
+    return levels
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Train the head of the artifact reward from two folders, pictures without and with artifacts, in minutes.
+
+    python scripts/train_artifact_reward.py --clean good/ --artifacts bad/ --output artifact.safetensors
+
+A share of both folders is held out; the script prints how well the head tells those apart (area under the ROC curve).
+With --init it goes on from an earlier head, for example with pictures that a policy drew meanwhile.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from scipy.stats import rankdata
+
+from rewards import RewardError
+from rewards.artifact import Head, fit, load_head, picture_logits, save_head
+from rewards.pictures import folder_pictures
+from rewards.vit import VisionBackbone
+
+
+def area_under_curve(clean: torch.Tensor, artifacts: torch.Tensor) -> float:
+    """The chance that a picture with artifacts has the higher logit, from logits (N,) and (M,)."""
+    ranks = rankdata(torch.cat([clean, artifacts]).numpy())[len(clean) :]
+    pairs = len(clean) * len(artifacts)
+    return float((ranks.sum() - len(artifacts) * (len(artifacts) + 1) / 2) / pairs)
+
+
+def main() -> None:
+    """Parse the command line, train, measure, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clean", required=True, help="folder of pictures without artifacts")
+    parser.add_argument("--artifacts", required=True, help="folder of pictures with artifacts")
+    parser.add_argument("--output", type=Path, required=True, help="the head's file, .safetensors")
+    parser.add_argument("--model", default="vit_base_patch14_dinov2.lvd142m", help="timm name, hub id or folder")
+    parser.add_argument("--init", help="a head to go on from; its model is taken")
+    parser.add_argument("--hidden", type=int, default=256, help="width of the head")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--held-out", type=float, default=0.2, help="share of both folders that is not trained on")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if not 0 < options.held_out < 1:
+        parser.error(f"--held-out must lie between 0 and 1, not {options.held_out}")
+    if options.output.suffix != ".safetensors":
+        parser.error(f"--output {options.output} must end in .safetensors")
+    try:
+        train(options)
+    except RewardError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+def train(options: argparse.Namespace) -> None:
+    """Features, head, held-out measure."""
+    files = [
+        folder_pictures(folder, "artifact", option)
+        for option, folder in (("--clean", options.clean), ("--artifacts", options.artifacts))
+    ]
+    if min(len(paths) for paths in files) < 5:
+        raise RewardError("both folders need at least 5 pictures, some of them to be held out")
+    head, model = load_head(options.init) if options.init else (None, options.model)
+    backbone = VisionBackbone(model)
+    kept, held = [], []
+    for place, paths in enumerate(files):
+        patches = backbone.features_of_files(paths)[1]
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed + place))
+        count = max(1, round(options.held_out * len(paths)))
+        held.append(patches[order[:count].to(patches.device)])
+        kept.append(patches[order[count:].to(patches.device)])
+    head = (head or Head(backbone.dim, options.hidden, options.seed)).to(backbone.device)
+    losses = fit(head, kept[0], kept[1], steps=options.steps, learning_rate=options.learning_rate)
+    with torch.no_grad():
+        logits = [picture_logits(head(part)).cpu() for part in held]
+    save_head(head.cpu(), model, options.output)
+    counts = f"{len(held[0])} clean and {len(held[1])} other pictures held out"
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; area under the curve {area_under_curve(*logits):.4f} on {counts}")
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Rewards in a run: scored while others are drawn, shaped, combined, trained in step with the policy, resumed exactly."""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flowalign.config import Recipe, recipe_from_dict
+from flowalign.display import Display
+from flowalign.judging import Judging
+from flowalign.settings import UserError
+from flowalign.trainer import Trainer
+from rewards import Reward, RewardError, TrainableReward
+from rewards.combine import Scores
+
+PROMPTS = ["a photo of two stars", "a photo of a red ring"]
+
+
+class Level(Reward):
+    """The mean of one channel."""
+
+    def __init__(self, channel: int = 0):
+        self.channel = channel
+        self.threads: set[str] = set()
+        self.batches: list[int] = []
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        self.threads.add(threading.current_thread().name)
+        self.batches.append(len(media))
+        return media[:, self.channel].flatten(1).mean(1)
+
+
+class Moving(TrainableReward):
+    """Scores brightness less a level that follows the pictures it has seen."""
+
+    def __init__(self) -> None:
+        self.level = torch.zeros(())
+        self.steps: list[int] = []
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        return media.flatten(1).mean(1) * (1 + self.level)
+
+    def update(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
+    ) -> dict[str, float]:
+        self.steps.append(step)
+        self.level = self.level + media.mean() / (step + 1)
+        self.alarm = "level too high" if self.level > 0.6 else None
+        return {"level": self.level.item()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"level": self.level}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.level = state["level"]
+
+
+@pytest.fixture
+def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    return {
+        "name": "judged",
+        "model": {"path": str(tiny_model), "height": 64, "width": 64, "dtype": "fp32", "max_sequence_length": 0},
+        "prompts": str(tmp_path / "prompts.txt"),
+        "rewards": {"first": {"load": "colorfulness"}},
+        "algorithm": {"name": "nft", "timesteps": 1},
+        "rollout": {"steps": 2, "grid": "uniform", "batch": 2},
+        "train": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "updates_per_step": 1, "micro_batch": 6},
+        "evaluation": {"prompts": None},
+        "run": {"folder": str(tmp_path / "run"), "checkpoint_every": 1},
+    }
+
+
+def trained(values: dict[str, Any], rewards: Mapping[str, Reward], *, resume: bool = False, **train: Any) -> Trainer:
+    recipe = recipe_from_dict({**values, "train": {**values["train"], **train}})
+    trainer = Trainer(recipe, resume=resume, display=Display(quiet=True), rewards=rewards)
+    trainer.run()
+    return trainer
+
+
+def lines(values: dict[str, Any]) -> list[dict[str, Any]]:
+    import json
+
+    text = (Path(values["run"]["folder"]) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_pictures_are_scored_batch_by_batch_on_a_thread_while_others_are_drawn(values: dict[str, Any]) -> None:
+    reward = Level()
+    trained(values, {"level": reward}, steps=1)
+    assert reward.batches == [2, 2, 2]
+    assert threading.current_thread().name not in reward.threads
+
+
+def test_a_reward_for_groups_gets_a_step_s_pictures_together(values: dict[str, Any]) -> None:
+    reward = Level()
+    reward.scope = "group"
+    trained(values, {"level": reward}, steps=1)
+    assert reward.batches == [6]
+
+
+def test_a_reward_that_fails_on_its_thread_ends_the_run_with_its_sentence(values: dict[str, Any]) -> None:
+    def failing(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [float("nan")] * len(media)
+
+    with pytest.raises(RewardError, match="scored item 0 .* as nan"):
+        trained(values, {"failing": failing})  # type: ignore[dict-item]
+
+
+def test_rewards_learn_after_each_step_and_are_resumed_exactly(values: dict[str, Any], tmp_path: Path) -> None:
+    whole = trained({**values, "run": {**values["run"], "folder": str(tmp_path / "whole")}}, {"moving": Moving()})
+    trained(values, {"moving": Moving()}, steps=1)
+    again = Moving()
+    rest = trained(values, {"moving": again}, resume=True)
+    assert again.steps == [1]
+    kept = [trainer.judging.rewards["moving"].state_dict()["level"] for trainer in (whole, rest)]  # type: ignore[attr-defined]
+    assert torch.equal(*kept)
+    weights = [trainer.policy.trainable_state() for trainer in (whole, rest)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    saved = load_file(Path(values["run"]["folder"]) / "checkpoints" / "step_000002" / "rewards.safetensors")
+    assert torch.equal(saved["moving/level"], kept[0])
+
+
+def test_what_a_reward_learns_and_its_alarms_are_logged(values: dict[str, Any]) -> None:
+    trained(values, {"moving": Moving()})
+    logged = lines(values)
+    assert logged[0]["rewards_learnt"]["moving"]["level"] < logged[1]["rewards_learnt"]["moving"]["level"]
+    assert [line["alarms"] for line in logged] == [[], ["reward 'moving': level too high"]]
+
+
+def judging(values: dict[str, Any], **changes: Any) -> Judging:
+    recipe: Recipe = recipe_from_dict({**values, **changes})
+    return Judging(recipe, {name: Level() for name in recipe.rewards})
+
+
+def both(first: list[float], second: list[float]) -> dict[str, Scores]:
+    every = torch.ones(len(first), dtype=torch.bool)
+    return {"first": Scores(torch.tensor(first), every), "second": Scores(torch.tensor(second), every)}
+
+
+TWO = {"first": 1.0, "second": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("combine", "total"),
+    [
+        ({}, [0.5, 0.5]),
+        ({"form": "worst"}, [0.0, 0.5]),
+        ({"form": "uncertainty", "penalty": 2.0}, [0.0, 0.5]),
+        ({"form": "bonus", "base": "first", "bonus": "second"}, [0.4, 0.5 * 0.7]),
+    ],
+)
+def test_a_recipe_says_how_rewards_are_combined(
+    values: dict[str, Any], combine: dict[str, Any], total: list[float]
+) -> None:
+    scored = judging(values, rewards=TWO, combine=combine).scored(both([1.0, 0.5], [0.0, 0.5]), PROMPTS)
+    torch.testing.assert_close(scored.total, torch.tensor(total))
+
+
+def test_disagreement_weighs_advantages_and_not_rewards(values: dict[str, Any]) -> None:
+    scored = judging(values, rewards=TWO, combine={"disagreement": 1.0}).scored(both([1.0, 0.5], [0.0, 0.5]), PROMPTS)
+    torch.testing.assert_close(scored.total, torch.tensor([0.5, 0.5]))
+    torch.testing.assert_close(scored.trust, torch.tensor([0.5, 0.0]).neg().exp())
+
+
+def test_a_shaped_reward_is_learnt_from_shaped_and_measured_as_it_is(values: dict[str, Any]) -> None:
+    shaping = {"form": "sigmoid", "scale": 4.0, "reference": [0.5]}
+    rewards = {"first": {"load": "colorfulness", "shaping": shaping}}
+    scores = {"first": Scores(torch.tensor([0.5, 0.75]), torch.tensor([True, True]))}
+    scored = judging(values, rewards=rewards).scored(scores, PROMPTS)
+    torch.testing.assert_close(scored.total, torch.tensor([0.0, 1.0]).sigmoid())
+    assert scored.measured is not None
+    torch.testing.assert_close(scored.measured[0], torch.tensor([0.5, 0.75]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"combine": {"form": "worst", "floor": 0.5}}, "floor belongs to form bonus, not to worst"),
+        ({"combine": {"form": "bonus", "base": "first"}}, "needs two rewards, base and bonus"),
+        ({"combine": {"form": "bonus", "base": "first", "bonus": "secnd"}}, "no reward 'secnd'.*'second'"),
+        ({"combine": {"disagreement": 1.0}, "rewards": {"first": 1.0}}, "needs two rewards or more"),
+        ({"combine": {"form": "worst"}, "algorithm": {"name": "marble"}}, "marble takes each reward by itself"),
+        (
+            {"rewards": {"first": {"shaping": {"form": "sigmoid", "reference": []}}}},
+            "rewards.first.shaping.reference",
+        ),
+        (
+            {"rewards": {"first": {"shaping": {"form": "standardise", "reference": [1, 1]}}}},
+            "standardise needs references that differ",
+        ),
+        (
+            {"rewards": {"first": {"shaping": {"form": "sigmoid", "quantile": 0.5, "reference": [1]}}}},
+            "quantile belongs to form log_sigmoid",
+        ),
+    ],
+)
+def test_a_mistake_in_shaping_or_combination_is_one_sentence(
+    values: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        recipe_from_dict({**values, "rewards": TWO, **changes})
