@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from flowalign.evaluate.evaluation import Evaluated
 from flowalign.settings import UserError
 
 _PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
+MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
 _MAY_CHANGE = {("train", "steps")}  # on resuming; of `run` all but the seed
 
 
@@ -94,7 +96,10 @@ class RunFolder:
         contents = {**about, "rows": rows, "summary": summary}
         replace_text(self.path / "evaluations" / f"{name}.json", json.dumps(contents) + "\n")
         if len(evaluated.pictures):
-            save_pictures(self.path / "samples" / name, evaluated.pictures)
+            folder = self.path / "samples" / name
+            save_pictures(folder, evaluated.pictures)
+            for reward, found in evaluated.maps.items():
+                save_pictures(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.pictures, found))
             shown = list(dict.fromkeys(row.index for row in evaluated.rows))[: len(evaluated.pictures)]
             prompts = {row.index: row.prompt for row in evaluated.rows}
             replace_text(self.path / "samples" / name / "prompts.json", json.dumps([prompts[i] for i in shown]) + "\n")
@@ -135,6 +140,13 @@ def replace_text(path: Path, text: str) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) greyed, with maps (B, H, W) in [0, 1] laid over them in red."""
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    red = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
+    return grey + 0.8 * maps[:, None] * (red - grey)
 
 
 def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:

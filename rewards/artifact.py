@@ -165,7 +165,7 @@ class Artifact(TrainableReward):
 
     @torch.no_grad()
     def maps(self, images: torch.Tensor) -> torch.Tensor:
-        """Where the artifacts are: probabilities (B, H, W) of images (B, 3, H, W), as fine as the patches are."""
+        """The probability of an artifact (B, H, W) in images (B, 3, H, W), as fine as the patches are."""
         logits = self.head(self.backbone.features(images)[1])
         height, width = self.backbone.grid
         local = logits.sigmoid().view(len(images), 1, height, width)

@@ -55,6 +55,10 @@ class Reward(ABC):
         """Items with known scores, where the reward has them."""
         return None
 
+    def maps(self, images: torch.Tensor) -> torch.Tensor | None:
+        """Where in images (B, 3, H, W) it sees what it punishes, (B, H, W) in [0, 1]; None if it cannot say."""
+        return None
+
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):

@@ -1,7 +1,7 @@
 """The one evaluation: fixed prompts and counted noise in, scores with standard errors out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,15 @@ from rewards.combine import score_all
 
 @dataclass
 class Evaluated:
-    """Scores of every picture, in the order of the prompts; `pictures` are the first few, (K, 3, H, W)."""
+    """Scores of every picture, in the order of the prompts; `pictures` are the first few, (K, 3, H, W).
+
+    `maps` are of those pictures, (K, H, W) in [0, 1], by the rewards that can say where they see what they punish.
+    """
 
     rows: list[Row]
     scores: list[dict[str, float]]  # a reward that does not apply to a row is absent
     pictures: torch.Tensor
+    maps: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per reward: mean, standard error and count; by GenEval task where rows have one, and the tasks' mean."""
@@ -97,7 +101,11 @@ def evaluate(
         expanded += samples.rows
         if sum(len(part) for part in pictures) < settings.pictures:
             pictures.append(samples.media[:: settings.images_per_prompt].cpu())
-    return Evaluated(expanded, scored, torch.cat(pictures)[: settings.pictures] if pictures else torch.empty(0))
+    if not pictures:
+        return Evaluated(expanded, scored, torch.empty(0))
+    shown = torch.cat(pictures)[: settings.pictures]
+    maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown)) is not None}
+    return Evaluated(expanded, scored, shown, maps)
 
 
 def gathered(own: Evaluated, pictures: int) -> Evaluated:
@@ -105,8 +113,10 @@ def gathered(own: Evaluated, pictures: int) -> Evaluated:
     pairs = gather_object(list(zip(own.rows, own.scores, strict=True)))
     pairs.sort(key=lambda pair: pair[0].index)
     shown = list(dict.fromkeys(row.index for row in own.rows))[: len(own.pictures)]
-    kept = gather_object(list(zip(shown, own.pictures, strict=True)))
-    kept.sort(key=lambda pair: pair[0])
-    images = [picture for _, picture in kept[:pictures]]
+    own_maps = [{name: found[place] for name, found in own.maps.items()} for place in range(len(shown))]
+    kept = gather_object(list(zip(shown, own.pictures, own_maps, strict=True)))
+    kept.sort(key=lambda triple: triple[0])
+    images = [picture for _, picture, _ in kept[:pictures]]
     stacked = torch.stack(images) if images else torch.empty(0)
-    return Evaluated([row for row, _ in pairs], [scores for _, scores in pairs], stacked)
+    maps = {name: torch.stack([found[name] for _, _, found in kept[:pictures]]) for name in own.maps}
+    return Evaluated([row for row, _ in pairs], [scores for _, scores in pairs], stacked, maps)

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import yaml
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
+from flowalign.runs import MAP
 from flowalign.settings import UserError
 
 Row = dict[str, Any]
@@ -110,6 +112,7 @@ def _contents(folder: Path) -> Row:
         "recipe_text": (folder / "recipe.yaml").read_text("utf-8"),
         "run": parsed(folder / "run.json", json.loads),
         "metrics": metrics,
+        "alarms": [(line["step"], alarm) for line in metrics for alarm in line.get("alarms", ())],
         "evaluations": evaluations,
         "scores": _scores(evaluations, recipe, folder),
         "samples": _samples(folder / "samples"),
@@ -168,6 +171,12 @@ def _samples(folder: Path) -> Row:
             (prompt, [picture(step / name, STRIP_SIDE) for step in steps])
             for prompt, name in named[: STRIP_PROMPTS if len(steps) > 2 else 0]
         ],
+        "maps": {
+            unquote(place.name.removeprefix(MAP)): [
+                (prompt, picture(place / name, PAIR_SIDE)) for prompt, name in named
+            ]
+            for place in (sorted(steps[-1].glob(f"{MAP}*")) if steps else ())
+        },
     }
 
 

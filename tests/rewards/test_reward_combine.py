@@ -218,7 +218,7 @@ def test_firm_s_forms_give_the_paper_s_numbers():
 
 
 def test_a_bonus_outside_0_to_1_is_refused_with_its_item():
-    with pytest.raises(RewardError, match="reward 'bonus' scored item 1 as 1.5"):
+    with pytest.raises(RewardError, match=r"reward 'bonus' scored item 1 as 1\.5"):
         base_and_bonus(scores_of(base=[1.0, 1.0], bonus=[0.0, 1.5]), "base", "bonus", 0.4)
 
 

@@ -1,0 +1,279 @@
+"""Rewards that learn: the artifact head, the discriminator on DINO features, the tuned PickScore."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+import rewards
+from flowalign.assets import asset
+from rewards import Reward, RewardError, TrainableReward
+from rewards.adversarial_dino import AdversarialDINO, hinge_loss
+from rewards.adversarial_pickscore import AdversarialPickScore
+from rewards.artifact import fit, picture_logits, save_head, unlabelled_loss
+from rewards.learning import Head
+from rewards.vit import VisionBackbone
+
+PROMPTS = ["a red sky", "a blue sea"]
+
+
+def save_pictures(folder: Path, pictures: torch.Tensor) -> Path:
+    folder.mkdir()
+    for index, picture in enumerate(pictures):
+        levels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(levels).save(folder / f"{index:02d}.png")
+    return folder
+
+
+def smooth(count: int, seed: int) -> torch.Tensor:
+    """Pictures (count, 3, 32, 32) of one colour each."""
+    colours = torch.rand(count, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+    return (0.2 + 0.6 * colours).expand(count, 3, 32, 32).clone()
+
+
+def spotted(count: int, seed: int) -> torch.Tensor:
+    """The same with a box of noise in the upper left quarter."""
+    pictures = smooth(count, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    pictures[:, :, 2:14, 2:14] = torch.rand(count, 3, 12, 12, generator=generator)
+    return pictures
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vit") / "vit"
+    options: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **options)
+    config = {"input_size": (3, 32, 32), "fixed_input_size": True, "crop_pct": 1.0}
+    save_for_hf(model, str(folder), model_config=config, model_args=options)
+    return folder
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Path:
+    return save_pictures(tmp_path / "references", smooth(12, seed=1))
+
+
+def dino(vit: Path, references: Path, **options: Any) -> AdversarialDINO:
+    settings: dict[str, Any] = {"hidden": 32, "batch": 8, "learning_rate": 3e-3, "updates": 10, **options}
+    reward = rewards.load("adversarial_dino", model=str(vit), references=str(references), **settings)
+    assert isinstance(reward, AdversarialDINO)
+    return reward
+
+
+def all_pass(reward: Reward, items: rewards.Items | None = None) -> None:
+    assert [finding for finding in rewards.check(reward, items) if finding.passed is False] == []
+
+
+def test_the_hinge_loss_is_the_paper_s() -> None:
+    real, generated = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.25])
+    assert hinge_loss(real, generated).item() == pytest.approx((0.25 + 0.625) / 2)
+
+
+def test_an_untrained_discriminator_scores_nothing_and_a_trained_one_prefers_the_references(
+    vit: Path, references: Path
+) -> None:
+    reward, bad, good = dino(vit, references), spotted(12, seed=5), smooth(4, seed=9)
+    assert rewards.score(reward, bad, ["any"] * 12).abs().max() == 0
+    figures = [reward.update(bad, ["any"] * 12, [{}] * 12, step) for step in range(20)]
+    assert figures[-1]["loss"] < 0.5 * figures[0]["loss"] and figures[-1]["accuracy"] > 0.8
+    assert rewards.score(reward, good, ["any"] * 4).mean() > rewards.score(reward, bad, ["any"] * 12).mean() + 0.5
+
+
+def test_the_discriminator_keeps_the_contract(vit: Path, references: Path) -> None:
+    reward = dino(vit, references)
+    reward.update(spotted(8, seed=5), ["any"] * 8, [{}] * 8, 0)
+    all_pass(reward)
+
+
+def test_a_discriminator_goes_on_exactly_from_its_state(vit: Path, references: Path) -> None:
+    whole, half = dino(vit, references), dino(vit, references)
+    for step in range(4):
+        whole.update(spotted(6, seed=step), ["any"] * 6, [{}] * 6, step)
+        if step < 2:
+            half.update(spotted(6, seed=step), ["any"] * 6, [{}] * 6, step)
+    resumed = dino(vit, references)
+    resumed.load_state_dict(half.state_dict())
+    for step in (2, 3):
+        resumed.update(spotted(6, seed=step), ["any"] * 6, [{}] * 6, step)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_saturated_discriminator_raises_an_alarm_and_a_collapsed_one_another(vit: Path, references: Path) -> None:
+    keen, lame = dino(vit, references, updates=150, learning_rate=2e-2), dino(vit, references, learning_rate=1e-9)
+    for step in range(5):
+        for reward in (keen, lame):
+            reward.update(spotted(8, seed=5), ["any"] * 8, [{}] * 8, step)
+    assert keen.alarm is not None and keen.alarm.startswith("saturated")
+    assert lame.alarm is not None and lame.alarm.startswith("collapsed")
+
+
+def test_every_and_buffer_decide_what_a_discriminator_learns_from(vit: Path, references: Path) -> None:
+    reward = dino(vit, references, every=2, buffer=10)
+    assert reward.update(spotted(6, 0), ["any"] * 6, [{}] * 6, 1) == {}
+    assert reward.update(spotted(6, 1), ["any"] * 6, [{}] * 6, 2)["loss"] > 0
+    assert reward.state_dict()["buffer.class"].shape[0] == 10 and reward.taken == 10
+
+
+# The artifact head
+
+
+@pytest.fixture
+def head(vit: Path, tmp_path: Path) -> Path:
+    backbone = VisionBackbone(str(vit))
+    clean, artifacts = (backbone.features(pictures)[1] for pictures in (smooth(64, 1), spotted(64, 2)))
+    made = Head(backbone.dim, 16)
+    fit(made, clean, artifacts, steps=150, learning_rate=1e-2)
+    save_head(made, str(vit), tmp_path / "head.safetensors")
+    return tmp_path / "head.safetensors"
+
+
+def test_the_artifact_head_tells_new_pictures_apart_and_shows_where(head: Path) -> None:
+    reward = rewards.load("artifact", head=str(head))
+    clean, bad = smooth(8, seed=31), spotted(8, seed=32)
+    assert rewards.score(reward, clean, ["any"] * 8).mean() > rewards.score(reward, bad, ["any"] * 8).mean() + 0.4
+    maps = reward.maps(bad)
+    assert maps is not None and maps.shape == (8, 32, 32)
+    assert (maps[:, :16, :16].mean((1, 2)) > 3 * maps[:, 16:, 16:].mean((1, 2))).all()
+    all_pass(reward)
+
+
+def test_one_bad_patch_in_many_counts() -> None:
+    logits = torch.full((2, 64), -5.0)
+    logits[1, 7] = 5.0
+    clean, bad = picture_logits(logits)
+    assert clean.item() == pytest.approx(-5) and bad.item() > 3.9
+
+
+def test_the_unlabelled_risk_is_kiryo_s() -> None:
+    clean, unlabelled = torch.tensor([-2.0, 1.0]), torch.tensor([0.5])
+    softplus = torch.nn.functional.softplus
+    rest = softplus(-unlabelled).mean() - 0.3 * softplus(-clean).mean()
+    wanted = 0.3 * softplus(clean).mean() + max(rest.item(), 0)
+    assert unlabelled_loss(clean, unlabelled, 0.3).item() == pytest.approx(wanted.item())
+
+
+def test_refreshing_learns_an_artifact_that_the_head_had_not_seen(head: Path, tmp_path: Path) -> None:
+    folders = {
+        "clean": str(save_pictures(tmp_path / "clean", smooth(24, 3))),
+        "artifacts": str(save_pictures(tmp_path / "bad", spotted(24, 4))),
+    }
+    reward = rewards.load("artifact", head=str(head), refresh=1, learning_rate=1e-2, clean_share=0.3, **folders)
+    assert isinstance(reward, TrainableReward)
+    hacked = smooth(24, 7)
+    hacked = 0.02 * hacked  # all but black, which no labelled picture is
+    before = rewards.score(reward, hacked, ["any"] * 24).mean()
+    kept = rewards.score(reward, smooth(24, 8), ["any"] * 24).mean()
+    for step in range(6):
+        reward.update(hacked, ["any"] * 24, [{}] * 24, step)
+    assert rewards.score(reward, hacked, ["any"] * 24).mean() < before - 0.2
+    assert rewards.score(reward, smooth(24, 8), ["any"] * 24).mean() > kept - 0.2
+    plain = rewards.load("artifact", head=str(head))
+    assert isinstance(plain, TrainableReward) and plain.update(hacked, ["any"] * 24, [{}] * 24, 0) == {}
+
+
+# PickScore
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = AutoTokenizer.from_pretrained(asset("toyworld/model/tokenizer"))
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=16, eos_token_id=tokenizer.eos_token_id, **sizes
+    )
+    vision = CLIPVisionConfig(image_size=32, patch_size=8, **sizes)
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)
+    CLIPModel(config).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    save_pictures(tmp_path / "pictures", smooth(4, seed=21))
+    names = [[f"pictures/{2 * place:02d}.png", f"pictures/{2 * place + 1:02d}.png"] for place in range(2)]
+    listed = dict(zip(PROMPTS, names, strict=True))
+    (tmp_path / "references.json").write_text(json.dumps(listed))
+    return tmp_path / "references.json"
+
+
+def tuned(clip: Path, table: Path, **options: Any) -> AdversarialPickScore:
+    reward = rewards.load("adversarial_pickscore", model=str(clip), references=str(table), **options)
+    assert isinstance(reward, AdversarialPickScore)
+    return reward
+
+
+def test_pickscore_learns_to_prefer_the_references_only_when_they_lose(clip: Path, table: Path) -> None:
+    reward = tuned(clip, table, learning_rate=1e-3, updates=4, batch=8)
+    texts = PROMPTS * 4
+    media = spotted(8, seed=3)
+    first = reward.update(media, texts, [{}] * 8, 0)
+    if "loss" not in first:  # the random model happens to like the references: let them change places
+        for text, pictures in reward.references.items():
+            reward.references[text] = [spotted(1, 3)[0] for _ in pictures]
+        media = smooth(8, seed=21)
+        first = reward.update(media, texts, [{}] * 8, 0)
+    gap = first["generated"] - first["reference"]
+    assert gap > 0 and "loss" in first
+    for step in range(1, 40):
+        last = reward.update(media, texts, [{}] * 8, step)
+        if "loss" not in last:
+            break
+    assert last["generated"] <= last["reference"] and reward.taken >= 4
+
+
+def test_pickscore_tunes_its_last_blocks_and_nobody_else_s_model(clip: Path, table: Path) -> None:
+    plain, reward = rewards.load("pickscore", model=str(clip)), tuned(clip, table, learning_rate=1e-2)
+    media = smooth(2, seed=2)
+    before = rewards.score(plain, media, PROMPTS)
+    torch.testing.assert_close(rewards.score(reward, media, PROMPTS), before)
+    kept = {name: value.clone() for name, value in reward.clip.state_dict().items()}
+    reward.update(media, PROMPTS, [{}] * 2, 0)
+    if reward.taken == 0:
+        reward.references = {text: [spotted(1, 3)[0]] for text in PROMPTS}
+        reward.update(media, PROMPTS, [{}] * 2, 0)
+    changed = {name for name, value in reward.clip.state_dict().items() if not torch.equal(value, kept[name])}
+    assert reward.taken == 0 or (changed and all(".layers.1." in name and "vision" in name for name in changed))
+    assert torch.equal(rewards.score(plain, media, PROMPTS), before)
+
+
+def test_tuned_pickscore_keeps_the_contract(clip: Path, table: Path) -> None:
+    reward = tuned(clip, table)
+    items = rewards.Items(smooth(4, seed=4), PROMPTS * 2, [{}] * 4)
+    all_pass(reward, items)
+    assert reward.applies_to({"prompt": PROMPTS[0]}) and not reward.applies_to({"prompt": "another"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("adversarial_dino", {"references": "nowhere"}, "references nowhere is no folder with pictures"),
+        ("adversarial_dino", {"references": "x", "updates": 0}, "updates must be at least 1, not 0"),
+        ("adversarial_dino", {"references": "x", "learning_rate": 0}, "learning_rate must be above 0"),
+        ("artifact", {"head": "nowhere.safetensors"}, "head nowhere.safetensors is no file of scripts/train_artifact"),
+        ("adversarial_pickscore", {"references": "nowhere.json"}, "references nowhere.json cannot be read as JSON"),
+        ("adversarial_pickscore", {"references": "x.json", "layers": 0}, "layers must be at least 1, not 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_reward_and_option(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RewardError, match=f"reward '{name}': .*{message}") as caught:
+        rewards.load(name, **options)
+    assert "\n" not in str(caught.value)
