@@ -50,7 +50,11 @@ class Judging:
             for name, shaping in self.shaping.items()
             if isinstance(shaping.reference, str)
         }
-        self.trainable = {name: one for name, one in self.rewards.items() if isinstance(one, TrainableReward)}
+        self.trainable = {
+            name: reward
+            for name, reward in self.rewards.items()
+            if isinstance(reward, TrainableReward) and reward.learns
+        }
         self._thread = ThreadPoolExecutor(1, "rewards")
         self._pending: list[Future[dict[str, Scores]]] = []
 

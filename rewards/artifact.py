@@ -145,6 +145,7 @@ class Artifact(TrainableReward):
         self.frames = frames
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate)
         self.refresh: Refresh | None = None
+        self.learns = refresh > 0
         if refresh:
             if clean is None or artifacts is None:
                 raise RewardError(f"reward {self.name!r}: refresh needs the folders clean and artifacts")

@@ -85,6 +85,8 @@ class TrainableReward(Reward):
     """
 
     alarm: str | None = None
+    learns: bool = True
+    """False for one whose options leave nothing to learn."""
 
     @abstractmethod
     def update(

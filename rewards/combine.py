@@ -97,8 +97,8 @@ def centred_sigmoid(values: torch.Tensor, reference: torch.Tensor, scale: float 
 def centred_log_sigmoid(values: torch.Tensor, reference: torch.Tensor, quantile: float = 0.85) -> torch.Tensor:
     """log sigmoid(value - r), r the quantile of the Gaussian fitted to the references (B, M) of each item; below 0.
 
-    Sums of it are log P(all are good). Source: Wang et al. 2024, "Transforming and Combining Rewards" (2402.00742), with
-    the reference quantile of PAR's comparison.
+    Sums of it are log P(all are good). Source: Wang et al. 2024, "Transforming and Combining Rewards" (2402.00742); the
+    quantile is that of PAR's comparison.
     """
     deviation = reference.std(1) if reference.shape[1] > 1 else torch.zeros_like(reference[:, 0])
     level = reference.mean(1) + deviation * torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)).item()

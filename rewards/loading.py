@@ -52,13 +52,17 @@ class FunctionReward(Reward):
 
 
 def load(name_or_path: str, /, **options: Any) -> Reward:
-    """The reward that `name_or_path` names: "ocr", "my_reward.py:Brightness" or "package.module:Name".
+    """The reward that `name_or_path` names: "ocr", "my_reward.py:Brightness", "package.module:Name" or "http://...".
 
     A name is a built-in one or an entry point of the group `flowalign.rewards`. What it leads to is a class, made
     with the options; a function `(media, prompts, metadata, ...) -> B numbers`, called with the options as keyword
-    arguments; or a Reward, which takes no options. Raises RewardError when there is no such reward, when it cannot be
+    arguments; or a Reward, which takes no options. An address is that of a
+    served reward, several are parted by commas. Raises RewardError when there is no such reward, when it cannot be
     imported or built, and for an option it does not have.
     """
+    if name_or_path.startswith(("http://", "https://")):
+        remote = import_object("rewards.remote:RemoteReward")
+        return _built(remote, name_or_path, {"urls": name_or_path, **options})
     if name_or_path in BUILT_IN:
         return _built(import_object(BUILT_IN[name_or_path]), name_or_path, options)
     if ":" in name_or_path:

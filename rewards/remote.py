@@ -1,0 +1,168 @@
+"""A reward that a server scores: `rewards.load("http://host:8000/ocr")`, or several servers of one reward.
+
+Several addresses, separated by commas, share the work, and what one fails to answer another is asked. `rewards.wire`
+loses nothing, so that scores are those of the reward in this process, bit for bit where both machines compute alike.
+"""
+
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import lru_cache
+from typing import Any
+
+import httpx2
+import torch
+
+from rewards.asking import Asker, Server
+from rewards.base import Reward, RewardError, as_scores, nearest, reason
+from rewards.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
+
+
+class RemoteReward(Reward):
+    """The reward of one or several servers, which must agree on what it is.
+
+    urls: "http://host:8000/ocr", several joined by commas or in a list; the last part is the reward's name there,
+        unless `reward` gives it or the server has only one.
+    timeout: seconds to wait for one answer, which includes the server's queue.
+    patience: seconds to go on asking while no server can be reached or has room, before the scoring fails.
+    batch: items in one request; a group reward gets whole groups, the items of one prompt, whatever their number.
+    concurrency: requests that each server has at once, so that it never waits for the next.
+    start_timeout: seconds to wait for each server when this is made.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        reward: str | None = None,
+        timeout: float = 60.0,
+        patience: float = 300.0,
+        batch: int = 16,
+        concurrency: int = 2,
+        start_timeout: float = 10.0,
+    ):
+        for option, value in (("timeout", timeout), ("start_timeout", start_timeout)):
+            if not 0 < value < math.inf:
+                raise RewardError(f"a remote reward: {option} must be a positive number of seconds, not {value}")
+        if not 0 <= patience < math.inf:
+            raise RewardError(f"a remote reward: patience must be at least 0 seconds, not {patience}")
+        for option, value in (("batch", batch), ("concurrency", concurrency)):
+            if value < 1 or value != int(value):
+                raise RewardError(f"a remote reward: {option} must be a whole number of at least 1, not {value}")
+        given = [url.strip() for url in (urls.split(",") if isinstance(urls, str) else urls)]
+        places = [_place(url, reward) for url in given]
+        if not places or len(set(places)) < len(places):
+            raise RewardError(f"a remote reward needs one or several different addresses, not {', '.join(given)!r}")
+        self.timeout, self.patience, self.batch, self.concurrency = timeout, patience, int(batch), int(concurrency)
+        self._asker = Asker(secret())
+        self.servers = [Server(base) for base, _ in places]
+        found = [
+            self._found(server, place[1], start_timeout) for server, place in zip(self.servers, places, strict=True)
+        ]
+        first = found[0][0]
+        for server, (entry, _) in zip(self.servers, found, strict=True):
+            for key in first:
+                if entry[key] != first[key]:
+                    both = f"{first[key]!r} at {self.servers[0].url}, {entry[key]!r} at {server.url}"
+                    raise RewardError(f"the servers of reward {first['name']!r} differ in its {key}: {both}")
+        self.name, self.scope, self.prompt_sensitive = first["name"], first["scope"], first["prompt_sensitive"]
+        low, high = first["range"]
+        self.range = (-math.inf if low is None else low, math.inf if high is None else high)
+        self.limits = Limits(*map(min, zip(*(limits for _, limits in found), strict=True)))
+        self._applies_to_all = first["applies_to_all"]
+        self._ask_whether_once = lru_cache(maxsize=2**16)(self._ask_whether)
+
+    def _found(self, server: Server, wanted: str | None, seconds: float) -> tuple[dict[str, Any], Limits]:
+        """What a server says of the reward, and its limits; RewardError when it has no such reward."""
+        spec = self._asker.ask([server], ("GET", "/spec"), timeout=min(seconds, self.timeout), patience=seconds)
+        if not isinstance(spec, dict) or "protocol" not in spec:
+            raise RewardError(f"{server.url} is no server of rewards")
+        if spec["protocol"] != PROTOCOL:
+            raise RewardError(
+                f"{server.url} runs flowalign {spec.get('version')}, which speaks protocol {spec['protocol']} and not "
+                f"{PROTOCOL} as here; install the same version on both"
+            )
+        entries: dict[str, dict[str, Any]] = spec["rewards"]
+        name = next(iter(entries)) if wanted is None and len(entries) == 1 else wanted
+        if name is None:
+            some = f"{server.url}/{next(iter(entries))}"
+            raise RewardError(f"{server.url} serves {', '.join(entries)}; say which, as in {some!r}")
+        if name not in entries:
+            hint = f"did you mean {nearest(name, entries)!r}? (it serves {', '.join(entries)})"
+            raise RewardError(f"{server.url} serves no reward {name!r}; {hint}")
+        return {"name": name, "flowalign version": spec["version"], **entries[name]}, Limits(**spec["limits"])
+
+    def applies_to(self, row: Mapping[str, Any]) -> bool:
+        """What the reward on the server says; it is asked about a row once."""
+        return self._applies_to_all or self._ask_whether_once(to_json(dict(row), "a row of metadata"))
+
+    def _ask_whether(self, row: str) -> bool:
+        return self._values("applies", f'{{"rows": [{row}]}}'.encode(), JSON, 1, threading.Event())[0]
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) from the servers; RewardError, naming the server, when one refuses or patience is over."""
+        scores = torch.empty(len(prompts))
+        over = threading.Event()
+
+        def scores_of(part: list[int]) -> torch.Tensor:
+            asked = [prompts[i] for i in part]
+            body = encode(media[part], asked, [metadata[i] for i in part])
+            return as_scores(self._values("scores", body, SAFETENSORS, len(part), over), asked, self.name)
+
+        pool = ThreadPoolExecutor(self.concurrency * len(self.servers))
+        try:
+            parts = {pool.submit(scores_of, part): part for part in self._parts(media, prompts)}
+            for done in as_completed(parts):
+                scores[parts[done]] = done.result()
+        finally:
+            over.set()  # so that after a failure no other request goes on being patient
+            pool.shutdown(wait=False, cancel_futures=True)
+        return scores
+
+    def _parts(self, media: torch.Tensor, prompts: Sequence[str]) -> list[list[int]]:
+        """Which items go together in a request: few enough that every server has some, never a part of a group."""
+        groups: dict[str | int, list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault(prompt if self.scope == "group" else index, []).append(index)
+        most = min(self.limits.items, self.limits.bytes // (4 * media[0].numel()))
+        wanted = min(self.batch, math.ceil(len(prompts) / len(self.servers)), most)
+        parts: list[list[int]] = []
+        for group in groups.values():
+            if len(group) > most:
+                shape, limits = tuple(media.shape[1:]), f"max_items {self.limits.items}, max_bytes {self.limits.bytes}"
+                raise RewardError(
+                    f"reward {self.name!r}: {len(group)} items of shape {shape} must go to a server at once, "
+                    f"which takes {most} of them ({limits})"
+                )
+            if not parts or len(parts[-1]) + len(group) > wanted:
+                parts.append([])
+            parts[-1] += group
+        return parts
+
+    def _values(self, key: str, body: bytes, kind: str, count: int, over: threading.Event) -> list[Any]:
+        """The list that a server answers under "scores" or "applies" about `count` items."""
+        request = ("POST", f"/{'score' if key == 'scores' else key}/{self.name}")
+        answer = self._asker.ask(
+            self.servers, request, timeout=self.timeout, patience=self.patience, content=body, kind=kind, over=over
+        )
+        values = answer.get(key) if isinstance(answer, dict) else None
+        if not isinstance(values, list) or len(values) != count:
+            raise RewardError(f"a server of reward {self.name!r} answered {request[1]} without {count} {key}")
+        return values
+
+
+def _place(url: str, reward: str | None) -> tuple[str, str | None]:
+    """A server's address, and the reward: `reward`, else the last part of `url`, else None."""
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise RewardError(f"{url!r} is no address: {reason(error)}") from error
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
+        raise RewardError(f"{url!r} must be written 'http://host:port/reward'")
+    base = url.rstrip("/")
+    if reward is not None or parsed.path in ("", "/"):
+        return base, reward
+    base, _, name = base.rpartition("/")
+    return base, name

@@ -1,0 +1,280 @@
+"""Rewards behind HTTP: `serve({"ocr": rewards.load("ocr")})`, for `rewards.load("http://host:8000/ocr")`.
+
+GET /health, GET /spec, POST /score/NAME with a request of `rewards.wire` -> {"scores": [B numbers]}, and
+POST /applies/NAME with {"rows": [metadata with its "prompt"]} -> {"applies": [B booleans]}. Every failure answers
+{"error": sentence}: 400 the request is wrong, 401 the token, 404 no such reward, 408 it stopped coming, 413 it is too
+large, 503 too many wait (with Retry-After), 500 the reward failed.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, nearest, reason
+from rewards.loading import FunctionReward
+from rewards.wire import JSON, PROTOCOL, TEXT_BYTES, TOKEN_VARIABLE, Limits, TooLarge, decode, from_json, secret
+
+try:
+    import uvicorn
+    from fastapi import Depends, FastAPI, Request, Response
+    from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ImportError as error:
+    raise RewardError("serving rewards needs FastAPI and uvicorn: pip install 'flowalign[serve]'") from error
+
+MAX_ITEMS, MAX_BYTES, QUEUE = 256, 2**28, 8
+IDLE_SECONDS = 30.0  # a body that stops coming for so long is given up
+STOP_SECONDS = 30  # what is being scored when the server is told to stop has this long to end
+SENTENCE = 1000  # characters; what an error quotes may be as long as the request
+ENDPOINTS = "GET /health, GET /spec, POST /score/NAME, POST /applies/NAME"
+logger = logging.getLogger(__name__)
+
+
+class Refused(HTTPException):
+    """An answer other than 200: its status, its sentence, its headers."""
+
+
+class _Desk:
+    """One served reward: its thread, whose turn it is, and how many requests are in the house, read or scored."""
+
+    def __init__(self, name: str, reward: Reward, queue: int):
+        if isinstance(reward, TrainableReward) and reward.learns:
+            raise RewardError(f"reward {name!r} learns during training and cannot be served; load it where you train")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise RewardError(
+                f"a served name is part of an address, of letters, digits, '_', '-' and '.', not {name!r}"
+            )
+        self.name, self.reward, self.queue = name, reward, queue
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.turn = asyncio.Lock()
+        self.inside = 0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place in the queue, taken before the body is read so that waiting bodies are bounded too."""
+        if self.inside > self.queue:
+            raise Refused(503, f"reward {self.name!r} is busy and {self.queue} requests wait", {"Retry-After": "1"})
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
+    def spec(self) -> dict[str, Any]:
+        reward = self.reward
+        return {
+            "scope": reward.scope,
+            "range": [bound if math.isfinite(bound) else None for bound in reward.range],
+            "prompt_sensitive": reward.prompt_sensitive,
+            "class": type(reward).__qualname__,
+            "applies_to_all": type(reward).applies_to is Reward.applies_to,
+        }
+
+    def scores(self, body: bytearray, kind: str, limits: Limits) -> list[float]:
+        """The scores of a request; Refused with 400 or 413 when the request is at fault, 500 when the reward is."""
+        try:
+            media, prompts, metadata = decode(body, kind, limits)
+            metadata = check_inputs(self.reward.name, media, prompts, metadata)
+        except RewardError as error:
+            raise Refused(413 if isinstance(error, TooLarge) else 400, str(error)) from error
+        judge: Callable[..., Any] = self.reward
+        if isinstance(
+            self.reward, FunctionReward
+        ):  # it checks what is returned, which would look like the items' fault
+            judge = partial(self.reward.function, **self.reward.options)
+        try:
+            with torch.no_grad():
+                result = judge(media, prompts, metadata)
+        except RewardError as error:  # one without a cause is about the items
+            raise Refused(400 if error.__cause__ is None else 500, str(error)) from error
+        except Exception as error:
+            raise self._failed(error) from error
+        try:
+            return as_scores(result, prompts, self.reward.name).tolist()
+        except RewardError as error:
+            raise Refused(500, str(error)) from error
+
+    def applies(self, rows: list[dict[str, Any]]) -> list[bool]:
+        """What `applies_to` says of each row."""
+        try:
+            return [bool(self.reward.applies_to(row)) for row in rows]
+        except RewardError as error:
+            raise Refused(400 if error.__cause__ is None else 500, str(error)) from error
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> Refused:
+        return Refused(500, f"reward {self.reward.name!r} failed: {reason(error)}")
+
+
+def _answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps(content, allow_nan=False), status, headers, JSON)
+
+
+async def _body(request: Request, most: int) -> bytearray:
+    """The request's body; Refused when it is longer than `most` bytes, says so, or stops coming."""
+    too_large = Refused(413, f"the request is larger than {most} bytes")
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refused(400, "the body is compressed; send it as it is")
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > most:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(IDLE_SECONDS) as clock:
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > most:
+                    raise too_large
+                body += chunk
+                clock.reschedule(asyncio.get_running_loop().time() + IDLE_SECONDS)
+    except TimeoutError as error:
+        raise Refused(408, f"the body stopped coming for {IDLE_SECONDS:g} s") from error
+    return body
+
+
+def _rows(body: bytearray) -> list[dict[str, Any]]:
+    try:
+        content = from_json(body, "the body")
+    except RewardError as error:
+        raise Refused(413 if isinstance(error, TooLarge) else 400, str(error)) from error
+    rows = content.get("rows") if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in rows):
+        raise Refused(400, "the body must be {'rows': [...]}, each row an object with a text under 'prompt'")
+    return rows
+
+
+def app(
+    rewards: Mapping[str, Reward],
+    *,
+    token: str | None = None,
+    max_items: int = MAX_ITEMS,
+    max_bytes: int = MAX_BYTES,
+    queue: int = QUEUE,
+) -> FastAPI:
+    """The service, an ASGI application; arguments as for `serve`, and the token that requests must bear, if any."""
+    if not rewards:
+        raise RewardError("there is no reward to serve; name at least one")
+    for option, value, least in (("max_items", max_items, 1), ("max_bytes", max_bytes, 1), ("queue", queue, 0)):
+        if value < least:
+            raise RewardError(f"serving: {option} must be at least {least}, not {value}")
+    limits = Limits(max_items, max_bytes)
+    desks = {name: _Desk(name, reward, queue) for name, reward in rewards.items()}
+
+    def desk_of(name: str) -> _Desk:
+        if name not in desks:
+            hint = f"did you mean {nearest(name, desks)!r}? (served: {', '.join(desks)})"
+            raise Refused(404, f"there is no reward {name!r}; {hint}")
+        return desks[name]
+
+    async def check_token(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise Refused(
+                401,
+                f"the token is missing or wrong; set {TOKEN_VARIABLE} to the server's",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    service = FastAPI(dependencies=[Depends(check_token)], openapi_url=None, redirect_slashes=False)
+
+    @service.get("/health")
+    async def health() -> Response:
+        return _answer({"ok": True, "rewards": list(desks), "queue": sum(desk.inside for desk in desks.values())})
+
+    @service.get("/spec")
+    async def spec() -> Response:
+        entries = {name: desk.spec() for name, desk in desks.items()}
+        about = {"protocol": PROTOCOL, "version": version("flowalign"), "limits": limits._asdict()}
+        return _answer({**about, "rewards": entries})
+
+    @service.post("/score/{name}")
+    async def score(name: str, request: Request) -> Response:
+        desk = desk_of(name)
+        with desk.place():
+            body = await _body(request, max_bytes + TEXT_BYTES)
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            async with desk.turn:
+                if await request.is_disconnected():  # it gave up waiting, and may have asked again
+                    raise ClientDisconnect
+                loop = asyncio.get_running_loop()
+                return _answer({"scores": await loop.run_in_executor(desk.worker, desk.scores, body, kind, limits)})
+
+    @service.post("/applies/{name}")
+    async def applies(name: str, request: Request) -> Response:
+        desk = desk_of(name)
+        rows = _rows(await _body(request, TEXT_BYTES))
+        return _answer({"applies": await run_in_threadpool(desk.applies, rows)})
+
+    @service.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> Response:
+        sentence = str(error.detail)
+        if not isinstance(error, Refused):  # the router's
+            sentence = f"there is no {request.method} {request.url.path}; there are {ENDPOINTS}"
+        elif error.status_code == 500:
+            logger.error("%s", sentence, exc_info=error.__cause__)
+        sentence = sentence if len(sentence) <= SENTENCE else sentence[: SENTENCE - 3] + "..."
+        return _answer({"error": sentence}, error.status_code, error.headers)
+
+    @service.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return _answer({"error": "the client went away"}, 400)
+
+    @service.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return _answer({"error": f"the server failed: {type(error).__name__}"}, 500)
+
+    return service
+
+
+def serve(
+    rewards: Mapping[str, Reward],
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    *,
+    max_items: int = MAX_ITEMS,
+    max_bytes: int = MAX_BYTES,
+    queue: int = QUEUE,
+) -> None:
+    """Serve rewards under their names until SIGTERM or Ctrl-C, when what is being scored still gets its answer.
+
+    port: 0 takes a free one; the line printed first says where. max_items, max_bytes: of one request, media counted as
+    float32. queue: requests that may wait for each reward, which scores one after the other in a thread of its own.
+    Requests must bear the token in $FLOWALIGN_TOKEN, if set. RewardError when the host is beyond this machine and
+    there is no token, or when the address cannot be had.
+    """
+    token = secret()
+    if token is None and not _is_loopback(host):
+        raise RewardError(f"serving at {host} lets other machines in; set {TOKEN_VARIABLE} to a secret they must give")
+    service = app(rewards, token=token, max_items=max_items, max_bytes=max_bytes, queue=queue)
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise RewardError(f"cannot listen at {host}, port {port}: {reason(error)}") from error
+    where = f"[{host}]" if ":" in host else host
+    # Head and body of an answer are written apart, and the second would wait 40 ms for the first's receipt. Connections
+    # inherit this; asyncio sets it only on sockets made with the protocol's number.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    print(f"serving {', '.join(rewards)} at http://{where}:{listener.getsockname()[1]}; Ctrl-C stops", flush=True)
+    config = uvicorn.Config(service, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

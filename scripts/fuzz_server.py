@@ -1,0 +1,350 @@
+"""Send a reward server malformed requests and see how it takes them: `python scripts/fuzz_server.py --requests 10000`.
+
+Starts a server of its own, prints how often each kind of request got which status, what a right request scores before
+and after, and the server's memory. Fails when a request got a score that it should not have, an answer without an
+explanation, a status of 500 or none where the connection was sound, or when the server logged a traceback.
+"""
+
+import base64
+import io
+import json
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx2
+import torch
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from rewards.wire import JSON, SAFETENSORS, encode
+
+console = Console(highlight=False)
+TOKEN = "fuzz"
+SERVER = """
+import rewards
+from rewards.server import serve
+serve({"colorfulness": rewards.load("colorfulness")}, port=0, max_items=8, max_bytes=2**20)
+"""
+MEDIA = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+RIGHT = encode(MEDIA, ["a cat", "a dog"], [{"tag": "colors"}, {}])
+JUNK: list[Any] = [
+    None,
+    True,
+    -1,
+    2**70,
+    1.5,
+    "",
+    "\ud800",
+    "x" * 5000,
+    [],
+    [[]],
+    {},
+    {"a": []},
+    [1, 2],
+    "[",
+    "[1]",
+    "{}",
+]
+# May come out right by chance, as when a pixel or a letter is what was changed.
+LUCKY = {"damaged", "cut_picture", "misstated", "wrong_row"}
+
+Sent = tuple[str, str, dict[str, str], bytes]  # method, path, headers, body
+
+
+def posted(body: bytes, kind: str = SAFETENSORS) -> Sent:
+    """A request for scores."""
+    return "POST", "/score/colorfulness", {"Content-Type": kind, "Authorization": f"Bearer {TOKEN}"}, body
+
+
+def safetensors(header: object, content: bytes) -> bytes:
+    """A file with this header and content, fitting or not."""
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """A part of a PNG file."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, pixels: bytes, *more: bytes) -> bytes:
+    """A PNG that states a size, with any pixels."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def rows(*pictures: bytes) -> bytes:
+    """The JSON form of a request."""
+    return json.dumps([{"png": base64.b64encode(p).decode(), "prompt": "x"} for p in pictures]).encode()
+
+
+def damaged(dice: random.Random) -> Sent:
+    """Some bytes changed, cut out or put in, most of them in the header."""
+    body = bytearray(RIGHT)
+    for _ in range(dice.randint(1, 4)):
+        start = dice.randrange(dice.choice([8, 250, len(body)]))
+        body[start : start + dice.randint(0, 8)] = dice.randbytes(dice.randint(0, 8))
+    return posted(bytes(body))
+
+
+def misstated(dice: random.Random) -> Sent:
+    """A header that says something else than the file holds, or nothing sensible."""
+    tensor: dict[str, Any] = {"dtype": "F32", "shape": [1, 3, 2, 2], "data_offsets": [0, 48]}
+    texts: dict[str, Any] = {"prompts": '["x"]', "metadata": "[{}]"}
+    header: dict[str, Any] = {"media": tensor, "__metadata__": texts}
+    place = dice.choice([tensor, texts, header])
+    place[dice.choice([*place, "x"])] = dice.choice(JUNK)
+    return posted(safetensors(header, dice.randbytes(dice.choice([0, 47, 48, 49]))))
+
+
+def wrong_shape(dice: random.Random) -> Sent:
+    """Shapes with zeros, of wrong rank or channels, or vast."""
+    shape = dice.choice(
+        [[0, 3, 2, 2], [1, 4, 2, 2], [12], [1] * 9, [2**40, 3, 2**40, 2], [-1, 3, -2, 2], [1, 3, 2, True]]
+    )
+    header = {"dtype": "F32", "shape": shape, "data_offsets": [0, 48]}
+    texts = {"prompts": '["x"]', "metadata": "[{}]"}
+    return posted(safetensors({"media": header, "__metadata__": texts}, bytes(48)))
+
+
+def wrong_values(dice: random.Random) -> Sent:
+    """Media that are no numbers or lie outside [0, 1]."""
+    media = MEDIA.clone()
+    media[1, 0, dice.randrange(16), dice.randrange(16)] = dice.choice([float("nan"), float("inf"), -1.0, 255.0])
+    return posted(encode(media, ["x", "y"], [{}, {}]))
+
+
+def wrong_count(dice: random.Random) -> Sent:
+    """More or fewer prompts or rows of metadata than media."""
+    return posted(encode(MEDIA, ["x"] * dice.choice([0, 1, 3, 999]), [{}] * dice.choice([0, 1, 3, 999])))
+
+
+def wrong_row(dice: random.Random) -> Sent:
+    """JSON rows with anything in them."""
+    row: dict[str, object] = {"png": base64.b64encode(picture()).decode(), "prompt": "x", "metadata": {}}
+    row[dice.choice([*row, "x"])] = dice.choice(JUNK)
+    return posted(json.dumps(dice.choice([[row], [row, row], row, {"items": [row]}, dice.choice(JUNK)])).encode(), JSON)
+
+
+def picture() -> bytes:
+    """A right PNG."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (40, 80, 120)).save(file, format="PNG")
+    return file.getvalue()
+
+
+def cut_picture(dice: random.Random) -> Sent:
+    """A PNG with bytes changed or its end missing."""
+    data = bytearray(picture())
+    data[dice.randrange(len(data))] = dice.randrange(256)
+    return posted(rows(bytes(data[: dice.randint(1, len(data))])), JSON)
+
+
+def bomb(dice: random.Random) -> Sent:
+    """A small PNG that would take a gigabyte, in its pixels or in a compressed text."""
+    zeros = zlib.compress(bytes(2**22), 9)
+    text = chunk(b"zTXt", b"k\0\0" + zeros)
+    size = dice.choice([(20000, 20000), (9000, 9000), (2**31 - 1, 1), (1, 2**31 - 1)])
+    return posted(rows(dice.choice([png(*size, zeros), png(16, 16, b"", text, text), png(0, 0, zeros)])), JSON)
+
+
+def other_picture(dice: random.Random) -> Sent:
+    """A file of another format, or pictures of two sizes."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, format=dice.choice(["JPEG", "GIF", "TIFF", "BMP"]))
+    return posted(rows(*dice.choice([[file.getvalue()], [picture(), png(8, 8, zlib.compress(bytes(200)))]])), JSON)
+
+
+def deep_json(dice: random.Random) -> Sent:
+    """JSON of great depth, of many values, or of a great number."""
+    kinds = [b"[" * 10**5, b'{"a":' * 10**5, b"[" + b"[]," * 1_100_000 + b"[]]", b"9" * 10**5, b"[NaN]", b"[1e999]"]
+    return posted(dice.choice(kinds), JSON)
+
+
+def oversized(dice: random.Random) -> Sent:
+    """Beyond the server's items, media or text."""
+    return posted(
+        dice.choice(
+            [
+                encode(MEDIA[:1].expand(9, 3, 16, 16), ["x"] * 9, [{}] * 9),
+                encode(torch.zeros(1, 3, 300, 300), ["x"], [{}]),
+                encode(MEDIA, ["x" * 2**22, ""], [{}, {}]),
+                bytes(6 * 2**20),
+            ]
+        )
+    )
+
+
+def wrong_kind(dice: random.Random) -> Sent:
+    """Another content type, a compressed body, or the wrong form under a type."""
+    method, path, headers, body = posted(RIGHT, dice.choice([JSON, "text/plain", "multipart/form-data", "", ";"]))
+    return method, path, headers | dice.choice([{}, {"Content-Encoding": "gzip"}]), body
+
+
+def wrong_place(dice: random.Random) -> Sent:
+    """Another path or method, or none of the server's rewards."""
+    headers = posted(b"")[2]
+    paths = ["/", "/score", "/score/", "/score/colour", "/score/..%2f..%2fetc", "/score/%ff", "/docs", "/openapi.json"]
+    return dice.choice([("POST", p, headers, RIGHT) for p in paths] + [("DELETE", "/score/colorfulness", headers, b"")])
+
+
+def wrong_token(dice: random.Random) -> Sent:
+    """No token or another."""
+    method, path, headers, body = posted(RIGHT)
+    other = dice.choice(
+        ["", "Bearer", "Bearer fuz", "Bearer fuzzy", "Basic fuzz", "bearer fuzz", "Bearer " + "x" * 9999]
+    )
+    return method, path, {**headers, "Authorization": other}, body
+
+
+def wrong_question(dice: random.Random) -> Sent:
+    """A malformed question to what a reward applies."""
+    body = json.dumps(dice.choice([*JUNK, {"rows": dice.choice(JUNK[:6])}, {"rows": [dice.choice(JUNK)]}])).encode()
+    return "POST", "/applies/colorfulness", posted(b"", JSON)[2], body
+
+
+def noise(dice: random.Random) -> Sent:
+    """Random bytes."""
+    return posted(dice.randbytes(dice.randrange(400)), dice.choice([SAFETENSORS, JSON]))
+
+
+KINDS: list[Callable[[random.Random], Sent]] = [
+    damaged,
+    misstated,
+    wrong_shape,
+    wrong_values,
+    wrong_count,
+    wrong_row,
+    cut_picture,
+    bomb,
+    other_picture,
+    deep_json,
+    oversized,
+    wrong_kind,
+    wrong_place,
+    wrong_token,
+    wrong_question,
+    noise,
+]
+
+
+def broken_connection(dice: random.Random, address: tuple[str, int]) -> str:
+    """Speaks HTTP badly or hangs up in mid-sentence; returns the status that came, or "closed"."""
+    head = f"POST /score/colorfulness HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
+    text = dice.choice(
+        [
+            dice.randbytes(200),
+            head + b"Content-Length: 999\r\n\r\nshort",
+            head + b"Content-Length: -5\r\n\r\n",
+            head + b"Content-Length: 99999999999999\r\n\r\n",
+            head + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            head + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\nx",
+            head + b"X: " + b"y" * 10**5,
+        ]
+    )
+    with socket.create_connection(address, timeout=10) as line:
+        line.sendall(text)
+        line.shutdown(socket.SHUT_WR)
+        try:
+            answer = line.recv(100)
+        except ConnectionError:
+            answer = b""
+    return answer.split()[1].decode() if answer.startswith(b"HTTP/") else "closed"
+
+
+def memory(process: int) -> dict[str, int]:
+    """Resident megabytes of a process, now and at most so far; Linux tells, elsewhere empty."""
+    status = Path(f"/proc/{process}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    fields = {"VmRSS": "now", "VmHWM": "peak"}
+    return {fields[line[:5]]: int(line.split()[1]) // 1024 for line in lines if line[:5] in fields}
+
+
+def is_explained(answer: httpx2.Response) -> bool:
+    """Whether an answer says in one short sentence what is wrong."""
+    try:
+        sentence = answer.json()["error"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    return 0 < len(sentence) <= 1000 and "Traceback" not in sentence
+
+
+def main(
+    requests: Annotated[int, typer.Option(help="how many malformed requests")] = 10000,
+    seed: Annotated[int, typer.Option(help="the same seed sends the same requests")] = 0,
+) -> None:
+    """Send a reward server malformed requests."""
+    dice = random.Random(seed)
+    counts: Counter[tuple[str, str]] = Counter()
+    faults: list[str] = []
+    environment = {**os.environ, "FLOWALIGN_TOKEN": TOKEN}
+    with tempfile.TemporaryFile("w+") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
+        try:
+            assert server.stdout is not None
+            url = httpx2.URL(server.stdout.readline().split(";")[0].split()[-1])
+            with httpx2.Client(base_url=url, timeout=60) as client:
+
+                def ask(sent: Sent) -> httpx2.Response:
+                    method, path, headers, body = sent
+                    return client.request(method, path, headers=headers, content=body)
+
+                scores = ask(posted(RIGHT)).json()["scores"]
+                console.print(f"right request: {scores}; server memory in MB: {memory(server.pid)}")
+                begun = time.monotonic()
+                for _ in range(requests):
+                    kind = dice.choice([*KINDS, None])
+                    if kind is None:
+                        counts["broken_connection", broken_connection(dice, (url.host, url.port or 80))] += 1
+                        continue
+                    answer = ask(kind(dice))
+                    status, name = answer.status_code, kind.__name__
+                    counts[name, str(status)] += 1
+                    right = status == 200 and name in LUCKY
+                    if not right and (not 400 <= status < 500 or not is_explained(answer)):
+                        faults.append(f"{name} got {status}: {answer.text[:200]}")
+                console.print(f"{requests} requests in {time.monotonic() - begun:.0f} s; memory: {memory(server.pid)}")
+                if ask(posted(RIGHT)).json() != {"scores": scores}:
+                    faults.append("the right request scores otherwise than before")
+                waiting = client.get("/health", headers=posted(b"")[2]).json()["queue"]
+                if waiting:
+                    faults.append(f"{waiting} requests still hold a place")
+        finally:
+            server.terminate()
+            server.wait()
+        log.seek(0)
+        logged = log.read()
+    if "Traceback" in logged:
+        faults.append(
+            f"the server logged {logged.count('Traceback')} tracebacks, as {logged[logged.index('Traceback') :][:2000]}"
+        )
+    statuses = sorted({status for _, status in counts})
+    table = Table("request", *statuses)
+    for name in sorted({name for name, _ in counts}):
+        table.add_row(name, *(str(counts[name, status] or "") for status in statuses))
+    table.add_row("all", *(str(sum(n for (_, s), n in counts.items() if s == status)) for status in statuses))
+    console.print(table)
+    for fault in faults[:10]:
+        console.print(f"fault: {fault}", markup=False)
+    if faults:
+        raise SystemExit(f"{len(faults)} faults")
+    console.print("no faults")
+
+
+if __name__ == "__main__":
+    typer.run(main)
