@@ -1,0 +1,43 @@
+"""Artifact judge: a vision-language model's probability that the picture is free of artifacts.
+
+Source: ArtifactReward, "Understanding Reward Hacking in Text-to-Image Reinforcement Learning" (2026, arXiv 2601.03468):
+R = 1 - P(yes) of the first token, over yes and no; the prompt is not shown. What differs: the wording of the question,
+which the paper optimises for Qwen2.5-VL-7B, is ours; a failed call is an error and not a missing score.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewards.frames import mean_of_frames
+from rewards.vlm import VLM, VLMReward, yes_probability
+
+QUESTION = (
+    "Does this image contain unintended artifacts, such as distorted anatomy, malformed or melted objects, broken "
+    "text, wrong lighting, bad blending or noise? Deliberate style and deliberately surreal content are no artifacts. "
+    "Answer Yes or No."
+)
+
+
+class ArtifactVLM(VLMReward):
+    """1 - P(yes) to `question`, which must ask whether there are artifacts; in [0, 1].
+
+    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`
+    (model, ...) or an `EndpointVLM` (url, model, ...), or `backend`, a VLM object.
+    """
+
+    name = "artifact_vlm"
+    range = (0.0, 1.0)
+
+    def __init__(self, question: str = QUESTION, frames: int = 4, backend: VLM | None = None, **options: Any):
+        super().__init__(frames, backend, options)
+        self.question = question
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        images, items = self.pictures(media)
+        with self.naming(prompts, items):
+            artifacts = yes_probability(self.vlm, [[image] for image in images], [self.question] * len(images))
+        return mean_of_frames(1 - artifacts, len(images) // len(media))

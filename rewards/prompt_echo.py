@@ -1,0 +1,45 @@
+"""PromptEcho: how likely the prompt is as a vision-language model's description of the picture.
+
+Source: PromptEcho (2026, arXiv 2604.12652): R = mean over the prompt's tokens of log p(token | tokens before, picture,
+question), by teacher forcing. What differs: nothing; the tokens that close the answer do not count.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewards.base import RewardError
+from rewards.frames import mean_of_frames
+from rewards.vlm import VLM, VLMReward
+
+QUESTION = "Describe this image in detail."
+
+
+class PromptEcho(VLMReward):
+    """The mean log-probability, at most 0, of the prompt's tokens as the answer to `question`.
+
+    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`,
+    since servers do not tell the probability of a given text, or `backend`, a VLM object.
+    """
+
+    name = "prompt_echo"
+    range = (-math.inf, 0.0)
+    prompt_sensitive = True
+
+    def __init__(self, question: str = QUESTION, frames: int = 4, backend: VLM | None = None, **options: Any):
+        if options.get("url"):
+            raise RewardError("reward 'prompt_echo': a server cannot tell how likely a prompt is; give a local `model`")
+        super().__init__(frames, backend, options)
+        self.question = question
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        images, items = self.pictures(media)
+        with self.naming(prompts, items):
+            scores = self.vlm.continuation_log_prob(
+                [[image] for image in images], self.question, [prompts[item] for item in items]
+            )
+        return mean_of_frames(scores, len(images) // len(media))

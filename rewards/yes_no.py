@@ -1,0 +1,73 @@
+"""Yes or no: a vision-language model's probability of "yes" to a question about the prompt and the picture.
+
+Source: RewardDance (2025, arXiv 2509.08826): r = P("yes" | picture, prompt, instruction), or P("yes" | reference,
+picture, prompt, instruction) where an item has a reference picture to be better than. What differs: any chat model
+serves, untrained for the task; "yes" is normalised over yes and no; the wording of the questions is ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from rewards.base import RewardError, shown
+from rewards.frames import mean_of_frames
+from rewards.vlm import VLM, VLMReward, yes_probability
+
+QUESTION = 'Does this image show exactly what the caption "{prompt}" says, in good quality? Answer Yes or No.'
+COMPARISON = (
+    'Two images were made from the caption "{prompt}". Does the second image follow the caption better and look better '
+    "than the first? Answer Yes or No."
+)
+
+
+class YesNo(VLMReward):
+    """P(yes) / (P(yes) + P(no)) as the first token of the answer, in [0, 1].
+
+    question: what is asked about a picture alone. comparison: what is asked about two, the first being the file under
+    the metadata key "reference", for items that have one. "{prompt}" in them stands for the item's prompt.
+    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`
+    (model, ...) or an `EndpointVLM` (url, model, ...), or `backend`, a VLM object.
+    """
+
+    name = "yes_no"
+    range = (0.0, 1.0)
+    prompt_sensitive = True
+
+    def __init__(
+        self,
+        question: str = QUESTION,
+        comparison: str = COMPARISON,
+        frames: int = 4,
+        backend: VLM | None = None,
+        **options: Any,
+    ):
+        super().__init__(frames, backend, options)
+        self.question = question
+        self.comparison = comparison
+        self.prompt_sensitive = "{prompt}" in question + comparison
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,); RewardError for a reference that is no picture file."""
+        references = [self._reference(index, prompts, row.get("reference")) for index, row in enumerate(metadata)]
+        images, items = self.pictures(media)
+        shows = [[*references[item], image] for item, image in zip(items, images, strict=True)]
+        templates = [self.comparison if references[item] else self.question for item in items]
+        texts = [text.replace("{prompt}", prompts[item]) for item, text in zip(items, templates, strict=True)]
+        with self.naming(prompts, items):
+            scores = yes_probability(self.vlm, shows, texts)
+        return mean_of_frames(scores, len(images) // len(media))
+
+    def _reference(self, index: int, prompts: Sequence[str], path: Any) -> list[Image.Image]:
+        if path is None:
+            return []
+        try:
+            with Image.open(Path(path)) as image:
+                return [image.convert("RGB")]
+        except (OSError, TypeError) as error:
+            where = f"reward {self.name!r}: {shown(index, prompts)}"
+            raise RewardError(f"{where} has the reference {path!r}, which is no picture that can be read") from error
