@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rewards.base import reason
 from rewards.vlm import VLM, Pictures, VLMError, at_least, plain
-from rewards.weights import located
+from rewards.weights import default_device, located
 
 
 class LocalVLM(VLM):
@@ -27,7 +27,7 @@ class LocalVLM(VLM):
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise VLMError(f"dtype must be 'auto' or a type of torch such as 'bfloat16', not {dtype!r}")
         if device is None:
-            device = str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+            device = default_device()
         try:
             self.processor = AutoProcessor.from_pretrained(located(model))
             self.model = _shared(located(model), device, dtype)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from rewards.base import RewardError
 
 # In a checkout beside the package, in an installation inside its sister package.
@@ -20,3 +22,8 @@ def bundled(name: str) -> Path:
 def located(model: str) -> str:
     """A bundled name ("toyworld/judges/clip") as its path; any other path or hub id as it is."""
     return str(bundled(model)) if model.startswith(BUNDLED) and not Path(model).exists() else model
+
+
+def default_device() -> str:
+    """The accelerator's type if there is one, else "cpu"."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"  # type: ignore[union-attr]

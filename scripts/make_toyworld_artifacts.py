@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for clean/ and artifacts/")
     parser.add_argument("--count", type=int, default=3000, help="pictures of each kind")
     parser.add_argument("--held-out", action="store_true", help="the kinds of damage that the judge is not trained on")
+    parser.add_argument("--shapes", type=float, default=0.5, help="the share of shapes; the rest are signs")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kinds = list((HELD_OUT if options.held_out else KINDS).values())
@@ -34,7 +35,7 @@ def main() -> None:
     autoencoder = AutoencoderKL.from_pretrained(asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
     for index in range(options.count):
         for name in ("clean", "artifacts"):
-            picture = render(random_example(rng, pool, shapes=0.5)[1])
+            picture = render(random_example(rng, pool, options.shapes)[1])
             if index % 2:  # as the embedded model would show it: its decoder is no artifact
                 picture = decoded(autoencoder, picture)
             if name == "artifacts":

@@ -134,3 +134,56 @@ def test_an_unwritable_run_folder_is_named(failing, tmp_path: Path, tiny_model: 
     (tmp_path / "file").write_text("")
     error = failing("train", "toyworld_ocr", f"model.path={tiny_model}", "run.folder=file/run")
     assert "cannot write to run folder file/run" in error
+
+
+# Rewards
+
+
+def test_rewards_are_listed_with_what_they_judge(capsys: pytest.CaptureFixture[str]) -> None:
+    succeed("rewards")
+    output = capsys.readouterr().out
+    assert "compressibility" in output and "How small a picture is as a JPEG file" in " ".join(output.split())
+
+
+def test_a_reward_is_checked_on_drawn_and_on_own_pictures(
+    tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    succeed("rewards", "check", f"{tmp_path / 'judge.py'}:level", "--option", "scale=2")
+    assert "another order, the same scores" in capsys.readouterr().out
+    own = ("--images", str(pictures), "--prompts", str(tmp_path / "prompts.txt"))
+    succeed("rewards", "check", "compressibility", *own)
+    assert "3 items" in capsys.readouterr().out
+
+
+def test_a_reward_that_breaks_the_contract_ends_with_exit_code_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.py").write_text("def bad(media, prompts, metadata):\n    return list(range(len(media)))\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(["rewards", "check", f"{tmp_path / 'bad.py'}:bad"])
+    assert stopped.value.code == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_mistakes_in_checking_and_serving_are_one_sentence(tmp_path: Path, pictures: Path, failing) -> None:
+    assert "--images and --prompts go together" in failing("rewards", "check", "ocr", "--images", str(pictures))
+    assert "did you mean 'ocr'" in failing("rewards", "check", "orc")
+    assert "must be written REWARD.KEY=VALUE" in failing("serve", "compressibility", "--option", "quality=3")
+    assert "has no option 'qualty'" in failing("serve", "compressibility", "--option", "compressibility.qualty=3")
+    assert "FLOWALIGN_TOKEN" in failing("serve", "compressibility", "--host", "0.0.0.0")
+
+
+def test_pictures_of_one_prompt_are_scored_together_by_a_reward_that_compares(tmp_path: Path, pictures: Path) -> None:
+    (tmp_path / "rank.py").write_text(
+        "from rewards import Reward\n"
+        "class Rank(Reward):\n"
+        "    scope = 'group'\n"
+        "    def __call__(self, media, prompts, metadata):\n"
+        "        assert len(set(prompts)) == 1\n"
+        "        return media.flatten(1).mean(1).argsort().argsort().float()\n"
+    )
+    (tmp_path / "same.txt").write_text("one\ntwo\none\n")
+    output = tmp_path / "scores.jsonl"
+    arguments = ("--images", str(pictures), "--prompts", str(tmp_path / "same.txt"), "--output", str(output))
+    succeed("score", f"{tmp_path / 'rank.py'}:Rank", *arguments)
+    assert [json.loads(line)["score"] for line in output.read_text().splitlines()] == [0.0, 0.0, 1.0]

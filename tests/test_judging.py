@@ -1,5 +1,9 @@
-"""Rewards in a run: scored while others are drawn, shaped, combined, trained in step with the policy, resumed exactly."""
+"""Rewards in a run: scored while others are drawn, shaped, combined, trained with the policy, resumed exactly."""
 
+import json
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rewards
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.display import Display
 from flowalign.judging import Judging
@@ -87,8 +92,6 @@ def trained(values: dict[str, Any], rewards: Mapping[str, Reward], *, resume: bo
 
 
 def lines(values: dict[str, Any]) -> list[dict[str, Any]]:
-    import json
-
     text = (Path(values["run"]["folder"]) / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -111,7 +114,7 @@ def test_a_reward_that_fails_on_its_thread_ends_the_run_with_its_sentence(values
     def failing(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
         return [float("nan")] * len(media)
 
-    with pytest.raises(RewardError, match="scored item 0 .* as nan"):
+    with pytest.raises(RewardError, match=r"scored item 0 .* as nan"):
         trained(values, {"failing": failing})  # type: ignore[dict-item]
 
 
@@ -208,3 +211,49 @@ def test_a_mistake_in_shaping_or_combination_is_one_sentence(
 ) -> None:
     with pytest.raises(UserError, match=message):
         recipe_from_dict({**values, "rewards": TWO, **changes})
+
+
+def serving(port: int) -> subprocess.Popen[str]:
+    """`flowalign serve` as a process of its own, ready when its first line is there."""
+    command = [sys.executable, "-m", "flowalign.cli", "serve", "colorfulness", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and "serving colorfulness" in process.stdout.readline()
+    return process
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_its_reward_server_and_goes_on(values: dict[str, Any], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    elsewhere = {**values, "run": {**values["run"], "folder": str(tmp_path / "local")}}
+    local = trained(elsewhere, {"colorfulness": rewards.load("colorfulness")})
+    server = serving(port)
+    remote = rewards.load(f"http://127.0.0.1:{port}/colorfulness", patience=60)
+    killed: list[subprocess.Popen[str]] = []
+
+    def kill_and_start_again() -> None:
+        server.kill()
+        server.wait()
+        killed.append(serving(port))
+
+    class Interrupting(Reward):
+        range = remote.range
+        asked = 0
+
+        def __call__(
+            self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+        ) -> torch.Tensor:
+            self.asked += 1
+            if self.asked == 3:  # in the middle of the first step
+                threading.Thread(target=kill_and_start_again).start()
+                server.wait()
+            return remote(media, prompts, metadata)
+
+    try:
+        served = trained(values, {"colorfulness": Interrupting()})
+    finally:
+        for process in (server, *killed):
+            process.kill()
+    assert len(killed) == 1
+    ends = [trainer.policy.trainable_state() for trainer in (local, served)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

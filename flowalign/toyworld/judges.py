@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+from rapidfuzz.distance import Levenshtein
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import nn
@@ -24,6 +25,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from flowalign.toyworld import grammar
 from flowalign.toyworld.pretraining import MAX_TOKENS, make_tokenizer
 from flowalign.toyworld.render import _CELL, _LINE_HEIGHT, PALETTE, SHAPES, SIZE, Scene, render
+from rewards import load
+from rewards.clip import ClipFeatures
 
 WIDTH = 128
 DEPTH = 4
@@ -297,3 +300,32 @@ def save_clip(clip: CLIPModel, folder: Path) -> None:
 def save_aesthetic(head: dict[str, torch.Tensor], file: Path) -> None:
     """Write the head as safetensors."""
     save_file(head, file)
+
+
+def measure(folder: Path, log: Log, rounds: int = 16) -> None:
+    """Log how well the judges of a folder judge held-out prompts, through the rewards that use them."""
+    clip = ClipFeatures(str(folder / "clip"), "clipscore", batch_size=64, device="cpu")
+    known = [*dict.fromkeys(row["prompt"] for row in grammar.split_shapes(per_task=86, held_out=True))]
+    known += [grammar.sign_prompt([word]) for word in grammar.words(held_out=True)]
+    texts = clip.text_features(known)
+    among_any, among_alike = [], []
+    for number in range(rounds):
+        prompts, scenes = held_out_examples(1000 + number, 64)
+        images = clip.image_features(pictures(scenes))
+        among_any.append((images @ clip.text_features(prompts).T).argmax(1) == torch.arange(64))
+        for image, prompt in zip(images, prompts, strict=True):
+            true = known.index(prompt)
+            alike = sorted(range(len(known)), key=lambda other: Levenshtein.distance(known[other], known[true]))[:64]
+            among_alike.append(int((texts[alike] @ image).argmax()) == alike.index(true))
+    hits = {"at random": torch.stack(among_any).float(), "alike": torch.tensor(among_alike).view(rounds, 64).float()}
+    for kind, found in hits.items():
+        shapes, signs = found[:, :32].mean().item(), found[:, 32:].mean().item()
+        log(f"clip: the true prompt is first of 64 {kind} for {shapes:.1%} of shapes, {signs:.1%} of signs")
+    taste = load("aesthetic", model=str(folder / "clip"), head=str(folder / "aesthetic.safetensors"), device="cpu")
+    images, rating = quality_examples(1000, 0, 512)
+    scores = taste(images, [""] * len(images), [{}] * len(images))
+    better = (scores[rating == 10][:, None] > scores[rating < 10][None]).float().mean().item()
+    fit = torch.corrcoef(torch.stack([scores, rating]))[0, 1].item()
+    log(
+        f"aesthetic: correlation {fit:.3f} with the rating; a clean picture above a spoilt one in {better:.1%} of pairs"
+    )
