@@ -236,7 +236,7 @@ def collect(
         for key, value in wanted.items():
             if key != "model" and manifest[key] != value:
                 raise UserError(
-                    f"store {path} was collected with another {key} ({manifest[key]}, now {value}); "
+                    f"store {path} was collected with {key} {manifest[key]}, the recipe has {value}; "
                     "choose another folder"
                 )
         store = GroupStore.open(path)

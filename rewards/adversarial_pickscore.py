@@ -103,9 +103,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
         self.beaten = self.beaten + 1 if figures["generated"] > figures["reference"] else 0
         self.alarm = None
         if len(generated) > 1 and generated.std() < COLLAPSED_SPREAD * self.factor:
-            self.alarm = (
-                "collapsed: it scores all generated pictures alike; use a smaller learning_rate"
-            )
+            self.alarm = "collapsed: it scores all generated pictures alike; use a smaller learning_rate"
         elif self.beaten >= PATIENCE:
             self.alarm = (
                 f"overrun: generated pictures beat the references for {self.beaten} steps in a row in spite of its "

@@ -16,6 +16,13 @@ def _spot(picture: np.ndarray, rng: np.random.Generator, low: int = 10, high: in
     return slice(top, top + height), slice(left, left + width)
 
 
+def _ink(picture: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
+    """A random pixel (y, x) of what is drawn, where damage shows."""
+    ys, xs = np.nonzero(np.abs(picture - np.median(picture, (0, 1))).max(-1) > 45)
+    at = int(rng.integers(max(len(ys), 1)))
+    return (int(ys[at]), int(xs[at])) if len(ys) else (32, 32)
+
+
 def _noise(picture: np.ndarray, rng: np.random.Generator) -> None:
     """Coloured noise in a box."""
     place = _spot(picture, rng)
@@ -39,18 +46,15 @@ def _stripes(picture: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def _tear(picture: np.ndarray, rng: np.random.Generator) -> None:
-    """Some rows moved sideways."""
-    top = int(rng.integers(12, 44))
+    """Some rows with something in them moved sideways."""
+    top = int(np.clip(_ink(picture, rng)[0] - rng.integers(2, 6), 0, 50))
     rows = slice(top, top + int(rng.integers(4, 14)))
     picture[rows] = np.roll(picture[rows], int(rng.choice([-1, 1]) * rng.integers(5, 14)), axis=1)
 
 
 def _smear(picture: np.ndarray, rng: np.random.Generator) -> None:
     """A box blurred until nothing in it can be told."""
-    ink = np.abs(picture - np.median(picture, (0, 1))).max(-1) > 45
-    ys, xs = np.nonzero(ink) if ink.any() else (np.array([32]), np.array([32]))
-    at = int(rng.integers(len(ys)))
-    top, left = (int(np.clip(value - 8, 0, 46)) for value in (ys[at], xs[at]))
+    top, left = (int(np.clip(value - 8, 0, 46)) for value in _ink(picture, rng))
     box = np.ascontiguousarray(picture[top : top + 18, left : left + 18])
     picture[top : top + 18, left : left + 18] = cv2.blur(box, (9, 9))
 

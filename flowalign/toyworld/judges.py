@@ -23,10 +23,13 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from flowalign.toyworld import grammar
+from flowalign.toyworld.artifacts import KINDS, damaged
+from flowalign.toyworld.detector import detect
 from flowalign.toyworld.pretraining import MAX_TOKENS, make_tokenizer
 from flowalign.toyworld.render import _CELL, _LINE_HEIGHT, PALETTE, SHAPES, SIZE, Scene, render
-from rewards import load
+from rewards import load, score
 from rewards.clip import ClipFeatures
+from rewards.geneval import judge
 
 WIDTH = 128
 DEPTH = 4
@@ -62,15 +65,31 @@ def examples(seed: int, stage: int, step: int, count: int) -> list[tuple[str, Sc
     return list(found.items())
 
 
+def held_out_shapes() -> dict[str, grammar.Metadata]:
+    """The metadata rows of the bundled list of held-out shape prompts, by prompt."""
+    return {row["prompt"]: row for row in grammar.split_shapes(per_task=86, held_out=True)}
+
+
 def held_out_examples(seed: int, count: int) -> tuple[list[str], list[Scene]]:
-    """`count` different held-out prompts, as many of shapes as of signs, and true scenes."""
+    """`count` different held-out prompts, half of them of shapes and half signs, and true scenes."""
     rng = np.random.default_rng([seed, 9])
-    shapes = {row["prompt"]: row for row in grammar.split_shapes(per_task=86, held_out=True)}
-    chosen = [list(shapes)[i] for i in rng.permutation(len(shapes))[: count // 2]]
+    shapes = held_out_shapes()
+    chosen = [str(prompt) for prompt in rng.permutation(list(shapes))[: count // 2]]
     signs = [str(word) for word in rng.permutation(grammar.words(held_out=True))[: count - count // 2]]
     scenes = [grammar.shape_scene(shapes[prompt], rng) for prompt in chosen]
     scenes += [grammar.sign_scene([word], rng) for word in signs]
     return chosen + [grammar.sign_prompt([word]) for word in signs], scenes
+
+
+def also_true(prompts: Sequence[str], scenes: Sequence[Scene]) -> torch.Tensor:
+    """Whether scene i, drawn from some prompt of shapes or a sign, is true to prompt j by the exact judge: (B, P)."""
+    shapes = held_out_shapes()
+    found = torch.zeros(len(scenes), len(prompts), dtype=torch.bool)
+    for i, scene in enumerate(scenes):
+        if scene.items:
+            seen = detect(render(scene))
+            found[i] = torch.tensor([text in shapes and judge(seen, shapes[text]).correct for text in prompts])
+    return found
 
 
 def pictures(scenes: Sequence[Scene]) -> torch.Tensor:
@@ -130,10 +149,9 @@ def _train(
     module.eval()
 
 
-def _seen(scenes: Sequence[Scene], seed: int, stage: int, step: int) -> torch.Tensor:
+def _seen(clean: torch.Tensor, seed: int, stage: int, step: int) -> torch.Tensor:
     """Pictures with a little noise, as both image towers get them: (B, 3, 64, 64) in [-1, 1]."""
-    clean = pictures(scenes)
-    generator = torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
+    generator = torch.Generator().manual_seed(1_000_003 * (10 * seed + stage + 5) + step)
     noisy = (clean + PICTURE_NOISE * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
     return (noisy - MEAN[0]) / STD[0]
 
@@ -160,7 +178,7 @@ def train_vit(seed: int, steps: int, batch: int, log: Log) -> nn.Module:
         scenes = [scene for _, scene in examples(seed, 0, step, batch)]
         covers = torch.from_numpy(np.stack([patch_classes(scene) for scene in scenes]))
         present = torch.zeros(batch, len(CLASSES)).scatter_(1, covers, 1.0)
-        tokens = vit.forward_features(_seen(scenes, seed, 0, step))
+        tokens = vit.forward_features(_seen(pictures(scenes), seed, 0, step))
         patches = F.cross_entropy(heads[1](tokens[:, 1:]).flatten(0, 1), covers.flatten(), weight)
         return patches + 5 * F.binary_cross_entropy_with_logits(heads[0](tokens[:, 0]), present)
 
@@ -200,7 +218,10 @@ def clip_tower_state(vit: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def train_clip(vit: nn.Module, seed: int, steps: int, batch: int, log: Log) -> CLIPModel:
-    """A CLIPModel whose image tower starts as `vit` and keeps the first half of it."""
+    """A CLIPModel whose image tower starts as `vit` and keeps the first half of it.
+
+    A quarter of the pictures are spoilt, and a linear layer must tell how much, so that embeddings show it.
+    """
     torch.manual_seed(seed + 1)
     tokenizer = make_tokenizer()
     size: dict[str, object] = {
@@ -224,12 +245,17 @@ def train_clip(vit: nn.Module, seed: int, steps: int, batch: int, log: Log) -> C
     for part in (clip.vision_model.embeddings, clip.vision_model.encoder.layers[: DEPTH // 2]):
         part.requires_grad_(False)  # what covers a patch is known; what it means together is learnt
 
+    taste = nn.Linear(WIDTH, 1)
+
     def loss_of(step: int) -> torch.Tensor:
         prompts, scenes = zip(*examples(seed, 1, step, batch), strict=True)
         ids = tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
-        return clip(input_ids=ids, pixel_values=_seen(scenes, seed, 1, step), return_loss=True).loss
+        images, rating = _rated(pictures(scenes), seed, 1, step, spoilt=batch // 4)
+        found = clip(input_ids=ids, pixel_values=_seen(images, seed, 1, step), return_loss=True)
+        guess = 10 * taste(found.image_embeds).squeeze(-1)
+        return found.loss + F.mse_loss(guess, (rating - 8) / 3)
 
-    _train("clip", clip, loss_of, steps, 1.5e-3, log)
+    _train("clip", nn.ModuleList([clip, taste]), loss_of, steps, 1.5e-3, log)
     with torch.no_grad():
         clip.logit_scale.clamp_(max=np.log(100))
     return clip
@@ -254,13 +280,17 @@ def spoil(images: torch.Tensor, amount: torch.Tensor, generator: torch.Generator
     return torch.stack(spoilt)
 
 
+def _rated(images: torch.Tensor, seed: int, stage: int, step: int, spoilt: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images, the first `spoilt` of them spoilt, and a made-up rating (B,): 10 for a clean one, down to 1."""
+    generator = torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
+    amount = torch.rand(len(images), generator=generator).where(torch.arange(len(images)) < spoilt, 0.0)
+    return torch.cat([spoil(images[:spoilt], amount[:spoilt], generator), images[spoilt:]]), 10 - 9 * amount
+
+
 def quality_examples(seed: int, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures and their made-up rating (B,): 10 for a clean one, which every second is, down to 1 for a spoilt one."""
+    """Pictures, the first half of them spoilt, and their rating."""
     images = pictures([scene for _, scene in examples(seed, 2, step, count)])
-    generator = torch.Generator().manual_seed(1_000_003 * (10 * seed + 2) + step)
-    amount = torch.rand(count, generator=generator).where(torch.arange(count) % 2 == 1, 0.0)
-    images[1::2] = spoil(images[1::2], amount[1::2], generator)
-    return images, 10 - 9 * amount
+    return _rated(images, seed, 2, step, spoilt=count // 2)
 
 
 @torch.no_grad()
@@ -303,29 +333,83 @@ def save_aesthetic(head: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def measure(folder: Path, log: Log, rounds: int = 16) -> None:
-    """Log how well the judges of a folder judge held-out prompts, through the rewards that use them."""
+    """Log how well the judges of a folder judge held-out prompts, through the rewards that use them.
+
+    A picture of a star above a ring is also one "of a star and a ring": the choice among 64 prompts at random is
+    counted with and without the others that are true, that among the 64 most alike in spelling without them.
+    """
     clip = ClipFeatures(str(folder / "clip"), "clipscore", batch_size=64, device="cpu")
-    known = [*dict.fromkeys(row["prompt"] for row in grammar.split_shapes(per_task=86, held_out=True))]
-    known += [grammar.sign_prompt([word]) for word in grammar.words(held_out=True)]
+    known = [*held_out_shapes(), *(grammar.sign_prompt([word]) for word in grammar.words(held_out=True))]
     texts = clip.text_features(known)
-    among_any, among_alike = [], []
+    alike = torch.tensor([[Levenshtein.distance(one, other) for other in known] for one in known])
+    hits: dict[str, list[torch.Tensor]] = {"at random": [], "at random, one true": [], "most alike, one true": []}
     for number in range(rounds):
         prompts, scenes = held_out_examples(1000 + number, 64)
-        images = clip.image_features(pictures(scenes))
-        among_any.append((images @ clip.text_features(prompts).T).argmax(1) == torch.arange(64))
-        for image, prompt in zip(images, prompts, strict=True):
-            true = known.index(prompt)
-            alike = sorted(range(len(known)), key=lambda other: Levenshtein.distance(known[other], known[true]))[:64]
-            among_alike.append(int((texts[alike] @ image).argmax()) == alike.index(true))
-    hits = {"at random": torch.stack(among_any).float(), "alike": torch.tensor(among_alike).view(rounds, 64).float()}
-    for kind, found in hits.items():
-        shapes, signs = found[:, :32].mean().item(), found[:, 32:].mean().item()
-        log(f"clip: the true prompt is first of 64 {kind} for {shapes:.1%} of shapes, {signs:.1%} of signs")
+        own = torch.tensor([known.index(prompt) for prompt in prompts])
+        likeness = clip.image_features(pictures(scenes)) @ texts.T
+        others = also_true(known, scenes).scatter(1, own[:, None], False)
+        distance = alike[own].masked_fill(others, 10**6).scatter(1, own[:, None], -1)
+        nearest = distance.argsort(stable=True, dim=1)[:, :64]
+        hits["at random"].append(likeness[:, own].argmax(1) == torch.arange(64))
+        one = likeness.masked_fill(others, -2)
+        hits["at random, one true"].append(one[:, own].argmax(1) == torch.arange(64))
+        hits["most alike, one true"].append(one.gather(1, nearest).argmax(1) == 0)
+    for kind, parts in hits.items():
+        found = torch.stack(parts).float()
+        every, shapes, signs = (part.mean().item() for part in (found, found[:, :32], found[:, 32:]))
+        log(f"clip: own prompt first of 64 {kind}: {every:.1%} (shapes {shapes:.1%}, signs {signs:.1%})")
     taste = load("aesthetic", model=str(folder / "clip"), head=str(folder / "aesthetic.safetensors"), device="cpu")
     images, rating = quality_examples(1000, 0, 512)
-    scores = taste(images, [""] * len(images), [{}] * len(images))
+    scores = score(taste, images, [""] * len(images))
     better = (scores[rating == 10][:, None] > scores[rating < 10][None]).float().mean().item()
     fit = torch.corrcoef(torch.stack([scores, rating]))[0, 1].item()
     log(
         f"aesthetic: correlation {fit:.3f} with the rating; a clean picture above a spoilt one in {better:.1%} of pairs"
     )
+
+
+def _altered(picture: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy of a picture (64, 64, 3), uint8, with a box that does not belong: damage, or a piece of another one."""
+    kind = int(rng.integers(len(KINDS) + 3))
+    if kind < len(KINDS):
+        return damaged(picture, list(KINDS.values())[kind], rng)
+    copy = picture.copy()
+    height, width = rng.integers(8, 28, 2)
+    top, left = int(rng.integers(0, SIZE - height)), int(rng.integers(0, SIZE - width))
+    box = copy[top : top + height, left : left + width]
+    if kind == len(KINDS):
+        box[:] = other[top : top + height, left : left + width]
+    elif kind == len(KINDS) + 1:
+        box[:] = rng.permutation(box.reshape(-1, 3)).reshape(box.shape)
+    else:
+        box[:] = (box * rng.uniform(0.5, 1.1, 3) + rng.uniform(-40, 40, 3)).clip(0, 255)
+    return copy
+
+
+def sharpen_vit(vit: nn.Module, seed: int, steps: int, batch: int, log: Log) -> nn.Module:
+    """Go on with `train_vit`'s transformer so that its patches also tell what has been altered.
+
+    Telling things apart needs no eye for damage, and the pictures with noise of `train_vit` teach to overlook it. No
+    kind of damage that the artifact judge is tested on is used.
+    """
+    heads = nn.ModuleList([nn.Linear(WIDTH, len(CLASSES)), nn.Linear(WIDTH, 1)])
+    weight = torch.ones(len(CLASSES)).index_fill(0, torch.tensor([0]), 0.1)
+
+    def loss_of(step: int) -> torch.Tensor:
+        rng = np.random.default_rng([seed, 17, step])
+        scenes = [scene for _, scene in examples(seed, 4, step, batch)]
+        clean = [render(scene) for scene in scenes]
+        shown = [_altered(one, clean[i - 1], rng) if i % 2 else one for i, one in enumerate(clean)]
+        differing = np.abs(np.stack(shown).astype(int) - np.stack(clean)).max(-1) > 16
+        side = SIZE // PATCH
+        altered = differing.reshape(batch, side, PATCH, side, PATCH).sum((2, 4)).reshape(batch, -1) > 2
+        pixels = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2).float() / 255
+        patches = vit.forward_features((pixels - MEAN[0]) / STD[0])[:, 1:]
+        covers = torch.from_numpy(np.stack([patch_classes(scene) for scene in scenes]))
+        known = torch.where(torch.from_numpy(altered), -100, covers)  # what is under the damage is not asked
+        things = F.cross_entropy(heads[0](patches).flatten(0, 1), known.flatten(), weight)
+        wanted = torch.from_numpy(altered).float()
+        return things + 5 * F.binary_cross_entropy_with_logits(heads[1](patches).squeeze(-1), wanted)
+
+    _train("vit's eye for damage", nn.ModuleList([vit, heads]), loss_of, steps, 1e-3, log)
+    return vit

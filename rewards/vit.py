@@ -1,0 +1,78 @@
+"""A timm vision transformer as a frozen extractor of features: the backbone of DINO and artefact rewards.
+
+The input is made as the model's own config says (size, crop, interpolation, mean and standard deviation).
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data.config import resolve_model_data_config
+
+from rewards.base import RewardError, reason
+from rewards.pictures import read_picture
+from rewards.preprocessing import Mode, Preprocessing
+from rewards.weights import default_device, located
+
+_MODES: dict[str, Mode] = {"center": "shortest", "squash": "squash", "border": "longest"}
+
+
+def load_vit(model: str, reward: str = "vit") -> tuple[Any, Preprocessing]:
+    """A timm vision transformer without its classifier, in float32 for inference, and its preprocessing.
+
+    model: a timm name ("vit_base_patch14_dinov2.lvd142m"), a hub id ("hf-hub:timm/..."), a folder as
+        `timm.models.save_for_hf` writes it (config.json, model.safetensors), or a bundled one ("toyworld/judges/vit").
+    reward: whose error it is if that fails.
+    """
+    found = located(model)
+    try:
+        name = f"local-dir:{found}" if Path(found).is_dir() else found
+        module = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:
+        raise RewardError(f"reward {reward!r}: model {model!r} cannot be loaded with timm: {reason(error)}") from error
+    if getattr(module, "cls_token", None) is None or not hasattr(module, "patch_embed"):
+        raise RewardError(f"reward {reward!r}: model {model!r} is no vision transformer with a class token")
+    config = resolve_model_data_config(module)
+    crop = config["input_size"][1:]
+    resize = tuple(math.floor(side / config["crop_pct"]) for side in crop)
+    mode = _MODES[config["crop_mode"]]
+    mean, std, interpolation = config["mean"], config["std"], config["interpolation"]
+    fill = [round(255 * value) for value in mean]
+    return module.eval().requires_grad_(False), Preprocessing(resize, crop, mean, std, interpolation, mode, fill)
+
+
+class VisionBackbone:
+    """Features of images (B, 3, H, W) in [0, 1] of any size.
+
+    model: as `load_vit` takes it. device: the accelerator if there is one, unless it is named.
+    `dim` is the width D of the features, `size` the model's input (height, width), `grid` its patches.
+    """
+
+    def __init__(self, model: str, device: str | None = None, batch_size: int = 64, reward: str = "vit"):
+        if batch_size < 1:
+            raise RewardError(f"reward {reward!r}: batch_size must be at least 1, not {batch_size}")
+        self.device = torch.device(device or default_device())
+        module, self.preprocessing = load_vit(model, reward)
+        self.module = module.to(self.device)
+        self.batch_size = batch_size
+        self.size = self.preprocessing.crop
+        self.dim: int = self.module.num_features
+        self.grid: tuple[int, int] = self.module.patch_embed.grid_size
+
+    @torch.no_grad()
+    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The class token (B, D) and the patches (B, P, D), row by row, after the final norm; float32, not scaled."""
+        prefix = self.module.num_prefix_tokens
+        batches = [
+            self.module.forward_features(self.preprocessing(b.to(self.device))) for b in images.split(self.batch_size)
+        ]
+        tokens = torch.cat(batches)
+        return tokens[:, 0], tokens[:, prefix:]
+
+    def features_of_files(self, files: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features` of picture files of any sizes."""
+        parts = [self.features(read_picture(file)[None]) for file in files]
+        return torch.cat([own for own, _ in parts]), torch.cat([patches for _, patches in parts])
