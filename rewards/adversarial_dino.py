@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rewards.base import RewardError, TrainableReward
+from rewards.base import RewardError, TrainableReward, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, load_training_state, training_state
 from rewards.pictures import folder_pictures
@@ -64,10 +64,8 @@ class AdversarialDINO(TrainableReward):
         device: str | None = None,
         seed: int = 0,
     ):
-        counts = {"hidden": hidden, "updates": updates, "every": every, "batch": batch, "buffer": buffer}
-        for option, value in {**counts, "patches": patches, "frames": frames}.items():
-            if value < 1:
-                raise RewardError(f"reward {self.name!r}: {option} must be at least 1, not {value}")
+        at_least_one(self.name, hidden=hidden, updates=updates, every=every, batch=batch, buffer=buffer)
+        at_least_one(self.name, patches=patches, frames=frames)
         if not learning_rate > 0:
             raise RewardError(f"reward {self.name!r}: learning_rate must be above 0, not {learning_rate}")
         files = folder_pictures(references, self.name, "references")

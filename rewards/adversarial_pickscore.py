@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rewards.base import RewardError, TrainableReward
+from rewards.base import RewardError, TrainableReward, at_least_one
 from rewards.frames import chosen_frames
 from rewards.learning import counted, load_training_state, training_state
 from rewards.pickscore import MODEL, PickScore
@@ -46,9 +46,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
         seed: int = 0,
         **options: Any,
     ):
-        for option, value in {"layers": layers, "updates": updates, "batch": batch}.items():
-            if value < 1:
-                raise RewardError(f"reward {self.name!r}: {option} must be at least 1, not {value}")
+        at_least_one(self.name, layers=layers, updates=updates, batch=batch)
         if not learning_rate > 0:
             raise RewardError(f"reward {self.name!r}: learning_rate must be above 0, not {learning_rate}")
         files = pictures_by_prompt(references, self.name, "references")

@@ -190,6 +190,13 @@ def as_scores(result: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
     return scores
 
 
+def at_least_one(reward: str, **options: int | None) -> None:
+    """RewardError for the first option below 1; None stands for a default."""
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise RewardError(f"reward {reward!r}: {option} must be at least 1, not {value}")
+
+
 def import_object(spec: str) -> Any:
     """What "file.py:Name" or "package.module:Name" names; RewardError when it cannot be had."""
     source, _, name = spec.rpartition(":")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rapidfuzz.distance import Levenshtein
 
-from rewards.base import Reward, RewardError
+from rewards.base import Reward, RewardError, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
 
 TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
@@ -70,9 +70,7 @@ class OCR(Reward):
         threads: int | None = None,
         frames: int = 4,
     ):
-        for option, value in (("batch_size", batch_size), ("threads", threads), ("frames", frames)):
-            if value is not None and value < 1:
-                raise RewardError(f"reward 'ocr': {option} must be at least 1, not {value}")
+        at_least_one(self.name, batch_size=batch_size, threads=threads, frames=frames)
         from rewards.ocr_engine import READERS  # here, so that text_score needs no engine
 
         if mode not in READERS:

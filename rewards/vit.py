@@ -12,7 +12,7 @@ import timm
 import torch
 from timm.data.config import resolve_model_data_config
 
-from rewards.base import RewardError, reason
+from rewards.base import RewardError, at_least_one, reason
 from rewards.pictures import read_picture
 from rewards.preprocessing import Mode, Preprocessing
 from rewards.weights import default_device, located
@@ -52,8 +52,7 @@ class VisionBackbone:
     """
 
     def __init__(self, model: str, device: str | None = None, batch_size: int = 64, reward: str = "vit"):
-        if batch_size < 1:
-            raise RewardError(f"reward {reward!r}: batch_size must be at least 1, not {batch_size}")
+        at_least_one(reward, batch_size=batch_size)
         self.device = torch.device(device or default_device())
         module, self.preprocessing = load_vit(model, reward)
         self.module = module.to(self.device)

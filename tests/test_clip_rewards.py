@@ -32,6 +32,7 @@ from flowalign.toyworld import judges
 from flowalign.toyworld.pretraining import make_tokenizer
 from rewards import clip as clip_module
 from rewards.aesthetic import linear_layers
+from rewards.checkpoints import read_weights
 from rewards.vit import VisionBackbone
 
 PROMPTS = ["a photo of a red star", 'a sign that says "OWL"', "a photo of two rings"]
@@ -152,16 +153,19 @@ def test_pickscore_is_the_scaled_cosine_over_its_divisor(clip_folder):
     assert reward.range[1] == pytest.approx(scale.item() / 26)
 
 
-@pytest.mark.parametrize("size", [(224, 224), (100, 160)])
-def test_hpsv2_pads_and_reads_the_published_layout(tmp_path, size):
+@pytest.mark.parametrize("size", SIZES)
+def test_hpsv2_pads_and_reads_the_published_layout(open_clip_folder, tmp_path, size):
+    config = json.loads((open_clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-hps.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "tiny-hps.json")
     torch.manual_seed(0)
-    model, _, transform = open_clip.create_model_and_transforms("ViT-S-32-alt", image_resize_mode="longest")
+    model, _, transform = open_clip.create_model_and_transforms("tiny-hps", image_resize_mode="longest")
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "HPS.pt")
     pictures = levels(*size)
     files = torch.stack([transform(Image.fromarray(picture)) for picture in pictures])
     with torch.no_grad():
-        images, texts, _ = model.eval()(files, open_clip.get_tokenizer("ViT-S-32-alt")(PROMPTS))
-    reward = rewards.load("hpsv2", model="ViT-S-32-alt", weights=str(tmp_path / "HPS.pt"))
+        images, texts, _ = model.eval()(files, open_clip.get_tokenizer("tiny-hps")(PROMPTS))
+    reward = rewards.load("hpsv2", model="tiny-hps", weights=str(tmp_path / "HPS.pt"))
     torch.testing.assert_close(score(reward, tensor(pictures)), (images * texts).sum(-1), atol=1e-4, rtol=0)
 
 
@@ -229,7 +233,7 @@ def test_an_aesthetic_head_of_another_model_is_one_sentence(clip_folder, tmp_pat
 
 def test_the_published_aesthetic_head_can_be_read(shared):
     file = shared / "data" / "aesthetic_sac_logos_ava1_l14_linearMSE.pth"
-    layers = linear_layers(torch.load(file, weights_only=True), 768)
+    layers = linear_layers(read_weights(str(file), "aesthetic"), 768)
     assert [len(bias) for _, bias in layers] == [1024, 128, 64, 16, 1]
 
 
@@ -335,7 +339,7 @@ def test_imagereward_is_blip_with_the_published_weights(published):
     pixels = (media - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(deviation).view(3, 1, 1)
     text.config.is_decoder = False  # an encoder that reads both ways, as in BLIP
     for module in text.modules():
-        module.is_decoder = module.is_causal = False
+        module.is_causal = False
     expected = []
     for index, prompt in enumerate(prompts):  # one by one and without padding
         tokens = reward.tokenizer(prompt, return_tensors="pt")
@@ -354,10 +358,13 @@ def test_weights_that_are_not_imagerewards_are_one_sentence(published, tmp_path)
 
 
 def test_the_worlds_clip_tells_the_true_prompt_among_64():
-    prompts, scenes = judges.held_out_examples(seed=7, count=64)
-    reward = rewards.load("clipscore", model=JUDGE)
-    likeness = reward.image_features(judges.pictures(scenes)) @ reward.text_features(prompts).T
-    assert (likeness.argmax(1) == torch.arange(64)).float().mean() >= 0.9
+    reward, hits = rewards.load("clipscore", model=JUDGE), []
+    for seed in range(4):
+        prompts, scenes = judges.held_out_examples(seed, count=64)
+        likeness = reward.image_features(judges.pictures(scenes)) @ reward.text_features(prompts).T
+        others = judges.also_true(prompts, scenes) & ~torch.eye(64, dtype=torch.bool)
+        hits.append(likeness.masked_fill(others, -2).argmax(1) == torch.arange(64))
+    assert torch.stack(hits).float().mean() >= 0.88  # 0.905 over 1,024 pictures
 
 
 def test_the_worlds_aesthetic_head_prefers_clean_pictures():

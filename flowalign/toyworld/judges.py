@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -386,12 +387,13 @@ def _altered(picture: np.ndarray, other: np.ndarray, rng: np.random.Generator) -
     return copy
 
 
-def sharpen_vit(vit: nn.Module, seed: int, steps: int, batch: int, log: Log) -> nn.Module:
+def sharpen_vit(vit: Any, seed: int, steps: int, batch: int, log: Log) -> nn.Module:
     """Go on with `train_vit`'s transformer so that its patches also tell what has been altered.
 
     Telling things apart needs no eye for damage, and the pictures with noise of `train_vit` teach to overlook it. No
     kind of damage that the artifact judge is tested on is used.
     """
+    vit.requires_grad_(True)
     heads = nn.ModuleList([nn.Linear(WIDTH, len(CLASSES)), nn.Linear(WIDTH, 1)])
     weight = torch.ones(len(CLASSES)).index_fill(0, torch.tensor([0]), 0.1)
 

@@ -1,0 +1,74 @@
+"""Aesthetic: how much people would like the look of an image, from 1 to 10, whatever its prompt.
+
+Source: Schuhmann et al., 2022 (LAION's improved aesthetic predictor): linear layers, without activations between them,
+on the CLIP ViT-L/14 image embedding of length 1; used as a reward since DDPO (Black et al., 2023).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rewards.base import RewardError
+from rewards.checkpoints import read_weights
+from rewards.clip import ClipReward
+from rewards.frames import chosen_frames, mean_of_frames
+
+
+def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Weight and bias of the head's layers, named as published: layers.0.weight, layers.0.bias, layers.2.weight, ...
+
+    Raises ValueError unless they lead from embeddings of `width` to one number.
+    """
+    numbers = sorted(int(key.split(".")[1]) for key in weights if re.fullmatch(r"layers\.\d+\.weight", key))
+    if not numbers:
+        raise ValueError("it holds no layers.0.weight")
+    layers = [(weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"]) for number in numbers]
+    inputs = [width, *(len(bias) for _, bias in layers)]
+    for number, (weight, _), wanted in zip(numbers, layers, zip(inputs[1:], inputs, strict=False), strict=True):
+        if tuple(weight.shape) != wanted:
+            raise ValueError(f"layers.{number}.weight is {tuple(weight.shape)} and must be {wanted}")
+    if inputs[-1] != 1:
+        raise ValueError(f"its last layer gives {inputs[-1]} numbers and must give one")
+    return layers
+
+
+class Aesthetic(ClipReward):
+    """The predicted rating; nothing bounds it, though the published head gives about 1 to 10.
+
+    model: the CLIP model. head: the head's weights, a file or ORGANISATION/REPO/FILE on the hub;
+        "toyworld/judges/aesthetic.safetensors" is the head of the embedded world's CLIP.
+    The other options are those of `ClipReward`.
+    """
+
+    name = "aesthetic"
+
+    def __init__(
+        self,
+        model: str = "openai/clip-vit-large-patch14",
+        head: str = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
+        pretrained: str | None = None,
+        batch_size: int = 64,
+        frames: int = 4,
+        device: str | None = None,
+    ):
+        weights = read_weights(head, self.name)
+        super().__init__(model, batch_size, frames, device, pretrained=pretrained)
+        width = self.image_features(torch.zeros(1, 3, 8, 8)).shape[1]
+        try:
+            layers = linear_layers(weights, width)
+        except (ValueError, KeyError) as error:
+            raise RewardError(f"reward 'aesthetic': head {head} does not fit CLIP model {model}: {error}") from error
+        self.layers = [[part.to(self.device) for part in layer] for layer in layers]
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,)."""
+        frames, count = chosen_frames(media, self.frames)
+        hidden = self.image_features(frames)
+        for weight, bias in self.layers:
+            hidden = F.linear(hidden, weight, bias)
+        return mean_of_frames(hidden.squeeze(-1), count)

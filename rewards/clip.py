@@ -1,0 +1,148 @@
+"""CLIP models (Radford et al., 2021) from transformers or open_clip, as the backbone that several rewards share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import open_clip
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from rewards.base import Reward, RewardError, at_least_one, reason
+from rewards.frames import chosen_frames
+from rewards.preprocessing import Preprocessing, as_levels
+from rewards.weights import default_device, located
+
+
+class TransformersClip(nn.Module):
+    """A `CLIPModel` folder or hub id; tokenizer and image processor come from `processor`, by default the same."""
+
+    def __init__(self, model: str, processor: str | None):
+        super().__init__()
+        self.model, found = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        if found["missing_keys"]:
+            raise ValueError(f"the weights lack {min(found['missing_keys'])}")
+        self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+        self.processor = AutoImageProcessor.from_pretrained(processor or model)
+        self.length = self.model.config.text_config.max_position_embeddings
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1]."""
+        pixels = self.processor(images=as_levels(images), return_tensors="pt", device=images.device)["pixel_values"]
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embeddings (B, D), not normalised, of texts, each cut to the model's length."""
+        limits = {"padding": "max_length", "truncation": True, "max_length": self.length}
+        tokens = self.tokenizer(list(texts), **limits, return_tensors="pt")
+        return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+
+
+class OpenClip(nn.Module):
+    """An open_clip folder, "hf-hub:..." id, or architecture with its `pretrained` tag or weights file."""
+
+    def __init__(self, model: str, pretrained: str | None, resize_mode: str | None):
+        super().__init__()
+        name = f"local-dir:{model}" if Path(model).is_dir() else model
+        options = {"force_preprocess_cfg": {"resize_mode": resize_mode}} if resize_mode else {}
+        self.model = open_clip.create_model(name, pretrained, require_pretrained=True, **options)
+        self.tokenizer = open_clip.get_tokenizer(name)
+        config = self.model.visual.preprocess_cfg
+        size = config["size"] if isinstance(config["size"], tuple | list) else (config["size"],) * 2
+        fill = [config["fill_color"]] * 3  # one level
+        looks = config["mean"], config["std"], config["interpolation"], config["resize_mode"]
+        self.preprocessing = Preprocessing(tuple(size), tuple(size), *looks, fill)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1]."""
+        return self.model.encode_image(self.preprocessing(images))
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Embeddings (B, D), not normalised, of texts, each cut to the model's length."""
+        return self.model.encode_text(self.tokenizer(list(texts)).to(self.model.logit_scale.device))
+
+
+Clip = TransformersClip | OpenClip
+
+
+def load_clip(model: str, reward: str, device: str, **options: str | None) -> Clip:
+    """A frozen CLIP model in float32; RewardError, in the name of `reward`, if it cannot be loaded.
+
+    open_clip loads it when it has an option `pretrained`, begins with "hf-hub:" or is a folder of open_clip's. Options:
+    `pretrained` and `resize_mode` for open_clip, `processor` for transformers.
+    """
+    found = located(model)
+    pretrained, processor = options.get("pretrained"), options.get("processor")
+    try:
+        if pretrained or found.startswith("hf-hub:") or (Path(found) / "open_clip_config.json").is_file():
+            clip: Clip = OpenClip(found, pretrained, options.get("resize_mode"))
+        else:
+            clip = TransformersClip(found, processor and located(processor))
+    except Exception as error:
+        raise RewardError(f"reward {reward!r}: CLIP model {model!r} cannot be loaded: {reason(error)}") from error
+    return clip.to(device).eval().requires_grad_(False)
+
+
+_loaded: WeakValueDictionary[tuple[Any, ...], Clip] = WeakValueDictionary()
+
+
+def shared_clip(model: str, reward: str, device: str, **options: str | None) -> Clip:
+    """`load_clip` on a device, loaded once however many rewards ask for it, for as long as one of them lives."""
+    key = (located(model), str(torch.device(device)), *sorted(item for item in options.items() if item[1]))
+    _loaded[key] = clip = _loaded.get(key) or load_clip(model, reward, device, **options)
+    return clip
+
+
+class ClipFeatures:
+    """Embeddings of length 1 from a CLIP model, `batch_size` images or texts at once.
+
+    own: a model that nobody else uses, for who changes its weights.
+    """
+
+    def __init__(
+        self, model: str, reward: str, batch_size: int, device: str | None, own: bool = False, **options: str | None
+    ):
+        at_least_one(reward, batch_size=batch_size)
+        self.device = device or default_device()
+        self.clip = (load_clip if own else shared_clip)(model, reward, self.device, **options)
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, D) of images (B, 3, H, W) in [0, 1]."""
+        batches = [self.clip.encode_images(part.to(self.device)) for part in images.split(self.batch_size)]
+        return F.normalize(torch.cat(batches).float(), dim=-1)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """(B, D) of B texts; equal ones are encoded once."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        unique, size = list(rows), self.batch_size
+        batches = [self.clip.encode_texts(unique[i : i + size]) for i in range(0, len(unique), size)]
+        return F.normalize(torch.cat(batches).float(), dim=-1)[[rows[text] for text in texts]]
+
+
+class ClipReward(ClipFeatures, Reward):
+    """What the rewards on a CLIP model have in common.
+
+    model: a transformers folder or hub id, an open_clip folder or "hf-hub:..." id, or with `pretrained` (a tag or a
+        weights file) an open_clip architecture; "toyworld/judges/clip" is the embedded world's.
+    batch_size: how many images or texts the model takes at once. frames: how many of a video's frames are judged, the
+    middles of as many equal spans; the score is their mean. device: the accelerator if there is one.
+    """
+
+    changes_weights: ClassVar[bool] = False
+
+    def __init__(self, model: str, batch_size: int, frames: int, device: str | None, **options: str | None):
+        at_least_one(self.name, frames=frames)
+        super().__init__(model, self.name, batch_size, device, self.changes_weights, **options)
+        self.frames = frames
+
+    def cosines(self, media: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, int]:
+        """Cosine similarity (B * F,) of each item's frames and its prompt, and F."""
+        frames, count = chosen_frames(media, self.frames)
+        texts = self.text_features(prompts).repeat_interleave(count, 0)
+        return (self.image_features(frames) * texts).sum(-1).clamp(-1, 1), count

@@ -1,0 +1,52 @@
+"""PickScore: a CLIP model tuned on people's choices between images for one prompt.
+
+Source: Kirstain et al., 2023, eq. 1: s(image, prompt) = exp(logit scale) cos, about 18 to 25 for the published model.
+Flow-GRPO, DiffusionNFT and AWM divide by 26, so that good images lie near 1; so does this, and `divisor: 1` gives the
+paper's score. DanceGRPO and Pref-GRPO use the bare cosine, which `clipscore` with this model gives.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewards.base import RewardError
+from rewards.clip import ClipReward
+from rewards.frames import mean_of_frames
+
+MODEL = "yuvalkirstain/PickScore_v1"
+PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model's, as its authors use it
+
+
+class PickScore(ClipReward):
+    """exp(logit scale) cos / divisor.
+
+    processor: where tokenizer and image processor come from; for the published model its base model, else `model`.
+    The other options are those of `ClipReward`.
+    """
+
+    name = "pickscore"
+    prompt_sensitive = True
+
+    def __init__(
+        self,
+        model: str = MODEL,
+        processor: str | None = None,
+        divisor: float = 26.0,
+        batch_size: int = 64,
+        frames: int = 4,
+        device: str | None = None,
+    ):
+        if not divisor > 0:
+            raise RewardError(f"reward 'pickscore': divisor must be above 0, not {divisor}")
+        processor = processor or (PROCESSOR if model == MODEL else None)
+        super().__init__(model, batch_size, frames, device, processor=processor)
+        self.factor = self.clip.model.logit_scale.exp().item() / divisor
+        self.range = (-self.factor, self.factor)
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,)."""
+        cosines, count = self.cosines(media, prompts)
+        return mean_of_frames(self.factor * cosines, count)
