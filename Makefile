@@ -16,7 +16,7 @@ setup: .venv/installed
 
 demo: setup
 	rm -rf runs/demo
-	$(BIN)/flowalign train toyworld_ocr run.folder=runs/demo
+	$(BIN)/flowalign train toyworld_ocr_crd run.folder=runs/demo
 
 # Both parts run, whatever becomes of the first.
 test: setup

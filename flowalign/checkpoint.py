@@ -94,10 +94,14 @@ def load_checkpoint(
     return counters
 
 
-def load_weights(path: Path, policy: Policy) -> str:
-    """Put a checkpoint's weights in the policy, its average where it has one; returns the checkpoint's name."""
+def load_weights(path: Path, policy: Policy, rewards: Restore) -> str:
+    """Put a checkpoint's weights in the policy, its average where it has one; returns the checkpoint's name.
+
+    `rewards` gets what the rewards of the run had learnt.
+    """
     with _explained(path):
         _load_policy_state(path, policy)
+        rewards(load_file(path / "rewards.safetensors"))
     if "ema" in policy.snapshots:
         policy.load_trainable_state(policy.snapshots["ema"])
     return path.name

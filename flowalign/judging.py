@@ -50,11 +50,7 @@ class Judging:
             for name, shaping in self.shaping.items()
             if isinstance(shaping.reference, str)
         }
-        self.trainable = {
-            name: reward
-            for name, reward in self.rewards.items()
-            if isinstance(reward, TrainableReward) and reward.learns
-        }
+        self.trainable = learning(self.rewards)
         self._thread = ThreadPoolExecutor(1, "rewards")
         self._pending: list[Future[dict[str, Scores]]] = []
 
@@ -134,12 +130,7 @@ class Judging:
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put back what `state` gave; KeyError for a reward that it lacks."""
-        for name, reward in self.trainable.items():
-            prefix = f"{name}{_SEPARATOR}"
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if not own:
-                raise KeyError(f"nothing of reward {name!r}")
-            reward.load_state_dict(own)
+        load_learnt(self.trainable, state)
 
     def scored(self, scores: Mapping[str, Scores], prompts: Sequence[str]) -> Scored:
         """What the algorithm gets of the scores of B samples with their prompts."""
@@ -174,6 +165,21 @@ class Judging:
         own, all_prompts = torch.tensor(chosen).to(values), torch.tensor(everything).to(values)
         values[asked] = shape(shaping, values[asked], own, all_prompts)
         return Scores(values, asked)
+
+
+def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:
+    """Those of the rewards that learn."""
+    return {name: one for name, one in rewards.items() if isinstance(one, TrainableReward) and one.learns}
+
+
+def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torch.Tensor]) -> None:
+    """Give rewards what a run's `Judging.state` kept of them; KeyError for one of which it has nothing."""
+    for name, reward in rewards.items():
+        prefix = f"{name}{_SEPARATOR}"
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not own:
+            raise KeyError(f"nothing of reward {name!r}")
+        reward.load_state_dict(own)
 
 
 def shape(shaping: Shaping, values: torch.Tensor, own: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:

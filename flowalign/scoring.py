@@ -17,6 +17,7 @@ from flowalign.config import Recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
+from flowalign.judging import learning, load_learnt
 from flowalign.offline import GroupStore, collect
 from flowalign.policies.loading import load_policy
 from flowalign.runs import RunFolder, replace_text
@@ -157,6 +158,12 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     rewards = load_rewards(settings.rewards or recipe.rewards)
     rows = load_prompts(settings.prompts, settings.count)
     check_prompts(rows, rewards, settings.prompts)
+    learners = learning(rewards)
+    if learners and run is None:
+        raise UserError(
+            f"reward {next(iter(learners))!r} learns in training and says nothing before it; evaluate a run, or give "
+            "evaluation.rewards"
+        )
     policy = load_policy(recipe.model, device, recipe.run.seed)
     title, weights = f"{recipe.model.path} as it is", None
     if run is not None:
@@ -164,7 +171,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         if not found:
             raise UserError(f"{run.path} has no checkpoint yet")
         title = f"{run.path}, {found[-1].name}"
-        weights = load_weights(found[-1], policy)
+        weights = load_weights(found[-1], policy, lambda state: load_learnt(learners, state))
     with Display().evaluating(len(rows) * settings.images_per_prompt) as progress:
         evaluated = evaluate(policy, rows, rewards, settings, (recipe.model.height, recipe.model.width), progress)
     if run is not None:

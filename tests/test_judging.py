@@ -17,6 +17,8 @@ import rewards
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.display import Display
 from flowalign.judging import Judging
+from flowalign.runs import RunFolder
+from flowalign.scoring import evaluate_recipe
 from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import Reward, RewardError, TrainableReward
@@ -257,3 +259,29 @@ def test_a_run_waits_for_its_reward_server_and_goes_on(values: dict[str, Any], t
     assert len(killed) == 1
     ends = [trainer.policy.trainable_state() for trainer in (local, served)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_run_is_evaluated_with_what_its_rewards_had_learnt(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "moving.py").write_text(
+        "import torch\n"
+        "from rewards import TrainableReward\n"
+        "class Moving(TrainableReward):\n"
+        "    level = torch.zeros(())\n"
+        "    def __call__(self, media, prompts, metadata):\n"
+        "        return self.level + 0.001 * media.flatten(1).mean(1)\n"
+        "    def update(self, media, prompts, metadata, step):\n"
+        "        self.level = self.level + 1\n"
+        "        return {}\n"
+        "    def state_dict(self):\n"
+        "        return {'level': self.level}\n"
+        "    def load_state_dict(self, state):\n"
+        "        self.level = state['level']\n"
+    )
+    settings = {"prompts": values["prompts"], "steps": 2, "every": 0}
+    recipe = {**values, "rewards": {"moving": {"load": f"{tmp_path / 'moving.py'}:Moving"}}, "evaluation": settings}
+    Trainer(recipe_from_dict(recipe), display=Display(quiet=True)).run()
+    run, _ = RunFolder.open(Path(values["run"]["folder"]))
+    _, summary = evaluate_recipe(recipe_from_dict(recipe), run, "cpu")
+    assert summary["moving"]["mean"] == pytest.approx(2.0, abs=0.01)  # as after both steps
+    with pytest.raises(UserError, match="'moving' learns in training and says nothing before it"):
+        evaluate_recipe(recipe_from_dict(recipe), None, "cpu")
