@@ -81,7 +81,9 @@ def compare(
         )
     columns, rows = leaderboard(result)
     shown = [place for place, name in enumerate(columns) if name in ("recipe", "after", "gain") or " to " in name]
-    table = Table(*(columns[place] for place in shown))
+    table = Table()
+    for place in shown:
+        table.add_column(columns[place], no_wrap=columns[place] == "recipe")
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     console.print(table)

@@ -249,7 +249,8 @@ def test_several_servers_share_the_load():
         remote = RemoteReward(f"{a}/contrast,{b}/contrast")
         for _ in range(4):
             rewards.score(remote, pictures(8), ["cat"] * 8)
-    assert [sum(size for size, _ in judge.batches) for judge in (first, second)] == [16, 16]
+    shares = [sum(size for size, _ in judge.batches) for judge in (first, second)]
+    assert sum(shares) == 32 and min(shares) >= 8  # who is slower for a moment gets less
 
 
 def test_the_other_server_takes_over_when_one_dies():
