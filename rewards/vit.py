@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import timm
 import torch
@@ -35,17 +36,26 @@ def load_vit(model: str, reward: str = "vit") -> tuple[Any, Preprocessing]:
         raise RewardError(f"reward {reward!r}: model {model!r} cannot be loaded with timm: {reason(error)}") from error
     if getattr(module, "cls_token", None) is None or not hasattr(module, "patch_embed"):
         raise RewardError(f"reward {reward!r}: model {model!r} is no vision transformer with a class token")
+    return module.eval().requires_grad_(False), _preprocessing(module)
+
+
+def _preprocessing(module: Any) -> Preprocessing:
     config = resolve_model_data_config(module)
     crop = config["input_size"][1:]
     resize = tuple(math.floor(side / config["crop_pct"]) for side in crop)
     mode = _MODES[config["crop_mode"]]
     mean, std, interpolation = config["mean"], config["std"], config["interpolation"]
     fill = [round(255 * value) for value in mean]
-    return module.eval().requires_grad_(False), Preprocessing(resize, crop, mean, std, interpolation, mode, fill)
+    return Preprocessing(resize, crop, mean, std, interpolation, mode, fill)
+
+
+_loaded: WeakValueDictionary[tuple[str, str], torch.nn.Module] = WeakValueDictionary()
 
 
 class VisionBackbone:
     """Features of images (B, 3, H, W) in [0, 1] of any size.
+
+    The model is loaded once for a device, however many rewards use it, and kept while one of them lives.
 
     model: as `load_vit` takes it. device: the accelerator if there is one, unless it is named.
     `dim` is the width D of the features, `size` the model's input (height, width), `grid` its patches.
@@ -54,8 +64,12 @@ class VisionBackbone:
     def __init__(self, model: str, device: str | None = None, batch_size: int = 64, reward: str = "vit"):
         at_least_one(reward, batch_size=batch_size)
         self.device = torch.device(device or default_device())
-        module, self.preprocessing = load_vit(model, reward)
-        self.module = module.to(self.device)
+        key = (located(model), str(self.device))
+        module: Any = _loaded.get(key)
+        if module is None:
+            module = _loaded[key] = load_vit(model, reward)[0].to(self.device)
+        self.module = module
+        self.preprocessing = _preprocessing(module)
         self.batch_size = batch_size
         self.size = self.preprocessing.crop
         self.dim: int = self.module.num_features

@@ -16,7 +16,7 @@ from flowalign.assets import asset
 from rewards import Reward, RewardError, TrainableReward
 from rewards.adversarial_dino import AdversarialDINO, hinge_loss
 from rewards.adversarial_pickscore import AdversarialPickScore
-from rewards.artifact import fit, picture_logits, save_head, unlabelled_loss
+from rewards.artifact import Artifact, fit, picture_logits, save_head, unlabelled_loss
 from rewards.learning import Head
 from rewards.vit import VisionBackbone
 
@@ -277,3 +277,9 @@ def test_a_mistake_is_one_sentence_that_names_reward_and_option(
     with pytest.raises(RewardError, match=f"reward '{name}': .*{message}") as caught:
         rewards.load(name, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_rewards_on_one_vision_transformer_share_it(vit: Path, references: Path, head: Path) -> None:
+    first, second = dino(vit, references), rewards.load("artifact", head=str(head))
+    assert isinstance(second, Artifact)
+    assert first.backbone.module is second.backbone.module
