@@ -6,7 +6,9 @@ Images are uint8 arrays (N, H, W, 3), blue, green, red.
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from queue import SimpleQueue
 from typing import Any
 
 import cv2
@@ -23,6 +25,8 @@ NARROWING = 0.6
 # Widths go up in steps, so that lines share batches while none's width depends on its neighbours in the batch.
 WIDTH_STEP, LEAST_WIDTH, MOST_WIDTH = 32, 96, 1280
 
+MOST_ENGINES = 8  # each holds the models once more, about 100 MB
+
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, as of a slice
 
 
@@ -32,6 +36,10 @@ def _engine(batch_size: int, threads: int | None) -> Any:
         "Global.log_level": "error",  # it would warn of every image without text
         "Global.use_cls": False,  # text is upright, as in the published reward
         "Rec.rec_batch_num": batch_size,
+        # As PaddleOCR, with which the published reward reads: pictures are never enlarged for the detector. The
+        # engine's own default brings the shorter side to 736, at twice the time for 512 pixels.
+        "Det.limit_type": "max",
+        "Det.limit_side_len": 960,
     }
     if threads is not None:  # RapidOCR ignores a number above the cores there are
         params["EngineConfig.onnxruntime.intra_op_num_threads"] = min(threads, os.cpu_count() or 1)
@@ -39,19 +47,30 @@ def _engine(batch_size: int, threads: int | None) -> Any:
 
 
 class PageReader:
-    """Detector and recogniser, one image after the other; lines under the engine's confidence of 0.5 are left out."""
+    """Detector and recogniser, an image for each core at a time; lines under a confidence of 0.5 are left out.
+
+    One core an image reads nearly twice as fast as all cores on one image after the other.
+    """
 
     def __init__(self, batch_size: int, threads: int | None):
-        self.engine = _engine(batch_size, threads)
+        count = min(threads or MOST_ENGINES, os.cpu_count() or 1, MOST_ENGINES)
+        self.engines = [_engine(batch_size, 1) for _ in range(count)]
+        self.free: SimpleQueue[Any] = SimpleQueue()
+        for engine in self.engines:
+            self.free.put(engine)
+        self.pool = ThreadPoolExecutor(count, "ocr")
 
     def __call__(self, images: np.ndarray) -> list[list[str]]:
-        pages = []
-        for index, image in enumerate(images):
-            try:
-                pages.append(list(self.engine(image).txts or ()))
-            except Exception as error:
-                raise _failure(f"image {index}", error) from error
-        return pages
+        return list(self.pool.map(self._read, range(len(images)), images))
+
+    def _read(self, index: int, image: np.ndarray) -> list[str]:
+        engine = self.free.get()
+        try:
+            return list(engine(image).txts or ())
+        except Exception as error:
+            raise _failure(f"image {index}", error) from error
+        finally:
+            self.free.put(engine)
 
 
 class LineReader:

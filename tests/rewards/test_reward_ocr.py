@@ -243,7 +243,8 @@ def test_a_failing_engine_is_an_error_that_names_the_image(sign, monkeypatch):
     with pytest.raises(RewardError, match=r"'ocr': the engine failed on .*image 1: MemoryError: no room"):
         rewards.score(lines, media, ['"CAT"'] * 3)
     page = OCR("page")
-    monkeypatch.setattr(page.reader.engine, "detect_and_crop", out_of_memory)
+    for engine in page.reader.engines:
+        monkeypatch.setattr(engine, "detect_and_crop", out_of_memory)
     with pytest.raises(RewardError, match="'ocr': the engine failed on image 0: MemoryError: no room"):
         rewards.score(page, media, ['"CAT"'] * 3)
 
