@@ -187,6 +187,7 @@ def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_
     assert f"{best['name']} ends highest" in page.text and f"above {other['name']}" in page.text
 
 
+@pytest.mark.slow
 def test_resuming_keeps_what_is_finished_and_goes_on_with_the_rest(place: Path) -> None:
     output = place / "parts"
     first = compare(sources(place), BUDGET, output, seeds=(1,))

@@ -220,6 +220,7 @@ def cached_latents(tokenizer):
     return latents.half(), ids.to(torch.uint8)
 
 
+@pytest.mark.slow
 def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, tokenizer):
     data = cached_latents(tokenizer)
 
