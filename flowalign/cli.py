@@ -234,7 +234,11 @@ def serve(
     from rewards.server import serve as run_server
 
     options = options_by_reward(rewards, option or [])
-    loaded = {name.rpartition(":")[2]: zoo.load(name, **options[name]) for name in rewards}
+    served = [name.rpartition(":")[2] for name in rewards]
+    for name in served:
+        if served.count(name) > 1:
+            raise UserError(f"two rewards would be served as {name!r}; serve one of them at another port")
+    loaded = {short: zoo.load(name, **options[name]) for short, name in zip(served, rewards, strict=True)}
     run_server(loaded, host=host, port=port)
 
 

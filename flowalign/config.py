@@ -260,6 +260,14 @@ class Evaluation(Sampler):
     seed: int = 0
     """Of the noise."""
 
+    @field_validator("rewards")
+    @classmethod
+    def _measured_as_they_are(cls, rewards: dict[str, RewardSettings] | None) -> dict[str, RewardSettings] | None:
+        for name, entry in (rewards or {}).items():
+            if entry.shaping is not None:
+                raise ValueError(f"{name}.shaping: an evaluation measures rewards as they are; leave it out")
+        return rewards
+
 
 class Run(Section):
     """Where the run lives and when it ends."""

@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from flowalign.advantages import Scored
-from flowalign.config import Combine, Recipe, RewardSettings, Shaping
+from flowalign.config import Combine, Recipe, RewardSettings
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import load_rewards
 from flowalign.offline import GroupStore
 from flowalign.rollout import Samples
 from flowalign.settings import UserError
-from rewards import Reward, RewardError, TrainableReward, as_reward
+from rewards import Reward, TrainableReward, as_reward
 from rewards.combine import (
     Scores,
     agreement,
@@ -51,11 +51,20 @@ class Judging:
             if isinstance(shaping.reference, str)
         }
         self.trainable = learning(self.rewards)
+        if recipe.store is not None:
+            refuse_learning(self.rewards, "a store has fixed scores; train it with rollouts")
         self._thread = ThreadPoolExecutor(1, "rewards")
         self._pending: list[Future[dict[str, Scores]]] = []
 
     def check_prompts(self, rows: Sequence[Row]) -> None:
-        """Raises UserError for the first prompt of which a store of references knows nothing."""
+        """Raises UserError for the first prompt that the recipe's shaping or combination cannot be made for."""
+        for name in (self.recipe.combine.base, self.recipe.combine.bonus):
+            if name is not None and name in self.rewards:
+                for row in rows:
+                    if not self.rewards[name].applies_to({**row.metadata, "prompt": row.prompt}):
+                        raise UserError(
+                            f"combine: reward {name!r} does not apply to {row.prompt!r}; base and bonus must"
+                        )
         for name, known in self.references.items():
             for row in rows:
                 asked = self.rewards[name].applies_to({**row.metadata, "prompt": row.prompt})
@@ -154,22 +163,33 @@ class Judging:
         shaping, asked = self.shaping.get(name), score.applies
         if shaping is None or not asked.any():
             return score
+        values = score.values.clone()
+        if shaping.form == "standardise":  # over all prompts
+            listed = self.references.get(name, {}).values() or [shaping.reference]
+            values[asked] = standardised(values[asked], torch.tensor(list(listed)).to(values))
+            return Scores(values, asked)
         if isinstance(shaping.reference, str):
             known = self.references[name]
-            chosen = [known[prompt] for prompt, yes in zip(prompts, asked.tolist(), strict=True) if yes]
-            everything = [value for listed in known.values() for value in listed]
+            own = [known[prompt] for prompt, yes in zip(prompts, asked.tolist(), strict=True) if yes]
         else:
-            chosen = [list(shaping.reference)] * int(asked.sum())
-            everything = list(shaping.reference)
-        values = score.values.clone()
-        own, all_prompts = torch.tensor(chosen).to(values), torch.tensor(everything).to(values)
-        values[asked] = shape(shaping, values[asked], own, all_prompts)
+            own = [list(shaping.reference)] * int(asked.sum())
+        reference = torch.tensor(own).to(values)
+        if shaping.form == "sigmoid":
+            values[asked] = centred_sigmoid(values[asked], reference, shaping.scale)
+        else:
+            values[asked] = centred_log_sigmoid(values[asked], reference, shaping.quantile)
         return Scores(values, asked)
 
 
 def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:
     """Those of the rewards that learn."""
     return {name: one for name, one in rewards.items() if isinstance(one, TrainableReward) and one.learns}
+
+
+def refuse_learning(rewards: Mapping[str, Reward], why: str) -> None:
+    """Raises UserError for a reward that learns, where nothing has taught it yet: it would score everything alike."""
+    for name in learning(rewards):
+        raise UserError(f"reward {name!r} learns in training and says nothing before it; {why}")
 
 
 def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torch.Tensor]) -> None:
@@ -182,15 +202,6 @@ def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torc
         reward.load_state_dict(own)
 
 
-def shape(shaping: Shaping, values: torch.Tensor, own: torch.Tensor, everything: torch.Tensor) -> torch.Tensor:
-    """Values (B,) as the recipe shapes them, by the references (B, M) of their prompts and those of all prompts."""
-    if shaping.form == "standardise":
-        return standardised(values, everything)
-    if shaping.form == "sigmoid":
-        return centred_sigmoid(values, own, shaping.scale)
-    return centred_log_sigmoid(values, own, shaping.quantile)
-
-
 def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: Combine) -> torch.Tensor:
     """The one number (B,) that the recipe makes of the scores."""
     if combine.form == "worst":
@@ -198,7 +209,6 @@ def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: C
     if combine.form == "uncertainty":
         return uncertainty_weighted(scores, weights, combine.penalty)
     if combine.form == "bonus":
-        if combine.base is None or combine.bonus is None:
-            raise RewardError("combine.form bonus needs combine.base and combine.bonus")
+        assert combine.base is not None and combine.bonus is not None  # the recipe was checked
         return base_and_bonus(scores, combine.base, combine.bonus, combine.floor)
     return weighted_sum(scores, weights)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flowalign.config import Recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
-from flowalign.judging import learning, load_learnt
+from flowalign.judging import learning, load_learnt, refuse_learning
 from flowalign.offline import GroupStore, collect
 from flowalign.policies.loading import load_policy
 from flowalign.runs import RunFolder, replace_text
@@ -40,7 +41,7 @@ def read_images(folder: Path, prompts: Path) -> tuple[list[Row], list[Path]]:
 
 def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths: Sequence[Path]) -> list[float]:
     """The score of each image; sizes may differ from image to image."""
-    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    judge = _judge(reward, options)
     check_prompts(rows, {judge.name: judge}, "given")
     scores = [0.0] * len(paths)
     with Display().evaluating(len(paths)) as progress:
@@ -71,6 +72,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     if recipe.store is None:
         raise UserError("the recipe names no store; give store=FOLDER")
     rewards = load_rewards(recipe.rewards)
+    refuse_learning(rewards, "collect with other rewards")
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
     policy = load_policy(recipe.model, device, recipe.run.seed)
@@ -81,18 +83,14 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
 def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
     """Add a reward to a store; (N, G), NaN where it does not apply."""
     store = GroupStore.open(path)
-    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    judge = _judge(reward, options)
     with Display().evaluating(len(store) * store.manifest["group_size"]) as progress:
         return store.rescore(name or judge.name, judge, progress)
 
 
 def described_rewards() -> list[tuple[str, str]]:
     """Every reward's name and the first sentence of what it is."""
-    found = []
-    for name in zoo.available():
-        summary = zoo.describe(name)
-        found.append((name, summary))
-    return found
+    return [(name, zoo.describe(name)) for name in zoo.available()]
 
 
 def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: Path | None) -> list[zoo.Finding]:
@@ -106,6 +104,13 @@ def check_reward(reward: str, options: Sequence[str], images: Path | None, promp
         raise UserError(f"--images {images}: the pictures must be of one size to be tried together")
     items = zoo.Items(torch.stack(pictures), [row.prompt for row in rows], [row.metadata for row in rows])
     return zoo.check(judge, items)
+
+
+def _judge(reward: str, options: Sequence[str]) -> zoo.Reward:
+    """A reward that can score as it is."""
+    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    refuse_learning({judge.name: judge}, "name it in a recipe")
+    return judge
 
 
 def options_by_reward(rewards: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -158,12 +163,8 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     rewards = load_rewards(settings.rewards or recipe.rewards)
     rows = load_prompts(settings.prompts, settings.count)
     check_prompts(rows, rewards, settings.prompts)
-    learners = learning(rewards)
-    if learners and run is None:
-        raise UserError(
-            f"reward {next(iter(learners))!r} learns in training and says nothing before it; evaluate a run, or give "
-            "evaluation.rewards"
-        )
+    if run is None:
+        refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = load_policy(recipe.model, device, recipe.run.seed)
     title, weights = f"{recipe.model.path} as it is", None
     if run is not None:
@@ -171,7 +172,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         if not found:
             raise UserError(f"{run.path} has no checkpoint yet")
         title = f"{run.path}, {found[-1].name}"
-        weights = load_weights(found[-1], policy, lambda state: load_learnt(learners, state))
+        weights = load_weights(found[-1], policy, partial(load_learnt, learning(rewards)))
     with Display().evaluating(len(rows) * settings.images_per_prompt) as progress:
         evaluated = evaluate(policy, rows, rewards, settings, (recipe.model.height, recipe.model.width), progress)
     if run is not None:

@@ -170,6 +170,7 @@ def test_mistakes_in_checking_and_serving_are_one_sentence(tmp_path: Path, pictu
     assert "did you mean 'ocr'" in failing("rewards", "check", "orc")
     assert "must be written REWARD.KEY=VALUE" in failing("serve", "compressibility", "--option", "quality=3")
     assert "has no option 'qualty'" in failing("serve", "compressibility", "--option", "compressibility.qualty=3")
+    assert "two rewards would be served as 'ocr'" in failing("serve", "ocr", "rewards.ocr:ocr")
     assert "FLOWALIGN_TOKEN" in failing("serve", "compressibility", "--host", "0.0.0.0")
 
 

@@ -18,7 +18,7 @@ from flowalign.config import Recipe, recipe_from_dict
 from flowalign.display import Display
 from flowalign.judging import Judging
 from flowalign.runs import RunFolder
-from flowalign.scoring import evaluate_recipe
+from flowalign.scoring import collect_recipe, evaluate_recipe, score_images
 from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import Reward, RewardError, TrainableReward
@@ -195,6 +195,10 @@ def test_a_shaped_reward_is_learnt_from_shaped_and_measured_as_it_is(values: dic
         ({"combine": {"disagreement": 1.0}, "rewards": {"first": 1.0}}, "needs two rewards or more"),
         ({"combine": {"form": "worst"}, "algorithm": {"name": "marble"}}, "marble takes each reward by itself"),
         (
+            {"evaluation": {"rewards": {"first": {"shaping": {"form": "sigmoid", "reference": [1]}}}}},
+            "an evaluation measures rewards as they are",
+        ),
+        (
             {"rewards": {"first": {"shaping": {"form": "sigmoid", "reference": []}}}},
             "rewards.first.shaping.reference",
         ),
@@ -285,3 +289,42 @@ def test_a_run_is_evaluated_with_what_its_rewards_had_learnt(values: dict[str, A
     assert summary["moving"]["mean"] == pytest.approx(2.0, abs=0.01)  # as after both steps
     with pytest.raises(UserError, match="'moving' learns in training and says nothing before it"):
         evaluate_recipe(recipe_from_dict(recipe), None, "cpu")
+
+
+LEARNER = (
+    "import torch\n"
+    "from rewards import TrainableReward\n"
+    "class Learner(TrainableReward):\n"
+    "    def __call__(self, media, prompts, metadata):\n"
+    "        return torch.zeros(len(media))\n"
+    "    def update(self, media, prompts, metadata, step):\n"
+    "        return {}\n"
+    "    def state_dict(self):\n"
+    "        return {}\n"
+    "    def load_state_dict(self, state):\n"
+    "        pass\n"
+)
+
+
+def test_a_reward_that_nothing_has_taught_scores_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "learner.py").write_text(LEARNER)
+    spec, store = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
+    offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "store": store}
+    with pytest.raises(UserError, match=r"'learner' learns in training .* a store has fixed scores"):
+        Judging(recipe_from_dict(offline), None)
+    with pytest.raises(UserError, match=r"'learner' learns in training .* collect with other rewards"):
+        collect_recipe(recipe_from_dict(offline), "cpu")
+    with pytest.raises(UserError, match=r"'learner' learns in training .* name it in a recipe"):
+        score_images(spec, [], [], [])
+
+
+def test_base_and_bonus_must_apply_to_every_prompt(values: dict[str, Any]) -> None:
+    class Picky(Level):
+        def applies_to(self, row: Mapping[str, Any]) -> bool:
+            return "ring" not in row["prompt"]
+
+    recipe = recipe_from_dict(
+        {**values, "rewards": TWO, "combine": {"form": "bonus", "base": "first", "bonus": "second"}}
+    )
+    with pytest.raises(UserError, match="reward 'second' does not apply to 'a photo of a red ring'"):
+        Trainer(recipe, display=Display(quiet=True), rewards={"first": Level(), "second": Picky()})
