@@ -1,4 +1,4 @@
-"""The command line: `flowalign train compare collect sample score eval report serve rewards recipes doctor`."""
+"""The command line: `flowalign train compare collect sample score eval data report serve rewards recipes doctor`."""
 
 import errno
 import json
@@ -14,11 +14,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowalign.cli_evaluate import data_app, eval_app
+from flowalign.command import console, quiet_libraries
+from flowalign.command import device as _device
 from flowalign.settings import UserError
 from rewards import RewardError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
-console = Console(highlight=False)
+app.add_typer(eval_app, name="eval")
+app.add_typer(data_app, name="data")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
 
 
@@ -92,7 +96,7 @@ def compare(
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder or a hub id")],
+    model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
     adapter: Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")] = None,
     output: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
@@ -107,9 +111,9 @@ def sample(
 ) -> None:
     """Draw pictures."""
     quiet_libraries()
-    from flowalign.config import Model, Sampler
+    from flowalign.config import Sampler
     from flowalign.data import Row
-    from flowalign.policies.loading import load_policy, toyworld_model
+    from flowalign.policies.loading import load_policy, model_settings
     from flowalign.rollout import rollout
     from flowalign.runs import save_pictures
     from flowalign.sampling.noise import EVALUATION
@@ -118,13 +122,7 @@ def sample(
         raise UserError("a prompt is empty; write what to draw")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder; choose another")
-    settings = toyworld_model() if model == "toyworld" else Model(path=model)
-    changes: dict[str, object] = {"adapter": str(adapter) if adapter else None}
-    if size is not None:
-        changes |= {"height": size, "width": size}
-    if max_sequence_length is not None:
-        changes["max_sequence_length"] = max_sequence_length
-    settings = settings.model_copy(update=changes)
+    settings = model_settings(model, adapter, size, max_sequence_length)
     policy = load_policy(settings, _device())
     rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
     sampler = Sampler(steps=steps, guidance=guidance)
@@ -186,28 +184,6 @@ def score(
     console.print(f"mean {sum(scores) / len(scores):.4f} of {len(scores)} images")
     if output is not None:
         write_scores(output, paths, rows, scores)
-
-
-@app.command("eval")
-def evaluate(
-    target: Annotated[str, typer.Argument(help="a recipe (its model as it is) or a run folder (its last checkpoint)")],
-    overrides: Overrides = None,
-) -> None:
-    """Measure a model on a recipe's held-out prompts."""
-    quiet_libraries()
-    from flowalign.config import load_recipe
-    from flowalign.display import summary_table
-    from flowalign.runs import RunFolder
-    from flowalign.scoring import evaluate_recipe
-
-    if Path(target).is_dir():
-        run, _ = RunFolder.open(Path(target))
-        recipe = load_recipe(run.path / "recipe.yaml", overrides or [])
-        title, summary = evaluate_recipe(recipe, run, _device())
-    else:
-        recipe = load_recipe(target, overrides or [])
-        title, summary = evaluate_recipe(recipe, None, _device())
-    console.print(summary_table(title, summary))
 
 
 @app.command()
@@ -342,12 +318,6 @@ def _interruptible() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _print_gain(folder: Path) -> None:
     """First and last evaluation side by side."""
     files = sorted((folder / "evaluations").glob("step_*.json")) if (folder / "evaluations").is_dir() else []
@@ -359,17 +329,6 @@ def _print_gain(folder: Path) -> None:
         first, last = before[name]["mean"], after[name]["mean"]
         table.add_row(name, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}")
     console.print(table)
-
-
-def quiet_libraries() -> None:
-    """The loading bars and notices of the model libraries say nothing that a user of ours can act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowalign.cli import quiet_libraries
+from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.display import Display
 from flowalign.trainer import Trainer

@@ -103,7 +103,7 @@ def test_samples_are_drawn_into_an_empty_folder(tiny_model: Path, tmp_path: Path
         (["train", "toyworld_ocr", "prompts=list.csv"], "use a .txt or .jsonl file"),
         (["train", "toyworld_ocr", "rewards.ocr.options.mod=page"], "mod"),
         (["train", "toyworld_ocr", "rewards={orc: 1}"], "orc"),
-        (["eval", "toyworld_ocr", "evaluation.prompts=null"], "has no evaluation.prompts"),
+        (["eval", "recipe", "toyworld_ocr", "evaluation.prompts=null"], "has no evaluation.prompts"),
         (["report", "/no/run"], "/no/run"),
         (["sample", "/no/model", "a star"], "'/no/model' does not exist"),
         (["sample", "toyworld", ""], "a prompt is empty"),

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from flowalign.assets import asset
-from flowalign.config import Model
+from flowalign.config import Model, load_recipe
 from flowalign.policies.base import Policy
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.settings import UserError
+
+EMBEDDED = "toyworld"  # the name of the model that comes with the package
 
 # Pipeline class in model_index.json -> policy(path, model settings, device, seed).
 FAMILIES: dict[str, Callable[[Path | str, Model, torch.device, int], Policy]] = {
@@ -24,8 +26,8 @@ def load_policy(model: Model | str, device: torch.device | str = "cpu", seed: in
     Raises UserError for a missing folder, one that is no diffusers pipeline, or a class without an adapter.
     """
     if isinstance(model, str):
-        model = toyworld_model() if model == "toyworld" else Model(path=model)
-    path: Path | str = asset("toyworld/model") if model.path == "toyworld" else model.path
+        model = model_settings(model)
+    path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else model.path
     name = _pipeline_class(path)
     if name not in FAMILIES:
         raise UserError(f"model.path {model.path!r} is a {name}; supported are {', '.join(FAMILIES)}")
@@ -36,7 +38,40 @@ def load_policy(model: Model | str, device: torch.device | str = "cpu", seed: in
 
 def toyworld_model() -> Model:
     """The settings that fit the embedded model."""
-    return Model(path="toyworld", height=64, width=64, max_sequence_length=0)
+    return Model(path=EMBEDDED, height=64, width=64, max_sequence_length=0)
+
+
+def model_settings(
+    model: str, adapter: Path | None = None, size: int | None = None, max_sequence_length: int | None = None
+) -> Model:
+    """The settings of a model by what a person calls it: toyworld, a pipeline folder, a hub id or a run folder.
+
+    A run folder stands for its recipe's model with its lora/. size: pixels of a side; None keeps the model's defaults.
+    Raises UserError for a run folder whose trained weights are no single adapter, or with an `adapter` beside it.
+    """
+    if (Path(model) / "recipe.yaml").is_file():
+        settings = _run_model(Path(model), adapter)
+    else:
+        settings = toyworld_model() if model == EMBEDDED else Model(path=model)
+        settings = settings.model_copy(update={"adapter": str(adapter) if adapter else None})
+    changes: dict[str, int] = {} if size is None else {"height": size, "width": size}
+    if max_sequence_length is not None:
+        changes["max_sequence_length"] = max_sequence_length
+    return settings.model_copy(update=changes)
+
+
+def _run_model(run: Path, adapter: Path | None) -> Model:
+    settings = load_recipe(run / "recipe.yaml").model
+    if adapter is not None:
+        raise UserError(
+            f"{run} is a run folder, whose own lora/ is used; leave --adapter out, or name its model instead"
+        )
+    if settings.lora is None or settings.adapter is not None:
+        how = "trained all weights" if settings.lora is None else "started from an adapter"
+        raise UserError(f"the run in {run} {how}, so lora/ alone is not its model; use `flowalign eval recipe {run}`")
+    if not (run / "lora").is_dir():
+        raise UserError(f"{run} has no lora/ yet; it appears when the run ends")
+    return settings.model_copy(update={"adapter": str(run / "lora")})
 
 
 def _pipeline_class(path: Path | str) -> str:

@@ -14,7 +14,7 @@ from peft import get_peft_model_state_dict
 from flowalign.config import Model
 from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Condition, Grid, Policy, forward_dtype
-from flowalign.policies.weights import train_lora_or_all
+from flowalign.policies.weights import merge_adapter, train_lora_or_all
 
 TARGETS = {
     "attention": (
@@ -37,9 +37,7 @@ class SD3Policy(Policy):
         precision = {"vae": torch.float32, "default": self.dtype}  # a VAE in half precision shows in the pictures
         self.pipeline = StableDiffusion3Pipeline.from_pretrained(path, dtype=precision, **_absent(path))
         if model.adapter:
-            self.pipeline.load_lora_weights(model.adapter)
-            self.pipeline.fuse_lora()
-            self.pipeline.unload_lora_weights()
+            merge_adapter(self.pipeline, model.adapter)
         for part in (self.pipeline.vae, self.pipeline.transformer, *self._text_encoders()):
             part.requires_grad_(False).eval()
         self.pipeline.to(device)

@@ -1,11 +1,15 @@
-"""Which weights learn: low-rank adapters, or all of the transformer."""
+"""Which weights learn: low-rank adapters, or all of the transformer; and adapters merged before that."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
 
 from flowalign.config import Lora
 from flowalign.settings import UserError
@@ -42,3 +46,29 @@ def train_lora_or_all(policy: "Policy", lora: Lora | None, targets: Mapping[str,
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast casts the small weights, not the large inputs
+
+
+def merge_adapter(pipeline: Any, folder: str) -> None:
+    """Merge a LoRA folder in diffusers format into a pipeline's weights.
+
+    Raises UserError for a folder without one, a damaged file, or an adapter of another model: diffusers loads one that
+    has nothing for the transformer without a word.
+    """
+    file = Path(folder) / "pytorch_lora_weights.safetensors"
+    if not file.is_file():
+        raise UserError(f"model.adapter: {folder!r} holds no {file.name}; give a LoRA folder, such as a run's lora/")
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(logging.CRITICAL)  # it would print every weight that does not fit
+    try:
+        with safe_open(file, "pt") as opened:
+            if not any(key.startswith("transformer.") for key in opened.keys()):  # noqa: SIM118 - no mapping
+                raise ValueError("nothing in it is for the transformer")
+        pipeline.load_lora_weights(folder)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        what = " ".join(str(error).split())
+        what = what if len(what) <= 160 else what[:157] + "..."
+        raise UserError(f"model.adapter: {folder!r} is no adapter of this model: {what}") from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
