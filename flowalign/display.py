@@ -20,6 +20,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from flowalign.config import Recipe
+    from flowalign.evaluate.hacking import Audit
     from flowalign.selftest import Check
 
 Summary = Mapping[str, Mapping[str, Any]]
@@ -72,14 +73,14 @@ class Display:
         self._progress = self._task = None
 
     @contextmanager
-    def evaluating(self, pictures: int) -> Iterator[Callable[[int], None]]:
+    def evaluating(self, pictures: int, doing: str = "evaluating") -> Iterator[Callable[[int], None]]:
         """A second bar while pictures are drawn and scored; yields the function that moves it."""
         if self._progress is None:
-            with self.training(0, 0), self.evaluating(pictures) as advance:
+            with self.training(0, 0), self.evaluating(pictures, doing) as advance:
                 yield advance
             return
         progress = self._progress
-        task = progress.add_task("evaluating", total=pictures, note="")
+        task = progress.add_task(doing, total=pictures, note="")
         yield lambda count: progress.update(task, advance=count)
         progress.remove_task(task)
 
@@ -108,6 +109,12 @@ class Display:
             parts.append(text)
         self._first_summary = self._first_summary or summary
         self.say(f"evaluation at step {step}: {', '.join(parts)}  [{seconds:.0f} s]")
+
+    def audit(self, step: int, audit: "Audit") -> None:
+        """What an evaluation's audit found."""
+        panel = "" if audit.panel is None else f"held-out rewards {audit.panel:+.2f} seed deviations, "
+        found = "; ".join(audit.alarms) or "all inside the base model's bands"
+        self.say(f"{'ALARM' if audit.alarms else 'audit'} at step {step}: {found}  [{panel}KL {audit.kl:.1f} nats]")
 
     def finished(self, folder: Path, report: Path) -> None:
         """Where to look."""

@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,13 @@ class RunFolder:
             replace_text(self.path / "samples" / name / "prompts.json", json.dumps([prompts[i] for i in shown]) + "\n")
         return summary
 
+    def keep_weights(self, name: str, export: Callable[[Path], None], about: Mapping[str, Any]) -> None:
+        """Write weights under a name of their own, such as best, with the step and audit of their evaluation."""
+        with replaced_folder(self.path / name) as folder:
+            export(folder)
+            kept = {key: about[key] for key in ("step", "audit")}
+            (folder / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n")
+
 
 def _step_of(line: str) -> int:
     """The step of a metrics line; -1 for one that a kill cut short."""
@@ -151,14 +159,25 @@ def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:
     """PNG files 00.png, 01.png, ... of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole."""
+    with replaced_folder(folder) as partial:
+        for index, picture in enumerate(to_uint8(images)):
+            Image.fromarray(picture).save(partial / f"{index:02d}.png")
+    return sorted(folder.glob("*.png"))
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `folder`; of one that was not filled nothing is left."""
     partial = folder.with_name(f".partial_{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for index, picture in enumerate(to_uint8(images)):
-        Image.fromarray(picture).save(partial / f"{index:02d}.png")
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    return sorted(folder.glob("*.png"))
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

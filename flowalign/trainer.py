@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from flowalign.algorithms import Batch
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.config import Evaluation, Recipe
-from flowalign.data import load_prompts, step_rows
+from flowalign.data import Row, load_prompts, step_rows
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import check_prompts, evaluate, gathered, load_rewards
+from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, gathered
 from flowalign.evaluate.report import write_report
+from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.judging import Judging
 from flowalign.learner import Learner
@@ -60,8 +61,12 @@ class Trainer:
             step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
         settings = recipe.evaluation
         self.evaluation_rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
-        self.evaluation_rewards = load_rewards(settings.rewards) if settings.rewards else self.judging.rewards
+        self.evaluation_rewards, weights = evaluation_rewards(recipe, self.judging)
         check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
+        self.guarding: Guarding | None = None
+        if recipe.guard and self.evaluation_rows:
+            training_rows = self.store.rows if self.store is not None else self.rows
+            self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, training_rows)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             log_with=list(recipe.run.trackers) or None,
@@ -97,6 +102,7 @@ class Trainer:
             self.policy.forwards = forwards // self.world
         self.seconds: dict[str, float] = defaultdict(float)
         self.tested = False
+        self.evaluated_at: int | None = None
         if self.main:
             self.run_folder = RunFolder.create(recipe, resume=resume)
         self.accelerator.wait_for_everyone()
@@ -119,7 +125,7 @@ class Trainer:
         with asked_to_stop(self.display.say) as self.stop, self.display.training(train.steps, self.step):
             if self.step == 0:
                 self._evaluate()
-            while self.step < train.steps and not self._out_of_time():
+            while self.step < train.steps and not self._out_of_time() and not self._guarded():
                 self._train_step()
                 due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
                 if due and self.step < train.steps and not self._out_of_time():
@@ -129,12 +135,14 @@ class Trainer:
                 if self.stop.is_set():
                     self._report(stopped="asked to stop")
                     raise Interrupted(f"stopped after step {self.step} of {train.steps}; go on with --resume")
-            self._evaluate()
+            if self.evaluated_at != self.step:
+                self._evaluate()
             self._checkpoint()
             if self.main:
                 with self.averaged():
                     self.policy.export(self.run_folder.adapter)
-        self._report(finished=now(), minutes=self.minutes)
+        why = "sustained alarm" if self._guarded() else None
+        self._report(finished=now(), minutes=self.minutes, stopped=why)
         if recipe.run.trackers:
             self.accelerator.end_training()
         return self.run_folder.path
@@ -272,11 +280,12 @@ class Trainer:
             return
         started = time.perf_counter()
         forwards = self.policy.forwards
-        shard = self.evaluation_rows[self.rank :: self.world]
-        with self.averaged(), self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
-            own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress)
+        with self.averaged():
+            evaluated = self._measure(self.evaluation_rows, settings)
+            audit = None
+            if self.guarding:
+                audit = self.guarding.audit(self.policy, evaluated, self._measure, untrained=self.step == 0)
         self.policy.forwards = forwards  # measuring is not part of the training budget
-        evaluated = own if self.world == 1 else gathered(own, settings.pictures)
         about = {
             "step": self.step,
             "minutes": self.minutes,
@@ -285,10 +294,33 @@ class Trainer:
             "sampler_steps": settings.steps,
             "seconds": time.perf_counter() - started,
         }
+        best: list[str] = []
+        if self.guarding and audit:
+            about["audit"] = audit.contents()
+            best = self.guarding.conclude(about["audit"])
         if self.main:
             summary = self.run_folder.write_evaluation(f"step_{self.step:06d}", evaluated, about)
             self.display.evaluation(self.step, summary, about["seconds"])
+            for name in best:
+                with self.averaged():
+                    self.run_folder.keep_weights(name, self.policy.export, about)
+        if audit:
+            self.display.audit(self.step, audit)
+        self.evaluated_at = self.step
         self.accelerator.wait_for_everyone()
+
+    def _measure(self, rows: Sequence[Row], settings: Evaluation) -> Evaluated:
+        """The evaluation of rows with the weights as they are, shared among the processes, known to all of them."""
+        shard = rows[self.rank :: self.world]
+        observe = self.guarding.auditor.observe if self.guarding else None
+        with self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
+            own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe)
+        return own if self.world == 1 else gathered(own, settings.pictures)
+
+    def _guarded(self) -> bool:
+        """Whether the guard ends the run."""
+        guard = self.recipe.guard
+        return bool(guard and guard.stop and self.guarding and self.guarding.sustained)
 
     def _checkpoint(self) -> None:
         if self.main:
@@ -316,6 +348,9 @@ class Trainer:
             self.minutes, self.policy.forwards = counters["minutes"], counters["forwards"]
         if self.main:
             self.run_folder.forget_after(self.step)
+        self.accelerator.wait_for_everyone()
+        if self.guarding:
+            self.guarding.restore(self.run_folder.path)
 
     def _report(self, **info: Any) -> None:
         if self.main:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from rewards.base import Reward, RewardError, at_least_one, reason, shown
-from rewards.clip import ClipFeatures
+from rewards.features import unit_features
 from rewards.frames import chosen_frames, mean_of_frames
 from rewards.pictures import read_picture
-from rewards.vit import VisionBackbone
 
 
 class Similarity(Reward):
@@ -43,8 +41,6 @@ class Similarity(Reward):
         frames: int = 4,
         device: str | None = None,
     ):
-        if backbone not in ("timm", "clip"):
-            raise RewardError(f"reward 'similarity': backbone must be 'timm' or 'clip', not {backbone!r}")
         at_least_one(self.name, frames=frames)
         place = Path(references).expanduser()
         if not place.exists():
@@ -53,11 +49,7 @@ class Similarity(Reward):
         self.by_prompt = None if place.is_dir() else _read_rows(place)
         self.frames = frames
         self.known: dict[str, torch.Tensor] = {}
-        if backbone == "clip":
-            self.features = ClipFeatures(model, self.name, batch_size, device).image_features
-        else:
-            vit = VisionBackbone(model, device, batch_size, self.name)
-            self.features = lambda images: F.normalize(vit.features(images)[0], dim=-1)
+        self.features = unit_features(model, backbone, batch_size, device, self.name)
         for names in (self.by_prompt or {}).values():
             for name in names:
                 self._reference(name)

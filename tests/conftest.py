@@ -112,6 +112,7 @@ def _values(tiny_model: Path, folder: Path) -> dict[str, Any]:
             "learning_rate": 3e-3,
         },
         "evaluation": {"prompts": str(folder / "prompts.txt"), "steps": 3, "every": 2, "pictures": 2},
+        "guard": None,
         "run": {"folder": str(folder / "run"), "checkpoint_every": 1},
     }
 

@@ -55,6 +55,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "rollout": {"steps": 3, "window": [0, 2]},
             "train": {"steps": 1, "prompts_per_step": 2, "group_size": 4, "learning_rate": rate},
             "evaluation": {**sampler, "every": 1, "pictures": pictures, "rewards": measured},
+            "guard": None,
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     return folder

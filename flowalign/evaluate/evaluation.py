@@ -1,8 +1,8 @@
 """The one evaluation: fixed prompts and counted noise in, scores with standard errors out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,16 @@ from flowalign.settings import UserError
 from rewards.combine import score_all
 
 
+class Seen(NamedTuple):
+    """What an audit looks at in one picture."""
+
+    looks: dict[str, float]
+    features: np.ndarray  # (D,), float32
+
+
+Observe = Callable[[torch.Tensor], list[Seen]]
+
+
 @dataclass
 class Evaluated:
     """Scores of every picture, in the order of the prompts; `pictures` are the first few, (K, 3, H, W).
@@ -29,6 +39,7 @@ class Evaluated:
     scores: list[dict[str, float]]  # a reward that does not apply to a row is absent
     pictures: torch.Tensor
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
+    seen: list[Seen] = field(default_factory=list)  # of every picture, where asked for
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per reward: mean, standard error and count; by GenEval task where rows have one, and the tasks' mean."""
@@ -73,14 +84,18 @@ def evaluate(
     settings: Evaluation,
     size: tuple[int, int],
     progress: Progress | None = None,
+    observe: Observe | None = None,
 ) -> Evaluated:
     """Draw and score `images_per_prompt` pictures of every row; size: (height, width) in pixels.
+
+    `observe` is asked what it sees in the pictures of each batch.
 
     The noise depends on (settings.seed, row, member) alone, so that two models are compared picture by picture.
     """
     scored: list[dict[str, float]] = []
     expanded: list[Row] = []
     pictures: list[torch.Tensor] = []
+    seen: list[Seen] = []
     chunk = max(1, settings.batch // settings.images_per_prompt)
     for start in range(0, len(rows), chunk):
         samples = rollout(
@@ -99,19 +114,20 @@ def evaluate(
             for index in range(len(samples))
         ]
         expanded += samples.rows
+        seen += observe(samples.media) if observe else []
         if sum(len(part) for part in pictures) < settings.pictures:
             pictures.append(samples.media[:: settings.images_per_prompt].cpu())
     if not pictures:
-        return Evaluated(expanded, scored, torch.empty(0))
+        return Evaluated(expanded, scored, torch.empty(0), seen=seen)
     shown = torch.cat(pictures)[: settings.pictures]
     maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown)) is not None}
-    return Evaluated(expanded, scored, shown, maps)
+    return Evaluated(expanded, scored, shown, maps, seen)
 
 
 def gathered(own: Evaluated, pictures: int) -> Evaluated:
     """The evaluations of all processes as one, in the order of the prompts, with the first `pictures` pictures."""
-    pairs = gather_object(list(zip(own.rows, own.scores, strict=True)))
-    pairs.sort(key=lambda pair: pair[0].index)
+    judged = gather_object(list(zip(own.rows, own.scores, own.seen or [None] * len(own.rows), strict=True)))
+    judged.sort(key=lambda one: one[0].index)
     shown = list(dict.fromkeys(row.index for row in own.rows))[: len(own.pictures)]
     own_maps = [{name: found[place] for name, found in own.maps.items()} for place in range(len(shown))]
     kept = gather_object(list(zip(shown, own.pictures, own_maps, strict=True)))
@@ -119,4 +135,5 @@ def gathered(own: Evaluated, pictures: int) -> Evaluated:
     images = [picture for _, picture, _ in kept[:pictures]]
     stacked = torch.stack(images) if images else torch.empty(0)
     maps = {name: torch.stack([found[name] for _, _, found in kept[:pictures]]) for name in own.maps}
-    return Evaluated([row for row, _ in pairs], [scores for _, scores in pairs], stacked, maps)
+    rows, scores, seen = ([one[place] for one in judged] for place in range(3))
+    return Evaluated(rows, scores, stacked, maps, seen if own.seen else [])

@@ -44,7 +44,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def picture(path: Path, side: int) -> dict[str, Any]:
-    """A picture of samples/step_N/ as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
+    """A picture within samples/step_N/ as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
     try:
         with Image.open(path) as image:
             data, kind = path.read_bytes(), "png"
@@ -54,6 +54,6 @@ def picture(path: Path, side: int) -> dict[str, Any]:
                 data, kind = buffer.getvalue(), "jpeg"
     except OSError as error:
         raise UserError(f"{path} is not a readable picture: {error}") from error
-    step = int(path.parent.name.removeprefix("step_"))
+    step = next(int(part.removeprefix("step_")) for part in reversed(path.parts) if part.startswith("step_"))
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"step": step, "uri": uri, "width": image.width, "height": image.height, "small": kind == "png"}

@@ -67,6 +67,7 @@ class Policy(ABC):
         self.snapshots: dict[str, dict[str, torch.Tensor]] = {}
         self._current: set[str] = set()
         self._empty: Condition | None = None
+        self._adapters_off = False
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -191,8 +192,13 @@ class Policy(ABC):
             with self.using("reference"):
                 yield
             return
+        if self._adapters_off:  # inside another such block, which turns them on again
+            yield
+            return
         self.module.disable_adapters()  # type: ignore[operator]
+        self._adapters_off = True
         try:
             yield
         finally:
             self.module.enable_adapters()  # type: ignore[operator]
+            self._adapters_off = False

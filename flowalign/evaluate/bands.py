@@ -1,0 +1,85 @@
+"""Bands that a base model keeps to by itself, learnt from its own spread over seeds, with a stated false-alarm rate.
+
+A measure has one value a prompt. The base model is measured with S seeds on the same n prompts; s^2 is the variance
+between seeds, pooled over the prompts, with n (S - 1) degrees of freedom. Two kinds of measure, two bands about the
+mean over the seeds, with Student's t at the rate:
+
+quality  higher is better. The mean over the prompts alarms below  mean - t s sqrt((1 + 1/S) / n), the one-sided
+         prediction interval of one more seed of the same model.
+look     neither good nor bad, and an honest gain moves it. The mean alarms where a single prompt's value would be
+         rare for the base model, outside  mean +- t s sqrt(1 + 1/S); an unchanged model stays inside far more often
+         than stated. Beyond the interval of the mean it is said to drift.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Kind = Literal["quality", "look"]
+State = Literal["inside", "drift", "alarm"]
+
+
+@dataclass(frozen=True)
+class Band:
+    """Where the mean over the prompts of a measure stays while the model is the base model."""
+
+    kind: Kind
+    center: float
+    spread: float
+    """Standard deviation between seeds of one prompt's value."""
+    low: float
+    """Below it the measure alarms."""
+    high: float
+    """Above it the measure alarms; infinite of a quality."""
+    drift: float
+    """How far from the center the mean of an unchanged model moves; farther is a drift."""
+
+    def state(self, value: float) -> State:
+        """Of a mean over the same prompts."""
+        if not self.low <= value <= self.high:
+            return "alarm"
+        return "drift" if abs(value - self.center) > self.drift else "inside"
+
+
+def band(sets: np.ndarray, kind: Kind, rate: float) -> Band:
+    """The band of a measure from its values (S, n) on n prompts with S >= 2 seeds of the base model.
+
+    `rate` is the false-alarm rate of this measure alone. Prompts that lack the measure are nan in every set.
+    """
+    values = np.asarray(sets, dtype=np.float64)
+    values = values[:, ~np.isnan(values).any(0)]
+    seeds, prompts = values.shape
+    center, spread = float(values.mean()), math.sqrt(float(values.var(axis=0, ddof=1).mean()))
+    freedom = prompts * (seeds - 1)
+    one_more = spread * math.sqrt(1 + 1 / seeds)
+    drift = float(stats.t.ppf(1 - rate / 2, freedom)) * one_more / math.sqrt(prompts)
+    if kind == "quality":
+        low = center - float(stats.t.ppf(1 - rate, freedom)) * one_more / math.sqrt(prompts)
+        return Band(kind, center, spread, low, math.inf, drift)
+    half = float(stats.t.ppf(1 - rate / 2, freedom)) * one_more
+    return Band(kind, center, spread, center - half, center + half, drift)
+
+
+def learn_bands(
+    sets: Sequence[Mapping[str, np.ndarray]], kinds: Mapping[str, Kind], false_alarm: float
+) -> dict[str, Band]:
+    """The bands of all measures, each at an equal share of `false_alarm`, the rate of any alarm at all (Bonferroni).
+
+    sets: for each seed, the values (n,) of each measure.
+    """
+    rate = false_alarm / len(kinds)
+    return {name: band(np.stack([values[name] for values in sets]), kind, rate) for name, kind in kinds.items()}
+
+
+def panel_gain(bands: Mapping[str, Band], values: Mapping[str, float]) -> float | None:
+    """The mean gain of the qualities, each in units of its spread between seeds; None without a quality."""
+    gains = [
+        (values[name] - known.center) / max(known.spread, 1e-9)
+        for name, known in bands.items()
+        if known.kind == "quality"
+    ]
+    return float(np.mean(gains)) if gains else None

@@ -1,0 +1,93 @@
+"""How far a policy has moved from its reference: the KL of their stochastic paths, and how strongly each moves.
+
+The policy draws pictures with flow_sde steps. At every state that it visits both models' Gaussians are computed, of
+equal standard deviation, so that KL(path) = E[sum over steps and dimensions of (mean - mean_ref)^2 / (2 std^2)] holds
+exactly; it bounds the KL of the finished pictures from above. The last step has hardly any noise and is left out, as it
+is in training.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from flowalign.config import Rollout, Sampler
+from flowalign.data import Row
+from flowalign.policies.base import Condition, Policy
+from flowalign.rollout import rollout
+from flowalign.sampling import sde_step
+from flowalign.sampling.steps import gaussian_kl
+
+NOISE_LEVEL = 0.7  # of flow_sde, as Flow-GRPO trains
+
+
+class Divergence(NamedTuple):
+    """Of B samples."""
+
+    kl: torch.Tensor  # (B,), of a whole path, in nats
+    norm: torch.Tensor  # (B,), root mean square of the policy's velocities along the path
+    reference_norm: torch.Tensor  # (B,), of the reference's, at the same states
+
+    @property
+    def velocity_ratio(self) -> torch.Tensor:
+        """(B,): 1 where the policy moves as strongly as the reference."""
+        return self.norm / self.reference_norm
+
+
+@torch.no_grad()
+def reference_divergence(
+    policy: Policy,
+    rows: Sequence[Row],
+    sampler: Sampler,
+    size: tuple[int, int],
+    key: tuple[int, ...],
+    *,
+    reference: Policy | None = None,
+    batch: int = 64,
+) -> Divergence:
+    """The policy's distance from the model it began as, or from another `reference`, on one picture of each row.
+
+    size: (height, width) in pixels. The noise is counted by (*key, row, member, denoising step).
+    """
+    stochastic = Rollout(
+        steps=sampler.steps, guidance=sampler.guidance, grid=sampler.grid, dynamics="flow_sde", noise_level=NOISE_LEVEL
+    )
+    drawn = rollout(policy, rows, 1, stochastic, size, key, batch=batch, keep={"trajectory"})
+    path = drawn.trajectory
+    assert path is not None
+    known = reference.encode(drawn.prompts)[drawn.groups] if reference else drawn.condition[drawn.groups]
+    condition = drawn.condition[drawn.groups]
+    kl, squares, reference_squares = torch.zeros(3, len(drawn), dtype=torch.float64, device=policy.device)
+    for step in range(len(path.sigmas) - 1):
+        states = path.states[:, step]
+        levels = path.sigmas[step].expand(len(states)).to(states.device)
+        own = _velocity(policy, states, levels, condition, sampler.guidance, batch)
+        if reference:
+            other = _velocity(reference, states, levels, known, sampler.guidance, batch)
+        else:
+            with policy.reference():
+                other = _velocity(policy, states, levels, known, sampler.guidance, batch)
+        taken, expected = (
+            sde_step(
+                velocity,
+                states,
+                path.sigmas[step],
+                path.sigmas[step + 1],
+                noise_level=NOISE_LEVEL,
+                sigma_max=path.sigma_max,
+                next_sample=path.states[:, step + 1],
+            )
+            for velocity in (own, other)
+        )
+        kl += gaussian_kl(taken.mean, expected.mean, taken.std).double() * states[0].numel()
+        squares += own.double().square().flatten(1).mean(1)
+        reference_squares += other.double().square().flatten(1).mean(1)
+    steps = len(path.sigmas) - 1
+    return Divergence(kl.cpu(), (squares / steps).sqrt().cpu(), (reference_squares / steps).sqrt().cpu())
+
+
+def _velocity(
+    policy: Policy, states: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float, batch: int
+) -> torch.Tensor:
+    parts = [slice(start, start + batch) for start in range(0, len(states), batch)]
+    return torch.cat([policy.guided_velocity(states[p], sigma[p], condition[p], guidance) for p in parts])

@@ -1,0 +1,168 @@
+"""The audit of an evaluation: does a reward rise because the pictures became better, or at their expense?
+
+Held-out rewards, which nobody trains on, must not fall; what the pictures look like, how they differ within a prompt
+and how strongly the model moves must stay what the base model could have made. See `bands` for the bounds.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from flowalign.config import Guard
+from flowalign.evaluate.bands import Band, Kind, learn_bands, panel_gain
+from flowalign.evaluate.divergence import Divergence
+from flowalign.evaluate.evaluation import Evaluated, Seen
+from flowalign.evaluate.looks import LOOKS, group_diversity, looks
+from flowalign.settings import UserError
+from rewards.features import unit_features
+
+CORRECTED, DIVERSITY, VELOCITY = "corrected", "diversity", "velocity_ratio"
+_SIDE = 16  # pixels that pictures are shrunk to where no model compares them
+
+Values = Mapping[str, np.ndarray]
+
+
+class Measured(NamedTuple):
+    """One evaluation as the audit sees it."""
+
+    values: dict[str, np.ndarray]  # (n,) of each measure, nan where a prompt lacks it
+    proxy: np.ndarray  # (N,), the weighted mean of the training rewards of each picture
+
+
+@dataclass
+class Audit:
+    """What an evaluation says of the model against the bands of the base model."""
+
+    values: dict[str, float]
+    bands: dict[str, Band]
+    proxy: float
+    """Mean of the training rewards, as they are weighted, without shaping."""
+    kl: float
+    """To the base model, in nats a picture; see `divergence`."""
+    alarms: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.alarms = [
+            _sentence(name, self.values[name], band)
+            for name, band in self.bands.items()
+            if band.state(self.values[name]) == "alarm"
+        ]
+
+    @property
+    def panel(self) -> float | None:
+        """The mean gain of the held-out rewards, in units of their spread over seeds."""
+        return panel_gain(self.bands, self.values)
+
+    def contents(self) -> dict[str, Any]:
+        """For JSON."""
+        measures = {}
+        for name, band in self.bands.items():
+            bounds = {key: value for key, value in asdict(band).items() if value != math.inf}
+            measures[name] = {"value": self.values[name], "state": band.state(self.values[name]), **bounds}
+        about = {"proxy": self.proxy, "panel": self.panel, "kl": self.kl}
+        return {**about, VELOCITY: self.values[VELOCITY], "alarms": self.alarms, "measures": measures}
+
+
+def _sentence(name: str, value: float, band: Band) -> str:
+    bound, side = (band.low, "below") if value < band.low else (band.high, "above")
+    return f"{name} {value:.4g} is {side} {bound:.4g} (base model {band.center:.4g})"
+
+
+class Auditor:
+    """What a guard's settings ask to be looked at; makes the parts of an audit."""
+
+    def __init__(self, settings: Guard, weights: Mapping[str, float], images_per_prompt: int):
+        """weights: of the training rewards, by the names under which the evaluation measures them."""
+        self.settings = settings
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.kinds: dict[str, Kind] = dict.fromkeys(settings.rewards or {}, "quality")
+        if settings.corrected:
+            self.kinds[CORRECTED] = "quality"
+        self.kinds |= dict.fromkeys(LOOKS, "look")
+        if images_per_prompt > 1:
+            self.kinds[DIVERSITY] = "look"
+        self.kinds[VELOCITY] = "look"
+        self.compares = images_per_prompt > 1
+        self.features: Callable[[torch.Tensor], torch.Tensor] = _shrunk
+        if settings.features and self.compares:
+            self.features = unit_features(
+                settings.features.model, settings.features.backbone, 64, None, "guard.features"
+            )
+
+    def observe(self, media: torch.Tensor) -> list[Seen]:
+        """Looks and features of each of media (B, 3, H, W); of a video's frames, the mean."""
+        seen = looks(media)
+        features = torch.empty(len(media), 0)
+        if self.compares:
+            of_frames = self.features(media.float().flatten(0, -4))
+            features = of_frames.view(len(media), -1, of_frames.shape[1]).mean(1).cpu()
+        return [
+            Seen({name: float(values[row]) for name, values in seen.items()}, features[row].numpy())
+            for row in range(len(media))
+        ]
+
+    def measured(self, evaluated: Evaluated) -> Measured:
+        """The values of each measure over the first `count` prompts, but for the velocity ratio."""
+        groups: dict[int, list[int]] = {}
+        for place, row in enumerate(evaluated.rows):
+            groups.setdefault(row.index, []).append(place)
+        chosen = list(groups.values())[: self.settings.count]
+        scores = [self._with_corrected(one) for one in evaluated.scores]
+        columns: dict[str, list[float]] = {name: [] for name in self.kinds if name != VELOCITY}
+        for places in chosen:
+            for name, column in columns.items():
+                if name == DIVERSITY:
+                    features = np.stack([evaluated.seen[place].features for place in places])
+                    column.append(group_diversity(torch.from_numpy(features)))
+                elif name in LOOKS:
+                    column.append(float(np.mean([evaluated.seen[place].looks[name] for place in places])))
+                else:
+                    known = [scores[place][name] for place in places if name in scores[place]]
+                    column.append(float(np.mean(known)) if known else math.nan)
+        values = {name: np.array(column) for name, column in columns.items()}
+        for name, found in values.items():
+            if np.isnan(found).all():
+                raise UserError(f"guard: {name} applies to none of the first {len(chosen)} evaluation prompts")
+        return Measured(values, np.array([self._proxy(one) for one in evaluated.scores]))
+
+    def _with_corrected(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """The scores of a picture, with GDRO's corrected score where it has both parts."""
+        asked = self.settings.corrected
+        if asked is None or asked.reward not in scores or asked.quality not in scores:
+            return dict(scores)
+        quality = 1 + 4 * (scores[asked.quality] - asked.low) / (asked.high - asked.low)
+        return {**scores, CORRECTED: corrected_score(scores[asked.reward], quality)}
+
+    def _proxy(self, scores: Mapping[str, float]) -> float:
+        known = {name: weight for name, weight in self.weights.items() if name in scores}
+        total = sum(known.values())
+        return sum(weight * scores[name] for name, weight in known.items()) / total if total else math.nan
+
+    def bands(self, sets: Sequence[Values], divergences: Sequence[Divergence]) -> dict[str, Band]:
+        """The bands of the base model, from evaluations and paths of it with several seeds."""
+        norms = np.stack([found.norm.numpy() for found in divergences])
+        ratios = norms / norms.mean(0)  # of one seed's velocities to the mean of all
+        everything = [{**values, VELOCITY: ratio} for values, ratio in zip(sets, ratios, strict=True)]
+        return learn_bands(everything, self.kinds, self.settings.false_alarm)
+
+    def audit(self, measured: Measured, divergence: Divergence, bands: Mapping[str, Band]) -> Audit:
+        """The audit of one evaluation."""
+        values = {name: float(np.nanmean(found)) for name, found in measured.values.items()}
+        values[VELOCITY] = divergence.velocity_ratio.mean().item()
+        return Audit(values, dict(bands), float(np.nanmean(measured.proxy)), divergence.kl.mean().item())
+
+
+def corrected_score(reward: float, quality: float) -> float:
+    """GDRO's corrected score of a reward in [0, 1]: r (u - 3) + 0.2, with u the picture's quality from 1 to 5."""
+    return reward * (quality - 3) + 0.2
+
+
+def _shrunk(images: torch.Tensor) -> torch.Tensor:
+    """(B, 768), of which distances are root mean squares of pixels."""
+    small = F.adaptive_avg_pool2d(images, _SIDE).flatten(1)
+    return small / math.sqrt(small.shape[1])

@@ -1,0 +1,125 @@
+"""The guard of a training run: audits its evaluations, says which weights are best, and when it is to end."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.config import Evaluation, Guard, Recipe
+from flowalign.data import Row
+from flowalign.evaluate.bands import Band
+from flowalign.evaluate.divergence import Divergence, reference_divergence
+from flowalign.evaluate.evaluation import Evaluated, load_rewards
+from flowalign.evaluate.hacking import Audit, Auditor
+from flowalign.evaluate.pages import read_evaluations
+from flowalign.judging import Judging
+from flowalign.policies.base import Policy
+from flowalign.sampling.noise import EVALUATION
+from flowalign.settings import UserError
+from rewards import Reward
+
+BEST, BEST_UNHACKED = "best", "best_unhacked"
+_PATHS = 1  # the third part of the noise's key; pictures of evaluations have 0
+
+Draw = Callable[[Sequence[Row], Evaluation], Evaluated]
+
+
+def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Reward], dict[str, float]]:
+    """What evaluations measure, and of the training rewards among them the weights, by their names there.
+
+    Training rewards are the run's own, so that those that learn are measured as they are.
+    """
+    measured, names = recipe.measured()
+    if recipe.evaluation.rewards is None:  # a script's rewards may stand in for the recipe's
+        held_out = {name: entry for name, entry in measured.items() if name not in recipe.rewards}
+        return {**judging.rewards, **load_rewards(held_out)}, dict(judging.weights)
+    own = {names[name]: reward for name, reward in judging.rewards.items() if name in names}
+    others = load_rewards({name: entry for name, entry in measured.items() if name not in own})
+    weights = {names[name]: weight for name, weight in judging.weights.items() if name in names}
+    return {name: own[name] if name in own else others[name] for name in measured}, weights
+
+
+def refuse_shared_prompts(rows: Sequence[Row], training_rows: Sequence[Row]) -> None:
+    """Raises UserError for the first evaluation prompt that is trained on."""
+    trained = {row.prompt for row in training_rows}
+    for row in rows:
+        if row.prompt in trained:
+            shared = f"prompt {row.index + 1} ({row.prompt!r}) is trained on, and an audit needs others"
+            raise UserError(f"evaluation.prompts: {shared}; hold prompts out, or set guard=null")
+
+
+class Guarding:
+    """Audits one run. All processes call it alike and get the same answers."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Guard,
+        weights: Mapping[str, float],
+        rows: Sequence[Row],
+        training_rows: Sequence[Row],
+    ):
+        """weights: of the training rewards as evaluations name them; rows: the evaluation's."""
+        refuse_shared_prompts(rows, training_rows)
+        self.recipe, self.settings, self.rows = recipe, settings, rows[: settings.count]
+        self.auditor = Auditor(settings, weights, recipe.evaluation.images_per_prompt)
+        self.bands: dict[str, Band] = {}
+        self.in_a_row = 0
+        self.best: dict[str, float] = {}
+
+    def audit(self, policy: Policy, evaluated: Evaluated, draw: Draw, untrained: bool) -> Audit:
+        """The audit of an evaluation of the policy as it is now.
+
+        `draw` evaluates rows; the base model is measured with it, once, with as many seeds as the bands need.
+        untrained: the policy still is the base model, and `evaluated` is the first of these measurements.
+        """
+        measured = self.auditor.measured(evaluated)
+        if not self.bands:
+            with policy.reference():
+                first = evaluated if untrained else draw(self.rows, self._seeded(0))
+                others = [draw(self.rows, self._seeded(seed)) for seed in range(1, self.settings.seeds)]
+                paths = [self._divergence(policy, seed) for seed in range(self.settings.seeds)]
+            sets = [self.auditor.measured(one).values for one in (first, *others)]
+            self.bands = self.auditor.bands(sets, paths)
+        return self.auditor.audit(measured, self._divergence(policy, 0), self.bands)
+
+    def _seeded(self, seed: int) -> Evaluation:
+        settings = self.recipe.evaluation
+        return settings.model_copy(update={"seed": settings.seed + seed, "pictures": 0})
+
+    def _divergence(self, policy: Policy, seed: int) -> Divergence:
+        settings, model = self.recipe.evaluation, self.recipe.model
+        rows = self.rows[: self.settings.kl_samples]
+        key = (EVALUATION, settings.seed + seed, _PATHS)
+        return reference_divergence(policy, rows, settings, (model.height, model.width), key, batch=settings.batch)
+
+    def conclude(self, contents: Mapping[str, Any]) -> list[str]:
+        """Take an audit's contents into account; returns which of best and best_unhacked these weights are."""
+        self.in_a_row = self.in_a_row + 1 if contents["alarms"] else 0
+        found = {BEST: contents["proxy"], BEST_UNHACKED: -math.inf if contents["alarms"] else contents["panel"]}
+        kept = []
+        for name, value in found.items():
+            if value is not None and value > self.best.get(name, -math.inf):
+                self.best[name] = value
+                kept.append(name)
+        return kept
+
+    @property
+    def sustained(self) -> bool:
+        """Whether the last evaluations have all alarmed, as many as the patience."""
+        return self.in_a_row >= self.settings.patience
+
+    def restore(self, folder: Path) -> None:
+        """Go on from the audits that a run folder holds."""
+        for evaluation in read_evaluations(folder):
+            contents = evaluation.get("audit")
+            if contents is None:
+                continue
+            if not self.bands:
+                self.bands = {name: _band(found) for name, found in contents["measures"].items()}
+            self.conclude(contents)
+
+
+def _band(found: Mapping[str, Any]) -> Band:
+    bounds = {key: value for key, value in found.items() if key not in ("value", "state")}
+    return Band(**{"high": math.inf, **bounds})

@@ -1,0 +1,26 @@
+"""Features of pictures by a vision transformer or a CLIP model, to compare pictures by."""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from rewards.base import RewardError
+from rewards.clip import ClipFeatures
+from rewards.vit import VisionBackbone
+
+
+def unit_features(
+    model: str, backbone: str, batch_size: int, device: str | None, reward: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function from images (B, 3, H, W) in [0, 1] to their features (B, D) of length 1.
+
+    `backbone` "timm" takes the class token of a timm vision transformer, "clip" the embedding of a CLIP model as the
+    reward `clipscore` takes it. RewardError, in the name of `reward`, for another one or a model that does not load.
+    """
+    if backbone == "clip":
+        return ClipFeatures(model, asked_by, batch_size, device).image_features
+    if backbone == "timm":
+        vit = VisionBackbone(model, device, batch_size, reward)
+        return lambda images: F.normalize(vit.features(images)[0], dim=-1)
+    raise RewardError(f"reward {reward!r}: backbone must be 'timm' or 'clip', not {backbone!r}")
