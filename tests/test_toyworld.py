@@ -140,7 +140,7 @@ def test_an_unknown_task_is_answered_with_the_known_ones():
 
 def test_the_bundled_lists_are_those_that_the_code_makes(tmp_path):
     write_prompts(tmp_path)
-    for name in BUNDLED.values():
+    for name in (name for name in BUNDLED.values() if name.startswith("toyworld/")):
         bundled = asset(name)
         assert (tmp_path / bundled.name).read_text() == bundled.read_text()
 

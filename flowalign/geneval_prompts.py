@@ -1,0 +1,189 @@
+"""Training prompts in GenEval's six tasks and metadata format, none of them in a given test list.
+
+Source: the benchmark's format (Ghosh et al., "GenEval", 2023, its prompts file) and the mix of tasks that Flow-GRPO
+(2505.05470) trained on. Its 50,000 rows hold 33,199 different prompts; here a prompt comes a second time only when its
+task has no other left.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowalign.assets import asset
+from flowalign.data import Row, load_prompts
+from flowalign.runs import replace_text
+from flowalign.settings import UserError
+from rewards.base import nearest
+from rewards.geneval import COLORS, RELATIONS, TASKS
+
+PUBLISHED_MIX: Mapping[str, float] = {
+    "position": 0.7,
+    "color_attr": 0.3,
+    "colors": 0.1,
+    "counting": 0.5,
+    "two_object": 0.1,
+    "single_object": 0.0,
+}
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+NEVER_COLORED = "person"
+
+Metadata = dict[str, Any]
+
+
+def object_names() -> tuple[str, ...]:
+    """GenEval's 80 classes."""
+    return tuple(asset("geneval/object_names.txt").read_text(encoding="utf-8").splitlines())
+
+
+def training_prompts(
+    count: int,
+    seed: int,
+    exclude: Iterable[Row] = (),
+    mix: Mapping[str, float] = PUBLISHED_MIX,
+    classes: Sequence[str] | None = None,
+) -> list[Metadata]:
+    """`count` rows of GenEval's metadata with their `prompt`, in an order that mixes the tasks.
+
+    A task's rows are different ones until it has no more; then it begins again with all of them in another order.
+
+    exclude: rows of a test list; left out is every prompt with the text of one of them, whatever its case, or with its
+        clauses, whatever their order where it says nothing. mix: each task's share, in any unit; tasks that it does not
+        name get none. classes: the objects, GenEval's by default.
+
+    Raises UserError for fewer than 1 row, a mix that is none, and a task of which `exclude` leaves nothing.
+    """
+    if count < 1:
+        raise UserError(f"count must be at least 1 prompt, not {count}")
+    counts = task_counts(count, mix)
+    names = tuple(classes) if classes is not None else object_names()
+    taken = {key for row in exclude for key in _keys(row.prompt, row.metadata)}
+    rows: list[Metadata] = []
+    for index, task in enumerate(TASKS):
+        if counts[task]:
+            rng = np.random.default_rng([seed, index])
+            rows += itertools.islice(_draws(task, names, taken, rng), counts[task])
+    return [rows[i] for i in np.random.default_rng([seed, len(TASKS)]).permutation(count)]
+
+
+def write_training_prompts(
+    path: Path, count: int, seed: int, exclude: Path | None = None, mix: Mapping[str, float] = PUBLISHED_MIX
+) -> None:
+    """Write `training_prompts` as a .jsonl file, disjoint from the prompts of `exclude` (a file or a bundled name).
+
+    Raises UserError as `training_prompts`, for another ending of `path`, and when a file cannot be read or written.
+    """
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path}: prompts with metadata are written to a .jsonl file")
+    rows = training_prompts(count, seed, load_prompts(str(exclude)) if exclude is not None else (), mix)
+    try:
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def task_counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
+    """How many of `count` rows each task gets: its share rounded down, what is left to the largest remainders.
+
+    Raises UserError for an unknown task, a negative or infinite weight, and a mix of zeros.
+    """
+    for task, weight in mix.items():
+        if task not in TASKS:
+            raise UserError(
+                f"mix: there is no task {task!r}; did you mean {nearest(task, TASKS)!r}? (tasks: {', '.join(TASKS)})"
+            )
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UserError(f"mix: the weight of {task} must be a number of at least 0, not {weight}")
+    total = sum(mix.values())
+    if total == 0:
+        raise UserError("mix: at least one task needs a weight above 0")
+    shares = {task: count * mix.get(task, 0) / total for task in TASKS}
+    counts = {task: math.floor(share) for task, share in shares.items()}
+    by_remainder = sorted(TASKS, key=lambda task: counts[task] - shares[task])
+    for task in by_remainder[: count - sum(counts.values())]:
+        counts[task] += 1
+    return counts
+
+
+def _draws(task: str, names: Sequence[str], taken: set[Any], rng: np.random.Generator) -> Iterator[Metadata]:
+    """The task's rows in a random order, without end; each comes again only after all others."""
+    axes, make = _grammar(task, names)
+    sizes = tuple(len(axis) for axis in axes)
+    while True:
+        empty = True
+        order = np.unravel_index(rng.permutation(math.prod(sizes)), sizes)
+        for choice in zip(*order, strict=True):
+            row = make(*(axis[i] for axis, i in zip(axes, choice, strict=True)))
+            if taken.isdisjoint(_keys(row["prompt"], row)):
+                empty = False
+                yield row
+        if empty:
+            raise UserError(f"{task}: no prompt is left after those that are excluded; weigh it 0 or exclude fewer")
+
+
+def _grammar(task: str, names: Sequence[str]) -> tuple[tuple[Sequence[Any], ...], Callable[..., Metadata]]:
+    """What a task's rows are made of, one list for each free choice, and the row of one choice of each."""
+    pairs = list(itertools.permutations(names, 2))
+    colored = [name for name in names if name != NEVER_COLORED]
+
+    def row(include: list[Metadata], text: str, **more: Any) -> Metadata:
+        return {"tag": task, "include": include, **more, "prompt": f"a photo of {text}"}
+
+    def single(name: str) -> Metadata:
+        return row([_clause(name)], _a(name))
+
+    def two(pair: tuple[str, str]) -> Metadata:
+        return row([_clause(name) for name in pair], " and ".join(_a(name) for name in pair))
+
+    def counting(name: str, number: int) -> Metadata:
+        return row([_clause(name, number)], f"{NUMBERS[number]} {plural(name)}", exclude=[_clause(name, number + 1)])
+
+    def color(name: str, paint: str) -> Metadata:
+        return row([_clause(name, color=paint)], _a(f"{paint} {name}"))
+
+    def position(pair: tuple[str, str], relation: str) -> Metadata:
+        name, target = pair
+        return row([_clause(target), _clause(name, position=[relation, 0])], f"{_a(name)} {relation} {_a(target)}")
+
+    def attributes(pair: tuple[str, str], paints: tuple[str, str]) -> Metadata:
+        painted = list(zip(pair, paints, strict=True))
+        include = [_clause(name, color=paint) for name, paint in painted]
+        return row(include, " and ".join(_a(f"{paint} {name}") for name, paint in painted))
+
+    return {
+        "single_object": ((names,), single),
+        "two_object": ((pairs,), two),
+        "counting": ((names, list(NUMBERS)), counting),
+        "colors": ((colored, COLORS), color),
+        "position": ((pairs, RELATIONS), position),
+        "color_attr": (
+            (list(itertools.permutations(colored, 2)), list(itertools.permutations(COLORS, 2))),
+            attributes,
+        ),
+    }[task]
+
+
+def _clause(name: str, count: int = 1, **more: Any) -> Metadata:
+    return {"class": name, "count": count, **more}
+
+
+def _a(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def plural(name: str) -> str:
+    """The plural by the benchmark's own rule, on which models are tested: "wine glasses", but also "benchs"."""
+    return name + ("es" if name.endswith("s") else "s")
+
+
+def _keys(prompt: str, metadata: Mapping[str, Any]) -> Iterator[Any]:
+    """What two rows have in common if they are the same prompt: their text, or their clauses if they have any."""
+    yield " ".join(prompt.split()).casefold()
+    clauses = [json.dumps(clause, sort_keys=True) for clause in metadata.get("include", ())]
+    if clauses:
+        ordered = clauses if metadata.get("tag") == "position" else sorted(clauses)
+        yield (metadata.get("tag"), *ordered)
