@@ -3,7 +3,7 @@
 Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 Finished = Callable[[torch.Tensor, Sequence[Row]], None]
+Survivors = Callable[[torch.Tensor, Sequence[int]], list[int]]
+"""(one-step predictions x0_hat (R, ...), the places of these R samples) -> which of the R go on, ascending."""
 
 
 @dataclass
@@ -84,13 +86,18 @@ def rollout(
     training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
     finished: Finished | None = None,
+    survivors: Mapping[int, Survivors] | None = None,
 ) -> Samples:
     """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
 
     A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
     other follows the ODE. size: (height, width) in pixels. `keep` names what is returned beside the finished samples.
     Whatever `batch`, the numbers of a sample are its own. `finished` is called with each batch's media and rows.
+    `survivors` are asked, after as many steps as their key says, which samples go on; they see whole groups, and only
+    what goes on to the end is returned. ValueError with a `keep` or a solver that remembers the others.
     """
+    if survivors and (keep or sampler.solver != "euler"):
+        raise ValueError("samples can be dropped on the way only with solver euler and nothing else kept")
     condition = policy.encode([row.prompt for row in rows])
     groups = torch.arange(len(rows)).repeat_interleave(group_size)
     members = torch.arange(group_size).repeat(len(rows)).tolist()
@@ -98,26 +105,30 @@ def rollout(
     keys = [(*key, row.index, member) for row, member in zip(samples, members, strict=True)]
     window = sampler.window_at(*training_step) if isinstance(sampler, Rollout) else (0, 0)
     parts, media, previews = [], [], []
-    for start in range(0, len(samples), batch):
-        chosen = slice(start, start + batch)
-        part = _denoise(policy, condition[groups[chosen].to(policy.device)], keys[chosen], sampler, window, size, keep)
+    together = max(1, batch // group_size) * group_size if survivors else batch
+    for start in range(0, len(samples), together):
+        chosen = slice(start, start + together)
+        own = dict(enumerate(keys[chosen], start))
+        text = condition[groups[chosen].to(policy.device)]
+        part = _denoise(policy, text, own, sampler, window, size, keep, batch, survivors or {})
         parts.append(part)
         media.append(policy.decode(part.latents))
         if "previews" in keep:
             shown = [policy.decode(preview) for preview in part.previews]
             previews.append(torch.stack([*shown, media[-1]], dim=1))
         if progress:
-            progress(len(part.latents))
+            progress(len(own))
         if finished:
-            finished(media[-1], samples[chosen])
+            finished(media[-1], [samples[place] for place in part.places])
+    places = [place for part in parts for place in part.places]
     return Samples(
-        rows=samples,
-        groups=groups.to(policy.device),
+        rows=[samples[place] for place in places],
+        groups=groups[places].to(policy.device),
         condition=condition,
         latents=torch.cat([part.latents for part in parts]),
         media=torch.cat(media),
         grid=policy.sigmas(sampler.steps, sampler.grid),
-        members=members,
+        members=[members[place] for place in places],
         trajectory=_join([part.trajectory for part in parts if part.trajectory]),
         previews=torch.cat(previews) if previews else None,
     )
@@ -125,6 +136,7 @@ def rollout(
 
 @dataclass
 class _Denoised:
+    places: list[int]  # of the samples that came to the end
     latents: torch.Tensor
     trajectory: Trajectory | None
     previews: list[torch.Tensor]  # x0_hat after each step from the window on, but the last
@@ -133,13 +145,15 @@ class _Denoised:
 def _denoise(
     policy: "Policy",
     condition: "Condition",
-    keys: Sequence[tuple[int, ...]],
+    keys: Mapping[int, tuple[int, ...]],
     sampler: Sampler,
     window: tuple[int, int],
     size: tuple[int, int],
     keep: Collection[Keep],
+    batch: int,
+    survivors: Mapping[int, Survivors],
 ) -> _Denoised:
-    """One batch from noise to latents; keys end in the member.
+    """Samples from noise to latents, `batch` in a forward pass; keys are by the sample's place and end in its member.
 
     Initial noise is denoising step 0 of its member, or of member 0 where it is shared; the noise of step i is i + 1.
     """
@@ -148,12 +162,17 @@ def _denoise(
     settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
     solve = ode_solver(sampler.solver, sigmas)
-    x = counted_noise([(*key[:-1], 0 if shared else key[-1], 0) for key in keys], shape, policy.device)
+    first = [(*key[:-1], 0 if shared else key[-1], 0) for key in keys.values()]
+    x = counted_noise(first, shape, policy.device)
     states, log_probs, means, previews = [x], [], [], []
     for step in range(sampler.steps):
         sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
-        level = torch.full((len(x),), sigma, device=x.device)
-        velocity = policy.guided_velocity(x, level, condition, sampler.guidance)
+        velocity = _velocity(policy, x, sigma, condition, sampler.guidance, batch)
+        if judge := survivors.get(step + 1):
+            places = list(keys)
+            going = judge(ode_step(velocity, x, sigma, 0.0), places)
+            x, velocity, condition = x[going], velocity[going], condition[going]
+            keys = {places[row]: keys[places[row]] for row in going}
         if "previews" in keep and step > window[0]:
             previews.append(ode_step(velocity, x, sigma, 0.0))
         if settings is not None and settings.dynamics != "ode" and window[0] <= step < window[1]:
@@ -165,7 +184,7 @@ def _denoise(
                 dynamics=settings.dynamics,
                 noise_level=settings.noise_level,
                 sigma_max=sigmas[1].item(),
-                noise=counted_noise([(*key, step + 1) for key in keys], shape, policy.device),
+                noise=counted_noise([(*key, step + 1) for key in keys.values()], shape, policy.device),
             )
             states = [x, taken.next_sample] if step == window[0] else [*states, taken.next_sample]
             log_probs.append(taken.log_prob)
@@ -175,7 +194,7 @@ def _denoise(
         else:
             x = solve(velocity, x, step)
     if settings is None or settings.dynamics == "ode" or "trajectory" not in keep:
-        return _Denoised(x, None, previews)
+        return _Denoised(list(keys), x, None, previews)
     kept = Trajectory(
         states=torch.stack(states, dim=1),
         log_probs=torch.stack(log_probs, dim=1),
@@ -185,7 +204,16 @@ def _denoise(
         noise_level=settings.noise_level,
         means=torch.stack(means, dim=1) if means else None,
     )
-    return _Denoised(x, kept, previews)
+    return _Denoised(list(keys), x, kept, previews)
+
+
+def _velocity(
+    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Condition", guidance: float, batch: int
+) -> torch.Tensor:
+    """The guided velocity (B, ...) of states at one sigma, `batch` rows at a time."""
+    level = torch.full((len(x),), sigma, device=x.device)
+    parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
+    return torch.cat([policy.guided_velocity(x[p], level[p], condition[p], guidance) for p in parts])
 
 
 def _join(parts: Sequence[Trajectory]) -> Trajectory | None:
