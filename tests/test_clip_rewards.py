@@ -28,7 +28,8 @@ from transformers import (
 )
 
 import rewards
-from flowalign.toyworld import judges
+from flowalign.toyworld.judges import examples
+from flowalign.toyworld.judges.spoiling import quality_examples
 from flowalign.toyworld.pretraining import make_tokenizer
 from rewards import clip as clip_module
 from rewards.aesthetic import linear_layers
@@ -360,15 +361,15 @@ def test_weights_that_are_not_imagerewards_are_one_sentence(published, tmp_path)
 def test_the_worlds_clip_tells_the_true_prompt_among_64():
     reward, hits = rewards.load("clipscore", model=JUDGE), []
     for seed in range(4):
-        prompts, scenes = judges.held_out_examples(seed, count=64)
-        likeness = reward.image_features(judges.pictures(scenes)) @ reward.text_features(prompts).T
-        others = judges.also_true(prompts, scenes) & ~torch.eye(64, dtype=torch.bool)
+        prompts, scenes = examples.held_out_examples(seed, count=64)
+        likeness = reward.image_features(examples.pictures(scenes)) @ reward.text_features(prompts).T
+        others = examples.also_true(prompts, scenes) & ~torch.eye(64, dtype=torch.bool)
         hits.append(likeness.masked_fill(others, -2).argmax(1) == torch.arange(64))
     assert torch.stack(hits).float().mean() >= 0.88  # 0.905 over 1,024 pictures
 
 
 def test_the_worlds_aesthetic_head_prefers_clean_pictures():
-    images, rating = judges.quality_examples(seed=7, step=0, count=64)
+    images, rating = quality_examples(seed=7, step=0, count=64)
     reward = rewards.load("aesthetic", model=JUDGE, head="toyworld/judges/aesthetic.safetensors")
     found = score(reward, images, [""] * 64)
     worse = rating < 6

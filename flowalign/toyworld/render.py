@@ -20,8 +20,8 @@ PALETTE = {
     "black": (28, 28, 32),
 }
 LINE_LENGTH = 5  # letters that fit on one line of a sign
-_CELL = 12  # pixels a letter takes
-_LINE_HEIGHT = 22
+CELL_WIDTH = 12  # pixels a letter takes
+LINE_HEIGHT = 22
 _SUPERSAMPLING = 4
 
 
@@ -89,28 +89,28 @@ def coverage(shape: str, size: int) -> np.ndarray:
 
 @functools.cache
 def _glyph(letter: str) -> np.ndarray:
-    """Coverage of one letter, (_LINE_HEIGHT, _CELL), condensed where it is wider than its cell."""
+    """Coverage of one letter, (LINE_HEIGHT, CELL_WIDTH), condensed where it is wider than its cell."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
     font = ImageFont.truetype(str(path), 16 * _SUPERSAMPLING)
     left, _, right, _ = (int(v) for v in font.getbbox(letter, anchor="ls"))
-    canvas = Image.new("L", (right - left, _LINE_HEIGHT * _SUPERSAMPLING))
+    canvas = Image.new("L", (right - left, LINE_HEIGHT * _SUPERSAMPLING))
     ImageDraw.Draw(canvas).text((-left, 17 * _SUPERSAMPLING), letter, font=font, fill=255, anchor="ls")
-    width = min(round((right - left) / _SUPERSAMPLING), _CELL - 1)
-    small = canvas.resize((width, _LINE_HEIGHT), Image.Resampling.BOX)
-    cell = np.zeros((_LINE_HEIGHT, _CELL), dtype=np.float32)
-    start = (_CELL - width) // 2
+    width = min(round((right - left) / _SUPERSAMPLING), CELL_WIDTH - 1)
+    small = canvas.resize((width, LINE_HEIGHT), Image.Resampling.BOX)
+    cell = np.zeros((LINE_HEIGHT, CELL_WIDTH), dtype=np.float32)
+    start = (CELL_WIDTH - width) // 2
     cell[:, start : start + width] = np.asarray(small, dtype=np.float32) / 255
     return cell
 
 
 def _text_coverage(lines: tuple[str, ...], offset: tuple[int, int]) -> np.ndarray:
     canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
-    top = (SIZE - _LINE_HEIGHT * len(lines)) // 2 + offset[1]
+    top = (SIZE - LINE_HEIGHT * len(lines)) // 2 + offset[1]
     for row, line in enumerate(lines):
-        left = (SIZE - _CELL * len(line)) // 2 + offset[0]
+        left = (SIZE - CELL_WIDTH * len(line)) // 2 + offset[0]
         for column, letter in enumerate(line):
-            y, x = top + row * _LINE_HEIGHT, left + column * _CELL
-            canvas[y : y + _LINE_HEIGHT, x : x + _CELL] += _glyph(letter)
+            y, x = top + row * LINE_HEIGHT, left + column * CELL_WIDTH
+            canvas[y : y + LINE_HEIGHT, x : x + CELL_WIDTH] += _glyph(letter)
     return canvas.clip(0, 1)
 
 
