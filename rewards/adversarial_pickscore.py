@@ -23,13 +23,15 @@ from rewards.pictures import pictures_by_prompt, read_picture
 COLLAPSED_SPREAD = 1e-4  # of cosines
 PATIENCE = 10  # training steps in a row before an alarm
 
+Reference = tuple[str, int]  # a prompt, and which of its reference pictures
+
 
 class AdversarialPickScore(PickScore, TrainableReward):
     """See the module.
 
     references: .json file {prompt: [picture, ...]}; the reward applies to its prompts. layers: vision blocks, from the
     last, that are tuned. updates: steps on the pairs of a step whose generated pictures win. batch: pairs in one.
-    The other options are those of `PickScore`.
+    processor, divisor, batch_size, frames and device are those of `PickScore`.
     """
 
     name = "adversarial_pickscore"
@@ -44,13 +46,17 @@ class AdversarialPickScore(PickScore, TrainableReward):
         batch: int = 16,
         learning_rate: float = 5e-6,
         seed: int = 0,
-        **options: Any,
+        processor: str | None = None,
+        divisor: float = 26.0,
+        batch_size: int = 64,
+        frames: int = 4,
+        device: str | None = None,
     ):
         at_least_one(self.name, layers=layers, updates=updates, batch=batch)
         if not learning_rate > 0:
             raise RewardError(f"reward {self.name!r}: learning_rate must be above 0, not {learning_rate}")
         files = pictures_by_prompt(references, self.name, "references")
-        super().__init__(model, **options)
+        super().__init__(model, processor, divisor, batch_size, frames, device)
         blocks = _vision_blocks(self.clip)
         if layers > len(blocks):
             raise RewardError(f"reward {self.name!r}: layers {layers} exceeds the model's {len(blocks)} vision blocks")
@@ -71,11 +77,9 @@ class AdversarialPickScore(PickScore, TrainableReward):
         """Train where the generated pictures beat the references; figures: both means, the loss if there was one."""
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]
-        pairs = [self.references[text][place % len(self.references[text])] for place, text in enumerate(texts)]
-        with torch.no_grad():
-            generated = self.factor * self.cosines(frames, texts)[0]
-            shown = zip(pairs, texts, strict=True)
-            reference = self.factor * torch.cat([self.cosines(picture[None], [text])[0] for picture, text in shown])
+        pairs = [(text, place % len(self.references[text])) for place, text in enumerate(texts)]
+        generated = self.factor * self.cosines(frames, texts)[0]
+        reference = self._reference_scores(pairs)
         figures = {"generated": generated.mean().item(), "reference": reference.mean().item()}
         self._watch(figures, generated)
         if not self.beaten:
@@ -86,7 +90,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
             start = turn * self.batch % len(order)
             chosen = order[start : start + self.batch]
             words = self.text_features([texts[i] for i in chosen])
-            won = self._embedded([pairs[i] for i in chosen])
+            won = self._embedded([self._picture(pairs[i]) for i in chosen])
             lost = self._embedded(list(frames[chosen]))
             loss = -F.logsigmoid(scale * ((won - lost) * words).sum(-1)).mean()
             self.optimizer.zero_grad(set_to_none=True)
@@ -107,6 +111,21 @@ class AdversarialPickScore(PickScore, TrainableReward):
                 f"overrun: generated pictures beat the references for {self.beaten} steps in a row in spite of its "
                 "tuning; use more updates, more layers or a larger learning_rate"
             )
+
+    def _picture(self, reference: Reference) -> torch.Tensor:
+        prompt, place = reference
+        return self.references[prompt][place]
+
+    def _reference_scores(self, references: Sequence[Reference]) -> torch.Tensor:
+        """Scores (B,), of each distinct reference once and of those of one size together."""
+        sizes: dict[torch.Size, list[Reference]] = {}
+        for one in dict.fromkeys(references):
+            sizes.setdefault(self._picture(one).shape, []).append(one)
+        found: dict[Reference, torch.Tensor] = {}
+        for alike in sizes.values():
+            cosines, _ = self.cosines(torch.stack([self._picture(one) for one in alike]), [text for text, _ in alike])
+            found.update(zip(alike, self.factor * cosines, strict=True))
+        return torch.stack([found[one] for one in references])
 
     def _embedded(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
         """Embeddings (B, D) of length 1, with gradients, of pictures of any size."""

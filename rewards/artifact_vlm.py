@@ -23,8 +23,7 @@ QUESTION = (
 class ArtifactVLM(VLMReward):
     """1 - P(yes) to `question`, which must ask whether there are artifacts; in [0, 1].
 
-    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`
-    (model, ...) or an `EndpointVLM` (url, model, ...), or `backend`, a VLM object.
+    The other options are those of `VLMReward`.
     """
 
     name = "artifact_vlm"

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rewards.base import Reward
+from rewards.base import Golden, Reward
 from rewards.frames import chosen_frames, mean_of_frames
 
 
@@ -18,6 +18,11 @@ class Colorfulness(Reward):
 
     name = "colorfulness"
     range = (0.0, math.inf)
+
+    def golden(self) -> Golden:
+        """Grey, and pure red, all of whose pixels have rg = 1 and yb = 1/2."""
+        grey, red = torch.full((3, 8, 8), 0.5), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
+        return Golden(torch.stack([grey, red]), ["grey", "red"], [{}, {}], [0.0, 0.3 * math.sqrt(1.25)], 1e-5)
 
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]

@@ -9,10 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
 
-from rewards.base import Reward, RewardError, at_least_one
+from rewards.base import Golden, Reward, RewardError, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
 
 TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
@@ -78,6 +80,14 @@ class OCR(Reward):
         self.reader = READERS[mode](batch_size, threads)
         self.strict = strict
         self.frames = frames
+
+    def golden(self) -> Golden:
+        """A drawn word, and a blank picture."""
+        picture = Image.new("RGB", (256, 96), "white")
+        blank = np.array(picture)
+        ImageDraw.Draw(picture).text((128, 48), "STONE", "black", ImageFont.load_default(48), anchor="mm")
+        media = torch.from_numpy(np.stack([np.array(picture), blank])).permute(0, 3, 1, 2) / 255
+        return Golden(media, ['the word "STONE"'] * 2, [{}, {}], [1.0, 0.0])
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
         """True for prompts that quote a text."""

@@ -43,8 +43,7 @@ class Pairwise(VLMReward):
     seed: draws which picture of a pair is shown first. unparsable: "error" or "tie" for answers that name no winner.
     question: what is asked about the two; "{prompt}" in it stands for the prompt. max_tokens: the longest answer.
     frames: how many of a video's frames are judged, each against the other video's frame at the same place; a pair's
-    outcome is the mean. Further options are those of a `LocalVLM` (model, ...) or an `EndpointVLM` (url, model, ...),
-    or `backend`, a VLM object.
+    outcome is the mean. The other options are those of `VLMReward`.
     """
 
     name = "pairwise"

@@ -20,8 +20,7 @@ QUESTION = "Describe this image in detail."
 class PromptEcho(VLMReward):
     """The mean log-probability, at most 0, of the prompt's tokens as the answer to `question`.
 
-    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`,
-    since servers do not tell the probability of a given text, or `backend`, a VLM object.
+    The other options are those of `VLMReward` with a local model: servers do not tell the probability of a given text.
     """
 
     name = "prompt_echo"

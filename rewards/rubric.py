@@ -45,8 +45,7 @@ class Rubric(VLMReward):
     dimensions: which of alignment, coherence and style count; all three are always asked for.
     mapping: "linear" for (mark - 1) / 4, "fifths" for the published mark / 5.
     question: what is asked; "{prompt}" in it stands for the item's prompt. max_tokens: the longest answer.
-    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`
-    (model, ...) or an `EndpointVLM` (url, model, ...), or `backend`, a VLM object.
+    The other options are those of `VLMReward`.
     """
 
     name = "rubric"

@@ -50,8 +50,9 @@ class VLM(ABC):
 class VLMReward(Reward):
     """A reward that asks a VLM about pictures.
 
-    frames: how many of a video's frames are judged, the middles of as many equal spans. backend: a VLM, or instead the
-    options of one, as `opened` takes them. max_tokens: the longest answer, where the reward reads one.
+    frames: how many of a video's frames are judged, the middles of as many equal spans; its score is their mean.
+    options: those of the `LocalVLM` (model, ...) or the `EndpointVLM` (url, model, ...) to ask, by name; or instead
+    backend: a VLM object. max_tokens: the longest answer, where the reward reads one.
     """
 
     def __init__(self, frames: int, backend: VLM | None, options: Mapping[str, Any], max_tokens: int = 1):

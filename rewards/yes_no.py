@@ -28,8 +28,7 @@ class YesNo(VLMReward):
 
     question: what is asked about a picture alone. comparison: what is asked about two, the first being the file under
     the metadata key "reference", for items that have one. "{prompt}" in them stands for the item's prompt.
-    frames: how many of a video's frames are judged; it scores their mean. Further options are those of a `LocalVLM`
-    (model, ...) or an `EndpointVLM` (url, model, ...), or `backend`, a VLM object.
+    The other options are those of `VLMReward`.
     """
 
     name = "yes_no"

@@ -49,6 +49,12 @@ def test_colorfulness_is_the_published_formula():
     assert found[1].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_colorfulness_of_pure_red_is_known_and_checked():
+    reward = rewards.load("colorfulness")
+    assert reward.golden().scores == pytest.approx([0, 0.33541], abs=1e-5)
+    assert [finding.passed for finding in rewards.check(reward) if finding.check == "golden scores"] == [True]
+
+
 @pytest.mark.parametrize("name", ["compressibility", "colorfulness"])
 def test_a_video_scores_as_the_mean_of_its_frames(name):
     frames = pictures()

@@ -15,7 +15,7 @@ import rewards
 from flowalign.assets import asset
 from rewards import Reward, RewardError, TrainableReward
 from rewards.adversarial_dino import AdversarialDINO, hinge_loss
-from rewards.adversarial_pickscore import AdversarialPickScore
+from rewards.adversarial_pickscore import PATIENCE, AdversarialPickScore
 from rewards.artifact import Artifact, fit, picture_logits, save_head, unlabelled_loss
 from rewards.learning import Head
 from rewards.vit import VisionBackbone
@@ -219,38 +219,91 @@ def tuned(clip: Path, table: Path, **options: Any) -> AdversarialPickScore:
     return reward
 
 
-def test_pickscore_learns_to_prefer_the_references_only_when_they_lose(clip: Path, table: Path) -> None:
+@pytest.fixture
+def beaten(clip: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
+    """Of some pictures, the table with the one that PickScore likes least for each prompt, and those it likes most."""
+    pool = torch.cat([smooth(8, seed=21), spotted(8, seed=3)])
+    plain = rewards.load("pickscore", model=str(clip))
+    scores = torch.stack([rewards.score(plain, pool, [prompt] * 16) for prompt in PROMPTS])
+    save_pictures(tmp_path / "pictures", pool[scores.argmin(1)])
+    listed = {prompt: [f"pictures/{place:02d}.png"] for place, prompt in enumerate(PROMPTS)}
+    (tmp_path / "references.json").write_text(json.dumps(listed))
+    return tmp_path / "references.json", pool[scores.argmax(1)]
+
+
+def test_pickscore_is_tuned_until_the_references_win_and_no_further(
+    clip: Path, beaten: tuple[Path, torch.Tensor]
+) -> None:
+    table, best = beaten
     reward = tuned(clip, table, learning_rate=1e-3, updates=4, batch=8)
-    texts = PROMPTS * 4
-    media = spotted(8, seed=3)
-    first = reward.update(media, texts, [{}] * 8, 0)
-    if "loss" not in first:  # the random model happens to like the references: let them change places
-        for text, pictures in reward.references.items():
-            reward.references[text] = [spotted(1, 3)[0] for _ in pictures]
-        media = smooth(8, seed=21)
-        first = reward.update(media, texts, [{}] * 8, 0)
-    gap = first["generated"] - first["reference"]
-    assert gap > 0 and "loss" in first
-    for step in range(1, 40):
-        last = reward.update(media, texts, [{}] * 8, step)
-        if "loss" not in last:
-            break
-    assert last["generated"] <= last["reference"] and reward.taken >= 4
+    media, texts = best.repeat(4, 1, 1, 1), PROMPTS * 4
+    figures = [reward.update(media, texts, [{}] * 8, step) for step in range(40)]
+    lost = ["loss" in step for step in figures]
+    wins = lost.index(False)
+    assert all((step["generated"] > step["reference"]) == tuning for step, tuning in zip(figures, lost, strict=True))
+    assert wins >= 1 and figures[wins - 1]["updates"] == 4 * wins
+    assert figures[wins]["reference"] - figures[wins]["generated"] > figures[0]["reference"] - figures[0]["generated"]
 
 
-def test_pickscore_tunes_its_last_blocks_and_nobody_else_s_model(clip: Path, table: Path) -> None:
+def test_pickscore_tunes_its_last_blocks_and_nobody_else_s_model(clip: Path, beaten: tuple[Path, torch.Tensor]) -> None:
+    table, media = beaten
     plain, reward = rewards.load("pickscore", model=str(clip)), tuned(clip, table, learning_rate=1e-2)
-    media = smooth(2, seed=2)
     before = rewards.score(plain, media, PROMPTS)
     torch.testing.assert_close(rewards.score(reward, media, PROMPTS), before)
     kept = {name: value.clone() for name, value in reward.clip.state_dict().items()}
     reward.update(media, PROMPTS, [{}] * 2, 0)
-    if reward.taken == 0:
-        reward.references = {text: [spotted(1, 3)[0]] for text in PROMPTS}
-        reward.update(media, PROMPTS, [{}] * 2, 0)
     changed = {name for name, value in reward.clip.state_dict().items() if not torch.equal(value, kept[name])}
-    assert reward.taken == 0 or (changed and all(".layers.1." in name and "vision" in name for name in changed))
+    assert changed and all(".layers.1." in name and "vision" in name for name in changed)
     assert torch.equal(rewards.score(plain, media, PROMPTS), before)
+
+
+def test_references_that_go_on_losing_raise_an_alarm_and_one_win_ends_it(
+    clip: Path, beaten: tuple[Path, torch.Tensor]
+) -> None:
+    table, best = beaten
+    reward = tuned(clip, table, learning_rate=1e-12)
+    alarms = []
+    for step in range(PATIENCE):
+        reward.update(best, PROMPTS, [{}] * 2, step)
+        alarms.append(reward.alarm)
+    assert alarms[:-1] == [None] * (PATIENCE - 1)
+    assert alarms[-1] is not None and alarms[-1].startswith(
+        f"overrun: generated pictures beat the references for {PATIENCE}"
+    )
+    worse = torch.stack([reward.references[prompt][0] for prompt in PROMPTS])
+    reward.update(worse, PROMPTS, [{}] * 2, PATIENCE)  # as good as the references, which is no defeat
+    assert reward.alarm is None
+
+
+def test_scoring_all_pictures_alike_raises_an_alarm(clip: Path, beaten: tuple[Path, torch.Tensor]) -> None:
+    table, best = beaten
+    reward = tuned(clip, table)
+    reward.update(best[:1].expand(4, -1, -1, -1), PROMPTS[:1] * 4, [{}] * 4, 0)
+    assert reward.alarm is not None and reward.alarm.startswith("collapsed")
+    reward.update(best, PROMPTS, [{}] * 2, 1)
+    assert reward.alarm is None
+
+
+def test_references_of_any_size_are_each_scored_once(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pictures(tmp_path / "pictures", smooth(2, seed=21))
+    Image.new("RGB", (48, 40), (200, 30, 60)).save(tmp_path / "pictures" / "02.png")
+    names = [f"pictures/{place:02d}.png" for place in range(3)]
+    (tmp_path / "references.json").write_text(json.dumps({PROMPTS[0]: names, PROMPTS[1]: names[2:]}))
+    reward = tuned(clip, tmp_path / "references.json")
+    plain = rewards.load("pickscore", model=str(clip))
+    pictures = {
+        text: [rewards.score(plain, one[None], [text]).item() for one in reward.references[text]] for text in PROMPTS
+    }
+    wanted = [pictures[text][place % len(pictures[text])] for place, text in enumerate(PROMPTS * 6)]
+    seen: list[int] = []
+    features = reward.image_features
+    monkeypatch.setattr(reward, "image_features", lambda images: seen.append(len(images)) or features(images))
+    media = smooth(12, seed=5)
+    figures = reward.update(media, PROMPTS * 6, [{}] * 12, 0)
+    assert figures["reference"] == pytest.approx(sum(wanted) / 12, abs=1e-5)
+    assert seen == [12, 2, 2]  # the generated ones, then the four references by size
 
 
 def test_tuned_pickscore_keeps_the_contract(clip: Path, table: Path) -> None:
