@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowalign.cli_evaluate import data_app, eval_app
+from flowalign.cli_sample import sample
 from flowalign.command import console, quiet_libraries
 from flowalign.command import device as _device
 from flowalign.settings import UserError
@@ -65,6 +66,9 @@ def compare(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a change to every recipe; repeatable")
     ] = None,
+    best_of: Annotated[
+        int, typer.Option(metavar="N", help="show what best of 1 to N give without training; 0 is none")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished runs, go on with the others")] = False,
 ) -> None:
     """Train recipes under one budget, from the same model, prompts and seeds, and write one report of them."""
@@ -81,6 +85,7 @@ def compare(
             reward=reward,
             target=target,
             overrides=changes or [],
+            best_of=best_of,
             resume=resume,
         )
     columns, rows = leaderboard(result)
@@ -94,41 +99,7 @@ def compare(
     console.print(f"{legend(result)}\nwrote comparison.json, .md and .html into {output}", markup=False, soft_wrap=True)
 
 
-@app.command()
-def sample(
-    model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
-    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
-    adapter: Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")] = None,
-    output: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance: Annotated[float, typer.Option(min=1)] = 3.0,
-    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
-    size: Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")
-    ] = None,
-    seed: int = 0,
-) -> None:
-    """Draw pictures."""
-    quiet_libraries()
-    from flowalign.config import Sampler
-    from flowalign.data import Row
-    from flowalign.policies.loading import load_policy, model_settings
-    from flowalign.rollout import rollout
-    from flowalign.runs import save_pictures
-    from flowalign.sampling.noise import EVALUATION
-
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty; write what to draw")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is not an empty folder; choose another")
-    settings = model_settings(model, adapter, size, max_sequence_length)
-    policy = load_policy(settings, _device())
-    rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
-    sampler = Sampler(steps=steps, guidance=guidance)
-    drawn = rollout(policy, rows, images, sampler, (settings.height, settings.width), (EVALUATION, seed, 0), batch=16)
-    for path, prompt in zip(save_pictures(output, drawn.media), drawn.prompts, strict=True):
-        console.print(f"{path}  {prompt}", markup=False)
+app.command()(sample)
 
 
 @app.command()
@@ -187,11 +158,41 @@ def score(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder")]) -> None:
-    """Write a run's report.html anew from what is on disk."""
+def audit(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model with --recipe")],
+    overrides: Overrides = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="BASE", help="the base model; the default is the one a run began as")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="a LoRA folder for the model")] = None,
+    recipe: Annotated[str | None, typer.Option(help="for a model: whose evaluation and guard say how")] = None,
+) -> None:
+    """Ask whether a model bought its reward with what the reward does not see. Exit code 1 if anything alarms."""
+    quiet_libraries()
+    from flowalign.auditing import audit as audited
+    from flowalign.display import audit_table
+
+    title, found = audited(
+        target, against=against, adapter=adapter, recipe=recipe, overrides=overrides or [], device=_device()
+    )
+    console.print(audit_table(title, found))
+    console.print("\n".join(f"ALARM: {alarm}" for alarm in found.alarms) or "all inside the base model's bands")
+    if found.alarms:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs or of comparisons")],
+) -> None:
+    """Write the report.html of runs, and the comparison.html of comparisons, anew from what is on disk."""
+    from flowalign.evaluate.compare_page import rewrite_comparison_page
     from flowalign.evaluate.report import write_report
 
-    console.print(f"wrote {write_report(run)}")
+    for folder in runs:
+        compared = (folder / "comparison.json").is_file()
+        written = rewrite_comparison_page(folder) if compared else write_report(folder)
+        console.print(f"wrote {written}", markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -142,3 +142,20 @@ def summary_table(title: str, summary: Summary) -> Table:
         if "overall" in result:
             table.add_row(name, "mean of tasks", f"{result['overall']:.4f}", "", "")
     return table
+
+
+def audit_table(title: str, audit: "Audit") -> Table:
+    """Every measure of an audit with its band."""
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in ("measure", "base", "now", "band", "state"):
+        table.add_column(column, justify="left" if column in ("measure", "state") else "right")
+    for name, band in audit.bands.items():
+        value = audit.values[name]
+        bounds = f">= {band.low:.4g}" if band.high == math.inf else f"{band.low:.4g} to {band.high:.4g}"
+        state = band.state(value)
+        table.add_row(
+            name, f"{band.center:.4g}", f"{value:.4g}", bounds, f"[red]{state}[/]" if state == "alarm" else state
+        )
+    panel = "" if audit.panel is None else f"held-out rewards {audit.panel:+.2f} seed deviations, "
+    table.caption = f"training reward {audit.proxy:.4f}, {panel}KL {audit.kl:.2f} nats"
+    return table

@@ -67,31 +67,35 @@ class Guarding:
         self.in_a_row = 0
         self.best: dict[str, float] = {}
 
-    def audit(self, policy: Policy, evaluated: Evaluated, draw: Draw, untrained: bool) -> Audit:
-        """The audit of an evaluation of the policy as it is now.
+    def learn(self, base: Policy, draw: Draw, first: Evaluated | None = None) -> None:
+        """Learn the bands from the base model as it is now, measured with as many seeds as they need.
 
-        `draw` evaluates rows; the base model is measured with it, once, with as many seeds as the bands need.
-        untrained: the policy still is the base model, and `evaluated` is the first of these measurements.
+        `draw` evaluates rows with it; `first` is what that gave with the first seed, where it is known.
         """
-        measured = self.auditor.measured(evaluated)
-        if not self.bands:
-            with policy.reference():
-                first = evaluated if untrained else draw(self.rows, self._seeded(0))
-                others = [draw(self.rows, self._seeded(seed)) for seed in range(1, self.settings.seeds)]
-                paths = [self._divergence(policy, seed) for seed in range(self.settings.seeds)]
-            sets = [self.auditor.measured(one).values for one in (first, *others)]
-            self.bands = self.auditor.bands(sets, paths)
-        return self.auditor.audit(measured, self._divergence(policy, 0), self.bands)
+        done = [] if first is None else [first]
+        drawn = [draw(self.rows, self._seeded(seed)) for seed in range(len(done), self.settings.seeds)]
+        paths = [self._divergence(base, seed, None) for seed in range(self.settings.seeds)]
+        self.bands = self.auditor.bands([self.auditor.measured(one).values for one in (*done, *drawn)], paths)
+
+    def audit(self, policy: Policy, evaluated: Evaluated, base: Policy | None = None) -> Audit:
+        """The audit of an evaluation of the policy; its base is the model it began as, unless another is given."""
+        return self.auditor.audit(self.auditor.measured(evaluated), self._divergence(policy, 0, base), self.bands)
 
     def _seeded(self, seed: int) -> Evaluation:
         settings = self.recipe.evaluation
         return settings.model_copy(update={"seed": settings.seed + seed, "pictures": 0})
 
-    def _divergence(self, policy: Policy, seed: int) -> Divergence:
+    def _divergence(self, policy: Policy, seed: int, base: Policy | None) -> Divergence:
         settings, model = self.recipe.evaluation, self.recipe.model
-        rows = self.rows[: self.settings.kl_samples]
-        key = (EVALUATION, settings.seed + seed, _PATHS)
-        return reference_divergence(policy, rows, settings, (model.height, model.width), key, batch=settings.batch)
+        return reference_divergence(
+            policy,
+            self.rows[: self.settings.kl_samples],
+            settings,
+            (model.height, model.width),
+            (EVALUATION, settings.seed + seed, _PATHS),
+            reference=base,
+            batch=settings.batch,
+        )
 
     def conclude(self, contents: Mapping[str, Any]) -> list[str]:
         """Take an audit's contents into account; returns which of best and best_unhacked these weights are."""

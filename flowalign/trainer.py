@@ -284,7 +284,10 @@ class Trainer:
             evaluated = self._measure(self.evaluation_rows, settings)
             audit = None
             if self.guarding:
-                audit = self.guarding.audit(self.policy, evaluated, self._measure, untrained=self.step == 0)
+                if not self.guarding.bands:
+                    with self.policy.reference():
+                        self.guarding.learn(self.policy, self._measure, evaluated if self.step == 0 else None)
+                audit = self.guarding.audit(self.policy, evaluated)
         self.policy.forwards = forwards  # measuring is not part of the training budget
         about = {
             "step": self.step,

@@ -44,7 +44,7 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def picture(path: Path, side: int) -> dict[str, Any]:
-    """A picture within samples/step_N/ as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
+    """A picture in samples/step_N/ as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
     try:
         with Image.open(path) as image:
             data, kind = path.read_bytes(), "png"

@@ -6,7 +6,7 @@ Panels hold numbers and fixed words only; names that come from a run's files are
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,31 @@ def evaluation_plots(evaluations: Sequence[dict[str, Any]]) -> list[Plot]:
     return plots
 
 
+def hacking_plot(audits: Sequence[dict[str, Any]]) -> Plot:
+    """The training reward (left) and the held-out rewards (right) against the distance from the base model.
+
+    Gao et al., "Scaling laws for reward model overoptimization" (2023), fig. 1. Rings mark audits that alarmed.
+    """
+    distance = [audit["distance"] for audit in audits]
+    lines = [("proxy", "training reward", TRAINING, "--"), ("panel", "held-out, seed deviations", HELD_OUT, "-")]
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": f"hacking {distance}"}):
+        figure, axes = _axes()
+        axes.set_xlabel("√KL to the base model")
+        for key, label, color, dashes in lines:
+            if any(audit[key] is None for audit in audits):
+                continue
+            side = axes if key == "proxy" else axes.twinx()
+            values = [audit[key] for audit in audits]
+            side.plot(distance, values, color=color, linestyle=dashes, marker=".", linewidth=1.6)
+            side.set_ylabel(label, color=color, fontsize=8)
+            side.tick_params(axis="y", labelcolor=color)
+            side.grid(visible=key == "proxy")
+            rings = [place for place, audit in enumerate(audits) if audit["alarms"]]
+            chosen = [distance[place] for place in rings], [values[place] for place in rings]
+            side.plot(*chosen, "o", fillstyle="none", color="#dc2626", markersize=8)
+        return Plot("Over-optimisation", _svg(figure))
+
+
 def optimisation_plots(metrics: Sequence[dict[str, Any]]) -> list[Plot]:
     """Loss, gradient norm and whatever figures the algorithm reports, against training steps."""
     figures = dict.fromkeys(name for row in metrics for name in row.get("figures", {}))
@@ -129,6 +154,28 @@ def budget_plot(title: str, curves: Sequence[Curve], budget: str, target: float 
             for curve in own:
                 axes.plot(curve.spent, curve.values, color=color, linestyle=dashes, linewidth=0.8, alpha=0.35)
             axes.plot(*mean_curve(own), color=color, linestyle=dashes, linewidth=1.8)
+        return Plot(title, _svg(figure))
+
+
+def scaling_plot(title: str, base: Curve, errors: Sequence[float | None], trained: Mapping[int, float]) -> Plot:
+    """Best-of-n without training against forwards a picture, doubling, with a band of ± its errors (points,).
+
+    Each group of `trained` is a line across at its value, with a dot at the forwards of one picture, where it stands.
+    """
+    salt = f"best of n {title} {base.values} {trained}"
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure, axes = _axes()
+        values, error = np.array(base.values), np.array([_number(one) for one in errors])
+        axes.plot(base.spent, values, ".-", color=OTHER, linewidth=1.6)
+        axes.fill_between(base.spent, values - error, values + error, color=OTHER, alpha=0.18, linewidth=0)
+        for group, value in trained.items():
+            color, dashes = group_style(group)
+            axes.axhline(value, color=color, linestyle=dashes, linewidth=1.4)
+            axes.plot(base.spent[0], value, "o", color=color, markersize=5)
+        ticks = [base.spent[0] * 2**power for power in range(int(math.log2(len(values))) + 1)]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+        axes.set_xlabel("transformer forwards a picture")
         return Plot(title, _svg(figure))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from flowalign.evaluate import plots
+from flowalign.evaluate.hacking_page import hacking_section
 from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
 from flowalign.runs import MAP
 from flowalign.settings import UserError
@@ -116,6 +117,7 @@ def _contents(folder: Path) -> Row:
         "evaluations": evaluations,
         "scores": _scores(evaluations, recipe, folder),
         "samples": _samples(folder / "samples"),
+        "hacking": hacking_section(evaluations, folder),
         "phases": _phases(metrics, evaluations),
         "training_plots": plots.training_plots(metrics, recipe.get("train", {}).get("prompts_per_step")),
         "evaluation_plots": plots.evaluation_plots(evaluations),

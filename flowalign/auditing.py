@@ -1,0 +1,93 @@
+"""`flowalign audit`: a trained model against the one it began as, or any model against another."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from flowalign.checkpoint import checkpoints, load_weights
+from flowalign.config import Evaluation, Recipe, load_recipe
+from flowalign.data import Row, load_prompts
+from flowalign.display import Display
+from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate
+from flowalign.evaluate.hacking import Audit
+from flowalign.guard import Guarding, evaluation_rewards
+from flowalign.judging import Judging, load_learnt
+from flowalign.policies.base import Policy
+from flowalign.policies.loading import load_policy, model_settings
+from flowalign.runs import RunFolder
+from flowalign.settings import UserError
+
+
+def audit(
+    target: str,
+    *,
+    against: str | None = None,
+    adapter: Path | None = None,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    device: torch.device | str = "cpu",
+) -> tuple[str, Audit]:
+    """What was audited, and the audit. `target` is a run, or a model as `model_settings` names it.
+
+    A run is audited by its own recipe, its last checkpoint against the model it began as. A model needs one to be
+    audited `against`, and a `recipe` whose evaluation and guard say how. Raises UserError for what is missing.
+    """
+    run = None
+    if (Path(target) / "recipe.yaml").is_file():
+        if recipe or adapter:
+            raise UserError(
+                f"{target} is a run, which has its own recipe and weights; leave --recipe and --adapter out"
+            )
+        run, _ = RunFolder.open(Path(target))
+        resolved = load_recipe(run.path / "recipe.yaml", overrides)
+    elif recipe is None or against is None:
+        raise UserError(f"{target} is a model: name --against, its base model, and a --recipe that says how to audit")
+    else:
+        given = load_recipe(recipe, overrides)
+        size = given.model.height, given.model.width
+        model = model_settings(target, adapter).model_copy(update={"height": size[0], "width": size[1]})
+        resolved = given.model_copy(update={"model": model})
+    return _audited(resolved, run, against, device, target)
+
+
+def _audited(
+    recipe: Recipe, run: RunFolder | None, against: str | None, device: torch.device | str, target: str
+) -> tuple[str, Audit]:
+    settings = recipe.evaluation
+    if recipe.guard is None or settings.prompts is None:
+        raise UserError("the recipe has no guard or no evaluation.prompts, which say how to audit")
+    judging = Judging(recipe, None)
+    rewards, weights = evaluation_rewards(recipe, judging)
+    rows = load_prompts(settings.prompts, settings.count)[: recipe.guard.count]
+    check_prompts(rows, rewards, settings.prompts)
+    guarding = Guarding(recipe, recipe.guard, weights, rows, load_prompts(recipe.prompts))
+    policy = load_policy(recipe.model, device, recipe.run.seed)
+    title = target
+    if run is not None:
+        found = checkpoints(run.checkpoints)
+        if not found:
+            raise UserError(f"{run.path} has no checkpoint yet")
+        title = f"{target}, {load_weights(found[-1], policy, partial(load_learnt, judging.trainable))}"
+    base = None if against is None else _base(recipe, against, device, policy)
+
+    def draw(policy: Policy, rows: Sequence[Row], asked: Evaluation) -> Evaluated:
+        size = recipe.model.height, recipe.model.width
+        with Display().evaluating(len(rows) * asked.images_per_prompt) as progress:
+            return evaluate(policy, rows, rewards, asked, size, progress, guarding.auditor.observe)
+
+    with policy.reference() if base is None else nullcontext():
+        guarding.learn(base or policy, partial(draw, base or policy))
+    evaluated = draw(policy, rows, settings)
+    return f"{title} against {against or 'the model it began as'}", guarding.audit(policy, evaluated, base)
+
+
+def _base(recipe: Recipe, against: str, device: torch.device | str, policy: Policy) -> Policy:
+    model = model_settings(against)
+    size = recipe.model.height, recipe.model.width
+    base = load_policy(model.model_copy(update={"height": size[0], "width": size[1]}), device, recipe.run.seed)
+    if base.latent_shape(*size) != policy.latent_shape(*size):
+        raise UserError(f"--against {against}: its latents have another shape than {recipe.model.path}'s")
+    return base

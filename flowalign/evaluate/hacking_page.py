@@ -1,0 +1,82 @@
+"""The report's section on reward hacking: what the audits said, and the pictures to look at."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowalign.evaluate import plots
+from flowalign.evaluate.pages import parsed, picture
+
+Row = dict[str, Any]
+SHOWN = 4  # prompts of which pictures are shown
+_SIDE = 192  # pixels
+
+
+def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
+    """What the template shows of a run's audits, or of nothing where none was made."""
+    audited = [evaluation for evaluation in evaluations if "audit" in evaluation]
+    if not audited:
+        return None
+    audits = [
+        {"step": evaluation["step"], "distance": math.sqrt(evaluation["audit"]["kl"]), **evaluation["audit"]}
+        for evaluation in audited
+    ]
+    last, alarmed = audits[-1], [audit for audit in audits if audit["alarms"]]
+    return {
+        "audits": audits,
+        "last": last,
+        "alarmed": alarmed,
+        "measures": [(name, found, found.get("high")) for name, found in last["measures"].items()],
+        "plot": plots.hacking_plot(audits),
+        "pictures": _pictures(audited, audits, folder),
+    }
+
+
+def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> list[Row]:
+    """Pictures before training, at the first alarm, and where the held-out rewards were lowest (else the last ones).
+
+    Of the prompts whose pictures are kept those whose held-out rewards fell most are shown.
+    """
+    steps = {0: "before training"} if audits[0]["step"] == 0 else {}
+    first = next((audit["step"] for audit in audits if audit["alarms"]), None)
+    if first is not None:
+        steps[first] = f"step {first}, the first alarm"
+    later = [audit for audit in audits if audit["step"] > 0]
+    if not later:
+        return []
+    judged = [audit for audit in later if audit["panel"] is not None]
+    worst = min(judged, key=lambda audit: audit["panel"])["step"] if judged else later[-1]["step"]
+    kind = "held-out rewards lowest" if judged else "the last audit"
+    steps[worst] = f"{steps[worst]}; {kind}" if worst in steps else f"step {worst}, {kind}"
+    prompts = parsed(folder / "samples" / f"step_{worst:06d}" / "prompts.json", json.loads) or []
+    falls = _falls(audited[0], next(one for one in audited if one["step"] == worst), prompts)
+    order = sorted(range(len(prompts)), key=lambda place: falls[place])[:SHOWN]
+    return [
+        {
+            "prompt": prompts[place],
+            "images": [
+                (title, picture(path, _SIDE))
+                for step, title in sorted(steps.items())
+                if (path := folder / "samples" / f"step_{step:06d}" / f"{place:02d}.png").is_file()
+            ],
+        }
+        for place in order
+    ]
+
+
+def _falls(before: Row, after: Row, prompts: Sequence[str]) -> list[float]:
+    """The change of each prompt's held-out rewards, in their spreads over seeds; the lowest fell most."""
+    spreads = {
+        name: found["spread"] for name, found in after["audit"]["measures"].items() if found["kind"] == "quality"
+    }
+    changes = []
+    for prompt in prompts:
+        pairs = zip(before["rows"], after["rows"], strict=True)
+        first, last = next((a["scores"], b["scores"]) for a, b in pairs if a["prompt"] == prompt)
+        known = [name for name in spreads if name in first and name in last]
+        changes.append(float(np.sum([(last[name] - first[name]) / max(spreads[name], 1e-9) for name in known])))
+    return changes
