@@ -1,14 +1,47 @@
 """The commands `flowalign eval` and `flowalign data`."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from flowalign.command import console, device, quiet_libraries
+from flowalign.settings import UserError
+
+if TYPE_CHECKING:
+    from flowalign.evaluate.benchmark import Benchmark
+    from flowalign.evaluate.drawing import Drawing
 
 eval_app = typer.Typer(no_args_is_help=True, help="Say how good a model is, with intervals.")
 data_app = typer.Typer(no_args_is_help=True, help="Write prompt lists.")
+
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
+]
+OptionalModel = Annotated[
+    str | None, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
+]
+Adapter = Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")]
+Images = Annotated[
+    Path | None, typer.Option(help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png")
+]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="pictures of a prompt")]
+Prompts = Annotated[str | None, typer.Option(help="a prompt list; the default fits the model")]
+Count = Annotated[int | None, typer.Option(min=1, help="only the first prompts of the list")]
+Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps; 50, for toyworld 12")]
+Guidance = Annotated[
+    float | None, typer.Option(min=1, help="4.5, for toyworld 3; GenEval's own script has 9, for older models")
+]
+Size = Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")]
+SequenceLength = Annotated[int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")]
+Batch = Annotated[int | None, typer.Option(min=1, help="pictures drawn at once; 16")]
+Seed = Annotated[int | None, typer.Option(help="of the noise, beside the prompt's place and the picture's; 0")]
 
 
 @eval_app.command("recipe")
@@ -32,3 +65,264 @@ def evaluate_recipe(
     else:
         title, summary = evaluate(load_recipe(target, overrides or []), None, device())
     console.print(summary_table(title, summary))
+
+
+@eval_app.command("geneval")
+def evaluate_geneval(
+    model: OptionalModel = None,
+    images: Images = None,
+    adapter: Adapter = None,
+    prompts: Prompts = None,
+    count: Count = None,
+    images_per_prompt: ImagesPerPrompt = 4,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            help=f"module:Name, file.py:Name, or a Mask2Former's folder or hub id; {DETECTOR}, for toyworld exact"
+        ),
+    ] = None,
+    check_detector: Annotated[
+        bool, typer.Option(help="show the detector a bundled picture with a known answer first")
+    ] = True,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    max_sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    batch: Batch = None,
+    output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/geneval"),
+) -> None:
+    """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
+    quiet_libraries()
+    from flowalign.evaluate.geneval import evaluate_geneval as evaluate
+    from flowalign.evaluate.geneval import load_judge
+
+    drawing = _drawing(
+        model, images, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch
+    )
+    embedded = drawing is not None and drawing.embedded
+    listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
+    benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
+    judging = load_judge(detector or (EXACT_DETECTOR if embedded else DETECTOR))
+    summary = evaluate(benchmark, judging, check_detector=check_detector)
+    table = _table(f"GenEval of {model or images}", "task", "score", "95 %", "prompts")
+    for task, row in summary["tasks"].items():
+        table.add_row(task, *_score(row), str(row["prompts"]))
+    table.add_section()
+    table.add_row("overall, the mean of the tasks", *_score(summary["overall"]), str(summary["prompts"]))
+    table.add_row("mean of all pictures", *_score(summary["image_mean"]), f"{summary['images']} pictures")
+    table.add_row("prompts with any success", *_score(summary["any_success"]), "")
+    _finish(table, output, f"judged by {summary['detector']} ({summary['checksum'][:12]})")
+
+
+@eval_app.command("ocr")
+def evaluate_ocr(
+    model: OptionalModel = None,
+    images: Images = None,
+    adapter: Adapter = None,
+    prompts: Prompts = None,
+    count: Count = None,
+    images_per_prompt: ImagesPerPrompt = 4,
+    mode: Annotated[str | None, typer.Option(help="page, or for toyworld lines: see the reward ocr")] = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    max_sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    batch: Batch = None,
+    output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/ocr"),
+) -> None:
+    """Draw prompts that quote a text in double quotes and read the pictures; what is done already is kept."""
+    quiet_libraries()
+    from flowalign.evaluate.ocr import SCORES
+    from flowalign.evaluate.ocr import evaluate_ocr as evaluate
+
+    drawing = _drawing(
+        model, images, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch
+    )
+    embedded = drawing is not None and drawing.embedded
+    listed = prompts or ("toyworld/words_test" if embedded else None)
+    benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
+    summary = evaluate(benchmark, mode or ("lines" if embedded else "page"))
+    table = _table(
+        f"OCR of {model or images}", "letters", *(part for name in SCORES for part in (name, "95 %")), "prompts"
+    )
+    for length, row in summary["lengths"].items():
+        table.add_row(length, *(cell for name in SCORES for cell in _score(row[name])), str(row["prompts"]))
+    table.add_section()
+    table.add_row("all", *(cell for name in SCORES for cell in _score(summary[name])), str(summary["prompts"]))
+    _finish(table, output, "accuracy is the published score; similarity and exact also mind text around the target")
+
+
+@eval_app.command("panel")
+def evaluate_panel(
+    model: ModelArgument,
+    prompts: Annotated[str, typer.Option(help="a .txt or .jsonl file, or a bundled name")],
+    reward: Annotated[list[str], typer.Option(help="a built-in name, file.py:Name, ...; repeatable")],
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="REWARD.KEY=VALUE", help="passed to a reward; repeatable")
+    ] = None,
+    adapter: Adapter = None,
+    count: Count = None,
+    images_per_prompt: ImagesPerPrompt = 4,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    max_sequence_length: SequenceLength = None,
+    seed: Seed = None,
+    batch: Batch = None,
+    output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/panel"),
+) -> None:
+    """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
+    quiet_libraries()
+    import rewards as zoo
+    from flowalign.evaluate.panel import BASE, TUNED
+    from flowalign.evaluate.panel import evaluate_panel as evaluate
+    from flowalign.scoring import options_by_reward
+
+    tuned = _drawing(model, None, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch)
+    assert tuned is not None  # a model is given
+    options = options_by_reward(reward, option or [])
+    loaded: dict[str, zoo.Reward] = {}
+    for spec in reward:
+        one = zoo.load(spec, **options[spec])
+        if one.name in loaded:
+            raise UserError(f"--reward {spec}: there is a reward {one.name!r} already; give each once")
+        loaded[one.name] = one
+    base = replace(tuned, model=tuned.model.model_copy(update={"adapter": None}))
+    drawings = {
+        name: [
+            replace(one, sampler=one.sampler.model_copy(update={"guidance": level}))
+            for level in dict.fromkeys((one.sampler.guidance, 1.0))
+        ]
+        for name, one in ({BASE: base, TUNED: tuned} if tuned.model.adapter else {BASE: base}).items()
+    }
+    about = {"rewards": {name: options[spec] for name, spec in zip(loaded, reward, strict=True)}, "specs": list(reward)}
+    summary = evaluate(drawings, prompts, count, loaded, about, output)
+    _finish(
+        _panel_table(f"{model} on {prompts}", summary), output, f"{summary['prompts']} prompts, the same noise for all"
+    )
+
+
+@data_app.command("geneval")
+def write_geneval_prompts(
+    output: Annotated[Path, typer.Argument(help="the .jsonl file to write")],
+    count: Annotated[int, typer.Option(min=1, help="prompts")] = 50_000,
+    seed: int = 0,
+    exclude: Annotated[Path | None, typer.Option(help="a prompt list of which none may be written")] = None,
+    mix: Annotated[
+        str | None, typer.Option(metavar="TASK=SHARE,...", help="shares of the tasks; the default is Flow-GRPO's")
+    ] = None,
+) -> None:
+    """Write training prompts in GenEval's format."""
+    from flowalign.geneval_prompts import PUBLISHED_MIX, write_training_prompts
+
+    if output.exists():
+        raise UserError(f"{output} exists; choose another name")
+    write_training_prompts(output, count, seed, exclude, PUBLISHED_MIX if mix is None else _mix(mix))
+    console.print(f"wrote {count} prompts to {output}", markup=False)
+
+
+def _mix(text: str) -> dict[str, float]:
+    shares = {}
+    for part in text.split(","):
+        task, _, share = part.partition("=")
+        try:
+            shares[task.strip()] = float(share)
+        except ValueError:
+            raise UserError(f"--mix {text!r}: {part!r} must be written TASK=SHARE, as in position=.7") from None
+    return shares
+
+
+def _drawing(
+    model: str | None,
+    images: Path | None,
+    images_per_prompt: int,
+    adapter: Path | None,
+    size: int | None,
+    max_sequence_length: int | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int | None,
+    batch: int | None,
+) -> "Drawing | None":
+    """How to draw, or None for pictures of somebody's; the defaults are GenEval's steps and the model's guidance."""
+    from flowalign.config import Sampler
+    from flowalign.evaluate.drawing import Drawing
+    from flowalign.policies.loading import EMBEDDED, model_settings
+
+    if (model is None) is (images is None):
+        raise UserError("give either MODEL, to draw with it, or --images, to judge pictures")
+    if model is None:
+        given = {"adapter": adapter, "size": size, "max-sequence-length": max_sequence_length, "steps": steps}
+        for name, value in {**given, "guidance": guidance, "seed": seed, "batch": batch}.items():
+            if value is not None:
+                raise UserError(f"--{name} is about drawing; leave it out with --images")
+        return None
+    settings = model_settings(model, adapter, size, max_sequence_length)
+    default_steps, default_guidance = (12, 3.0) if settings.path == EMBEDDED else (50, 4.5)
+    sampler = Sampler(steps=steps or default_steps, guidance=guidance or default_guidance)
+    return Drawing(settings, sampler, seed or 0, images_per_prompt, batch or 16, device())
+
+
+def _benchmark(
+    drawing: "Drawing | None",
+    images: Path | None,
+    per_prompt: int,
+    output: Path,
+    prompts: str | None,
+    count: int | None,
+) -> "Benchmark":
+    from flowalign.evaluate.benchmark import Benchmark
+
+    if prompts is None and count is not None:
+        raise UserError("--count takes the first of a prompt list; give --prompts with it")
+    source = drawing or images
+    assert source is not None  # one of the two was given
+    return Benchmark(source, per_prompt, output, prompts, count)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    return table
+
+
+def _score(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A score and its interval."""
+    return f"{row['score']:.3f}", _interval(row["interval"])
+
+
+def _interval(interval: Sequence[float] | None, digits: int = 3) -> str:
+    return "" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
+    """A line for each reward and guidance: base, and where there is one the fine-tuned model and the difference."""
+    differences = {(row["reward"], row["guidance"]): row for row in summary["differences"]}
+    columns = ["reward", "guidance", "base", "95 %"]
+    table = _table(title, *columns, *(["tuned", "95 %", "tuned - base", "95 %"] if differences else []))
+    means = {(row["model"], row["reward"], row["guidance"]): row for row in summary["means"]}
+    for (model, reward, guidance), row in means.items():
+        if model != "base":
+            continue
+        cells = [*_mean(row)]
+        if difference := differences.get((reward, guidance)):
+            cells += [*_mean(means["tuned", reward, guidance])]
+            cells += ["" if difference["difference"] is None else f"{difference['difference']:+.4f}"]
+            cells += [_interval(difference["interval"], 4)]
+        table.add_row(reward, f"{guidance:g}", *cells)
+    return table
+
+
+def _mean(row: Mapping[str, Any]) -> tuple[str, str]:
+    return "" if row["mean"] is None else f"{row['mean']:.4f}", _interval(row["interval"], 4)
+
+
+def _finish(table: Table, output: Path, note: str) -> None:
+    from flowalign.evaluate.results import Stopwatch
+
+    seconds = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in Stopwatch(output).seconds.items())
+    console.print(table)
+    console.print(f"{note}\n{seconds}; all of it is in {output}", markup=False, soft_wrap=True)

@@ -1,0 +1,213 @@
+"""Pictures of a prompt list on disk, in GenEval's layout: drawn so that a kill costs a batch at most, or anyone's.
+
+    drawing.json                what decides the pictures; other settings in the same folder are refused
+    00000/metadata.jsonl        the first prompt's row, a line of JSON
+    00000/samples/0000.png      its first picture
+
+Batches are those of the plan whatever is missing, because the last digits of a forward pass may depend on its batch:
+so a resumed drawing gives the very bytes of one that was never stopped (on the same machine and number of threads).
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from flowalign.config import Model, Sampler
+from flowalign.data import Row, load_prompts
+from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
+from flowalign.policies.base import Policy, forward_dtype
+from flowalign.policies.loading import EMBEDDED, load_policy
+from flowalign.rollout import Progress, rollout
+from flowalign.runs import replace_text, to_uint8
+from flowalign.sampling.noise import EVALUATION
+from flowalign.settings import UserError
+from rewards.pictures import read_picture
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a prompt; `name` is its path inside its folder, as results name it."""
+
+    path: Path
+    name: str
+    row: Row
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How the pictures of a prompt list are made; noise is counted by (seed, row, member), as in `evaluate`."""
+
+    model: Model
+    sampler: Sampler
+    seed: int
+    images: int
+    """Pictures of a prompt."""
+    batch: int
+    """Pictures drawn at once."""
+    device: str
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the model is the one that comes with the package."""
+        return self.model.path == EMBEDDED
+
+    def settings(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What decides the pictures, as drawing.json keeps it."""
+        model = self.model
+        place = Path(model.path)
+        local = not self.embedded and place.exists()
+        dtype = forward_dtype(model.dtype, torch.device(self.device))
+        return {
+            "model": str(place.resolve()) if local else model.path,
+            "adapter": _checksum(Path(model.adapter)) if model.adapter else None,
+            **self.sampler.model_dump(include=set(Sampler.model_fields)),
+            "height": model.height,
+            "width": model.width,
+            "max_sequence_length": model.max_sequence_length,
+            "seed": self.seed,
+            "images_per_prompt": self.images,
+            "batch": self.batch,
+            "precision": f"{str(dtype).removeprefix('torch.')} on {self.device}",
+            "prompts": hashlib.sha256(json.dumps([_metadata(row) for row in rows]).encode()).hexdigest(),
+        }
+
+    def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        """The rows that are drawn together: `batch` pictures, or those of one prompt."""
+        size = max(1, self.batch // self.images)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def draw(
+    folder: Path,
+    drawing: Drawing,
+    rows: Sequence[Row],
+    stopwatch: Stopwatch,
+    progress: Progress | None = None,
+    load: Callable[[Model, str], Policy] = load_policy,
+) -> None:
+    """Draw what `folder` lacks of the rows' pictures; the model is loaded where something is missing.
+
+    Raises UserError for a folder of another drawing, naming what differs, and as `load_policy` does.
+    """
+    settings = drawing.settings(rows)
+    check_folder(folder, DRAWING, settings, made="*/samples/*.png")
+    policy: Policy | None = None
+    size = (drawing.model.height, drawing.model.width)
+    stopwatch.start()
+    for chunk in drawing.chunks(rows):
+        paths = [folder / picture_name(row.index, member) for row in chunk for member in range(drawing.images)]
+        missing = [place for place, path in enumerate(paths) if not _is_whole(path)]
+        if missing:
+            if policy is None:
+                policy = load(drawing.model, drawing.device)
+                keep_settings(folder, DRAWING, settings)
+            key = (EVALUATION, drawing.seed, 0)
+            drawn = rollout(policy, chunk, drawing.images, drawing.sampler, size, key, batch=drawing.batch)
+            for row in chunk:
+                place = folder / f"{row.index:05d}"
+                (place / "samples").mkdir(parents=True, exist_ok=True)
+                replace_text(place / "metadata.jsonl", json.dumps(_metadata(row)) + "\n")
+            pixels = to_uint8(drawn.media)
+            for place in missing:
+                _write_picture(paths[place], Image.fromarray(pixels[place]))
+            stopwatch.lap("draw")
+        if progress:
+            progress(len(paths))
+
+
+def picture_name(index: int, member: int) -> str:
+    """Where GenEval has a prompt's picture inside the folder."""
+    return f"{index:05d}/samples/{member:04d}.png"
+
+
+def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list[Picture]:
+    """The pictures of a folder in GenEval's layout, in the order of prompts and members, each seen to be readable.
+
+    With `rows` the folders 00000, 00001, ... must be those of the rows; without, the folders say what the rows are.
+    Raises UserError, with the path, for anything missing, unreadable or too much.
+    """
+    folders = sorted(place for place in folder.glob("*") if place.is_dir() and place.name.isdigit())
+    if not folders:
+        raise UserError(f"{folder} holds no pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png")
+    if rows is not None:
+        wanted = {f"{row.index:05d}" for row in rows}
+        there = {place.name for place in folders}
+        for row in rows:
+            if f"{row.index:05d}" not in there:
+                raise UserError(f"{folder} has no folder {row.index:05d} for prompt {row.index + 1} ({row.prompt!r})")
+        if extra := sorted(there - wanted):
+            raise UserError(f"{folder}/{extra[0]} is of none of the {len(rows)} prompts; remove it or add its prompt")
+    found = [_metadata_row(place) for place in folders]
+    for place, row, own in zip(folders, rows or (), found, strict=rows is not None):
+        if _metadata(own) != _metadata(row):
+            raise UserError(
+                f"{place}/metadata.jsonl is not prompt {row.index + 1} of the list: "
+                f"{json.dumps(_metadata(own))}, not {json.dumps(_metadata(row))}"
+            )
+    return [picture for place, row in zip(folders, found, strict=True) for picture in _pictures(place, row, images)]
+
+
+def _metadata_row(folder: Path) -> Row:
+    path = folder / "metadata.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; it says what {folder.name}/samples was made from")
+    rows = load_prompts(str(path))
+    if len(rows) != 1:
+        raise UserError(f"{path} holds {len(rows)} rows; a folder's pictures are of one prompt")
+    return Row(int(folder.name), rows[0].prompt, rows[0].metadata)
+
+
+def _pictures(folder: Path, row: Row, images: int) -> list[Picture]:
+    named = [path for path in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
+    paths = sorted(named, key=lambda path: int(path.stem))
+    if len(paths) != images:
+        raise UserError(f"{folder}/samples holds {len(paths)} pictures NNNN.png, not {images}; see --images-per-prompt")
+    for path in paths:
+        if not _is_whole(path):
+            raise UserError(f"{path} is not a readable PNG; make it again")
+    return [Picture(path, path.relative_to(folder.parent).as_posix(), row) for path in paths]
+
+
+def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Pictures read, by size: their places among the given ones, and media (B, 3, H, W) in [0, 1]."""
+    media = [read_picture(picture.path) for picture in pictures]
+    for shape in dict.fromkeys(one.shape for one in media):
+        places = [place for place, one in enumerate(media) if one.shape == shape]
+        yield places, torch.stack([media[place] for place in places])
+
+
+def _metadata(row: Row) -> dict[str, Any]:
+    """A row as GenEval writes it."""
+    return {**row.metadata, "prompt": row.prompt}
+
+
+def _write_picture(path: Path, image: Image.Image) -> None:
+    partial = path.with_name(f".partial_{path.name}")
+    image.save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a PNG is there, to its end and with the right checksums."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, Image.DecompressionBombError):
+        return False
+    return True
+
+
+def _checksum(adapter: Path) -> str:
+    """Of the safetensors files of an adapter's folder; nothing for one that is missing, which loading will say."""
+    digest = hashlib.sha256()
+    for file in sorted(adapter.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

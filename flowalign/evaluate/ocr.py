@@ -1,0 +1,100 @@
+"""The OCR benchmark: how much of the text that a prompt quotes can be read in its pictures.
+
+Source: Flow-GRPO (Liu et al. 2025), whose published score is `accuracy` here: a picture that holds the text somewhere
+scores 1 whatever else is written. `similarity` is the same without that rule, `exact` asks for the text and no more.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from flowalign.evaluate.benchmark import Benchmark
+from flowalign.evaluate.drawing import Picture, batches_of_a_size
+from flowalign.evaluate.intervals import mean_interval
+from flowalign.evaluate.results import RESULTS, Line, write_summary
+from flowalign.settings import UserError
+from rewards.ocr import OCR, quoted_text, text_score
+
+SCORES = ("accuracy", "similarity", "exact")
+LENGTHS = (4, 8, 16, 32)  # longest target of each bin but the last, in characters without spaces
+
+
+def length_bin(target: str) -> str:
+    """The bin of a target's length, such as "5-8"."""
+    length = len(target.replace(" ", ""))
+    for low, high in zip((1, *(bound + 1 for bound in LENGTHS)), LENGTHS, strict=False):
+        if length <= high:
+            return f"{low}-{high}"
+    return f"over {LENGTHS[-1]}"
+
+
+def readings(reader: OCR, pictures: Sequence[Picture]) -> list[Line]:
+    """What is read in each picture, from top to bottom, and its scores."""
+    lines: list[Line] = [{}] * len(pictures)
+    for places, media in batches_of_a_size(pictures):
+        for place, read in zip(places, reader.read(media), strict=True):
+            row = pictures[place].row
+            similarity = text_score(row.prompt, read, strict=True)
+            lines[place] = {
+                "filename": pictures[place].name,
+                "prompt": row.prompt,
+                "target": quoted_text(row.prompt),
+                "lines": read,
+                "accuracy": text_score(row.prompt, read),
+                "similarity": similarity,
+                "exact": similarity == 1.0,
+            }
+    return lines
+
+
+def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
+    """Means and 95 % intervals of the lines of consecutive prompts, `images` pictures each; by length of the target."""
+    prompts = [lines[start : start + images] for start in range(0, len(lines), images)]
+    bins = [length_bin(group[0]["target"]) for group in prompts]
+    values = {name: [float(np.mean([line[name] for line in group])) for group in prompts] for name in SCORES}
+    targets = sorted((group[0]["target"] for group in prompts), key=lambda target: len(target.replace(" ", "")))
+    return {
+        **{name: _score(values[name]) for name in SCORES},
+        "lengths": {
+            length: {
+                "prompts": bins.count(length),
+                **{
+                    name: _score([one for one, own in zip(values[name], bins, strict=True) if own == length])
+                    for name in SCORES
+                },
+            }
+            for length in dict.fromkeys(length_bin(target) for target in targets)
+        },
+        "prompts": len(prompts),
+        "images": len(lines),
+        "images_per_prompt": images,
+    }
+
+
+def _score(values: Sequence[float]) -> dict[str, Any]:
+    return {"score": float(np.mean(values)), "interval": mean_interval(values)}
+
+
+def evaluate_ocr(benchmark: Benchmark, mode: str) -> dict[str, Any]:
+    """Draw what is missing, read what is not read yet, and write the summary, which is returned.
+
+    mode: "page" finds text in photographs, "lines" reads small pictures of nothing but text, as `rewards.ocr.OCR` says.
+
+    Raises UserError for prompts, pictures or a folder that do not fit, and where nothing could be read at all.
+    """
+    rows = benchmark.rows()
+    for row in rows:
+        if quoted_text(row.prompt) is None:
+            raise UserError(f"{benchmark.where(row)}: {row.prompt!r} has no text in straight double quotes to be read")
+    about = {"benchmark": "ocr", "mode": mode}
+    lines = benchmark.judged(rows, about, partial(readings, OCR(mode)))
+    if not any(line["accuracy"] for line in lines):
+        raise UserError(
+            f"every score is 0: in none of the {len(lines)} pictures is a letter of its text read; look at them and at "
+            f"{benchmark.output / RESULTS}, and try another --mode"
+        )
+    summary = {**about, **summarise(lines, benchmark.images)}
+    write_summary(benchmark.output, summary)
+    return summary

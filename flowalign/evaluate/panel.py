@@ -1,0 +1,170 @@
+"""A panel of rewards on a prompt set: with guidance and without, a base model beside its fine-tuned self.
+
+All models draw from the same noise, so that a difference is judged by its paired differences over prompts.
+
+    MODEL_guidance_G/...    pictures and results.jsonl of each combination, as `drawing` and `results` say
+    panel.csv               a line a prompt: model, guidance, index, prompt, the mean score of each reward
+    summary.json            means, differences, intervals
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flowalign.data import Row, load_prompts
+from flowalign.display import Display
+from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
+from flowalign.evaluate.evaluation import check_prompts
+from flowalign.evaluate.intervals import mean_interval, paired_interval
+from flowalign.evaluate.results import (
+    EVALUATION,
+    RESULTS,
+    Line,
+    Stopwatch,
+    check_folder,
+    continued,
+    keep_settings,
+    write_summary,
+)
+from flowalign.judging import refuse_learning
+from flowalign.runs import replace_text
+from rewards import Reward
+from rewards.combine import score_all
+from rewards.pictures import read_picture
+
+BASE, TUNED = "base", "tuned"
+
+
+class Part(NamedTuple):
+    """One row of the panel: a model with a guidance; `scores` are a prompt's means, NaN where a reward says nothing."""
+
+    model: str
+    guidance: float
+    scores: Mapping[str, np.ndarray]  # of each reward, (N,)
+
+
+def evaluate_panel(
+    drawings: Mapping[str, Sequence[Drawing]],
+    prompts: str,
+    count: int | None,
+    rewards: Mapping[str, Reward],
+    settings: Mapping[str, Any],
+    output: Path,
+) -> dict[str, Any]:
+    """Draw and score what is missing of every drawing of every model; write panel.csv and the summary, returned.
+
+    `settings` are what decides the rewards' scores. Raises UserError for prompts that no reward can judge, a reward
+    that learns, and as `draw` does.
+    """
+    rows = load_prompts(prompts, count)
+    check_prompts(rows, rewards, prompts)
+    refuse_learning(rewards, "it cannot be in a panel")
+    check_folder(output, EVALUATION, settings, made="*/" + RESULTS)
+    stopwatch = Stopwatch(output)
+    places = {
+        (model, one.sampler.guidance): (output / f"{model}_guidance_{one.sampler.guidance:g}", one)
+        for model, several in drawings.items()
+        for one in several
+    }
+    for (model, _), (folder, drawing) in places.items():
+        with Display().evaluating(len(rows) * drawing.images, f"drawing {model}") as progress:
+            draw(folder, drawing, rows, stopwatch, progress)
+    keep_settings(output, EVALUATION, settings)
+    parts = []
+    for (model, guidance), (folder, drawing) in places.items():
+        pictures = listed(folder, drawing.images, rows)
+        with Display().evaluating(len(pictures), f"judging {model}") as progress:
+            lines = _scored(folder / RESULTS, pictures, drawing, rewards, stopwatch, progress)
+        parts.append(Part(model, guidance, _by_prompt(lines, drawing.images, list(rewards))))
+    replace_text(output / "panel.csv", _table(parts, rows))
+    summary = {"benchmark": "panel", **settings, **summarise(parts), "prompts": len(rows)}
+    write_summary(output, summary)
+    return summary
+
+
+def _scored(
+    path: Path,
+    pictures: Sequence[Picture],
+    drawing: Drawing,
+    rewards: Mapping[str, Reward],
+    stopwatch: Stopwatch,
+    progress: Any,
+) -> list[Line]:
+    """A line a picture, scored by whole prompts, since a reward may compare the pictures of one."""
+
+    def judge(places: range) -> list[Line]:
+        chosen = [pictures[place] for place in places]
+        media = torch.stack([read_picture(picture.path) for picture in chosen])
+        prompts, metadata = [one.row.prompt for one in chosen], [one.row.metadata for one in chosen]
+        scores = score_all(rewards, media, prompts, metadata)
+        stopwatch.lap("judge")
+        return [
+            {
+                "filename": one.name,
+                "prompt": one.row.prompt,
+                "scores": {name: float(s.values[i]) for name, s in scores.items() if s.applies[i]},
+            }
+            for i, one in enumerate(chosen)
+        ]
+
+    stopwatch.start()
+    batch = max(1, drawing.batch // drawing.images) * drawing.images
+    return continued(path, len(pictures), batch, judge, progress)
+
+
+def _by_prompt(lines: Sequence[Line], images: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Means over a prompt's pictures, (N,) of each reward; NaN where it does not apply to the prompt."""
+    groups = [lines[start : start + images] for start in range(0, len(lines), images)]
+    return {
+        name: np.array([np.mean([line["scores"].get(name, np.nan) for line in group]) for group in groups])
+        for name in names
+    }
+
+
+def summarise(parts: Sequence[Part]) -> dict[str, Any]:
+    """Means of every part, and where there are both models the differences tuned - base, with 95 % intervals."""
+    means = [
+        {"model": part.model, "guidance": part.guidance, "reward": name, **_mean(values)}
+        for part in parts
+        for name, values in part.scores.items()
+    ]
+    base, tuned = ({p.guidance: p for p in parts if p.model == model} for model in (BASE, TUNED))
+    differences = [
+        {"guidance": guidance, "reward": name, **_difference(base[guidance].scores[name], values)}
+        for guidance, part in tuned.items()
+        for name, values in part.scores.items()
+    ]
+    return {"means": means, "differences": differences}
+
+
+def _mean(values: np.ndarray) -> dict[str, Any]:
+    known = values[~np.isnan(values)].tolist()
+    return {"mean": float(np.mean(known)) if known else None, "interval": mean_interval(known), "prompts": len(known)}
+
+
+def _difference(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    known = ~np.isnan(before)  # whether a reward applies is the prompt's matter, so that both know the same
+    first, last = before[known].tolist(), after[known].tolist()
+    return {
+        "difference": float(np.mean(np.subtract(last, first))) if first else None,
+        "interval": paired_interval(first, last),
+    }
+
+
+def _table(parts: Sequence[Part], rows: Sequence[Row]) -> str:
+    """panel.csv; a cell is empty where a reward does not apply."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    names = list(parts[0].scores)
+    writer.writerow(["model", "guidance", "index", "prompt", *names])
+    for part in parts:
+        for place, row in enumerate(rows):
+            scores = [part.scores[name][place] for name in names]
+            cells = ["" if np.isnan(score) else repr(float(score)) for score in scores]
+            writer.writerow([part.model, f"{part.guidance:g}", row.index, row.prompt, *cells])
+    return buffer.getvalue()

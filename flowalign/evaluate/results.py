@@ -1,0 +1,128 @@
+"""What an evaluation leaves in its folder, so that one that was killed goes on and ends with the same bytes.
+
+drawing.json, evaluation.json   the settings that it was begun with; others are refused
+results.jsonl                   a line a picture, in their order, written as they are judged
+summary.json                    scores and intervals
+timing.json                     seconds of each phase over all starts, apart because they are never the same twice
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.evaluate.pages import parsed
+from flowalign.rollout import Progress
+from flowalign.runs import replace_text
+from flowalign.settings import UserError
+
+Line = dict[str, Any]
+DRAWING, EVALUATION, RESULTS = "drawing.json", "evaluation.json", "results.jsonl"
+SETTINGS = (DRAWING, EVALUATION)
+
+
+def check_folder(folder: Path, name: str, settings: Mapping[str, Any], made: str) -> None:
+    """See that what is made with these settings may go into `folder`, whose file `name` keeps those of what is there.
+
+    `made` is a glob of what the settings decide; while nothing is there, others may take their place. Raises UserError
+    for a folder of other things and, with the first key that differs, for one of other settings.
+    """
+    there = [path for path in folder.glob("*") if not path.name.startswith(".")] if folder.is_dir() else []
+    if (folder.exists() and not folder.is_dir()) or (there and not any(path.name in SETTINGS for path in there)):
+        raise UserError(f"{folder} is neither an empty folder nor one of an evaluation; choose another --output")
+    if any(path.stat().st_size for path in folder.glob(made)):
+        _refuse_other(folder / name, parsed(folder / name, json.loads), json.loads(json.dumps(settings)))
+
+
+def keep_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Write `name` into a folder that is made where it is missing; UserError where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / name, json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from error
+
+
+def _refuse_other(path: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key in (*wanted, *begun):
+        if begun.get(key) != wanted.get(key):
+            raise UserError(
+                f"{path} was begun with {key} {_short(begun.get(key))}, not {_short(wanted.get(key))}; "
+                "choose another --output, or the same setting to go on"
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def continued(
+    path: Path, count: int, batch: int, judge: Callable[[range], Sequence[Line]], progress: Progress | None = None
+) -> list[Line]:
+    """The `count` lines of a results file; those that are not there yet are what `judge` says of their places.
+
+    `judge` is asked about places in batches that do not depend on what is there, since a model's last digits may depend
+    on a batch. A last line that a kill cut short is made again. Raises UserError for a file of other lines.
+    """
+    done = _whole_lines(path)
+    if len(done) > count:
+        raise UserError(f"{path} holds {len(done)} lines for {count} pictures; remove it to judge them anew")
+    if progress and done:
+        progress(len(done))
+    first = len(done)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(first // batch * batch, count, batch):
+            places = range(start, min(start + batch, count))
+            for place, line in zip(places, judge(places), strict=True):
+                if place >= first:
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    done.append(json.loads(json.dumps(line)))
+            if progress:
+                progress(len(places) - max(0, first - start))
+    return done
+
+
+def _whole_lines(path: Path) -> list[Line]:
+    """The lines that end, parsed; what follows the last of them is cut off."""
+    if not path.exists():
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    lines = []
+    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not JSON: {error.msg}; remove the file to judge anew") from error
+    return lines
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json, whole."""
+    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+class Stopwatch:
+    """Seconds that each phase of an evaluation took, over all its starts; a kill loses those since the last lap."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "timing.json"
+        self.seconds: dict[str, float] = parsed(self.path, json.loads)
+        self._began = time.perf_counter()
+
+    def start(self) -> None:
+        """What went before belongs to no phase."""
+        self._began = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """The time since the last lap was spent on a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._began
+        self._began = now
+        replace_text(self.path, json.dumps(self.seconds) + "\n")
