@@ -1,0 +1,76 @@
+"""The command line's `flowalign sample`: pictures, or the best of many."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowalign.command import console, device, quiet_libraries
+from flowalign.settings import UserError
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
+    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
+    adapter: Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")] = None,
+    output: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    guidance: Annotated[float, typer.Option(min=1)] = 3.0,
+    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    size: Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")] = None,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")
+    ] = None,
+    seed: int = 0,
+    best_of: Annotated[
+        int | None, typer.Option(metavar="N", help="draw N candidates of a prompt, keep the best and all scores")
+    ] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="chooses; repeatable, then ranks are added up")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="[REWARD.]KEY=VALUE", help="passed to the reward; repeatable")
+    ] = None,
+    prune: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STEP:FRACTION", help="judge predictions after a step, the best go on; repeatable"),
+    ] = None,
+) -> None:
+    """Draw pictures."""
+    quiet_libraries()
+    from flowalign import scaling
+    from flowalign.config import Sampler
+    from flowalign.data import Row
+    from flowalign.evaluate.evaluation import check_prompts
+    from flowalign.policies.loading import load_policy, model_settings
+    from flowalign.rollout import rollout
+    from flowalign.runs import save_pictures
+    from flowalign.sampling.noise import EVALUATION
+
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty; write what to draw")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not an empty folder; choose another")
+    rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
+    sampler, key = Sampler(steps=steps, guidance=guidance), (EVALUATION, seed, 0)
+    judges, schedule = {}, scaling.parse_schedule(prune or [])
+    if best_of is not None:
+        scaling.check_search(best_of, schedule, sampler, images)
+        judges = scaling.load_judges(reward or [], option or [])
+        check_prompts(rows, judges, "given")
+    elif reward or option or prune:
+        raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")
+    settings = model_settings(model, adapter, size, max_sequence_length)
+    policy, pixels = load_policy(settings, device()), (settings.height, settings.width)
+    if best_of is None:
+        drawn = rollout(policy, rows, images, sampler, pixels, key, batch=16)
+        written = list(zip(save_pictures(output, drawn.media), drawn.prompts, strict=True))
+    else:
+        found = scaling.best_of(
+            policy, rows, judges, best_of, sampler, pixels, key, batch=16, schedule=schedule, kept=images
+        )
+        written = scaling.save_best_of(output, found)
+    for path, prompt in written:
+        console.print(f"{path}  {prompt}", markup=False)
+    if best_of is not None:
+        forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
+        costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"
+        console.print(f"{costs}; all scores are in {output / 'scores.jsonl'}", markup=False, soft_wrap=True)

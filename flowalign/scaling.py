@@ -1,0 +1,256 @@
+"""Test-time scaling, the yardstick that training must beat: draw many pictures, keep the best of each prompt.
+
+Best-of-n finishes n candidates of a prompt and keeps the one that a reward puts first. TTSnap (arXiv 2511.22242,
+"noise-aware pruning") also judges the one-step predictions x0_hat = x - sigma v after chosen steps and goes on with the
+best fraction alone, so that the same transformer forwards look at more candidates. Different from the paper: any
+reward judges x0_hat as it is; the paper distils one for noisy predictions.
+
+Shape legend: P prompts, N candidates of each, K rewards.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+import rewards as zoo
+from flowalign.config import Sampler
+from flowalign.data import Row
+from flowalign.judging import refuse_learning
+from flowalign.policies.base import Policy
+from flowalign.rollout import Progress, Samples, rollout
+from flowalign.runs import replace_text, save_pictures
+from flowalign.scoring import options_by_reward
+from flowalign.settings import UserError
+from rewards import Reward
+from rewards.combine import score_all
+
+
+class Prune(NamedTuple):
+    """After `step` denoising steps, the best `fraction` of a prompt's candidates go on, rounded up."""
+
+    step: int
+    fraction: float
+
+
+class Cost(NamedTuple):
+    """What the candidates of one prompt cost: rows seen by the transformer, and pictures decoded and judged."""
+
+    forwards: int
+    decodes: int
+
+
+class Judged(NamedTuple):
+    """A candidate's last judgement: after how many steps, by which rewards, and the place of its picture if chosen."""
+
+    row: Row
+    candidate: int
+    step: int
+    scores: dict[str, float]  # a reward that does not apply to the prompt is absent
+    rank: int | None  # among the chosen pictures of its prompt, from 0
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The finished candidates, which of them were chosen, and how every candidate was judged last."""
+
+    samples: Samples
+    chosen: torch.Tensor  # (P, kept), places in `samples`, the best first
+    judged: list[Judged]  # of all candidates, prompt by prompt
+    forwards: int
+    decodes: int
+
+    @property
+    def media(self) -> torch.Tensor:
+        """The chosen pictures (P * kept, 3, H, W), prompt by prompt."""
+        return self.samples.media[self.chosen.flatten().to(self.samples.media.device)]
+
+
+def parse_schedule(texts: Sequence[str]) -> tuple[Prune, ...]:
+    """The schedule of texts STEP:FRACTION; UserError for one that is none."""
+    schedule = []
+    for text in texts:
+        step, _, fraction = text.partition(":")
+        try:
+            schedule.append(Prune(int(step), float(fraction)))
+        except ValueError:
+            raise UserError(f"--prune {text!r} must be written STEP:FRACTION, such as 2:0.5") from None
+    return tuple(schedule)
+
+
+def check_search(candidates: int, schedule: Sequence[Prune], sampler: Sampler, kept: int = 1) -> None:
+    """UserError where so many candidates cannot be pruned by this schedule, or leave fewer than `kept` of them."""
+    if candidates < 1:
+        raise UserError(f"--best-of {candidates} must be at least 1")
+    for prune in schedule:
+        if not 1 <= prune.step < sampler.steps:
+            raise UserError(
+                f"--prune {prune.step}:{prune.fraction:g}: of {sampler.steps} steps only 1 to {sampler.steps - 1} "
+                "leave something to save"
+            )
+        if not 0 < prune.fraction <= 1:
+            raise UserError(f"--prune {prune.step}:{prune.fraction:g}: the fraction must be above 0 and at most 1")
+    for before, after in pairwise(schedule):
+        if after.step <= before.step:
+            raise UserError(f"--prune steps must rise, but {after.step} follows {before.step}")
+    if schedule and sampler.solver != "euler":
+        raise UserError(f"--prune needs solver euler; {sampler.solver} remembers the candidates that were dropped")
+    if (left := survivors(candidates, schedule)[-1]) < kept:
+        raise UserError(f"--images {kept}: only {left} of a prompt's {candidates} candidates come to the end")
+
+
+def check_judges(rewards: Mapping[str, Reward]) -> None:
+    """UserError for a reward that cannot say by itself how good one picture is."""
+    refuse_learning(rewards, "choose by another")
+    for name, reward in rewards.items():
+        if reward.scope != "sample":
+            raise UserError(f"reward {name!r} compares a prompt's pictures; best-of-N needs one that judges each alone")
+
+
+def survivors(candidates: int, schedule: Sequence[Prune]) -> list[int]:
+    """How many candidates of a prompt there are before, between and after the prunings."""
+    counts = [candidates]
+    for prune in schedule:
+        counts.append(math.ceil(prune.fraction * counts[-1] - 1e-9))  # 0.1 x 30 is 3, not 3.0000000000000004
+    return counts
+
+
+def cost(candidates: int, schedule: Sequence[Prune], steps: int, guidance: float = 1.0) -> Cost:
+    """What best-of-N of one prompt costs; with guidance a step is two forwards.
+
+    TTSnap's cost per initial seed, sum_j Pi_{<j} [(s_j - s_{j-1}) x + y] + Pi_m [(S - s_m) x + y] with s_j counted from
+    1 and Pi the share that is left, times N, with each count rounded up: x are forwards, y decodes.
+    """
+    counts = survivors(candidates, schedule)
+    ends = [0, *(prune.step for prune in schedule), steps]
+    forwards = sum(count * (end - start) for count, (start, end) in zip(counts, pairwise(ends), strict=True))
+    return Cost(forwards * (1 if guidance == 1 else 2), sum(counts))
+
+
+def standing(scores: np.ndarray) -> np.ndarray:
+    """By what candidates are ordered, (N,), of scores (K, N): one reward's score, or the sum of ranks in each (TTSnap).
+
+    Equal scores share the mean of their ranks.
+    """
+    return scores[0] if len(scores) == 1 else rankdata(scores, axis=1).sum(0)
+
+
+def best_first(standing: np.ndarray) -> list[int]:
+    """Places of (N,) from the highest to the lowest; of equal ones the earlier comes first."""
+    order: list[int] = np.argsort(-standing, kind="stable").tolist()
+    return order
+
+
+def best_of(
+    policy: Policy,
+    rows: Sequence[Row],
+    rewards: Mapping[str, Reward],
+    candidates: int,
+    sampler: Sampler,
+    size: tuple[int, int],
+    key: tuple[int, ...],
+    *,
+    batch: int,
+    schedule: Sequence[Prune] = (),
+    kept: int = 1,
+    progress: Progress | None = None,
+) -> BestOf:
+    """Draw `candidates` pictures of each row, pruned by the schedule, and choose the best `kept` of the finished ones.
+
+    size, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
+    without pruning, up to the rounding of smaller batches. Raises UserError as `check_search` and `check_judges` do,
+    RewardError as the rewards do.
+    """
+    check_search(candidates, schedule, sampler, kept)
+    check_judges(rewards)
+    before = policy.forwards
+    counts = survivors(candidates, schedule)
+    court = _Court(policy, rows, rewards, candidates)
+    prunings = {cut.step: partial(court.prune, cut.step, left) for cut, left in zip(schedule, counts[1:], strict=True)}
+    samples = rollout(policy, rows, candidates, sampler, size, key, batch=batch, progress=progress, survivors=prunings)
+    numbered = zip(samples.groups.tolist(), samples.members, strict=True)
+    places = [group * candidates + member for group, member in numbered]
+    chosen = court.best(sampler.steps, kept, samples.media, places)
+    for group in chosen:
+        for rank, index in enumerate(group):
+            court.judged[places[index]] = court.judged[places[index]]._replace(rank=rank)
+    judged = [court.judged[place] for place in sorted(court.judged)]
+    return BestOf(samples, torch.tensor(chosen), judged, policy.forwards - before, court.decodes)
+
+
+class _Court:
+    """Judges candidates by their places, which count prompt by prompt, and remembers each one's last judgement."""
+
+    def __init__(self, policy: Policy, rows: Sequence[Row], rewards: Mapping[str, Reward], candidates: int):
+        self.policy, self.rows, self.rewards, self.candidates = policy, rows, rewards, candidates
+        self.judged: dict[int, Judged] = {}
+        self.decodes = 0
+
+    def prune(self, step: int, count: int, predicted: torch.Tensor, places: Sequence[int]) -> list[int]:
+        """Which of the candidates go on, ascending: the best `count` of each prompt by predictions x0_hat (R, ...)."""
+        chosen = self.best(step, count, self.policy.decode(predicted), places)
+        return sorted(index for group in chosen for index in group)
+
+    def best(self, step: int, count: int, media: torch.Tensor, places: Sequence[int]) -> list[list[int]]:
+        """Of each prompt the best `count` of media (R, 3, H, W), as indices into `places`, the best first."""
+        self.decodes += len(places)
+        rows = [self.rows[place // self.candidates] for place in places]
+        found = score_all(self.rewards, media, [row.prompt for row in rows], [row.metadata for row in rows])
+        groups: dict[int, list[int]] = {}
+        for index, (place, row) in enumerate(zip(places, rows, strict=True)):
+            scores = {name: float(one.values[index]) for name, one in found.items() if one.applies[index]}
+            self.judged[place] = Judged(row, place % self.candidates, step, scores, None)
+            groups.setdefault(place // self.candidates, []).append(index)
+        return [self._ordered(group, places)[:count] for group in groups.values()]
+
+    def _ordered(self, group: Sequence[int], places: Sequence[int]) -> list[int]:
+        """The indices of one prompt's candidates, the best first."""
+        scores = [self.judged[places[index]].scores for index in group]
+        values = np.array([[one[name] for one in scores] for name in scores[0]])
+        return [group[index] for index in best_first(standing(values))]
+
+
+def load_judges(rewards: Sequence[str], options: Sequence[str]) -> dict[str, Reward]:
+    """Rewards to choose by, by their own names; options are KEY=VALUE, with several rewards REWARD.KEY=VALUE.
+
+    Raises UserError for two of a name, and as `check_judges` does.
+    """
+    if not rewards:
+        raise UserError("--best-of needs a --reward to choose by")
+    given = options_by_reward(rewards, [f"{rewards[0]}.{text}" for text in options] if len(rewards) == 1 else options)
+    judges: dict[str, Reward] = {}
+    for reward in rewards:
+        judge = zoo.load(reward, **given[reward])
+        if judge.name in judges:
+            raise UserError(f"--reward {reward}: another one is named {judge.name!r} too; leave one out")
+        judges[judge.name] = judge
+    check_judges(judges)
+    return judges
+
+
+def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:
+    """Write the chosen pictures, and scores.jsonl with the last judgement of every candidate; paths and prompts.
+
+    A candidate's `step` is the number of denoising steps after which it was judged; `picture` is null unless chosen.
+    """
+    save_pictures(folder, found.media)
+    prompts, kept = found.chosen.shape
+    lines, written = [], {}
+    for place, one in enumerate(found.judged):
+        picture = None
+        if one.rank is not None:
+            number = place * prompts // len(found.judged) * kept + one.rank
+            picture = f"{number:02d}.png"
+            written[number] = (folder / picture, one.row.prompt)
+        about = {"prompt": one.row.prompt, "candidate": one.candidate, "step": one.step}
+        lines.append({**about, "scores": one.scores, "picture": picture})
+    replace_text(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    return [written[number] for number in sorted(written)]
