@@ -12,7 +12,7 @@ from flowalign.config import Evaluation, Recipe, load_recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate
-from flowalign.evaluate.hacking import Audit
+from flowalign.evaluate.hacking import Audit, spaced
 from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.judging import Judging, load_learnt
 from flowalign.policies.base import Policy
@@ -61,7 +61,7 @@ def _audited(
         raise UserError("the recipe has no guard or no evaluation.prompts, which say how to audit")
     judging = Judging(recipe, None)
     rewards, weights = evaluation_rewards(recipe, judging)
-    rows = load_prompts(settings.prompts, settings.count)[: recipe.guard.count]
+    rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
     check_prompts(rows, rewards, settings.prompts)
     guarding = Guarding(recipe, recipe.guard, weights, rows, load_prompts(recipe.prompts))
     policy = load_policy(recipe.model, device, recipe.run.seed)

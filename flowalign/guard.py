@@ -10,7 +10,7 @@ from flowalign.data import Row
 from flowalign.evaluate.bands import Band
 from flowalign.evaluate.divergence import Divergence, reference_divergence
 from flowalign.evaluate.evaluation import Evaluated, load_rewards
-from flowalign.evaluate.hacking import Audit, Auditor
+from flowalign.evaluate.hacking import Audit, Auditor, spaced
 from flowalign.evaluate.pages import read_evaluations
 from flowalign.judging import Judging
 from flowalign.policies.base import Policy
@@ -61,7 +61,7 @@ class Guarding:
     ):
         """weights: of the training rewards as evaluations name them; rows: the evaluation's."""
         refuse_shared_prompts(rows, training_rows)
-        self.recipe, self.settings, self.rows = recipe, settings, rows[: settings.count]
+        self.recipe, self.settings, self.rows = recipe, settings, spaced(rows, settings.count)
         self.auditor = Auditor(settings, weights, recipe.evaluation.images_per_prompt)
         self.bands: dict[str, Band] = {}
         self.in_a_row = 0

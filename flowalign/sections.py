@@ -342,7 +342,7 @@ class Guard(Section):
     features: Features | None = None
     """For the diversity of a prompt's pictures; null: the pictures themselves, shrunk to 16 x 16 pixels."""
     count: Annotated[int, Field(ge=2)] = 64
-    """The first so many evaluation prompts are audited."""
+    """So many of the evaluation prompts, evenly spaced, are audited."""
     seeds: Annotated[int, Field(ge=2)] = 3
     """Sets of noise from which the bands of the base model are learnt."""
     false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01

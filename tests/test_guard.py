@@ -16,7 +16,7 @@ from flowalign.config import recipe_from_dict
 from flowalign.data import Row
 from flowalign.evaluate.bands import Band, band, learn_bands, panel_gain
 from flowalign.evaluate.divergence import NOISE_LEVEL, reference_divergence
-from flowalign.evaluate.hacking import corrected_score
+from flowalign.evaluate.hacking import corrected_score, spaced
 from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.report import write_report
 from flowalign.policies.base import Condition, Policy
@@ -329,3 +329,8 @@ def test_a_training_reward_that_the_evaluation_lacks_is_measured_beside_it(watch
     watched["guard"] = None
     measured, names = recipe_from_dict(watched).measured()
     assert list(measured) == ["brightness"] and names == {}
+
+
+def test_audited_prompts_are_spread_over_all_lists():
+    assert spaced(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spaced([1, 2], 4) == [1, 2]

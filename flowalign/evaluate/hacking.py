@@ -7,7 +7,7 @@ and how strongly the model moves must stay what the base model could have made. 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from rewards.features import unit_features
 CORRECTED, DIVERSITY, VELOCITY = "corrected", "diversity", "velocity_ratio"
 _SIDE = 16  # pixels that pictures are shrunk to where no model compares them
 
+T = TypeVar("T")
 Values = Mapping[str, np.ndarray]
 
 
@@ -107,11 +108,11 @@ class Auditor:
         ]
 
     def measured(self, evaluated: Evaluated) -> Measured:
-        """The values of each measure over the first `count` prompts, but for the velocity ratio."""
+        """The values of each measure over `count` of the prompts, but for the velocity ratio."""
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(evaluated.rows):
             groups.setdefault(row.index, []).append(place)
-        chosen = list(groups.values())[: self.settings.count]
+        chosen = spaced(list(groups.values()), self.settings.count)
         scores = [self._with_corrected(one) for one in evaluated.scores]
         columns: dict[str, list[float]] = {name: [] for name in self.kinds if name != VELOCITY}
         for places in chosen:
@@ -127,7 +128,7 @@ class Auditor:
         values = {name: np.array(column) for name, column in columns.items()}
         for name, found in values.items():
             if np.isnan(found).all():
-                raise UserError(f"guard: {name} applies to none of the first {len(chosen)} evaluation prompts")
+                raise UserError(f"guard: {name} applies to none of the {len(chosen)} prompts that are audited")
         return Measured(values, np.array([self._proxy(one) for one in evaluated.scores]))
 
     def _with_corrected(self, scores: Mapping[str, float]) -> dict[str, float]:
@@ -155,6 +156,12 @@ class Auditor:
         values = {name: float(np.nanmean(found)) for name, found in measured.values.items()}
         values[VELOCITY] = divergence.velocity_ratio.mean().item()
         return Audit(values, dict(bands), float(np.nanmean(measured.proxy)), divergence.kl.mean().item())
+
+
+def spaced(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of the items, evenly spaced, so that every part of several lists is among them."""
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 def corrected_score(reward: float, quality: float) -> float:
