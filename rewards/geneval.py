@@ -8,13 +8,13 @@ reference also appends a 1).
 A detection is ``{"class": str, "box": [x0, y0, x1, y1], "score": float, "color": str}``, boxes in pixels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from rewards.base import Reward, RewardError, import_object
+from rewards.base import Reward, RewardError, import_object, nearest
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -154,11 +154,29 @@ def soft_score(detections: Sequence[Detection], metadata: Mapping[str, Any], *, 
     return sum(terms) / len(terms)
 
 
+def refuse_unknown_classes(detector: Any, metadata: Iterable[Mapping[str, Any]]) -> None:
+    """RewardError for the first class in GenEval's metadata rows that the detector's `names` lack, if it has `names`.
+
+    Such a class would never be found, and every one of its prompts be judged wrong.
+    """
+    names: Collection[str] | None = getattr(detector, "names", None)
+    if names is None:
+        return
+    asked = (clause["class"] for row in metadata for clause in (*row.get("include", ()), *row.get("exclude", ())))
+    unknown = next((name for name in asked if name not in names), None)
+    if unknown is not None:
+        raise RewardError(
+            f"geneval: the prompts ask for the class {unknown!r}, which the detector does not have; the nearest of its "
+            f"{len(names)} is {nearest(unknown, names)!r}"
+        )
+
+
 class GenEval(Reward):
     """GenEval's score of each image, by any detector.
 
     `detector` maps images (B, 3, H, W) in [0, 1] to one list of detections per image; it may be given as
-    ``"package.module:Name"``. `strict_weight` mixes the official verdict into the soft score: 0 is soft, 1 is strict.
+    ``"package.module:Name"``, a class then made with `detector_options`: ``"rewards.mask2former:Mask2Former"`` is the
+    benchmark's. `strict_weight` mixes the official verdict into the soft score: 0 is soft, 1 is strict.
     Metadata rows are GenEval's: ``{"tag": ..., "include": [...], "exclude": [...]}``.
     """
 
@@ -167,11 +185,19 @@ class GenEval(Reward):
     range = (0.0, 1.0)
     prompt_sensitive = True
 
-    def __init__(self, detector: str | Detector, strict_weight: float = 0.0, nms_threshold: float = 1.0):
+    def __init__(
+        self,
+        detector: str | Detector,
+        strict_weight: float = 0.0,
+        nms_threshold: float = 1.0,
+        detector_options: Mapping[str, Any] | None = None,
+    ):
         if not 0 <= strict_weight <= 1:
             raise RewardError(f"geneval: strict_weight must lie in [0, 1], not {strict_weight}")
         found = import_object(detector) if isinstance(detector, str) else detector
-        self.detector: Detector = found() if isinstance(found, type) else found
+        if detector_options and not isinstance(found, type):
+            raise RewardError(f"geneval: detector {detector!r} is no class and takes no detector_options")
+        self.detector: Detector = found(**(detector_options or {})) if isinstance(found, type) else found
         self.strict_weight = strict_weight
         self.nms_threshold = nms_threshold
 
@@ -189,6 +215,7 @@ class GenEval(Reward):
                     f"geneval: item {index} ({prompts[index]!r}) has no GenEval metadata (keys tag and include); "
                     "use a .jsonl prompt file"
                 )
+        refuse_unknown_classes(self.detector, metadata)
         scores = []
         for detections, row in zip(self.detector(media), metadata, strict=True):
             soft = soft_score(detections, row, nms_threshold=self.nms_threshold)
