@@ -1,12 +1,12 @@
 """Turn a mistake in a recipe into one sentence: where it stands, what is wrong, what would be right."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from rapidfuzz.distance import OSA, Indel
 
 from flowalign.algorithms import ALGORITHMS
 
@@ -16,8 +16,10 @@ _TYPE_TAGS = {"str", "tuple[str, ...]"}  # pydantic names the branch of a union 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, or all of them."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+    near = min(known, key=lambda one: (OSA.distance(name, one), -Indel.normalized_similarity(name, one)), default=None)
+    if near is not None and (OSA.distance(name, near) == 1 or Indel.normalized_similarity(name, near) >= 0.5):
+        return f"; did you mean {near!r}?"
+    return f"; known are {', '.join(known)}"
 
 
 def key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
