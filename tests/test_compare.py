@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from flowalign.cli import main
-from flowalign.config import load_recipe
+from flowalign.config import Sampler, load_recipe
+from flowalign.data import load_prompts
 from flowalign.display import Display
-from flowalign.evaluate.compare import compare, price
+from flowalign.evaluate.compare import compare, matching_n, price
 from flowalign.evaluate.plots import Curve, mean_curve
+from flowalign.policies.loading import load_policy
+from flowalign.rollout import rollout
+from flowalign.sampling.noise import EVALUATION
 from flowalign.settings import UserError
 
 JUDGE = """
@@ -68,7 +72,7 @@ def sources(place: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def made(place: Path) -> Path:
     """The folder of a comparison of two recipes with two seeds each."""
-    compare(sources(place), BUDGET, place / "made", seeds=(1, 2), target=-1.0, reward="contrast")
+    compare(sources(place), BUDGET, place / "made", seeds=(1, 2), target=-1.0, reward="contrast", best_of=3)
     return place / "made"
 
 
@@ -132,11 +136,9 @@ def test_all_runs_start_from_the_same_pictures(made: Path) -> None:
 def test_the_leaderboard_begins_with_the_command_and_agrees_with_the_numbers(made: Path, place: Path) -> None:
     lines = (made / "comparison.md").read_text().splitlines()
     paths = " ".join(sources(place))
-    options = "--seeds 1,2 --target -1 --reward contrast"
+    options = "--seeds 1,2 --target -1 --reward contrast --best-of 3"
     assert lines[0] == f"    flowalign compare {paths} --budget 0.01 {options} --output {made}"
-    columns, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
-    )
+    columns, _, *rows = table(lines[2 : lines.index("", 2)])
     best = comparison(made)["recipes"][0]
     cells = dict(zip(columns, rows[0], strict=True))
     ends = best["rewards"]["contrast"]
@@ -147,6 +149,66 @@ def test_the_leaderboard_begins_with_the_command_and_agrees_with_the_numbers(mad
     assert cells["forwards"].split()[0] == f"{best['forwards']['mean']:,.0f}"
     assert cells["minutes to -1"] == "0.00"
     assert len(rows) == 2
+
+
+def table(lines: list[str]) -> list[list[str]]:
+    """The cells of a markdown table."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_best_of_n_without_training_stands_beside_the_training(made: Path, place: Path) -> None:
+    result = comparison(made)
+    points = result["best_of"]["points"]
+    assert [(point["n"], point["forwards"]) for point in points] == [(1, 2), (2, 4), (3, 6)]
+    policy = load_policy(load_recipe(str(place / "steady.yaml")).model)
+    rows = load_prompts(str(place / "prompts.txt"))
+    media = rollout(policy, rows, 3, Sampler(steps=2), (64, 64), (EVALUATION, 0, 0), batch=12).media.view(4, 3, -1)
+    contrast, brightness = media.std(2), media.mean(2)
+    best = contrast.argmax(1, keepdim=True)
+    for point, values in ((points[0], contrast), (points[2], contrast.gather(1, best))):
+        means = values.mean(1)
+        assert point["rewards"]["contrast"]["mean"] == pytest.approx(means.mean().item(), abs=1e-5)
+        assert point["rewards"]["contrast"]["standard_error"] == pytest.approx(means.std().item() / 2, abs=1e-5)
+    assert points[2]["rewards"]["brightness"]["mean"] == pytest.approx(
+        brightness.gather(1, best).mean().item(), abs=1e-5
+    )
+    for of in result["recipes"]:
+        after = of["rewards"]["contrast"]["after"]["mean"]
+        reached = [point["n"] for point in points if point["rewards"]["contrast"]["mean"] >= after]
+        assert of["matched_by"] == (reached[0] if reached else None)
+
+
+def test_best_of_n_is_in_the_leaderboard_and_on_the_page(made: Path) -> None:
+    result = comparison(made)
+    lines = (made / "comparison.md").read_text().splitlines()
+    start = lines.index("What best-of-n gives without training:") + 2
+    columns, _, *rows = table(lines[start : lines.index("", start)])
+    assert columns == ["n", "forwards a picture", "contrast (chooses)", "brightness"]
+    of_all = result["best_of"]["points"][2]["rewards"]["contrast"]
+    assert [row[:2] for row in rows] == [["1", "2"], ["2", "4"], ["3", "6"]]
+    assert rows[2][2] == f"{of_all['mean']:.3f} ± {of_all['standard_error']:.3f}"
+    page = Page(made / "comparison.html")
+    assert "What best-of-n gives without training" in page.text and rows[2][2] in page.text
+    panels = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
+    assert "contrast held-out against transformer forwards a picture" in panels
+
+
+def test_the_least_n_that_reaches_a_value_is_its_price() -> None:
+    points = [{"n": n, "rewards": {"ocr": {"mean": mean}}} for n, mean in ((1, 0.4), (2, 0.5), (3, 0.55))]
+    yardstick = {"reward": "ocr", "points": points}
+    assert [matching_n(yardstick, value) for value in (0.3, 0.4, 0.45, 0.55, 0.6)] == [1, 1, 2, 3, None]
+
+
+def test_pages_are_written_anew_from_disk_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [made / "comparison.html", made / "daring-seed2" / "report.html"]
+    before = [page.read_text() for page in pages]
+    for page in pages:
+        page.unlink()
+    with pytest.raises(SystemExit) as stopped:
+        main(["report", *(str(page.parent) for page in pages)])
+    assert stopped.value.code in (0, None)
+    assert [page.read_text() for page in pages] == before
+    assert capsys.readouterr().out.count("wrote ") == 2
 
 
 class Page(HTMLParser):
@@ -176,11 +238,12 @@ def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_
     assert len(images) == 2 * 3  # the two prompts that both recipes keep, before and after each
     assert all(image["src"].startswith("data:image/png;base64,") for image in images)
     panels = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
-    assert sorted(panels) == sorted(
+    budgets = [
         f"{name} {kind} against {budget}"
         for name, kind in (("brightness", "held-out"), ("contrast", "held-out"), ("brightness", "training"))
         for budget in ("training minutes", "transformer forwards")
-    )
+    ]
+    assert sorted(panels) == sorted([*budgets, "contrast held-out against transformer forwards a picture"])
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 4 and all((made / link).is_file() for link in links)
     assert not re.search(r"https?://|<script|<link|@import|url\((?!#)", (made / "comparison.html").read_text())
@@ -258,6 +321,7 @@ def test_the_mean_of_curves_ends_with_the_shortest() -> None:
         (["{steady}", "{daring}", "--budget", "0"], "--budget 0 must be minutes above 0"),
         (["{steady}", "{daring}", "--budget", "nan"], "--budget nan must be minutes above 0"),
         (["{steady}", "{daring}", "--reward", "contrst"], "did you mean 'contrast'"),
+        (["{steady}", "{daring}", "--best-of", "-1"], "--best-of -1 must be at least 1, or 0 for none"),
         (["{steady}", "{daring}", "--set", "run.seed=3"], "a comparison decides run.seed itself, by --seeds"),
         (["{steady}", "{daring}", "--set", "train.stps=3"], "did you mean 'steps'"),
         (["{steady}", "{daring}", "--set", "evaluation.prompts=null"], "steady has no evaluation.prompts"),

@@ -16,11 +16,17 @@ import numpy as np
 import torch
 
 from flowalign.config import Recipe, load_recipe
+from flowalign.data import load_prompts
 from flowalign.display import Display
+from flowalign.evaluate.best_of import evaluate_best_of
 from flowalign.evaluate.compare_page import leaderboard_markdown, write_comparison_page
+from flowalign.evaluate.evaluation import load_rewards
 from flowalign.evaluate.pages import parsed, read_evaluations
+from flowalign.judging import learning
 from flowalign.mistakes import nearest
+from flowalign.policies.loading import load_policy
 from flowalign.runs import now, refuse_changes, replace_text
+from flowalign.scaling import check_judges
 from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 
@@ -41,25 +47,29 @@ def compare(
     reward: str | None = None,
     target: float | None = None,
     overrides: Sequence[str] = (),
+    best_of: int = 0,
     resume: bool = False,
 ) -> dict[str, Any]:
     """Train every recipe with every seed for `budget` minutes and write comparison.json, .md and .html into `output`.
 
     `reward`, by default the first of the evaluation, ranks the recipes; `target` is the value of it whose price in
-    minutes and forwards is asked for. With `resume` finished runs stay as they are and all others go on, also under a
+    minutes and forwards is asked for. With `best_of` the untrained model is also given so many candidates of every
+    held-out prompt, of which the reward that ranks chooses: what any n of them give stands beside the training. With
+    `resume` finished runs stay as they are and all others go on, also under a
     larger budget than before. Returns what comparison.json holds.
 
     Raises UserError before anything is trained when the recipes cannot be compared or the output is taken, and
     Interrupted after Ctrl-C or SIGTERM.
     """
     recipes = [load_recipe(source, overrides) for source in sources]
-    _check(recipes, budget, seeds, overrides)
+    _check(recipes, budget, seeds, overrides, best_of)
     measured = recipes[0].evaluation.rewards or recipes[0].rewards
     if reward is not None and reward not in measured:
         raise UserError(f"--reward {reward!r} is not measured by the evaluation{nearest(reward, measured)}")
     # Seed by seed, so that what changes on the machine meanwhile falls on all recipes alike.
     runs = [_run_of(recipe, seed, budget, output) for seed in seeds for recipe in recipes]
     _check_output(runs, budget, output, resume)
+    yardstick = best_of_base(recipes[0], reward or next(iter(measured)), best_of) if best_of else None
     for number, recipe in enumerate(runs, start=1):
         done = _finished(recipe.folder, budget)
         state = "already finished" if done else f"time ends it, after {budget:g} minutes of training"
@@ -69,12 +79,13 @@ def compare(
             gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
             torch.cuda.empty_cache()
     about = {
-        "command": _command(sources, budget, seeds, output, reward, target, overrides),
+        "command": _command(sources, budget, seeds, output, reward, target, best_of, overrides),
         "made": now(),
         "budget_minutes": budget,
         "seeds": list(seeds),
         "reward": reward or next(iter(measured)),
         "target": target,
+        "best_of": yardstick,
         "shared": _shared(recipes[0]),
     }
     result = summarise(about, recipes, {(run.name, run.run.seed): run.folder for run in runs})
@@ -96,8 +107,55 @@ def summarise(
     info = [parsed(folder / "run.json", json.loads) for folder in folders.values()]
     rows = [_of_recipe(recipe, [run for run in runs if run["recipe"] == recipe.name], target) for recipe in recipes]
     rows.sort(key=lambda row: -row["rewards"][reward]["after"]["mean"])
+    if yardstick := about.get("best_of"):
+        for row in rows:
+            row["matched_by"] = matching_n(yardstick, row["rewards"][reward]["after"]["mean"])
     devices = sorted({of["device"] for of in info})
     return {**about, "devices": devices, "versions": info[0]["versions"], "recipes": rows, "runs": runs}
+
+
+def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]:
+    """What best-of-n of the recipe's untrained model gives for every n up to `candidates`, on its held-out prompts.
+
+    `reward` chooses; the other rewards of the evaluation are measured on what it chose, but for those that learn or
+    compare pictures. Raises UserError when `reward` itself does.
+    """
+    settings = recipe.evaluation
+    assert settings.prompts is not None  # a comparison has seen to it
+    rewards = load_rewards(settings.rewards or recipe.rewards)
+    check_judges({reward: rewards[reward]})
+    judges = {n: one for n, one in rewards.items() if one.scope == "sample" and n not in learning(rewards)}
+    rows = load_prompts(settings.prompts, settings.count)
+    policy = load_policy(recipe.model, "cuda" if torch.cuda.is_available() else "cpu", recipe.run.seed)
+    Display().say(f"best of 1 to {candidates} of {recipe.model.path} without training, chosen by {reward}")
+    counts, size = range(1, candidates + 1), (recipe.model.height, recipe.model.width)
+    with Display().evaluating(len(rows) * candidates) as progress:
+        points = evaluate_best_of(policy, rows, judges, reward, counts, settings, size, progress)
+    found = [
+        {
+            "n": point.candidates,
+            "forwards": point.cost.forwards,
+            "rewards": {
+                name: {"mean": held_out(summary), "standard_error": held_out_error(summary)}
+                for name, summary in point.summary.items()
+            },
+        }
+        for point in points
+    ]
+    return {"reward": reward, "prompts": points[0].summary[reward]["count"], "points": found}
+
+
+def matching_n(yardstick: Mapping[str, Any], value: float) -> int | None:
+    """The least n whose best-of-n reaches a value of the reward that chooses; None where no n does."""
+    reward = yardstick["reward"]
+    reached = (point["n"] for point in yardstick["points"] if point["rewards"][reward]["mean"] >= value)
+    return next(reached, None)
+
+
+def held_out_error(summary: Mapping[str, Any]) -> float | None:
+    """The standard error of `held_out`; None for fewer than two pictures, of a task where there are any."""
+    errors = [of["standard_error"] for of in summary.get("tasks", {"": summary}).values()]
+    return None if None in errors else math.hypot(*errors) / len(errors)
 
 
 def held_out(summary: Mapping[str, Any]) -> float:
@@ -138,7 +196,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         raise UserError(f"--seeds {text!r} must be whole numbers with commas between, such as 1,2,3") from None
 
 
-def _check(recipes: Sequence[Recipe], budget: float, seeds: Sequence[int], overrides: Sequence[str]) -> None:
+def _check(
+    recipes: Sequence[Recipe], budget: float, seeds: Sequence[int], overrides: Sequence[str], best_of: int
+) -> None:
     """What can be wrong with a comparison, apart from its output."""
     if not 0 < budget < math.inf:
         raise UserError(f"--budget {budget:g} must be minutes above 0")
@@ -146,6 +206,8 @@ def _check(recipes: Sequence[Recipe], budget: float, seeds: Sequence[int], overr
         key = override.partition("=")[0]
         if key in _DECIDED:
             raise UserError(f"--set {override}: a comparison decides {key} itself, by {_DECIDED[key]}")
+    if best_of < 0:
+        raise UserError(f"--best-of {best_of} must be at least 1, or 0 for none")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {','.join(map(str, seeds))} names a seed twice")
     names = [recipe.name for recipe in recipes]
@@ -249,11 +311,13 @@ def _command(
     output: Path,
     reward: str | None,
     target: float | None,
+    best_of: int,
     overrides: Sequence[str],
 ) -> str:
     """What a person types to have the whole comparison made."""
     words = ["flowalign", "compare", *sources, "--budget", f"{budget:g}", "--seeds", ",".join(map(str, seeds))]
     words += [] if target is None else ["--target", f"{target:g}"]
     words += [] if reward is None else ["--reward", reward]
+    words += ["--best-of", str(best_of)] if best_of else []
     words += [word for override in overrides for word in ("--set", override)]
     return shlex.join([*words, "--output", str(output)])

@@ -33,10 +33,58 @@ def leaderboard(result: Result) -> Table:
 
 def leaderboard_markdown(result: Result) -> str:
     """The command, the table of recipes and how to read it."""
-    columns, rows = leaderboard(result)
-    lines = [columns, ["---"] * len(columns), *rows]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"    {result['command']}\n\n{table}\n{legend(result)}\n"
+    table = _markdown(leaderboard(result))
+    return f"    {result['command']}\n\n{table}\n{legend(result)}\n{_best_of_markdown(result)}"
+
+
+def best_of_table(result: Result) -> Table:
+    """Columns and rows of what the untrained model reaches by best-of-n, for n = 1, 2, 4, ... and the largest."""
+    points, reward = result["best_of"]["points"], result["best_of"]["reward"]
+    names = [reward, *(name for name in points[0]["rewards"] if name != reward)]
+    columns = ["n", "forwards a picture", f"{reward} (chooses)", *names[1:]]
+    shown = [point for point in points if point["n"].bit_count() == 1 or point is points[-1]]
+    rows = [
+        [str(point["n"]), f"{point['forwards']:,}", *(_with_error(point["rewards"][name]) for name in names)]
+        for point in shown
+    ]
+    return columns, rows
+
+
+def matches_table(result: Result) -> Table:
+    """Columns and rows of the trained models beside the best-of-n that reaches the same without training."""
+    points, reward = result["best_of"]["points"], result["reward"]
+    columns = ["recipe", "after", "gain", "forwards a picture", "reached without training by", "its forwards a picture"]
+    rows = []
+    for of in result["recipes"]:
+        n = of["matched_by"]
+        by = f"best of {n}" if n else f"more than best of {points[-1]['n']}"
+        ends = _ends(of["rewards"][reward])[1:]
+        forwards = f"{(n or points[-1]['n']) * points[0]['forwards']:,}"
+        rows.append([of["name"], *ends, f"{points[0]['forwards']:,}", by, forwards if n else f"more than {forwards}"])
+    return columns, rows
+
+
+def best_of_legend(result: Result) -> str:
+    """How to read what best-of-n gives."""
+    yardstick = result["best_of"]
+    return (
+        f"The model before training drew {yardstick['points'][-1]['n']} candidates of each of {yardstick['prompts']:,} "
+        f"held-out prompts; {yardstick['reward']} itself chose the best. Every n is the exact expectation over all "
+        "subsets of n of them, ± the standard error over prompts. Each of the n is also decoded and judged, which "
+        "the forwards leave out."
+    )
+
+
+def _best_of_markdown(result: Result) -> str:
+    if not result.get("best_of"):
+        return ""
+    tables = f"{_markdown(best_of_table(result))}\n{_markdown(matches_table(result))}"
+    return f"\nWhat best-of-n gives without training:\n\n{tables}\n{best_of_legend(result)}\n"
+
+
+def _markdown(table: Table) -> str:
+    columns, rows = table
+    return "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *rows])
 
 
 def legend(result: Result) -> str:
@@ -69,11 +117,17 @@ def write_comparison_page(output: Path, result: Result) -> Path:
         "held_out_plots": _plots(result, groups, [run["curve"] for run in result["runs"]], "rewards"),
         "training_plots": _plots(result, groups, metrics, "reward"),
         "pictures": _pictures(output, result),
+        "best_of": _best_of(result, groups) if result.get("best_of") else None,
         "runs": [_run_row(run, result) for run in result["runs"]],
         "budgets": BUDGETS,
     }
     write_page(path, contents)
     return path
+
+
+def rewrite_comparison_page(output: Path) -> Path:
+    """Write comparison.html anew from comparison.json and the run folders beside it, and return its path."""
+    return write_comparison_page(output, parsed(output / "comparison.json", json.loads))
 
 
 def _lead(result: Result) -> str:
@@ -108,6 +162,20 @@ def _plots(result: Result, groups: Mapping[str, int], series: Sequence[Any], key
                     curves.append(plots.Curve(groups[run["recipe"]], spent, values))
             panels[budget].append(plots.budget_plot(name, curves, label, target))
     return panels
+
+
+def _best_of(result: Result, groups: Mapping[str, int]) -> dict[str, Any]:
+    """What the page shows of best-of-n: its tables, how to read them, and its curve with a line for each recipe."""
+    points, reward = result["best_of"]["points"], result["reward"]
+    curve = plots.Curve(0, [p["forwards"] for p in points], [p["rewards"][reward]["mean"] for p in points])
+    errors = [point["rewards"][reward]["standard_error"] for point in points]
+    ends = {groups[of["name"]]: of["rewards"][reward]["after"]["mean"] for of in result["recipes"]}
+    return {
+        "table": best_of_table(result),
+        "matches": matches_table(result),
+        "legend": best_of_legend(result),
+        "plots": [plots.scaling_plot(reward, curve, errors, ends)],
+    }
 
 
 def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
@@ -149,6 +217,10 @@ def _format(key: str, result: Result) -> str:
 def _text(of: Result, style: str) -> str:
     """Mean ± standard deviation; the latter only where there is one and it is not zero."""
     return f"{of['mean']:{style}}" + (f" ± {of['std']:{style.lstrip('+')}}" if of["std"] else "")
+
+
+def _with_error(of: Result) -> str:
+    return f"{of['mean']:.3f}" + ("" if of["standard_error"] is None else f" ± {of['standard_error']:.3f}")
 
 
 def _price(of: Result | None, style: str, result: Result) -> str:
