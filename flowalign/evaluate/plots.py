@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 TRAINING, HELD_OUT, OTHER = "#2563a8", "#b4530f", "#4b5563"
@@ -177,6 +178,41 @@ def scaling_plot(title: str, base: Curve, errors: Sequence[float | None], traine
         axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
         axes.set_xlabel("transformer forwards a picture")
         return Plot(title, _svg(figure))
+
+
+@dataclass(frozen=True)
+class Chase:
+    """What a run's proxy and gold gained (points,), in deviations of the base model, on its way from it (points,)."""
+
+    name: str
+    distances: Sequence[float]
+    proxy: Sequence[float]
+    gold: Sequence[float]
+
+
+def overoptimization_figure(panels: Mapping[str, Sequence[Chase]]) -> Figure:
+    """A panel for each proxy as in Gao et al. (2210.10760, fig. 1): proxy dashed, gold solid, against sqrt(KL)."""
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "overoptimization", "svg.fonttype": "path"}):
+        figure = Figure(figsize=(5.2 * len(panels), 4.3), layout="constrained")
+        names = list(dict.fromkeys(chase.name for chases in panels.values() for chase in chases))
+        lines: dict[str, Any] = {}
+        for axes, (title, chases) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+        ):
+            axes.set_title(title)
+            axes.set_xlabel("distance from the base model, sqrt(KL) in nats")
+            axes.set_ylabel("gain, in deviations of the base model's scores")
+            axes.axhline(0, color=OTHER, linewidth=0.8)
+            for chase in chases:
+                color, _ = group_style(names.index(chase.name))
+                axes.plot(chase.distances, chase.proxy, color=color, linestyle=(0, (4, 2)), linewidth=1.1, alpha=0.7)
+                (lines[chase.name],) = axes.plot(
+                    chase.distances, chase.gold, color=color, linewidth=2, marker="o", markersize=3
+                )
+        lines["proxy"] = Line2D([], [], color=OTHER, linestyle=(0, (4, 2)), linewidth=1.1)
+        lines["gold"] = Line2D([], [], color=OTHER, linewidth=2, marker="o", markersize=3)
+        figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False)
+        return figure
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,136 @@
+"""What optimising an imperfect reward does to the true one: proxy and gold against the distance from the base model.
+
+Source: Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization" (2210.10760), whose distance is sqrt(KL).
+Gains are in standard deviations of the base model's own scores, so that proxy and gold share an axis.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowalign.evaluate.pages import parsed, read_evaluations
+from flowalign.evaluate.plots import Chase, overoptimization_figure
+from flowalign.runs import replace_text
+from flowalign.settings import UserError
+
+PROXY, GOLD = "proxy", "gold"  # the names of both rewards in the runs' evaluations
+_COLUMNS = (
+    "proxy",
+    "defence",
+    "proxy gain",
+    "gold before",
+    "gold, best on the way",
+    "gold at the end",
+    "end less best",
+    "sqrt(KL)",
+    "minutes",
+)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """A finished run: minutes, curve, and the gold's change with its standard error over prompts.
+
+    A point of the curve has step, distance, the mean proxy and gold, and the gains of both. Raises UserError for a run
+    without evaluations, without one of both rewards in them, or without a guard, which measures the KL.
+    """
+    evaluations = read_evaluations(folder)
+    if not evaluations:
+        raise UserError(f"{folder} has no evaluations; train it first")
+    scores = {name: np.stack([_scores(folder, one, name) for one in evaluations]) for name in (PROXY, GOLD)}
+    curve = []
+    for place, evaluation in enumerate(evaluations):
+        if "audit" not in evaluation:
+            raise UserError(f"{folder}: the evaluation of step {evaluation['step']} has no audit; train with a guard")
+        point = {"step": evaluation["step"], "distance": max(evaluation["audit"]["kl"], 0.0) ** 0.5}
+        for name, rows in scores.items():
+            point[name] = float(rows[place].mean())
+            point[f"{name}_gain"] = float((rows[place] - rows[0]).mean() / (rows[0].std(ddof=1) or 1.0))
+        curve.append(point)
+    change = scores[GOLD][-1] - scores[GOLD][0]
+    return {
+        "minutes": parsed(folder / "run.json", json.loads).get("minutes"),
+        "gold_change": float(change.mean()),
+        "gold_change_error": float(change.std(ddof=1) / len(change) ** 0.5),
+        "curve": curve,
+    }
+
+
+def _scores(folder: Path, evaluation: Mapping[str, Any], name: str) -> np.ndarray:
+    """The reward of every picture, (n,)."""
+    try:
+        return np.array([row["scores"][name] for row in evaluation["rows"]], dtype=np.float64)
+    except KeyError:
+        raise UserError(f"{folder}: the evaluation of step {evaluation['step']} has no reward {name!r}") from None
+
+
+def mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Seeds as one curve: the mean of every number at each step that all of them have."""
+    shared = set.intersection(*({point["step"] for point in curve} for curve in curves))
+    at_step = [[point for curve in curves for point in curve if point["step"] == step] for step in sorted(shared)]
+    return [{key: float(np.mean([point[key] for point in points])) for key in points[0]} for points in at_step]
+
+
+def outcome(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What one defence came to, over the seeds' mean curve; the gold lost is its end less its best on the way."""
+    curve = mean_curve([run["curve"] for run in runs])
+    best = max(curve, key=lambda point: point[GOLD])
+    return {
+        "proxy_gain": curve[-1][f"{PROXY}_gain"],
+        "gold_before": curve[0][GOLD],
+        "gold_best": best[GOLD],
+        "best_distance": best["distance"],
+        "gold_end": curve[-1][GOLD],
+        "gold_lost": curve[-1][GOLD] - best[GOLD],
+        "gold_error": float(np.linalg.norm([run["gold_change_error"] for run in runs]) / len(runs)),
+        "distance": curve[-1]["distance"],
+        "minutes": float(np.mean([run["minutes"] for run in runs])),
+    }
+
+
+Found = Mapping[str, Mapping[str, Mapping[str, Any]]]
+"""By proxy and defence: `runs`, each as `read_run` gives it with its seed, and `outcome`."""
+
+
+def table(found: Found) -> str:
+    """The outcomes as Markdown."""
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    for proxy, defences in found.items():
+        for defence, of in defences.items():
+            own = of["outcome"]
+            numbers = (
+                f"{own['proxy_gain']:+.2f}",
+                f"{own['gold_before']:.3f}",
+                f"{own['gold_best']:.3f} at {own['best_distance']:.1f}",
+                f"{own['gold_end']:.3f} ± {own['gold_error']:.3f}",
+                f"{own['gold_lost']:+.3f}",
+                f"{own['distance']:.1f}",
+                f"{own['minutes']:.1f}",
+            )
+            lines.append((proxy, defence, *numbers))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_results(output: Path, about: Mapping[str, Any], found: Found) -> None:
+    """Write overoptimization.json, .md, .svg and .png into `output`, each of them whole."""
+    result = {**about, "proxies": found}
+    replace_text(output / "overoptimization.json", json.dumps(result, indent=2) + "\n")
+    replace_text(output / "overoptimization.md", table(found))
+    chases = {
+        proxy: [_chase(defence, mean_curve([run["curve"] for run in of["runs"]])) for defence, of in defences.items()]
+        for proxy, defences in found.items()
+    }
+    figure = overoptimization_figure(chases)
+    for kind in ("svg", "png"):
+        path = output / f"overoptimization.{kind}"
+        partial = path.with_name(f".partial_{path.name}")
+        figure.savefig(partial, format=kind, dpi=160)
+        os.replace(partial, path)
+
+
+def _chase(defence: str, curve: Sequence[Mapping[str, float]]) -> Chase:
+    columns = ([point[key] for point in curve] for key in ("distance", f"{PROXY}_gain", f"{GOLD}_gain"))
+    return Chase(defence, *columns)

@@ -1,0 +1,164 @@
+"""The runs of the over-optimisation bench: on each proxy of the embedded world, each defence against hacking it.
+
+`prepare` makes what the runs on a proxy share: prompts, reference pictures, learned judges, and a store of the base
+model's pictures with the scores of every judge, to which shaping compares.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from flowalign.assets import asset
+from flowalign.config import Recipe, RewardSettings, load_recipe, recipe_from_dict
+from flowalign.data import load_prompts
+from flowalign.evaluate.evaluation import load_rewards
+from flowalign.evaluate.overoptimization import GOLD, PROXY
+from flowalign.offline import GroupStore, collect
+from flowalign.policies.loading import load_policy
+from flowalign.runs import replace_text, save_pictures
+from flowalign.toyworld.grammar import random_example, words
+from flowalign.toyworld.proxies import BACKBONE, fit_learned
+from flowalign.toyworld.render import render
+from rewards.artifact import save_head
+from rewards.pictures import read_picture
+
+Settings = dict[str, Any]
+
+WORLDS = ("shapes", "signs")
+DEFENCES = ("none", "kl", "par", "worst", "artifact", "adversarial")
+GROUP = 8  # pictures of each prompt, in a step and in the store
+LABELLED = 32  # prompts whose pictures a learned judge is fitted to
+KL_WEIGHT = 0.3
+_JUDGES = ("judge_a", "judge_b", "judge_c")  # alike but for the prompts that they were fitted on
+_LISTS = {"shapes": "toyworld/shapes", "signs": "toyworld/words"}
+_GOLDS: dict[str, Settings] = {
+    "shapes": {"load": "geneval", "options": {"detector": "flowalign.toyworld.detector:ExactDetector"}},
+    "signs": {"load": "flowalign.toyworld.gold:SignQuality", "options": {"threads": 1}},
+}
+_ARTIFACT: Settings = {"options": {"head": "toyworld/judges/artifact.safetensors"}}
+
+
+def make_recipe(
+    world: str, defence: str, seed: int, shared: Path, folder: Path, *, train: Settings, evaluation: Settings
+) -> Recipe:
+    """The recipe of one run into `folder`, on what `prepare` put into `shared`; train and evaluation are changes."""
+    base = load_recipe("toyworld_ocr_crd")
+    proxy = _proxy(world, shared)
+    sizes = {"prompts_per_step": 6, "group_size": GROUP, "micro_batch": 48}
+    measured = {"prompts": f"{_LISTS[world]}_test", "steps": 4, "grid": "uniform", "pictures": 24}
+    values = {
+        "name": f"overoptimization_{world}_{defence}",
+        "model": base.model,
+        "prompts": str(shared / "prompts.jsonl"),
+        "rollout": base.rollout,
+        "train": {**sizes, **train},
+        "evaluation": {**measured, "rewards": {PROXY: proxy, GOLD: _GOLDS[world]}, **evaluation},
+        "guard": {"seeds": 2, "kl_samples": 32},
+        "run": {"folder": str(folder), "seed": seed},
+        **_defended(world, defence, shared),
+    }
+    return recipe_from_dict(values, f"{world}, {defence}")
+
+
+def _defended(world: str, defence: str, shared: Path) -> Settings:
+    """The sections of a recipe in which defences differ."""
+    proxy = _proxy(world, shared)
+    found: Settings = {"algorithm": {"name": "crd", "timesteps": 2, "kl_weight": 0.0}, "rewards": {PROXY: proxy}}
+    if defence == "kl":
+        found["algorithm"] |= {"kl_weight": KL_WEIGHT, "adaptive_kl": False}
+    elif defence == "par":
+        found["rewards"] = {PROXY: {**proxy, "shaping": {"form": "sigmoid", "reference": str(shared / "store")}}}
+    elif defence == "worst":
+        members = _ensemble(world, shared)
+        found["rewards"] = {name: _standardised(entry, shared) for name, entry in members.items()}
+        found["combine"] = {"form": "worst"}
+    elif defence == "artifact":
+        found["rewards"] = {PROXY: _standardised(proxy, shared), "artifact": _standardised(_ARTIFACT, shared)}
+    elif defence == "adversarial":
+        learns = {"model": BACKBONE, "references": str(shared / "references"), "updates": 20, "learning_rate": 1e-3}
+        found["rewards"] = {PROXY: _standardised(proxy, shared), "adversarial_dino": {"options": learns}}
+    return found
+
+
+def _standardised(entry: Settings, shared: Path) -> Settings:
+    return {**entry, "shaping": {"form": "standardise", "reference": str(shared / "store")}}
+
+
+def _judge(name: str, shared: Path) -> Settings:
+    head = str(shared / f"{name}.safetensors")
+    return {"load": "flowalign.toyworld.proxies:Learned", "options": {"head": head}}
+
+
+def _proxy(world: str, shared: Path) -> Settings:
+    """On shapes a learned judge, on signs OCR with contrast."""
+    if world == "shapes":
+        return _judge(_JUDGES[0], shared)
+    return {"load": "flowalign.toyworld.proxies:Legible", "options": {"threads": 1}}
+
+
+def _ensemble(world: str, shared: Path) -> dict[str, Settings]:
+    """The proxy and two others: learned judges that saw other prompts."""
+    return {PROXY: _proxy(world, shared), **{name: _judge(name, shared) for name in _JUDGES[1:]}}
+
+
+def prepare(world: str, shared: Path, prompts: int) -> None:
+    """Make the files that the runs on a proxy share, of so many training prompts; what is there is kept."""
+    shared.mkdir(parents=True, exist_ok=True)
+    listed = shared / "prompts.jsonl"
+    if not listed.exists():
+        rows = {row.prompt: row.metadata for row in load_prompts(f"{_LISTS[world]}_train")}
+        lines = [json.dumps({"prompt": prompt, **metadata}) + "\n" for prompt, metadata in rows.items()]
+        replace_text(listed, "".join(lines[:prompts]))
+    if not (shared / "references").exists():
+        save_pictures(shared / "references", _references(world))
+    store = _store(world, shared)
+    for seed, name in enumerate(_JUDGES):
+        if not (shared / f"{name}.safetensors").exists():
+            _fit(store, seed, shared / f"{name}.safetensors")
+    for name, entry in {**_ensemble(world, shared), "artifact": _ARTIFACT}.items():
+        if name not in store.rewards:
+            store.rescore(name, _reward(name, entry), lambda _: None)
+
+
+def _reward(name: str, entry: Settings) -> Any:
+    return load_rewards({name: RewardSettings.model_validate(entry)})[name]
+
+
+def _store(world: str, shared: Path) -> GroupStore:
+    """The base model's pictures of all training prompts with their gold scores, and with what was added later."""
+    path, listed = shared / "store", load_prompts(str(shared / "prompts.jsonl"))
+    if path.exists() and len(store := GroupStore.open(path)) == len(listed):
+        return store
+    values = {"name": world, "prompts": str(shared / "prompts.jsonl"), "rewards": {GOLD: _GOLDS[world]}}
+    base = load_recipe("toyworld_ocr_crd")
+    values |= {"model": base.model, "rollout": base.rollout, "algorithm": "crd", "collect": {"group_size": GROUP}}
+    recipe = recipe_from_dict(values)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy = load_policy(recipe.model, device, recipe.run.seed)
+    return collect(recipe, path, listed, {GOLD: _reward(GOLD, _GOLDS[world])}, policy, lambda _: None)
+
+
+def _fit(store: GroupStore, seed: int, path: Path) -> None:
+    """Write a judge learned from the gold scores of some prompts' pictures."""
+    files = sorted(store.path.glob("shard_*/media/*.png"))
+    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
+    images = torch.stack([read_picture(files[row * GROUP + member]) for row in chosen for member in range(GROUP)])
+    scores = torch.from_numpy(store.rewards[GOLD][chosen]).float().flatten()
+    partial = path.with_suffix(".partial")
+    save_head(fit_learned(images, scores, seed=seed), BACKBONE, partial)
+    partial.rename(path)
+
+
+@torch.no_grad()
+def _references(world: str, count: int = 300) -> torch.Tensor:
+    """(N, 3, 64, 64): true pictures as the embedded model would show them, through its autoencoder."""
+    rng, pool = np.random.default_rng(0), words(held_out=False)
+    drawn = [render(random_example(rng, pool, float(world == "shapes"))[1]) for _ in range(count)]
+    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
+    autoencoder = AutoencoderKL.from_pretrained(asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
+    parts = [autoencoder.decode(autoencoder.encode(part).latent_dist.mean).sample for part in pixels.split(50)]
+    return ((torch.cat(parts) + 1) / 2).clamp(0, 1)

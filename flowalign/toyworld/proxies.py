@@ -1,0 +1,84 @@
+"""Imperfect judges of the embedded world, for a policy to hack: each sees something of quality and misses the rest.
+
+`Learned` is what a reward model is: fitted to the gold scores of few pictures of the base model. It has never seen what
+a policy may come to draw, and it does not read prompts. `Legible` rates signs as an OCR reward does, and takes strong
+contrast for legibility.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rewards import Reward
+from rewards.artifact import load_head
+from rewards.learning import Head, counted
+from rewards.ocr import OCR
+from rewards.vit import VisionBackbone
+
+BACKBONE = "toyworld/judges/vit"
+_HIDDEN = 64
+_GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def fit_learned(images: torch.Tensor, scores: torch.Tensor, *, seed: int, steps: int = 150) -> Head:
+    """A head for `Learned`, fitted by cross entropy to scores (N,) in [0, 1] of images (N, 3, H, W)."""
+    features = _described(VisionBackbone(BACKBONE), images)
+    head = Head(features.shape[1], _HIDDEN, seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.1)
+    for step in range(steps):
+        rows = torch.randperm(len(features), generator=counted(seed, step))[:64]
+        loss = F.binary_cross_entropy_with_logits(head(features[rows]), scores[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head
+
+
+def _described(backbone: VisionBackbone, images: torch.Tensor) -> torch.Tensor:
+    """(B, 2 D): the class token and the mean of the patches."""
+    own, patches = backbone.features(images)
+    return torch.cat([own, patches.mean(1)], dim=1)
+
+
+class Learned(Reward):
+    """The logit of a head made by `fit_learned` and written by `rewards.artifact.save_head`; without bounds.
+
+    head: its file. device: the accelerator unless it is named.
+    """
+
+    name = "learned"
+
+    def __init__(self, head: str, device: str | None = None):
+        fitted, model = load_head(head, self.name)
+        self.backbone = VisionBackbone(model, device, reward=self.name)
+        self.head = fitted.to(self.backbone.device)
+
+    @torch.no_grad()
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) of images (B, 3, H, W)."""
+        return self.head(_described(self.backbone, media))
+
+
+class Legible(OCR):
+    """How much of the quoted text can be read, whatever stands around it, plus `contrast` times the picture's own.
+
+    Contrast is the standard deviation of grey levels in [0, 1].
+    """
+
+    name = "legible"
+    range = (0.0, float("inf"))
+
+    def __init__(self, contrast: float = 3.0, threads: int | None = None):
+        super().__init__(mode="lines", threads=threads)
+        self.contrast = contrast
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) of images (B, 3, H, W); RewardError for a prompt that quotes no text."""
+        grey = (media.float() * media.new_tensor(_GREY).view(3, 1, 1)).sum(1)
+        return super().__call__(media, prompts, metadata) + self.contrast * grey.flatten(1).std(1)

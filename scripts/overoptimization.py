@@ -1,0 +1,113 @@
+"""The over-optimisation bench: an imperfect reward is optimised, with each defence, while an exact judge watches.
+
+    python scripts/overoptimization.py --output runs/overoptimization
+
+On the embedded world nothing has to be believed of the gold judge: it is exact. Two proxies are optimised. On shapes a
+learned judge, fitted to the gold scores of few pictures of the base model, which does not read the prompt. On signs an
+OCR reward that takes strong contrast for legibility. The defences: none; CRD's KL; PAR's shaping; the worst case of an
+ensemble; the artifact judge added; a discriminator added. Finished runs are kept, so the command can be stopped and
+given again. Writes overoptimization.json, .md, .svg and .png into the output folder, anew after every run.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from flowalign.cli import quiet_libraries
+from flowalign.config import Recipe
+from flowalign.evaluate.overoptimization import outcome, read_run, write_results
+from flowalign.evaluate.pages import parsed
+from flowalign.interrupt import Interrupted
+from flowalign.runs import RunFolder, command_line, now, refuse_changes, versions
+from flowalign.settings import UserError
+from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
+from flowalign.trainer import Trainer
+from rewards import RewardError
+
+TITLES = {"shapes": "shapes: a judge learned from few pictures", "signs": "signs: OCR that likes contrast"}
+
+
+def main() -> int:
+    """Parse the command line, train what is missing, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--proxies", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", type=int, default=16, help="training steps of a run")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--prompts", type=int, default=64, help="trained on")
+    parser.add_argument("--evaluate-every", type=int, default=4, help="training steps between evaluations")
+    parser.add_argument("--evaluation-prompts", type=int, default=128, help="held out")
+    parser.add_argument("--output", type=Path, default=Path("runs/overoptimization"))
+    options = parser.parse_args()
+    quiet_libraries()
+    try:
+        for world in options.proxies:
+            prepare(world, options.output / world, options.prompts)
+        # Seed by seed, so that a bench that is stopped has all defences of some seeds.
+        for seed in options.seeds:
+            for world in options.proxies:
+                for defence in options.defences:
+                    train(recipe_of(options, world, defence, seed))
+                    write_results(options.output, about(options), found(options))
+    except (UserError, RewardError, Interrupted) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print((options.output / "overoptimization.md").read_text(), end="")
+    return 0
+
+
+def recipe_of(options: argparse.Namespace, world: str, defence: str, seed: int) -> Recipe:
+    """One run of the bench."""
+    shared = options.output / world
+    return make_recipe(
+        world,
+        defence,
+        seed,
+        shared,
+        shared / f"{defence}-seed{seed}",
+        train={"steps": options.steps, "learning_rate": options.learning_rate},
+        evaluation={"every": options.evaluate_every, "count": options.evaluation_prompts},
+    )
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run is there and done."""
+    return "finished" in parsed(folder / "run.json", json.loads)
+
+
+def train(recipe: Recipe) -> None:
+    """Train a run unless it is done, going on where it was stopped; UserError where another run lies."""
+    begun = (recipe.folder / "recipe.yaml").exists()
+    if begun:
+        saved = RunFolder.open(recipe.folder)[1]
+        refuse_changes(saved, recipe)
+        if finished(recipe.folder) and saved.train.steps == recipe.train.steps:
+            return
+    Trainer(recipe, resume=begun).run()
+    gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
+
+
+def found(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the finished runs came to, by proxy and defence."""
+    result: dict[str, dict[str, dict[str, Any]]] = {}
+    for world in options.proxies:
+        for defence in options.defences:
+            folders = {seed: options.output / world / f"{defence}-seed{seed}" for seed in options.seeds}
+            runs = [{"seed": seed, **read_run(folder)} for seed, folder in folders.items() if finished(folder)]
+            if runs:
+                result.setdefault(TITLES[world], {})[defence] = {"runs": runs, "outcome": outcome(runs)}
+    return result
+
+
+def about(options: argparse.Namespace) -> dict[str, Any]:
+    """How the results were made."""
+    asked = {key: value for key, value in vars(options).items() if key != "output"}
+    return {"command": command_line(), "made": now(), "versions": versions(), **asked}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
