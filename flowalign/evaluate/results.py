@@ -74,7 +74,7 @@ def continued(
         progress(len(done))
     first = len(done)
     with path.open("a", encoding="utf-8") as file:
-        for start in range(first // batch * batch, count, batch):
+        for start in range(first // batch * batch, count if first < count else 0, batch):
             places = range(start, min(start + batch, count))
             for place, line in zip(places, judge(places), strict=True):
                 if place >= first:

@@ -1,0 +1,517 @@
+"""The benchmarks of `flowalign eval`: GenEval, OCR and panels, on pictures drawn or given."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from flowalign.cli import main
+from flowalign.config import Sampler
+from flowalign.data import Row
+from flowalign.evaluate.drawing import Drawing, draw, listed
+from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
+from flowalign.evaluate.intervals import mean_interval, paired_interval, stratified_interval
+from flowalign.evaluate.results import Stopwatch, continued
+from flowalign.policies.base import Policy
+from flowalign.policies.loading import load_policy, model_settings
+from flowalign.settings import UserError
+from flowalign.toyworld.detector import ExactDetector
+from flowalign.toyworld.grammar import shape_scene, sign_prompt, sign_scene, task_prompts
+from flowalign.toyworld.render import Scene, render
+from rewards.geneval import TASKS
+
+EXACT = "flowalign.toyworld.detector:ExactDetector"
+# Sees a star or a ring, as the picture's first pixel has it.
+EYES = """
+import time
+class Eyes:
+    names = ("star", "ring")
+    pause = 0.0
+    def identity(self):
+        return {"detector": "eyes", "checksum": "two"}
+    def __call__(self, images):
+        time.sleep(self.pause)
+        names = [("star", "ring")[int(image[0, 0, 0] * 255) % 2] for image in images]
+        return [[{"class": name, "box": [0, 0, 8, 8], "score": 1.0, "color": "red"}] for name in names]
+class SlowEyes(Eyes):
+    pause = 0.5
+def nameless(images):
+    return [[] for _ in images]
+"""
+STARS = [
+    {"tag": "single_object", "include": [{"class": name, "count": 1}], "prompt": f"a photo of a {name}"}
+    for name in ("star", "ring", "star", "ring", "star", "ring")
+]
+
+
+def succeed(*arguments: object) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code in (0, None)
+
+
+@pytest.fixture
+def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must fail; returns its one sentence."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        error = capsys.readouterr().err.strip()
+        assert stopped.value.code == 1 and error.startswith("error: ") and "\n" not in error
+        return error
+
+    return run
+
+
+def write_pictures(folder: Path, rows: Sequence[dict[str, Any]], scenes: Sequence[Sequence[Scene]]) -> Path:
+    """A folder in GenEval's layout."""
+    for index, (row, own) in enumerate(zip(rows, scenes, strict=True)):
+        samples = folder / f"{index:05d}" / "samples"
+        samples.mkdir(parents=True)
+        (samples.parent / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+        for member, scene in enumerate(own):
+            Image.fromarray(render(scene)).save(samples / f"{member:04d}.png")
+    return folder
+
+
+def write_prompts(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Ten true pictures of each task, and their prompts."""
+    rng = np.random.default_rng(0)
+    rows = [task_prompts(task)[int(rng.integers(len(task_prompts(task))))] for task in TASKS for _ in range(5)]
+    scenes = [[shape_scene(row, rng), shape_scene(row, rng)] for row in rows]
+    return write_pictures(tmp_path / "shapes", rows, scenes), rows
+
+
+@pytest.fixture
+def tiny(tiny_model: Path, tmp_path: Path) -> list[str]:
+    """The arguments with which a command draws with the tiny model, in a second."""
+    (tmp_path / "eyes.py").write_text(EYES)
+    write_prompts(tmp_path / "stars.jsonl", STARS)
+    size = ["--size", "64", "--max-sequence-length", "0", "--steps", "2", "--guidance", "2"]
+    return [str(tiny_model), *size, "--images-per-prompt", "2", "--batch", "4", "--prompts", f"{tmp_path}/stars.jsonl"]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """The contents of a folder but for the times."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "timing.json"
+    }
+
+
+# GenEval
+
+
+def test_true_pictures_score_1_on_every_task(shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = shapes
+    options = ("--images-per-prompt", 2, "--detector", EXACT, "--output", tmp_path / "out")
+    succeed("eval", "geneval", "--images", folder, *options)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(tag, task["score"], task["prompts"]) for tag, task in summary["tasks"].items()] == [
+        (tag, 1.0, 5) for tag in TASKS
+    ]
+    assert summary["overall"]["score"] == summary["image_mean"]["score"] == summary["any_success"]["score"] == 1
+    assert "overall, the mean of the tasks" in capsys.readouterr().out
+    line = json.loads((tmp_path / "out" / "results.jsonl").read_text().splitlines()[0])
+    official = {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
+    assert set(line) == official | {"detector", "checksum"}
+    assert line["filename"] == "00000/samples/0000.png" and line["detector"] == EXACT and line["checksum"] == "exact"
+    assert len(next(iter(json.loads(line["details"]).values()))[0]) == 5  # a box and its score, as mmdet has them
+
+
+def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures() -> None:
+    tags = ["single_object"] * 4 + ["counting"] * 12
+    correct = [1, 1, 1, 0] + [1, 0, 0, 0] * 3
+    found = summarise([{"tag": t, "correct": bool(c)} for t, c in zip(tags, correct, strict=True)], 4)
+    assert found["overall"]["score"] == pytest.approx((0.75 + 0.25) / 2)
+    assert found["image_mean"]["score"] == pytest.approx(6 / 16)
+    assert found["any_success"]["score"] == 1
+    assert found["tasks"]["counting"] == {"score": 0.25, "interval": (0.25, 0.25), "prompts": 3}
+    assert (
+        found["tasks"]["single_object"]["interval"] is found["overall"]["interval"] is None
+    )  # one prompt is no spread
+
+
+def test_a_picture_of_something_else_is_judged_wrong_with_its_reason(shapes, tmp_path: Path) -> None:
+    folder, rows = shapes
+    Image.new("RGB", (64, 64), "white").save(folder / "00003" / "samples" / "0001.png")
+    judging = load_judge(EXACT)
+    lines = verdicts(judging, listed(folder, 2))
+    assert [line["filename"] for line in lines if not line["correct"]] == ["00003/samples/0001.png"]
+    assert lines[7]["reason"] == f"expected {rows[3]['include'][0]['class']}>=1, found 0"
+
+
+def test_a_detector_that_sees_nothing_is_refused_before_anything_is_drawn(tmp_path: Path, tiny, failing) -> None:
+    (tmp_path / "blind.py").write_text(
+        "class Blind:\n    names = ('circle', 'square', 'triangle', 'star', 'cross', 'ring', 'diamond')\n"
+        "    def __call__(self, images):\n        return [[] for _ in images]\n"
+    )
+    command = ["eval", "geneval", *tiny, "--detector", f"{tmp_path}/blind.py:Blind", "--output", tmp_path / "out"]
+    assert "finds nothing in a picture of ring and star" in failing(*command)
+    assert not (tmp_path / "out").exists()
+    assert "every score is 0: none of the 12 pictures is correct" in failing(*command, "--no-check-detector")
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_what_a_detector_is_shown_depends_on_the_classes_it_knows() -> None:
+    assert check_sight(Judge(ExactDetector(), ExactDetector.names, ExactDetector().identity())) == "ring and star"
+    shown: list[torch.Tensor] = []
+
+    def sees_a_person(images: torch.Tensor) -> list[list[dict[str, Any]]]:
+        shown.append(images)
+        return [[{"class": "person", "box": [0, 0, 9, 9], "score": 0.9, "color": "black"}] for _ in images]
+
+    assert check_sight(Judge(sees_a_person, ("person", "cup"), {"detector": "it"})) == "person"
+    assert shown[0].shape == (1, 3, 600, 512)  # the photograph that comes with matplotlib
+    assert check_sight(Judge(sees_a_person, ("cup",), {"detector": "it"})) is None
+
+
+# Pictures and results that a kill leaves
+
+
+def test_results_go_on_where_they_were_cut_and_end_with_the_same_bytes(tmp_path: Path) -> None:
+    asked: list[range] = []
+
+    def judge(places: range) -> list[dict[str, Any]]:
+        asked.append(places)
+        return [{"place": place, "first of its batch": places[0]} for place in places]
+
+    whole = tmp_path / "whole.jsonl"
+    expected = continued(whole, 10, 4, judge)
+    text = whole.read_bytes()
+    for cut in (0, 1, 30, len(text) // 2, len(text) - 1, len(text)):
+        part = tmp_path / f"{cut}.jsonl"
+        part.write_bytes(text[:cut])
+        asked.clear()
+        assert continued(part, 10, 4, judge) == expected and part.read_bytes() == text
+        assert set(asked) <= {range(4), range(4, 8), range(8, 10)}
+    assert asked == []  # of the last, which was whole
+    with pytest.raises(UserError, match="holds 10 lines for 6 pictures"):
+        continued(whole, 6, 4, judge)
+    whole.write_bytes(b'{"place": 0}\n{"pla\n{"place": 2}\n')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        continued(whole, 10, 4, judge)
+
+
+def tiny_drawing(tiny_model: Path, **changes: Any) -> Drawing:
+    values = {"model": model_settings(str(tiny_model), size=64, max_sequence_length=0), "seed": 0, "images": 2}
+    return Drawing(**{**values, "sampler": Sampler(steps=2), "batch": 4, "device": "cpu", **changes})
+
+
+def test_a_drawing_goes_on_after_a_kill_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [
+        Row(index, row["prompt"], {"tag": row["tag"], "include": row["include"]}) for index, row in enumerate(STARS)
+    ]
+    policy = load_policy(model_settings(str(tiny_model), size=64, max_sequence_length=0))
+    loaded: list[Policy] = []
+
+    def load(*_: object) -> Policy:
+        loaded.append(policy)
+        return policy
+
+    drawing, watch = tiny_drawing(tiny_model), Stopwatch(tmp_path)
+    draw(tmp_path / "whole", drawing, rows, watch, load=load)
+    draw(tmp_path / "cut", drawing, rows, watch, load=load)
+    cut = tmp_path / "cut"
+    (cut / "00001" / "samples" / "0000.png").unlink()
+    torn = cut / "00003" / "samples" / "0001.png"
+    torn.write_bytes(torn.read_bytes()[:-20])
+    (cut / "00005" / "samples" / ".partial_0000.png").write_bytes(b"half")
+    (cut / "00005" / "samples" / "0000.png").unlink()
+    kept = (cut / "00000" / "samples" / "0000.png").stat().st_mtime_ns
+    draw(cut, drawing, rows, watch, load=load)
+    assert everything(cut) == everything(tmp_path / "whole")
+    assert (cut / "00000" / "samples" / "0000.png").stat().st_mtime_ns == kept
+    assert len(loaded) == 3
+    draw(cut, drawing, rows, watch, load=load)
+    assert len(loaded) == 3  # nothing is missing, so no model is loaded
+    for changes, key in (({"seed": 1}, "seed 0, not 1"), ({"sampler": Sampler(steps=3)}, "steps 2, not 3")):
+        with pytest.raises(UserError, match=f"drawing.json was begun with {key}"):
+            draw(cut, tiny_drawing(tiny_model, **changes), rows, watch, load=load)
+    with pytest.raises(UserError, match=r"drawing.json was begun with prompts .*; choose another --output"):
+        draw(cut, drawing, rows[:-1], watch, load=load)
+
+
+def test_pictures_do_not_depend_on_how_many_prompts_follow(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [Row(index, row["prompt"]) for index, row in enumerate(STARS)]
+    policy = load_policy(model_settings(str(tiny_model), size=64, max_sequence_length=0))
+    for name, part in (("six", rows), ("four", rows[:4])):
+        drawing = tiny_drawing(tiny_model)
+        draw(tmp_path / name, drawing, part, Stopwatch(tmp_path), load=lambda *_: policy)
+    pictures = {name: image for name, image in everything(tmp_path / "four").items() if name.endswith(".png")}
+    assert len(pictures) == 8 and pictures.items() <= everything(tmp_path / "six").items()
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_ends_with_the_same_bytes(tiny, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flowalign.cli", "eval", "geneval", *tiny, "--detector"]
+    command += [f"{tmp_path}/eyes.py:SlowEyes", "--images-per-prompt", "6", "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, str(whole)], check=True, env=environment, capture_output=True)
+    moments: list[Callable[[], bool]] = [
+        lambda: len(list(killed.glob("*/samples/*.png"))) >= 2,
+        lambda: len(list(killed.glob("*/samples/*.png"))) >= 15,
+        lambda: (killed / "results.jsonl").exists() and (killed / "results.jsonl").stat().st_size > 100,
+    ]
+    for reached in moments:
+        process = subprocess.Popen([*command, str(killed)], env=environment, stdout=subprocess.DEVNULL)
+        while not reached():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (killed / "summary.json").exists()
+    subprocess.run([*command, str(killed)], check=True, env=environment, capture_output=True)
+    assert everything(killed) == everything(whole)
+    assert len((whole / "results.jsonl").read_text().splitlines()) == 36
+
+
+# Bad input
+
+
+def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> None:
+    folder, rows = shapes
+    command = ["eval", "geneval", "--detector", EXACT, "--output", tmp_path / "out", "--images", folder]
+    prompts = write_prompts(tmp_path / "prompts.jsonl", rows)
+    assert "00000/samples holds 2 pictures NNNN.png, not 4; see --images-per-prompt" in failing(*command)
+    command += ["--images-per-prompt", 2]
+    write_prompts(tmp_path / "more.jsonl", [*rows, rows[0]])
+    assert "has no folder 00030 for prompt 31" in failing(*command, "--prompts", tmp_path / "more.jsonl")
+    write_prompts(tmp_path / "fewer.jsonl", rows[:-1])
+    assert "00029 is of none of the 29 prompts" in failing(*command, "--prompts", tmp_path / "fewer.jsonl")
+    write_prompts(tmp_path / "other.jsonl", [rows[7], *rows[1:]])
+    assert "00000/metadata.jsonl is not prompt 1 of the list" in failing(
+        *command, "--prompts", tmp_path / "other.jsonl"
+    )
+    picture = folder / "00011" / "samples" / "0001.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:100])
+    assert f"{picture} is not a readable PNG" in failing(*command, "--prompts", prompts)
+    picture.write_bytes(whole)
+    metadata = folder / "00002" / "metadata.jsonl"
+    text = metadata.read_text()
+    metadata.write_text('{"prompt": "a star"}\n')
+    assert f"{metadata}: no GenEval metadata: tag: Field required" in failing(*command)
+    metadata.unlink()
+    assert f"{metadata} is missing" in failing(*command)
+    metadata.write_text(text)
+    assert "holds no pictures in GenEval's layout" in failing(*command[:-3], tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+    succeed(*command, "--prompts", prompts)
+    (tmp_path / "eyes.py").write_text(EYES.replace('("star", "ring")', str(ExactDetector.names), 1))
+    error = failing(*command, "--no-check-detector", "--detector", f"{tmp_path}/eyes.py:Eyes")
+    assert f'evaluation.json was begun with detector "{EXACT}", not "eyes"' in error
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"include": [{"class": "star", "count": 1}]}, "line 2: no GenEval metadata: tag: Field required"),
+        ({"tag": "colors", "include": []}, "include: List should have at least 1 item"),
+        (
+            {"tag": "colors", "include": [{"class": "star", "count": 0}]},
+            "include.0.count: Input should be greater than 0",
+        ),
+        (
+            {"tag": "colors", "include": [{"class": "star", "count": 1, "color": "teal"}]},
+            "'teal' is none of red, orange",
+        ),
+        (
+            {"tag": "position", "include": [{"class": "star", "count": 1, "position": ["above", 0]}]},
+            "include.0.position names clause 0, which is no earlier one",
+        ),
+        ({"tag": "colors", "include": [{"class": "cup", "count": 1}]}, "prompt 2 ('a star') asks for 'cup', which"),
+    ],
+)
+def test_a_bad_prompt_is_named_by_its_line(row: dict[str, Any], message: str, tmp_path: Path, failing) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [STARS[0], {**row, "prompt": "a star"}])
+    out = tmp_path / "out"
+    assert message in failing("eval", "geneval", "toyworld", "--prompts", prompts, "--output", out)
+    assert not out.exists()
+
+
+def test_wrong_arguments_are_one_sentence(tmp_path: Path, tiny, tiny_model: Path, failing) -> None:
+    out = ["--output", tmp_path / "out"]
+    assert "give either MODEL, to draw with it, or --images" in failing("eval", "geneval")
+    assert "--seed is about drawing" in failing("eval", "ocr", "--images", tmp_path, "--seed", 1)
+    assert "--count takes the first of a prompt list" in failing("eval", "ocr", "--images", tmp_path, "--count", 1)
+    assert "has no `names`" in failing("eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:nameless")
+    assert "'/no/model' does not exist" in failing("eval", "panel", "/no/model", "--prompts", f"{tmp_path}/stars.jsonl",
+                                                   "--reward", "colorfulness", *out)  # fmt: skip
+    assert "--prompts is missing" in failing("eval", "ocr", tiny_model, *out)
+    assert "has no text in straight double quotes" in failing("eval", "ocr", *tiny, *out)
+    assert "is neither an empty folder nor one of an evaluation" in failing("eval", "geneval", *tiny, "--detector",
+                                                f"{tmp_path}/eyes.py:Eyes", "--output", tmp_path)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+    assert "must be written TASK=SHARE" in failing("data", "geneval", tmp_path / "new.jsonl", "--mix", "position")
+
+
+def test_an_adapter_of_another_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    weights = {f"transformer.transformer_blocks.0.attn.to_q.lora_{ab}.weight": torch.zeros(7, 7) for ab in "AB"}
+    for name, value in (("of another size", weights), ("nothing in it", {"unet.x.lora_A.weight": torch.zeros(1)})):
+        save_file(value, other / "pytorch_lora_weights.safetensors")
+        with pytest.raises(UserError, match="is no adapter of this model") as caught:
+            load_policy(model_settings(str(tiny_model), other, 64, 0))
+        assert ("nothing in it" in str(caught.value)) is (name == "nothing in it")
+    (other / "pytorch_lora_weights.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no pytorch_lora_weights"):
+        load_policy(model_settings(str(tiny_model), other, 64, 0))
+
+
+def test_a_run_folder_stands_for_its_model_with_its_adapter(tmp_path: Path) -> None:
+    recipe = (
+        "name: r\nprompts: toyworld/words_train\nrewards: {ocr: 1.0}\nalgorithm: {name: flow_grpo, clip_range: 0.01}\n"
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(UserError, match=r"has no lora/ yet"):
+        model_settings(str(tmp_path))
+    (tmp_path / "lora").mkdir()
+    assert model_settings(str(tmp_path)).adapter == str(tmp_path / "lora")
+    with pytest.raises(UserError, match="leave --adapter out"):
+        model_settings(str(tmp_path), tmp_path)
+
+
+# Intervals
+
+
+def test_intervals_hold_the_true_mean_about_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowalign.evaluate.intervals.RESAMPLES", 999)
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        low, high = mean_interval(rng.binomial(4, 0.4, size=60) / 4)
+        held += low <= 0.4 <= high
+    assert 180 <= held <= 198  # 190 expected
+
+
+def test_intervals_are_of_prompts_strata_and_pairs() -> None:
+    rng = np.random.default_rng(2)
+    easy, hard = rng.uniform(0.8, 1, 50).tolist(), rng.uniform(0, 0.2, 50).tolist()
+    low, high = stratified_interval([easy, hard])
+    assert high - low < 0.03 < np.subtract(*reversed(mean_interval(easy + hard)))  # tasks differ, prompts of one do not
+    assert stratified_interval([easy, hard], [3, 1]) == pytest.approx(np.array([low, high]) + 0.2, abs=0.01)
+    before = rng.uniform(0, 1, 50)
+    low, high = paired_interval(before.tolist(), (before + 0.01).tolist())
+    assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
+    assert mean_interval([0.5]) is None and mean_interval([]) is None
+    assert stratified_interval([easy, [1.0]]) is None
+    assert mean_interval([1.0] * 9) == (1.0, 1.0)
+
+
+# OCR and panels
+
+
+def test_signs_are_read_and_scored_by_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    words = ("HOUSE", "TREE", "WATER", "STONE")
+    rows = [{"prompt": sign_prompt([word])} for word in words]
+    scenes = [[sign_scene([word], rng)] for word in words]
+    scenes[3] = [sign_scene(["STONE", "AGE"], rng)]
+    folder = write_pictures(tmp_path / "signs", rows, scenes)
+    command = [
+        "eval",
+        "ocr",
+        "--images",
+        folder,
+        "--images-per-prompt",
+        1,
+        "--mode",
+        "lines",
+        "--output",
+        tmp_path / "o",
+    ]
+    succeed(*command)
+    assert "5-8" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "o" / "results.jsonl").read_text().splitlines()]
+    assert [line["target"] for line in lines] == list(words)
+    assert lines[3]["lines"] == ["STONE", "AGE"]
+    assert lines[3]["accuracy"] == 1 and lines[3]["similarity"] == pytest.approx(2 / 5) and not lines[3]["exact"]
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert summary["accuracy"]["score"] == 1 and summary["exact"]["score"] == 0.75
+    assert list(summary["lengths"]) == ["1-4", "5-8"] and summary["lengths"]["5-8"]["prompts"] == 3
+    before = everything(tmp_path / "o")
+    succeed(*command)
+    assert everything(tmp_path / "o") == before
+
+
+def test_blank_signs_are_a_loud_failure(tmp_path: Path, failing) -> None:
+    folder = write_pictures(tmp_path / "signs", [{"prompt": sign_prompt(["HOUSE"])}], [[Scene()]])
+    command = [
+        "eval",
+        "ocr",
+        "--images",
+        folder,
+        "--images-per-prompt",
+        1,
+        "--mode",
+        "lines",
+        "--output",
+        tmp_path / "o",
+    ]
+    assert "every score is 0" in failing(*command)
+
+
+def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_model: Path, tmp_path: Path) -> None:
+    policy = load_policy(model_settings(str(tiny_model), size=64, max_sequence_length=0))
+    for parameter in policy.trainable_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "lora").mkdir()
+    policy.export(tmp_path / "lora")
+    (tmp_path / "judge.py").write_text(
+        "def level(media, prompts, metadata, scale=1.0):\n    return media.flatten(1).mean(1) * scale\n"
+    )
+    out = tmp_path / "panel"
+    level = f"{tmp_path}/judge.py:level"
+    options = [
+        "--adapter",
+        tmp_path / "lora",
+        "--reward",
+        level,
+        "--reward",
+        "colorfulness",
+        "--option",
+        f"{level}.scale=2",
+    ]
+    succeed("eval", "panel", *tiny, *options, "--output", out)
+    with (out / "panel.csv").open() as file:
+        cells = list(csv.DictReader(file))
+    assert list(cells[0]) == ["model", "guidance", "index", "prompt", "level", "colorfulness"]
+    assert [(c["model"], c["guidance"]) for c in cells[::6]] == [
+        ("base", "2"),
+        ("base", "1"),
+        ("tuned", "2"),
+        ("tuned", "1"),
+    ]
+    scores = np.array([float(cell["level"]) for cell in cells]).reshape(2, 2, 6)
+    pictures = listed(out / "base_guidance_2", 2)
+    first = np.mean([np.asarray(Image.open(picture.path)) for picture in pictures[:2]]) / 255
+    assert scores[0, 0, 0] == pytest.approx(2 * first, rel=1e-4)
+    summary = json.loads((out / "summary.json").read_text())
+    differences = {(row["guidance"], row["reward"]): row for row in summary["differences"]}
+    found = differences[1.0, "level"]
+    assert found["difference"] == pytest.approx(np.mean(scores[1, 1] - scores[0, 1]))
+    assert found["interval"] == pytest.approx(paired_interval(scores[0, 1].tolist(), scores[1, 1].tolist()))
+    assert found["difference"] != 0
