@@ -154,17 +154,16 @@ def _grammar(task: str, names: Sequence[str]) -> tuple[tuple[Sequence[Any], ...]
         include = [_clause(name, color=paint) for name, paint in painted]
         return row(include, " and ".join(_a(f"{paint} {name}") for name, paint in painted))
 
-    return {
+    painted_pairs = list(itertools.permutations(colored, 2)), list(itertools.permutations(COLORS, 2))
+    grammars: dict[str, tuple[tuple[Sequence[Any], ...], Callable[..., Metadata]]] = {
         "single_object": ((names,), single),
         "two_object": ((pairs,), two),
         "counting": ((names, list(NUMBERS)), counting),
         "colors": ((colored, COLORS), color),
         "position": ((pairs, RELATIONS), position),
-        "color_attr": (
-            (list(itertools.permutations(colored, 2)), list(itertools.permutations(COLORS, 2))),
-            attributes,
-        ),
-    }[task]
+        "color_attr": (painted_pairs, attributes),
+    }
+    return grammars[task]
 
 
 def _clause(name: str, count: int = 1, **more: Any) -> Metadata:

@@ -35,6 +35,7 @@ def test_a_wheel_holds_the_embedded_model_and_its_prompts(wheel):
     held = set(wheel.namelist())
     for name in ("words_train.txt", "words_test.txt", "shapes_train.jsonl", "shapes_test.jsonl"):
         assert f"flowalign/assets/toyworld/prompts/{name}" in held
+    assert {f"flowalign/assets/geneval/{name}" for name in ("prompts.jsonl", "object_names.txt", "LICENSE")} <= held
     assert "flowalign/assets/toyworld/model/model_index.json" in held
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         assert any(name.startswith(f"flowalign/assets/toyworld/model/{part}/") for name in held), part
