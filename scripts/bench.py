@@ -2,15 +2,17 @@
 
 Prints images/s of rollout, items/s of training, milliseconds by phase, reward ms per image, the share of the step spent
 inside the transformer (its forwards, and the backward passes, which are the transformer's but for a few operations),
-peak memory, and how the time of a step grows with group size and denoising steps. Ratios within one run can be
-trusted; absolute times are this machine's.
+peak memory, and how the time of a step grows with group size and denoising steps; with `--overlap` instead what a step
+takes with the reward scored while the next pictures are drawn, and scored when all are drawn. Ratios within one run can
+be trusted; absolute times are this machine's.
 """
 
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -55,12 +57,45 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
-    """Medians over `repeats` training steps after one to warm up."""
+@contextmanager
+def _trainer(recipe: Recipe) -> Iterator[Trainer]:
+    """A trainer that leaves nothing behind."""
     with tempfile.TemporaryDirectory() as folder:
         changes = {"folder": f"{folder}/run", "trackers": ()}
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
-        trainer = Trainer(recipe, display=Display(quiet=True))
+        yield Trainer(recipe, display=Display(quiet=True))
+
+
+def overlap(recipe: Recipe, repeats: int) -> Table:
+    """Medians of a step with the reward scored beside the rollout and after it, step about, `repeats` of each."""
+    rows: dict[str, list[tuple[float, float, float]]] = {"beside the rollout": [], "after the rollout": []}
+    with _trainer(recipe) as trainer:
+        trainer.tested = True
+        begin = trainer.judging.judge
+        for step in range(2 * repeats + 2):
+            name = list(rows)[step % 2]
+            trainer.judging.judge = begin if step % 2 == 0 else _later  # type: ignore[method-assign]
+            started = time.perf_counter()
+            trainer._train_step()
+            whole = time.perf_counter() - started
+            if step >= 2:  # the first of each warms up
+                rows[name].append((whole, trainer.seconds["rollout"], trainer.seconds["reward"]))
+    table = Table("reward scored", "step", "rollout", "waiting for the reward", title=recipe.name, title_justify="left")
+    medians = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in rows.items()}
+    for name, found in medians.items():
+        table.add_row(name, *(f"{1000 * seconds:.0f} ms" for seconds in found))
+    first, second = (found[0] for found in medians.values())
+    table.caption = f"a step takes {first / second:.3f} of the time when the reward is scored beside the rollout"
+    return table
+
+
+def _later(media: torch.Tensor, rows: object) -> None:
+    """Begins nothing, so that all pictures are scored after the rollout."""
+
+
+def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
+    """Medians over `repeats` training steps after one to warm up."""
+    with _trainer(recipe) as trainer:
         inside, decoding = Stopwatch(), Stopwatch()
         trainer.policy.velocity = inside.time(trainer.policy.velocity)  # type: ignore[method-assign]
         trainer.policy.decode = decoding.time(trainer.policy.decode)  # type: ignore[method-assign]
@@ -100,11 +135,15 @@ def main(
     recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")] = "toyworld_ocr",
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="steps measured")] = 3,
+    only_overlap: Annotated[bool, typer.Option("--overlap", help="only compare ways of scoring the reward")] = False,
     growth: Annotated[bool, typer.Option(help="also measure growth with group size and denoising steps")] = True,
 ) -> None:
     """Measure a recipe's training step."""
     quiet_libraries()
     resolved = load_recipe(recipe, overrides or [])
+    if only_overlap:
+        console.print(overlap(resolved, repeats))
+        return
     base = measure(resolved, repeats)
     console.print(_table(resolved, base))
     if not growth:

@@ -38,6 +38,7 @@ def main(
     damage_steps: Annotated[int, typer.Option(help="updates of damage, of 48 pictures")] = 1200,
     alike_steps: Annotated[int, typer.Option(help="updates of alike, of 96 pictures")] = 300,
     preference_steps: Annotated[int, typer.Option(help="updates of preference, of 48 pairs")] = 150,
+    rounds: Annotated[int, typer.Option(help="how often 64 held-out pictures are judged to measure")] = 16,
     threads: Annotated[int, typer.Option(help="processor threads")] = 2,
 ) -> None:
     chosen = stages.split(",")
@@ -59,7 +60,7 @@ def main(
     if "preference" in chosen:
         tuned = preference.train_preference(_read_clip(output), seed, preference_steps, 48, print)
         clips.save_clip(tuned, output / "preference")
-    measure(output, print)
+    measure(output, print, rounds)
 
 
 def _read_vit(output: Path) -> Any:

@@ -21,14 +21,17 @@ from rewards import Reward, load, score
 from rewards.clip import ClipFeatures
 
 
-def measure(folder: Path, log: Log, rounds: int = 16) -> None:
-    """Log how well those of the CLIP, the aesthetic head and the preference judge that are in a folder."""
+def measure(folder: Path, log: Log, rounds: int) -> None:
+    """Log how well those of the CLIP, the aesthetic head and the preference judge that are in a folder.
+
+    The CLIP is tried on `rounds` times 64 pictures, the preference on as many pairs.
+    """
     if (folder / "clip").is_dir():
         measure_clip(folder, log, rounds)
     if (folder / "aesthetic.safetensors").is_file():
         measure_aesthetic(folder, log)
     if (folder / "preference").is_dir():
-        measure_preference(folder, log)
+        measure_preference(folder, log, rounds)
 
 
 def measure_clip(folder: Path, log: Log, rounds: int) -> None:
@@ -78,12 +81,12 @@ def right_choices(reward: Reward, found: list[Pair]) -> torch.Tensor:
     return scores[0] > scores[1]
 
 
-def measure_preference(folder: Path, log: Log, rounds: int = 4) -> None:
+def measure_preference(folder: Path, log: Log, rounds: int) -> None:
     """Log how often PickScore on the preference, and on the CLIP it began as, prefers the better of two pictures."""
     for name in ("preference", "clip"):
         reward = load("pickscore", model=str(folder / name), device="cpu")
         for title, kinds in (("known", KINDS), ("held-out", HELD_OUT)):
-            found = [row for r in range(rounds) for row in held_out_pairs(2000 + r, 256, list(kinds.values()))]
+            found = [row for r in range(rounds) for row in held_out_pairs(2000 + r, 64, list(kinds.values()))]
             right, damaged = right_choices(reward, [pair for pair, _ in found]), torch.tensor([bad for _, bad in found])
             shares = [right[part].float().mean().item() for part in (damaged, ~damaged)]
             log(
