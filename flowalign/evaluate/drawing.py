@@ -112,9 +112,9 @@ def draw(
             key = (EVALUATION, drawing.seed, 0)
             drawn = rollout(policy, chunk, drawing.images, drawing.sampler, size, key, batch=drawing.batch)
             for row in chunk:
-                place = folder / f"{row.index:05d}"
-                (place / "samples").mkdir(parents=True, exist_ok=True)
-                replace_text(place / "metadata.jsonl", json.dumps(_metadata(row)) + "\n")
+                own = folder / f"{row.index:05d}"
+                (own / "samples").mkdir(parents=True, exist_ok=True)
+                replace_text(own / "metadata.jsonl", json.dumps(_metadata(row)) + "\n")
             pixels = to_uint8(drawn.media)
             for place in missing:
                 _write_picture(paths[place], Image.fromarray(pixels[place]))
