@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +19,20 @@ from flowalign.sampling.noise import ITEMS
 from flowalign.settings import UserError
 
 
+def optimizer_class(name: Literal["adamw", "adamw8bit"]) -> Callable[..., torch.optim.Optimizer]:
+    """AdamW, or bitsandbytes' with its averages in 8 bits (Dettmers et al. 2022); UserError where that is absent."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "train.optimizer adamw8bit needs bitsandbytes; install it with pip install 'flowalign[bitsandbytes]', "
+            "or use adamw"
+        ) from error
+    return AdamW8bit
+
+
 class Learner:
     """Holds the optimizer; `update` counts its updates."""
 
@@ -26,7 +40,7 @@ class Learner:
         self.recipe, self.policy, self.accelerator = recipe, policy, accelerator
         train = recipe.train
         self.parameters = list(policy.trainable_parameters().values())
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizer_class(train.optimizer)(
             self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
         self.update = 0

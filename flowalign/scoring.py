@@ -14,6 +14,7 @@ import yaml
 
 import rewards as zoo
 from flowalign.checkpoint import checkpoints, load_weights
+from flowalign.conditions import cache_conditions
 from flowalign.config import Recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
@@ -76,6 +77,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
     policy = load_policy(recipe.model, device, recipe.run.seed)
+    cache_conditions(policy, recipe.model, [row.prompt for row in rows])
     with Display().evaluating(len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
 
@@ -95,7 +97,7 @@ def described_rewards() -> list[tuple[str, str]]:
 
 def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: Path | None) -> list[zoo.Finding]:
     """The findings of `rewards.check`, on a folder's pictures or on drawn ones."""
-    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    judge = zoo.load(reward, **options_of(options))
     if images is None or prompts is None:
         return zoo.check(judge)
     rows, paths = read_images(images, prompts)
@@ -108,9 +110,14 @@ def check_reward(reward: str, options: Sequence[str], images: Path | None, promp
 
 def _judge(reward: str, options: Sequence[str]) -> zoo.Reward:
     """A reward that can score as it is."""
-    judge = zoo.load(reward, **dict(_option(text) for text in options))
+    judge = zoo.load(reward, **options_of(options))
     refuse_learning({judge.name: judge}, "name it in a recipe")
     return judge
+
+
+def options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """Options from texts KEY=VALUE."""
+    return dict(_option(text) for text in texts)
 
 
 def options_by_reward(rewards: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -166,6 +173,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = load_policy(recipe.model, device, recipe.run.seed)
+    cache_conditions(policy, recipe.model, [row.prompt for row in rows])
     title, weights = f"{recipe.model.path} as it is", None
     if run is not None:
         found = checkpoints(run.checkpoints)

@@ -50,6 +50,9 @@ class Model(Section):
     """Recompute activations in the backward pass: less memory, a third more time."""
     lora: Lora | None = Lora()
     """The adapters to train; null trains all weights of the transformer."""
+    cache_conditions: str | None = None
+    """A folder: every prompt is encoded once, kept there for other runs too, and the text encoders are then released;
+    null: they stay, and encode at every step."""
 
 
 class Sampler(Section):
@@ -234,6 +237,8 @@ class Train(Section):
     """Items (a picture at one denoising step) in a forward and backward pass."""
     learning_rate: Rate = 3e-4
     """Of AdamW."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with its two averages in float32, or in 8 bits by bitsandbytes: a quarter of their memory."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Of AdamW."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)

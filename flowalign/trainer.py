@@ -15,6 +15,7 @@ from flowalign.algorithms import Batch
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.config import Evaluation, Recipe
+from flowalign.conditions import cache_conditions
 from flowalign.data import Row, load_prompts, step_rows
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, gathered
@@ -22,7 +23,8 @@ from flowalign.evaluate.report import write_report
 from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.judging import Judging
-from flowalign.learner import Learner
+from flowalign.learner import Learner, optimizer_class
+from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
@@ -33,6 +35,7 @@ from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import self_test
 from flowalign.settings import UserError
 from rewards import Reward
+from flowalign.tracking import check_trackers, evaluation_values, step_values
 
 
 class Trainer:
@@ -50,6 +53,8 @@ class Trainer:
         """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards."""
         self.recipe = recipe
         self.judging = Judging(recipe, rewards)
+        check_trackers(recipe.run.trackers)
+        optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
         if self.store is not None:
             self.store.check(recipe)
@@ -84,6 +89,8 @@ class Trainer:
         if self.store is not None:
             self.store.check_model(self.policy)
         grid = self.policy.sigmas(recipe.rollout.steps, recipe.rollout.grid)
+        rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
+        cache_conditions(self.policy, recipe.model, [row.prompt for row in rows], self.accelerator, given=policy)
         if isinstance(recipe.algorithm, ForwardAlgorithm):
             try:
                 recipe.algorithm.levels(grid, counted_generator(0))
@@ -178,7 +185,7 @@ class Trainer:
             line |= {"rewards_learnt": learnt, "alarms": alarms}
         if self.main:
             self.run_folder.log_step(line)
-            self.accelerator.log({f"reward/{k}": v for k, v in figures["reward"].items()}, step=self.step)
+            self.accelerator.log(step_values(line), step=self.step)
         self.display.step(line)
         for alarm in alarms:
             self.display.say(f"alarm at step {self.step}: {alarm}")
@@ -280,7 +287,7 @@ class Trainer:
             return
         started = time.perf_counter()
         forwards = self.policy.forwards
-        with self.averaged():
+        with out_of_memory_explained("evaluation", self.recipe), self.averaged():
             evaluated = self._measure(self.evaluation_rows, settings)
             audit = None
             if self.guarding:
@@ -304,6 +311,7 @@ class Trainer:
         if self.main:
             summary = self.run_folder.write_evaluation(f"step_{self.step:06d}", evaluated, about)
             self.display.evaluation(self.step, summary, about["seconds"])
+            self.accelerator.log(evaluation_values(summary, about.get("audit")), step=self.step)
             for name in best:
                 with self.averaged():
                     self.run_folder.keep_weights(name, self.policy.export, about)
@@ -368,7 +376,8 @@ class Trainer:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with out_of_memory_explained(name, self.recipe):
+            yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - started

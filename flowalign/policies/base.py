@@ -120,6 +120,19 @@ class Policy(ABC):
             self._empty = self.encode([""])
         return self._empty
 
+    def free_text_encoders(self) -> None:
+        """Release the pipeline's text encoders: from here on `encode` needs a cache (`flowalign.conditions`).
+
+        A model without a diffusers `pipeline` releases its encoders by its own method of this name.
+        """
+        pipeline: Any = getattr(self, "pipeline", None)
+        if pipeline is None:
+            raise NotImplementedError(f"{type(self).__name__} does not say how its text encoders are released")
+        for name in [name for name in pipeline.components if name.startswith("text_encoder")]:
+            setattr(pipeline, name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     @property
     def module(self) -> nn.Module:
         """The transformer without a wrapper for several processes around it."""

@@ -1,0 +1,42 @@
+"""Out of memory: which phase of a run it was, and the setting to lower."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from flowalign.config import Recipe
+from flowalign.settings import UserError
+
+
+@contextmanager
+def out_of_memory_explained(phase: str, recipe: Recipe) -> Iterator[None]:
+    """Turn a device's torch.OutOfMemoryError in a `phase` (rollout, reward, train, evaluation) into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory in the {phase} phase on {_what_to_lower(phase, recipe)}; `flowalign plan` says what fits"
+        ) from error
+
+
+def _what_to_lower(phase: str, recipe: Recipe) -> str:
+    """The setting as it is, and what would be right."""
+    if phase == "train":
+        smallest = smallest_micro_batch(recipe)
+        if recipe.train.micro_batch > smallest:
+            return f"train.micro_batch {recipe.train.micro_batch}; lower it"
+        if not recipe.model.gradient_checkpointing:
+            return f"train.micro_batch {recipe.train.micro_batch}, the least; set model.gradient_checkpointing=true"
+        return f"train.micro_batch {recipe.train.micro_batch}, the least; lower model.lora.rank or the pictures' size"
+    if phase == "evaluation":
+        return f"evaluation.batch {recipe.evaluation.batch}; lower it"
+    if phase == "reward":
+        return f"rollout.batch {recipe.rollout.batch}; lower it, or serve the rewards elsewhere with `flowalign serve`"
+    return f"rollout.batch {recipe.rollout.batch}; lower it"
+
+
+def smallest_micro_batch(recipe: Recipe) -> int:
+    """The items that a micro-batch of the recipe's algorithm holds at least: one, a group, or a group's whole paths."""
+    group, draws = recipe.train.group_size, recipe.algorithm.draws(recipe.rollout)
+    return {"item": 1, "group": group, "path": group * draws}[recipe.algorithm.unit]

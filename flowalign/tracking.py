@@ -1,0 +1,30 @@
+"""What a run tells Accelerate's trackers, such as TensorBoard."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flowalign.settings import UserError
+
+_STEP = ("loss", "grad_norm", "learning_rate", "zero_spread", "trust", "forwards", "minutes")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises UserError for a tracker that is not installed; Accelerate would leave it out without a word."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"run.trackers: {name} is not installed; install it with pip install 'flowalign[{name}]'")
+
+
+def step_values(line: Mapping[str, Any]) -> dict[str, float]:
+    """A training step's line of the metrics, flat: reward/NAME, figures/NAME, seconds/PHASE, loss, grad_norm, ..."""
+    values = {name: float(line[name]) for name in _STEP if name in line}
+    for section in ("reward", "reward_std", "figures", "seconds"):
+        values |= {f"{section}/{name}": float(value) for name, value in line[section].items()}
+    return values
+
+
+def evaluation_values(summary: Mapping[str, Mapping[str, Any]], audit: Mapping[str, Any] | None) -> dict[str, float]:
+    """An evaluation's means, evaluation/NAME, and how many measures of its audit alarm."""
+    values = {f"evaluation/{name}": float(result["mean"]) for name, result in summary.items()}
+    return values if audit is None else values | {"evaluation/alarms": float(len(audit["alarms"]))}

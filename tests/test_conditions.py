@@ -1,0 +1,138 @@
+"""Conditions kept on disk: the numbers of a run stay the same, and its text encoders are gone."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowalign import conditions
+from flowalign.conditions import CachedConditions, cache_conditions
+from flowalign.config import Model, recipe_from_dict
+from flowalign.display import Display
+from flowalign.policies.base import Policy
+from flowalign.policies.loading import load_policy
+from flowalign.settings import UserError
+from flowalign.trainer import Trainer, train
+
+PROMPTS = ["two stars", "three stars", "a star"]
+Make = Callable[..., tuple[Policy, Model]]
+
+
+@pytest.fixture
+def make(tiny_model: Path, tmp_path: Path) -> Make:
+    """A tiny policy and its settings, with a cache in the test's folder."""
+
+    def made(**changes: Any) -> tuple[Policy, Model]:
+        values = {"path": str(tiny_model), "dtype": "fp32", "max_sequence_length": 0}
+        model = Model(**values, cache_conditions=str(tmp_path / "cache"), **changes)
+        return load_policy(model), model
+
+    return made
+
+
+def test_what_is_read_is_what_was_encoded_bit_for_bit(make: Make) -> None:
+    policy, model = make()
+    expected = policy.encode(["", *PROMPTS])
+    cache_conditions(policy, model, PROMPTS)
+    found = policy.encode([*PROMPTS, PROMPTS[0], ""])
+    for name, tensor in found.tensors.items():
+        assert torch.equal(tensor, expected.tensors[name][[1, 2, 3, 1, 0]])
+        assert tensor.dtype == expected.tensors[name].dtype
+    assert torch.equal(policy.empty_condition.tensors["pooled"], expected.tensors["pooled"][:1])
+
+
+def test_the_text_encoders_are_released_and_an_unknown_prompt_is_one_sentence(make: Make) -> None:
+    policy, model = make()
+    cache_conditions(policy, model, PROMPTS)
+    parts = policy.pipeline.components  # type: ignore[attr-defined]
+    assert [name for name, part in parts.items() if name.startswith("text_encoder") and part is not None] == []
+    with pytest.raises(UserError, match=r"'four stars' was not encoded"):
+        policy.encode(["four stars"])
+
+
+def test_only_new_prompts_are_written_and_other_settings_have_a_folder_of_their_own(make: Make) -> None:
+    policy, model = make()
+    cache_conditions(policy, model, PROMPTS)
+    (folder,) = Path(str(model.cache_conditions)).iterdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert len(before) == len(PROMPTS) + 1
+    assert json.loads((folder / "model.json").read_text())["max_sequence_length"] == 0
+    policy, model = make()
+    cache_conditions(policy, model, [*PROMPTS, "four stars"])
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    assert {path: after[path] for path in before} == before
+    assert len(after) == len(before) + 1
+    text_encoder = Path(model.path) / "text_encoder" / "model.safetensors"
+    seen = text_encoder.stat()
+    try:  # as if another encoder had been put there
+        os.utime(text_encoder, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
+        assert CachedConditions(folder.parent, policy, model).folder != folder
+    finally:
+        os.utime(text_encoder, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    longer = model.model_copy(update={"max_sequence_length": 8})
+    assert CachedConditions(folder.parent, policy, longer).folder != folder
+    assert CachedConditions(folder.parent, policy, model).folder == folder
+
+
+def test_shares_of_several_processes_are_encoded_in_the_same_batches_as_by_one(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conditions, "AT_ONCE", 2)
+    policy, model = make()
+    texts = [f"{n} stars" for n in range(7)]
+    seen: list[list[str]] = []
+    encode = policy.encode
+    policy.encode = lambda prompts: seen.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
+    alone, shared = (CachedConditions(tmp_path / name, policy, model) for name in ("alone", "shared"))
+    alone.fill(texts)
+    whole, seen[:] = list(seen), []
+    shared.fill(texts, slice(1, None, 2))
+    assert shared.missing(texts) == ["0 stars", "1 stars", "4 stars", "5 stars"]
+    shared.fill(texts, slice(0, None, 2))
+    assert sorted(seen) == whole
+    for name, tensor in alone.read(texts).tensors.items():
+        assert torch.equal(tensor, shared.read(texts).tensors[name])
+
+
+def test_a_damaged_file_is_named(make: Make) -> None:
+    policy, model = make()
+    cache = CachedConditions(Path(str(model.cache_conditions)), policy, model)
+    cache.fill(PROMPTS)
+    cache.path(PROMPTS[1]).write_bytes(b"torn")
+    with pytest.raises(UserError, match=rf"{cache.path(PROMPTS[1]).name} is damaged .*; remove it"):
+        cache.read(PROMPTS)
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    policy, model = make()
+    with pytest.raises(UserError, match=r"model\.cache_conditions: cannot write to"):
+        cache_conditions(policy, model, PROMPTS)
+
+
+def test_a_run_with_kept_conditions_has_the_numbers_of_one_without(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"]["steps"] = 2
+    values["rollout"]["guidance"] = 2.0
+    plain = train(recipe_from_dict(values), display=Display(quiet=True))
+    values["run"]["folder"] = str(tmp_path / "cached")
+    values["model"]["cache_conditions"] = str(tmp_path / "cache")
+    trainer = Trainer(recipe_from_dict(values), display=Display(quiet=True))
+    assert trainer.policy.pipeline.text_encoder is None  # type: ignore[attr-defined]
+    a, b = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (plain, trainer.run())
+    )
+    for one, other in zip(a, b, strict=True):
+        assert one["reward"]["total"] == pytest.approx(other["reward"]["total"], rel=1e-5)
+        assert one["forwards"] == other["forwards"]
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def test_a_script_s_own_policy_is_not_taken_for_the_recipe_s_model(make: Make, values: dict[str, Any]) -> None:
+    values["model"]["cache_conditions"] = "cache"
+    with pytest.raises(UserError, match="keeps what the recipe's own model encodes"):
+        Trainer(recipe_from_dict(values), display=Display(quiet=True), policy=make()[0])
