@@ -365,7 +365,7 @@ def test_the_worlds_clip_tells_the_true_prompt_among_64():
         likeness = reward.image_features(examples.pictures(scenes)) @ reward.text_features(prompts).T
         others = examples.also_true(prompts, scenes) & ~torch.eye(64, dtype=torch.bool)
         hits.append(likeness.masked_fill(others, -2).argmax(1) == torch.arange(64))
-    assert torch.stack(hits).float().mean() >= 0.88  # 0.905 over 1,024 pictures
+    assert torch.stack(hits).float().mean() >= 0.9  # 0.927 over 1,024 pictures
 
 
 def test_the_worlds_aesthetic_head_prefers_clean_pictures():
