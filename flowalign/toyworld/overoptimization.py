@@ -30,6 +30,12 @@ Settings = dict[str, Any]
 
 WORLDS = ("shapes", "signs")
 DEFENCES = ("none", "kl", "par", "worst", "artifact", "adversarial")
+HONEST = "honest"  # no proxy: the gold judge itself is trained on
+HELD_OUT: Settings = {
+    "clipscore": {"options": {"model": "toyworld/judges/clip"}},
+    "artifact": {"options": {"head": "toyworld/judges/artifact.safetensors"}},
+    "aesthetic": {"options": {"model": "toyworld/judges/clip", "head": "toyworld/judges/aesthetic.safetensors"}},
+}
 GROUP = 8  # pictures of each prompt, in a step and in the store
 LABELLED = 32  # prompts whose pictures a learned judge is fitted to
 KL_WEIGHT = 0.3
@@ -43,9 +49,17 @@ _ARTIFACT: Settings = {"options": {"head": "toyworld/judges/artifact.safetensors
 
 
 def make_recipe(
-    world: str, defence: str, seed: int, shared: Path, folder: Path, *, train: Settings, evaluation: Settings
+    world: str,
+    defence: str,
+    seed: int,
+    shared: Path,
+    folder: Path,
+    *,
+    train: Settings,
+    evaluation: Settings,
+    guard: Settings | None = None,
 ) -> Recipe:
-    """The recipe of one run into `folder`, on what `prepare` put into `shared`; train and evaluation are changes."""
+    """The recipe of one run into `folder`, on what `prepare` put into `shared`; the settings are changes to it."""
     base = load_recipe("toyworld_ocr_crd")
     proxy = _proxy(world, shared)
     sizes = {"prompts_per_step": 6, "group_size": GROUP, "micro_batch": 48}
@@ -57,7 +71,7 @@ def make_recipe(
         "rollout": base.rollout,
         "train": {**sizes, **train},
         "evaluation": {**measured, "rewards": {PROXY: proxy, GOLD: _GOLDS[world]}, **evaluation},
-        "guard": {"seeds": 2, "kl_samples": 32},
+        "guard": {"seeds": 2, "kl_samples": 32, **(guard or {})},
         "run": {"folder": str(folder), "seed": seed},
         **_defended(world, defence, shared),
     }
@@ -68,7 +82,9 @@ def _defended(world: str, defence: str, shared: Path) -> Settings:
     """The sections of a recipe in which defences differ."""
     proxy = _proxy(world, shared)
     found: Settings = {"algorithm": {"name": "crd", "timesteps": 2, "kl_weight": 0.0}, "rewards": {PROXY: proxy}}
-    if defence == "kl":
+    if defence == HONEST:
+        found["rewards"] = {GOLD: _GOLDS[world]}
+    elif defence == "kl":
         found["algorithm"] |= {"kl_weight": KL_WEIGHT, "adaptive_kl": False}
     elif defence == "par":
         found["rewards"] = {PROXY: {**proxy, "shaping": {"form": "sigmoid", "reference": str(shared / "store")}}}
@@ -133,7 +149,7 @@ def _store(world: str, shared: Path) -> GroupStore:
     path, listed = shared / "store", load_prompts(str(shared / "prompts.jsonl"))
     if path.exists() and len(store := GroupStore.open(path)) == len(listed):
         return store
-    values = {"name": world, "prompts": str(shared / "prompts.jsonl"), "rewards": {GOLD: _GOLDS[world]}}
+    values: Settings = {"name": world, "prompts": str(shared / "prompts.jsonl"), "rewards": {GOLD: _GOLDS[world]}}
     base = load_recipe("toyworld_ocr_crd")
     values |= {"model": base.model, "rollout": base.rollout, "algorithm": "crd", "collect": {"group_size": GROUP}}
     recipe = recipe_from_dict(values)

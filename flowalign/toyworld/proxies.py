@@ -72,7 +72,7 @@ class Legible(OCR):
     name = "legible"
     range = (0.0, float("inf"))
 
-    def __init__(self, contrast: float = 3.0, threads: int | None = None):
+    def __init__(self, contrast: float = 12.0, threads: int | None = None):
         super().__init__(mode="lines", threads=threads)
         self.contrast = contrast
 
