@@ -21,8 +21,8 @@ PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model's, as its 
 class PickScore(ClipReward):
     """exp(logit scale) cos / divisor.
 
-    processor: where tokenizer and image processor come from; for the published model its base model, else `model`.
-    The other options are those of `ClipReward`.
+    model: as in `ClipReward`; "toyworld/judges/preference" is the embedded world's. processor: where tokenizer and
+    image processor come from; for the published model its base model, else `model`. The others are `ClipReward`'s.
     """
 
     name = "pickscore"
