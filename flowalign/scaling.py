@@ -35,7 +35,7 @@ from rewards.combine import score_all
 
 
 class Prune(NamedTuple):
-    """After `step` denoising steps, the best `fraction` of a prompt's candidates go on, rounded up."""
+    """After `step` denoising steps, the best `fraction` of a prompt's candidates go on, rounded, at least one."""
 
     step: int
     fraction: float
@@ -119,7 +119,7 @@ def survivors(candidates: int, schedule: Sequence[Prune]) -> list[int]:
     """How many candidates of a prompt there are before, between and after the prunings."""
     counts = [candidates]
     for prune in schedule:
-        counts.append(math.ceil(prune.fraction * counts[-1] - 1e-9))  # 0.1 x 30 is 3, not 3.0000000000000004
+        counts.append(max(1, math.floor(prune.fraction * counts[-1] + 0.5)))
     return counts
 
 
@@ -127,7 +127,7 @@ def cost(candidates: int, schedule: Sequence[Prune], steps: int, guidance: float
     """What best-of-N of one prompt costs; with guidance a step is two forwards.
 
     TTSnap's cost per initial seed, sum_j Pi_{<j} [(s_j - s_{j-1}) x + y] + Pi_m [(S - s_m) x + y] with s_j counted from
-    1 and Pi the share that is left, times N, with each count rounded up: x are forwards, y decodes.
+    1 and Pi the share that is left, times N, with whole candidates: x are forwards, y decodes.
     """
     counts = survivors(candidates, schedule)
     ends = [0, *(prune.step for prune in schedule), steps]
