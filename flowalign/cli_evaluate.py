@@ -81,6 +81,9 @@ def evaluate_geneval(
             help=f"module:Name, file.py:Name, or a Mask2Former's folder or hub id; {DETECTOR}, for toyworld exact"
         ),
     ] = None,
+    detector_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="passed to the detector, as clip=FOLDER; repeatable")
+    ] = None,
     check_detector: Annotated[
         bool, typer.Option(help="show the detector a bundled picture with a known answer first")
     ] = True,
@@ -96,6 +99,7 @@ def evaluate_geneval(
     quiet_libraries()
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
+    from flowalign.scoring import options_of
 
     drawing = _drawing(
         model, images, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch
@@ -103,7 +107,7 @@ def evaluate_geneval(
     embedded = drawing is not None and drawing.embedded
     listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
-    judging = load_judge(detector or (EXACT_DETECTOR if embedded else DETECTOR))
+    judging = load_judge(detector or (EXACT_DETECTOR if embedded else DETECTOR), options_of(detector_option or []))
     summary = evaluate(benchmark, judging, check_detector=check_detector)
     table = _table(f"GenEval of {model or images}", "task", "score", "95 %", "prompts")
     for task, row in summary["tasks"].items():
@@ -144,13 +148,11 @@ def evaluate_ocr(
     listed = prompts or ("toyworld/words_test" if embedded else None)
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
     summary = evaluate(benchmark, mode or ("lines" if embedded else "page"))
-    table = _table(
-        f"OCR of {model or images}", "letters", *(part for name in SCORES for part in (name, "95 %")), "prompts"
-    )
-    for length, row in summary["lengths"].items():
-        table.add_row(length, *(cell for name in SCORES for cell in _score(row[name])), str(row["prompts"]))
-    table.add_section()
-    table.add_row("all", *(cell for name in SCORES for cell in _score(summary[name])), str(summary["prompts"]))
+    table = _table(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
+    for length, row in {"all": summary, **summary["lengths"]}.items():
+        for place, name in enumerate(SCORES):
+            shown, size = ("", "") if place else (length, str(row["prompts"]))
+            table.add_row(shown, name, *_score(row[name]), size, end_section=place == len(SCORES) - 1)
     _finish(table, output, "accuracy is the published score; similarity and exact also mind text around the target")
 
 
@@ -299,25 +301,22 @@ def _interval(interval: Sequence[float] | None, digits: int = 3) -> str:
 
 
 def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
-    """A line for each reward and guidance: base, and where there is one the fine-tuned model and the difference."""
-    differences = {(row["reward"], row["guidance"]): row for row in summary["differences"]}
-    columns = ["reward", "guidance", "base", "95 %"]
-    table = _table(title, *columns, *(["tuned", "95 %", "tuned - base", "95 %"] if differences else []))
-    means = {(row["model"], row["reward"], row["guidance"]): row for row in summary["means"]}
-    for (model, reward, guidance), row in means.items():
-        if model != "base":
-            continue
-        cells = [*_mean(row)]
-        if difference := differences.get((reward, guidance)):
-            cells += [*_mean(means["tuned", reward, guidance])]
-            cells += ["" if difference["difference"] is None else f"{difference['difference']:+.4f}"]
-            cells += [_interval(difference["interval"], 4)]
-        table.add_row(reward, f"{guidance:g}", *cells)
+    """A part for each reward and guidance: base, and where there is one the fine-tuned model and the difference."""
+    table = _table(title, "reward", "guidance", "model", "mean", "95 %")
+    lines = [(row["reward"], row["guidance"], row["model"], f"{row['mean']:.4f}", row) for row in summary["means"]]
+    lines += [
+        (row["reward"], row["guidance"], "tuned - base", f"{row['mean']:+.4f}", row) for row in summary["differences"]
+    ]
+    rewards = list(dict.fromkeys(line[0] for line in lines))
+    lines.sort(key=lambda line: (rewards.index(line[0]), -line[1]))  # stable: the models stay in their order
+    shown: tuple[str, float] | None = None
+    for reward, guidance, model, mean, row in lines:
+        if shown is not None and shown != (reward, guidance):
+            table.add_section()
+        names = ("", "") if shown == (reward, guidance) else (reward, f"{guidance:g}")
+        shown = (reward, guidance)
+        table.add_row(*names, model, mean, _interval(row["interval"], 4))
     return table
-
-
-def _mean(row: Mapping[str, Any]) -> tuple[str, str]:
-    return "" if row["mean"] is None else f"{row['mean']:.4f}", _interval(row["interval"], 4)
 
 
 def _finish(table: Table, output: Path, note: str) -> None:

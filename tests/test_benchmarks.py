@@ -22,7 +22,7 @@ from flowalign.config import Sampler
 from flowalign.data import Row
 from flowalign.evaluate.drawing import Drawing, draw, listed
 from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
-from flowalign.evaluate.intervals import mean_interval, paired_interval, stratified_interval
+from flowalign.evaluate.intervals import mean_interval, stratified_interval
 from flowalign.evaluate.results import Stopwatch, continued
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy, model_settings
@@ -356,9 +356,14 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, tiny, tiny_model: Path
     assert "give either MODEL, to draw with it, or --images" in failing("eval", "geneval")
     assert "--seed is about drawing" in failing("eval", "ocr", "--images", tmp_path, "--seed", 1)
     assert "--count takes the first of a prompt list" in failing("eval", "ocr", "--images", tmp_path, "--count", 1)
+    eyes = ["eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:Eyes"]
+    assert "cannot be made with these options" in failing(*eyes, "--detector-option", "clip=none")
     assert "has no `names`" in failing("eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:nameless")
     assert "'/no/model' does not exist" in failing("eval", "panel", "/no/model", "--prompts", f"{tmp_path}/stars.jsonl",
                                                    "--reward", "colorfulness", *out)  # fmt: skip
+    panel = ["eval", "panel", *tiny, "--reward", "colorfulness", "--reward"]
+    assert "reward 'ocr' can judge none of the prompts" in failing(*panel, "ocr", *out)
+    assert "there is a reward 'colorfulness' already" in failing(*panel, "colorfulness", *out)
     assert "--prompts is missing" in failing("eval", "ocr", tiny_model, *out)
     assert "has no text in straight double quotes" in failing("eval", "ocr", *tiny, *out)
     assert "is neither an empty folder nor one of an evaluation" in failing("eval", "geneval", *tiny, "--detector",
@@ -414,7 +419,7 @@ def test_intervals_are_of_prompts_strata_and_pairs() -> None:
     assert high - low < 0.03 < np.subtract(*reversed(mean_interval(easy + hard)))  # tasks differ, prompts of one do not
     assert stratified_interval([easy, hard], [3, 1]) == pytest.approx(np.array([low, high]) + 0.2, abs=0.01)
     before = rng.uniform(0, 1, 50)
-    low, high = paired_interval(before.tolist(), (before + 0.01).tolist())
+    low, high = mean_interval((before + 0.01) - before)
     assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
     assert mean_interval([0.5]) is None and mean_interval([]) is None
     assert stratified_interval([easy, [1.0]]) is None
@@ -512,6 +517,5 @@ def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_m
     summary = json.loads((out / "summary.json").read_text())
     differences = {(row["guidance"], row["reward"]): row for row in summary["differences"]}
     found = differences[1.0, "level"]
-    assert found["difference"] == pytest.approx(np.mean(scores[1, 1] - scores[0, 1]))
-    assert found["interval"] == pytest.approx(paired_interval(scores[0, 1].tolist(), scores[1, 1].tolist()))
-    assert found["difference"] != 0
+    assert found["mean"] == pytest.approx(np.mean(scores[1, 1] - scores[0, 1])) and found["mean"] != 0
+    assert found["interval"] == pytest.approx(mean_interval(scores[1, 1] - scores[0, 1]))

@@ -31,6 +31,9 @@ from flowalign.sampling.noise import EVALUATION
 from flowalign.settings import UserError
 from rewards.pictures import read_picture
 
+# Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
+_NOT_PICTURES = {"path", "adapter", "dtype", "attention", "lora", "gradient_checkpointing"}
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -69,9 +72,7 @@ class Drawing:
             "model": str(place.resolve()) if local else model.path,
             "adapter": _checksum(Path(model.adapter)) if model.adapter else None,
             **self.sampler.model_dump(include=set(Sampler.model_fields)),
-            "height": model.height,
-            "width": model.width,
-            "max_sequence_length": model.max_sequence_length,
+            **model.model_dump(mode="json", exclude=_NOT_PICTURES),
             "seed": self.seed,
             "images_per_prompt": self.images,
             "batch": self.batch,

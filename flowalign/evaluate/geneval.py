@@ -94,17 +94,24 @@ class Judge(NamedTuple):
                     )
 
 
-def load_judge(spec: str) -> Judge:
+def load_judge(spec: str, options: Mapping[str, Any] | None = None) -> Judge:
     """The detector that `spec` names: "package.module:Name", "file.py:Name", or a Mask2Former's hub id or folder.
+
+    `options` are passed to its class.
 
     A detector is a function of images (B, 3, H, W) in [0, 1], or a class of one, with `names`, the classes it knows,
     and, where it has them, `identity()`: {"detector": its id, "checksum": of its weights}.
     """
     if ":" in spec:
-        found = import_object(spec)
-        detector = found() if isinstance(found, type) else found
+        made, values = import_object(spec), dict(options or {})
     else:
-        detector = import_object("rewards.mask2former:Mask2Former")(model=spec)
+        made, values = import_object("rewards.mask2former:Mask2Former"), {"model": spec, **(options or {})}
+    if values and not isinstance(made, type):
+        raise UserError(f"--detector {spec} is no class, so it takes no --detector-option")
+    try:
+        detector = made(**values) if isinstance(made, type) else made
+    except TypeError as error:
+        raise UserError(f"--detector {spec} cannot be made with these options: {error}") from error
     names = getattr(detector, "names", None)
     if not names:
         raise UserError(f"--detector {spec}: it has no `names`, the tuple of the class names that it knows")

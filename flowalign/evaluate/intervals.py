@@ -16,13 +16,8 @@ Interval = tuple[float, float] | None
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Of the mean of values (N,), one a prompt."""
+    """Of the mean of values (N,), one a prompt; of a paired difference, give the prompts' differences."""
     return stratified_interval([values], [1.0])
-
-
-def paired_interval(before: Sequence[float], after: Sequence[float]) -> Interval:
-    """Of the mean of after - before, both (N,), of the same prompts in the same order."""
-    return mean_interval(np.subtract(after, before).tolist())
 
 
 def stratified_interval(strata: Sequence[Sequence[float]], weights: Sequence[float] | None = None) -> Interval:

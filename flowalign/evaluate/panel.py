@@ -20,7 +20,7 @@ from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
 from flowalign.evaluate.evaluation import check_prompts
-from flowalign.evaluate.intervals import mean_interval, paired_interval
+from flowalign.evaluate.intervals import mean_interval
 from flowalign.evaluate.results import (
     EVALUATION,
     RESULTS,
@@ -32,7 +32,9 @@ from flowalign.evaluate.results import (
     write_summary,
 )
 from flowalign.judging import refuse_learning
+from flowalign.rollout import Progress
 from flowalign.runs import replace_text
+from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import score_all
 from rewards.pictures import read_picture
@@ -64,6 +66,9 @@ def evaluate_panel(
     rows = load_prompts(prompts, count)
     check_prompts(rows, rewards, prompts)
     refuse_learning(rewards, "it cannot be in a panel")
+    for name, reward in rewards.items():
+        if not any(reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows):
+            raise UserError(f"reward {name!r} can judge none of the prompts {prompts}; leave it out or give others")
     check_folder(output, EVALUATION, settings, made="*/" + RESULTS)
     stopwatch = Stopwatch(output)
     places = {
@@ -93,7 +98,7 @@ def _scored(
     drawing: Drawing,
     rewards: Mapping[str, Reward],
     stopwatch: Stopwatch,
-    progress: Any,
+    progress: Progress,
 ) -> list[Line]:
     """A line a picture, scored by whole prompts, since a reward may compare the pictures of one."""
 
@@ -135,7 +140,7 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
     ]
     base, tuned = ({p.guidance: p for p in parts if p.model == model} for model in (BASE, TUNED))
     differences = [
-        {"guidance": guidance, "reward": name, **_difference(base[guidance].scores[name], values)}
+        {"guidance": guidance, "reward": name, **_mean(values - base[guidance].scores[name])}
         for guidance, part in tuned.items()
         for name, values in part.scores.items()
     ]
@@ -143,17 +148,9 @@ def summarise(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _mean(values: np.ndarray) -> dict[str, Any]:
+    """Of the prompts to which a reward applies, of which `evaluate_panel` has seen one at least."""
     known = values[~np.isnan(values)].tolist()
-    return {"mean": float(np.mean(known)) if known else None, "interval": mean_interval(known), "prompts": len(known)}
-
-
-def _difference(before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    known = ~np.isnan(before)  # whether a reward applies is the prompt's matter, so that both know the same
-    first, last = before[known].tolist(), after[known].tolist()
-    return {
-        "difference": float(np.mean(np.subtract(last, first))) if first else None,
-        "interval": paired_interval(first, last),
-    }
+    return {"mean": float(np.mean(known)), "interval": mean_interval(known), "prompts": len(known)}
 
 
 def _table(parts: Sequence[Part], rows: Sequence[Row]) -> str:
