@@ -25,7 +25,7 @@ class Lora(Section):
     alpha: Rate = 64
     """Scale: the adapters' output is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("attention",)
-    """What is adapted: the groups attention and feed_forward, or endings of module names."""
+    """What is adapted: groups such as attention and feed_forward, or endings of module names; * stands for any part."""
 
 
 class Model(Section):
@@ -39,20 +39,22 @@ class Model(Section):
     """Pixels."""
     width: Positive = 512
     """Pixels."""
-    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the forward passes; auto is bf16 where the device multiplies it itself. Trainable weights and all
     probabilities stay float32."""
     attention: str = "auto"
     """Attention backend: auto, native, xformers, or any other name of diffusers' dispatcher."""
     max_sequence_length: NotNegative = 256
     """Tokens of the T5 encoder; a pipeline without T5 gets as many zero tokens, so give what it was trained with."""
+    embedded_guidance: Annotated[float, Field(ge=0)] | None = None
+    """The guidance that a distilled model (FLUX.1-dev) has as an input, in rollouts and losses; null: 3.5 there."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
-    lora: Lora | None = Lora()
-    """The adapters to train; null trains all weights of the transformer."""
     cache_conditions: str | None = None
     """A folder: every prompt is encoded once, kept there for other runs too, and the text encoders are then released;
     null: they stay, and encode at every step."""
+    lora: Lora | None = Lora()
+    """The adapters to train; null trains all weights of the transformer."""
 
 
 class Sampler(Section):
@@ -235,10 +237,10 @@ class Train(Section):
     """Times that every item of a step is learnt from."""
     micro_batch: Positive = 32
     """Items (a picture at one denoising step) in a forward and backward pass."""
-    learning_rate: Rate = 3e-4
-    """Of AdamW."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW with its two averages in float32, or in 8 bits by bitsandbytes: a quarter of their memory."""
+    learning_rate: Rate = 3e-4
+    """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Of AdamW."""
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)

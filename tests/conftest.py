@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from hypothesis import settings
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flowalign.sampling import counted_generator
 from flowalign.toyworld import pretraining
@@ -68,10 +76,102 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, weight in text.named_parameters():
             if weight.ndim > 1:
                 weight.copy_(0.05 * torch.randn(weight.shape, generator=counted_generator(*name.encode())))
+    pretraining.assemble(folder, _autoencoder(), transformer, text, tokenizer)
+    return folder
+
+
+def _t5(width: int, words: int) -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=words, d_model=width, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+
+
+def _autoencoder() -> AutoencoderKL:
     vae = pretraining.make_autoencoder()
     vae.register_to_config(scaling_factor=0.7, shift_factor=0.1)
-    pretraining.assemble(folder, vae, transformer, text, tokenizer)
+    return vae
+
+
+@pytest.fixture(scope="session")
+def tiny_sd35(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusion3Pipeline folder like 3.5 medium: a T5, normed queries, two blocks with a second attention."""
+    folder: Path = tmp_path_factory.mktemp("model") / "tiny_sd35"
+    torch.manual_seed(1)
+    tokenizer = pretraining.make_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=2 * pretraining.TEXT_WIDTH,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * pretraining.TEXT_WIDTH,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0, 1),
+    )
+    StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_autoencoder(),
+        text_encoder=pretraining.make_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=pretraining.make_text_encoder(tokenizer),
+        tokenizer_2=tokenizer,
+        text_encoder_3=_t5(2 * pretraining.TEXT_WIDTH, len(tokenizer)),
+        tokenizer_3=tokenizer,
+    ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """A FluxPipeline folder: like dev, with embedded guidance and a shift by resolution, or like schnell, without."""
+    made: dict[bool, Path] = {}
+
+    def make(distilled: bool) -> Path:
+        if distilled not in made:
+            made[distilled] = tmp_path_factory.mktemp("model") / f"tiny_flux_{distilled}"
+            _save_flux(made[distilled], distilled)
+        return made[distilled]
+
+    return make
+
+
+def _save_flux(folder: Path, distilled: bool) -> None:
+    torch.manual_seed(2)
+    tokenizer = pretraining.make_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=pretraining.MAX_TOKENS,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=distilled,
+    )
+    FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if distilled else 1.0, use_dynamic_shifting=distilled),
+        vae=_autoencoder(),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(32, len(tokenizer)),
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+    ).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import nn
 
 from flowalign.settings import UserError
@@ -49,7 +49,7 @@ class JointAttention:
 def use_attention(transformer: Any, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Set a transformer's attention backend; UserError in one sentence when it cannot run here."""
     for module in transformer.modules():
-        if isinstance(module, Attention):
+        if isinstance(getattr(module, "processor", None), JointAttnProcessor2_0):
             module.set_processor(JointAttention())
     if backend in ("auto", "native"):
         return

@@ -1,39 +1,46 @@
 """From a model's path to a policy."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from flowalign.assets import asset
 from flowalign.config import Model, load_recipe
-from flowalign.policies.base import Policy
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.flux import FluxPolicy
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.settings import UserError
 
 EMBEDDED = "toyworld"  # the name of the model that comes with the package
 
-# Pipeline class in model_index.json -> policy(path, model settings, device, seed).
-FAMILIES: dict[str, Callable[[Path | str, Model, torch.device, int], Policy]] = {
+# By the pipeline's class in model_index.json.
+FAMILIES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
+    "FluxPipeline": FluxPolicy,
 }
 
 
-def load_policy(model: Model | str, device: torch.device | str = "cpu", seed: int = 0) -> Policy:
+def load_policy(model: Model | str, device: torch.device | str = "cpu", seed: int = 0) -> PipelinePolicy:
     """The policy of a model's settings, or of its path with default settings.
 
     Raises UserError for a missing folder, one that is no diffusers pipeline, or a class without an adapter.
     """
     if isinstance(model, str):
         model = model_settings(model)
+    family, path = find_family(model)
+    return family.load(path, model, torch.device(device), seed)
+
+
+def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
+    """The adapter for a model's settings, and the pipeline's folder or hub id; UserError as load_policy says."""
     path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else model.path
     name = _pipeline_class(path)
     if name not in FAMILIES:
         raise UserError(f"model.path {model.path!r} is a {name}; supported are {', '.join(FAMILIES)}")
     if model.adapter and not Path(model.adapter).exists():
         raise UserError(f"model.adapter: no folder {model.adapter!r}")
-    return FAMILIES[name](path, model, torch.device(device), seed)
+    return FAMILIES[name], path
 
 
 def toyworld_model() -> Model:

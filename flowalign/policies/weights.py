@@ -1,7 +1,8 @@
 """Which weights learn: low-rank adapters, or all of the transformer; and adapters merged before that."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
 from flowalign.config import Lora
+from flowalign.mistakes import nearest
 from flowalign.settings import UserError
 
 if TYPE_CHECKING:
@@ -28,17 +30,24 @@ def train_lora_or_all(policy: "Policy", lora: Lora | None, targets: Mapping[str,
         transformer.to(torch.float32).requires_grad_(True)
         policy.snapshot("reference")
         return
-    endings = [ending for target in lora.targets for ending in targets.get(target, (target,))]
+    modules, names = [name for name, _ in transformer.named_modules()], []
+    for target in lora.targets:
+        found = target_modules(modules, target, targets)
+        if not found:
+            known = [*targets, *(ending for group in targets.values() for ending in group)]
+            raise UserError(
+                f"model.lora.targets: no module of the transformer ends in {target}{nearest(target, known)}"
+            )
+        names += found
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=endings)
+        config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, init_lora_weights="gaussian", target_modules=names)
         try:
             transformer.add_adapter(config)
         except ValueError as error:
-            known = ", ".join(targets)
             raise UserError(
-                f"model.lora.targets: no module of the transformer ends in {', '.join(endings)}; "
-                f"use the groups {known} or endings of module names"
+                f"model.lora.targets: {', '.join(lora.targets)} name modules that take no adapter; "
+                f"use the groups {', '.join(targets)} or endings of linear layers' names"
             ) from error
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -46,6 +55,12 @@ def train_lora_or_all(policy: "Policy", lora: Lora | None, targets: Mapping[str,
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast casts the small weights, not the large inputs
+
+
+def target_modules(names: Iterable[str], target: str, targets: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which of these names of modules a group or an ending stands for; a * in an ending stands for any text."""
+    endings = targets.get(target, (target,))
+    return [name for name in names if any(fnmatchcase(f".{name}", f"*.{ending}") for ending in endings)]
 
 
 def merge_adapter(pipeline: Any, folder: str) -> None:

@@ -1,0 +1,141 @@
+"""What all adapters of diffusers' pipelines share: loading, the schedule, the autoencoder, the trained weights on disk.
+
+An adapter names its pipeline class and LoRA targets and fills in `patch`, `encode`, `_forward` and
+`pipeline_arguments`; docs/adding_a_model.md shows how. Latents have the autoencoder's layout (B, C, h, w).
+"""
+
+import copy
+import json
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+
+from flowalign.config import Model
+from flowalign.policies.attention import use_attention
+from flowalign.policies.base import Grid, Policy, forward_dtype
+from flowalign.policies.weights import merge_adapter, train_lora_or_all
+from flowalign.settings import UserError
+
+
+class PipelinePolicy(Policy):
+    """A diffusers pipeline as a policy."""
+
+    pipeline_class: ClassVar[Any]
+    targets: ClassVar[Mapping[str, Sequence[str]]]  # named groups of endings of module names, for model.lora.targets
+    optional_parts: ClassVar[Sequence[str]] = ()  # components that a saved pipeline may lack
+    t5: ClassVar[str]  # the component that max_sequence_length is for
+    even_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler evenly spaced sigmas
+
+    def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int):
+        """Raises UserError for settings that the pipeline cannot work with."""
+        super().__init__()
+        self.device, self.dtype = device, forward_dtype(model.dtype, device)
+        self.pipeline, self.transformer = pipeline, pipeline.transformer
+        self.max_sequence_length = model.max_sequence_length
+        self.size = (model.height, model.width)
+        self._check(model)
+        if model.adapter:
+            merge_adapter(pipeline, model.adapter)
+        texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
+        for part in (pipeline.vae, pipeline.transformer, *texts):
+            part.requires_grad_(False).eval()
+        pipeline.to(device)
+        pipeline.vae.to(memory_format=torch.channels_last)
+        use_attention(self.transformer, model.attention, device, self.dtype)
+        if model.gradient_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing()
+        train_lora_or_all(self, model.lora, self.targets, seed)
+
+    @classmethod
+    def load(cls, path: Path | str, model: Model, device: torch.device, seed: int) -> "PipelinePolicy":
+        """From a pipeline folder or hub id."""
+        return cls(cls.load_pipeline(path, forward_dtype(model.dtype, device)), model, device, seed)
+
+    @classmethod
+    def load_pipeline(cls, path: Path | str, dtype: torch.dtype) -> Any:
+        """The plain pipeline; its autoencoder is float32, since half precision shows in the pictures."""
+        index = Path(path) / "model_index.json"
+        present = json.loads(index.read_text()) if index.is_file() and cls.optional_parts else {}
+        absent = {name: None for name in cls.optional_parts if present and not present.get(name, [None])[0]}
+        return cls.pipeline_class.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype}, **absent)
+
+    @property
+    @abstractmethod
+    def patch(self) -> int:
+        """Sides of the squares of latent pixels that are the transformer's tokens."""
+
+    @abstractmethod
+    def pipeline_arguments(self, latents: torch.Tensor, guidance: float) -> dict[str, Any]:
+        """What the plain pipeline is called with, beside prompts, size and steps, to draw the same from this noise."""
+
+    def _check(self, model: Model) -> None:
+        unit = self.pipeline.vae_scale_factor * self.patch
+        for name, pixels in (("height", model.height), ("width", model.width)):
+            if pixels % unit:
+                near = max(unit, round(pixels / unit) * unit)
+                raise UserError(f"model.{name} {pixels}: this model's sides are multiples of {unit}; give {near}")
+        if getattr(self.pipeline, self.t5) is not None and not 0 < model.max_sequence_length <= 512:
+            raise UserError(
+                f"model.max_sequence_length {model.max_sequence_length}: this model has a T5 encoder; give 1 to 512"
+            )
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W), a few at a time: activations that fit the cache are three times as fast."""
+        vae = self.pipeline.vae
+        latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+        pixels = latents[0, 0].numel() * self.pipeline.vae_scale_factor**2
+        at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(at_once)])
+        return (images / 2 + 0.5).clamp(0, 1).contiguous()
+
+    @torch.no_grad()
+    def encode_media(self, media: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1], the mode of the autoencoder's posterior."""
+        vae = self.pipeline.vae
+        mode = vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
+        return (mode - vae.config.shift_factor) * vae.config.scaling_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(16, height / 8, width / 8) of the published models; ValueError for a size that the schedule is not for."""
+        if (height, width) != self.size and self.pipeline.scheduler.config.use_dynamic_shifting:
+            sides = " x ".join(map(str, self.size))
+            raise ValueError(f"the schedule is that of {sides} pictures; load the policy for {height} x {width}")
+        factor: int = self.pipeline.vae_scale_factor
+        return (int(self.pipeline.vae.config.latent_channels), height // factor, width // factor)
+
+    def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
+        """The pipeline's schedule for pictures of the policy's size, or the scheduler's shift of evenly spaced values.
+
+        A schedule that shifts with the resolution does so as in Esser et al. (2024), section 5.3.2, by token count.
+        """
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        shift = {"mu": self._shift()} if scheduler.config.use_dynamic_shifting else {}
+        if grid == "uniform" or self.even_sigmas:
+            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **shift)
+        else:
+            scheduler.set_timesteps(steps, **shift)
+        return scheduler.sigmas.float().cpu()
+
+    def _shift(self) -> float:
+        config = self.pipeline.scheduler.config
+        _, height, width = self.latent_shape(*self.size)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        return calculate_shift(height * width // self.patch**2, *(config[name] for name in names))
+
+    def export(self, folder: Path) -> None:
+        """What `pipe.load_lora_weights` takes, or the transformer's folder."""
+        transformer: Any = self.module
+        if "reference" in self.snapshots:
+            transformer.save_pretrained(folder / "transformer")
+            return
+        weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(transformer).items()}
+        self.pipeline_class.save_lora_weights(
+            folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
+        )

@@ -1,0 +1,83 @@
+"""FLUX.1 as a policy: dev, whose distilled guidance is an input of the transformer, and schnell, which has none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+
+from flowalign.config import Model
+from flowalign.policies.base import Condition
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.settings import UserError
+
+EMBEDDED_GUIDANCE = 3.5  # of the pipeline and of the field's training recipes, in rollouts and losses alike
+
+
+class FluxPolicy(PipelinePolicy):
+    """A FluxPipeline. Latents stay (B, 16, h, w); they are packed into tokens around the transformer alone."""
+
+    pipeline_class = FluxPipeline
+    targets = {
+        "attention": (
+            *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        ),
+        # A single block's proj_out takes its attention and its feed-forward part together.
+        "feed_forward": (
+            *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+            *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
+        ),
+    }
+    t5 = "text_encoder_2"
+    even_sigmas = True
+    patch = 2
+
+    def _check(self, model: Model) -> None:
+        super()._check(model)
+        takes = self.pipeline.transformer.config.guidance_embeds
+        if model.embedded_guidance is not None and not takes:
+            raise UserError("model.embedded_guidance: this model takes none (as FLUX.1-schnell); leave it out")
+        given = EMBEDDED_GUIDANCE if model.embedded_guidance is None else model.embedded_guidance
+        self.embedded_guidance: float | None = given if takes else None
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """As the pipeline encodes them: T5's "embeds" (B, L, D) and CLIP's "pooled" (B, P)."""
+        embeds, pooled, _ = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return Condition({"embeds": embeds, "pooled": pooled})
+
+    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        rows, _, height, width = x.shape
+        embeds = condition.tensors["embeds"]
+        guidance = None if self.embedded_guidance is None else torch.full_like(sigma, self.embedded_guidance)
+        tokens = self.transformer(
+            hidden_states=self._pack(x),
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=condition.tensors["pooled"],
+            encoder_hidden_states=embeds,
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x.device),
+            img_ids=self.pipeline._prepare_latent_image_ids(rows, height // 2, width // 2, x.device, torch.float32),
+            return_dict=False,
+        )[0]
+        factor = self.pipeline.vae_scale_factor
+        return self.pipeline._unpack_latents(tokens, height * factor, width * factor, factor)
+
+    def _pack(self, latents: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) -> (B, h / 2 * w / 2, 4 C)."""
+        rows, channels, height, width = latents.shape
+        return self.pipeline._pack_latents(latents.contiguous(), rows, channels, height, width)
+
+    def pipeline_arguments(self, latents: torch.Tensor, guidance: float) -> dict[str, Any]:
+        """`guidance` is that between two passes; the embedded one is a setting of the model."""
+        embedded = {} if self.embedded_guidance is None else {"guidance_scale": self.embedded_guidance}
+        return {
+            "latents": self._pack(latents),
+            "negative_prompt": [""] * len(latents),
+            "true_cfg_scale": guidance,
+            "max_sequence_length": self.max_sequence_length,
+            **embedded,
+        }
