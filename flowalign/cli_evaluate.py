@@ -151,8 +151,8 @@ def evaluate_ocr(
     table = _table(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
     for length, row in {"all": summary, **summary["lengths"]}.items():
         for place, name in enumerate(SCORES):
-            shown, size = ("", "") if place else (length, str(row["prompts"]))
-            table.add_row(shown, name, *_score(row[name]), size, end_section=place == len(SCORES) - 1)
+            shown, prompts_of = ("", "") if place else (length, str(row["prompts"]))
+            table.add_row(shown, name, *_score(row[name]), prompts_of, end_section=place == len(SCORES) - 1)
     _finish(table, output, "accuracy is the published score; similarity and exact also mind text around the target")
 
 
