@@ -65,6 +65,12 @@ class RunFolder:
             raise UserError(f"{path} is no run folder: it has no recipe.yaml")
         return cls(path), load_recipe(path / "recipe.yaml")
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        info = self.path / "run.json"
+        return info.is_file() and "finished" in json.loads(info.read_text())
+
     def update_info(self, **values: Any) -> None:
         """Merge values into run.json; None removes one."""
         path = self.path / "run.json"
@@ -158,11 +164,12 @@ def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:
-    """PNG files 00.png, 01.png, ... of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole."""
+    """The PNG files 00.png, 01.png, ... of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole."""
     with replaced_folder(folder) as partial:
-        for index, picture in enumerate(to_uint8(images)):
-            Image.fromarray(picture).save(partial / f"{index:02d}.png")
-    return sorted(folder.glob("*.png"))
+        names = [f"{index:02d}.png" for index in range(len(images))]
+        for name, picture in zip(names, to_uint8(images), strict=True):
+            Image.fromarray(picture).save(partial / name)
+    return [folder / name for name in names]
 
 
 @contextmanager

@@ -1,0 +1,131 @@
+"""How well the audit tells honest runs from hacked ones, on the embedded world, whose gold judges are exact.
+
+    python scripts/audit_study.py --seeds 1 2 3 4 5 6 7 8 9 10 --output runs/audit_study
+
+Three kinds of run: honest, trained on the gold judge of the shapes; and the two planted hacks of the over-optimisation
+bench, undefended. Counted are runs that alarm, at which step, and the gold that the weights in best_unhacked keep of
+the best that the run ever had. Finished runs are kept. Writes audit_study.json and .md, anew after every run.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flowalign.campaign import train_unless_done
+from flowalign.command import quiet_libraries
+from flowalign.evaluate.overoptimization import GOLD
+from flowalign.evaluate.pages import parsed, read_evaluations
+from flowalign.guard import BEST_UNHACKED
+from flowalign.interrupt import Interrupted
+from flowalign.runs import command_line, now, replace_text, versions
+from flowalign.settings import UserError
+from flowalign.toyworld.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
+from rewards import RewardError
+
+ARMS = {
+    "honest": ("shapes", HONEST),
+    "honest signs": ("signs", HONEST),
+    "learned judge": ("shapes", "none"),
+    "OCR with contrast": ("signs", "none"),
+}
+
+
+def main() -> int:
+    """Parse the command line, train what is missing, write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--evaluate-every", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts, two pictures each")
+    parser.add_argument("--output", type=Path, default=Path("runs/audit_study"))
+    options = parser.parse_args()
+    quiet_libraries()
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
+    try:
+        for world in dict.fromkeys(ARMS[arm][0] for arm in options.arms):
+            prepare(world, options.output / world, 64)
+        for seed in options.seeds:
+            for arm in options.arms:
+                runs[arm].append({"seed": seed, **outcome(train_unless_done(recipe_of(options, arm, seed)))})
+                write(options, runs)
+    except (UserError, RewardError, Interrupted) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print((options.output / "audit_study.md").read_text(), end="")
+    return 0
+
+
+def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
+    """One run of the study."""
+    world, defence = ARMS[arm]
+    shared = options.output / world
+    return make_recipe(
+        world,
+        defence,
+        seed,
+        shared,
+        shared / f"{defence}-seed{seed}",
+        train={"steps": options.steps, "learning_rate": options.learning_rate},
+        evaluation={"every": options.evaluate_every, "count": options.prompts, "images_per_prompt": 2, "pictures": 12},
+        guard={"rewards": HELD_OUT, "seeds": 3, "kl_samples": 16, "features": {"model": "toyworld/judges/vit"}},
+    )
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What a run's audits and gold judge said."""
+    evaluations = read_evaluations(folder)
+    gold = {one["step"]: one["summary"][GOLD]["mean"] for one in evaluations}
+    alarms = {one["step"]: one["audit"]["alarms"] for one in evaluations if one["audit"]["alarms"]}
+    kept = parsed(folder / BEST_UNHACKED / "evaluation.json", json.loads)["step"]
+    best = max(gold.values())
+    return {
+        "gold": gold,
+        "proxy": [one["audit"]["proxy"] for one in evaluations],
+        "panel": [one["audit"]["panel"] for one in evaluations],
+        "kl": [one["audit"]["kl"] for one in evaluations],
+        "alarms": alarms,
+        "first_alarm": min(alarms, default=None),
+        "unhacked_step": kept,
+        "gold_kept": gold[kept] / best,
+        "gold_at_end": evaluations[-1]["summary"][GOLD]["mean"] / best,
+    }
+
+
+def write(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
+    """audit_study.json and .md, whole."""
+    asked = {key: value for key, value in vars(options).items() if key != "output"}
+    about = {"command": command_line(), "made": now(), "versions": versions(), **asked}
+    replace_text(options.output / "audit_study.json", json.dumps({**about, "runs": runs}, indent=2) + "\n")
+    columns = (
+        "runs",
+        "seeds",
+        "alarmed",
+        "first alarms at step",
+        "what alarmed",
+        "gold kept by best_unhacked",
+        "at the end",
+    )
+    lines = [columns, ("---",) * len(columns), *(row(arm, of) for arm, of in runs.items() if of)]
+    replace_text(options.output / "audit_study.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def row(arm: str, runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """A line of the table."""
+    alarmed = [run for run in runs if run["alarms"]]
+    steps = ", ".join(str(run["first_alarm"]) for run in alarmed)
+    causes = [alarm.split()[0] for run in alarmed for alarm in run["alarms"][run["first_alarm"]]]
+    what = ", ".join(f"{name} {causes.count(name)}" for name in sorted(set(causes), key=causes.count, reverse=True))
+    kept, end = ([run[key] for run in runs] for key in ("gold_kept", "gold_at_end"))
+    shares = (f"{np.mean(values):.3f} (lowest {min(values):.3f})" for values in (kept, end))
+    return (arm, str(len(runs)), str(len(alarmed)), steps or "-", what or "-", *shares)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
