@@ -92,7 +92,7 @@ def outcome(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 Found = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""By proxy and defence: `runs`, each as `read_run` gives it with its seed, and `outcome`."""
+"""By proxy and defence: `runs`, each as `read_run` gives it with its name, and `outcome`."""
 
 
 def table(found: Found) -> str:
@@ -123,11 +123,10 @@ def write_results(output: Path, about: Mapping[str, Any], found: Found) -> None:
         proxy: [_chase(defence, mean_curve([run["curve"] for run in of["runs"]])) for defence, of in defences.items()]
         for proxy, defences in found.items()
     }
-    figure = overoptimization_figure(chases)
-    for kind in ("svg", "png"):
+    for kind, contents in overoptimization_figure(chases).items():
         path = output / f"overoptimization.{kind}"
         partial = path.with_name(f".partial_{path.name}")
-        figure.savefig(partial, format=kind, dpi=160)
+        partial.write_bytes(contents)
         os.replace(partial, path)
 
 

@@ -190,29 +190,36 @@ class Chase:
     gold: Sequence[float]
 
 
-def overoptimization_figure(panels: Mapping[str, Sequence[Chase]]) -> Figure:
-    """A panel for each proxy as in Gao et al. (2210.10760, fig. 1): proxy dashed, gold solid, against sqrt(KL)."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "overoptimization", "svg.fonttype": "path"}):
+def overoptimization_figure(panels: Mapping[str, Sequence[Chase]]) -> dict[str, bytes]:
+    """A panel for each proxy as in Gao et al. (2210.10760, fig. 1), as the contents of an svg and of a png file.
+
+    Proxy dashed, gold solid, against sqrt(KL).
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "overoptimization"}):
         figure = Figure(figsize=(5.2 * len(panels), 4.3), layout="constrained")
         names = list(dict.fromkeys(chase.name for chases in panels.values() for chase in chases))
         lines: dict[str, Any] = {}
-        for axes, (title, chases) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
+        of_proxy: Any = {"linestyle": (0, (4, 2)), "linewidth": 1.1}
+        of_gold: Any = {"linewidth": 2, "marker": "o", "markersize": 3}
+        columns = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, chases) in zip(columns, panels.items(), strict=True):
             axes.set_title(title)
-            axes.set_xlabel("distance from the base model, sqrt(KL) in nats")
+            axes.set_xlabel("distance from the base model, sqrt(KL)")
             axes.set_ylabel("gain, in deviations of the base model's scores")
             axes.axhline(0, color=OTHER, linewidth=0.8)
             for chase in chases:
                 color, _ = group_style(names.index(chase.name))
-                axes.plot(chase.distances, chase.proxy, color=color, linestyle=(0, (4, 2)), linewidth=1.1, alpha=0.7)
-                (lines[chase.name],) = axes.plot(
-                    chase.distances, chase.gold, color=color, linewidth=2, marker="o", markersize=3
-                )
-        lines["proxy"] = Line2D([], [], color=OTHER, linestyle=(0, (4, 2)), linewidth=1.1)
-        lines["gold"] = Line2D([], [], color=OTHER, linewidth=2, marker="o", markersize=3)
+                axes.plot(chase.distances, chase.proxy, color=color, alpha=0.7, **of_proxy)
+                (lines[chase.name],) = axes.plot(chase.distances, chase.gold, color=color, **of_gold)
+        lines["proxy"] = Line2D([], [], color=OTHER, **of_proxy)
+        lines["gold"] = Line2D([], [], color=OTHER, **of_gold)
         figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False)
-        return figure
+        found = {}
+        for kind, undated in (("svg", {"Date": None}), ("png", {})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, dpi=160, metadata=undated)
+            found[kind] = buffer.getvalue()
+        return found
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ from flowalign.evaluate.overoptimization import GOLD, PROXY
 from flowalign.offline import GroupStore, collect
 from flowalign.policies.loading import load_policy
 from flowalign.runs import replace_text, save_pictures
+from flowalign.settings import UserError
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.proxies import BACKBONE, fit_learned
 from flowalign.toyworld.render import render
@@ -122,7 +123,12 @@ def _ensemble(world: str, shared: Path) -> dict[str, Settings]:
 
 
 def prepare(world: str, shared: Path, prompts: int) -> None:
-    """Make the files that the runs on a proxy share, of so many training prompts; what is there is kept."""
+    """Make the files that the runs on a proxy share, of so many training prompts; what is there is kept.
+
+    Raises UserError for fewer prompts than the learned judges are fitted to.
+    """
+    if prompts < LABELLED:
+        raise UserError(f"prompts ({prompts}) must be at least {LABELLED}, to whose pictures a judge is fitted")
     shared.mkdir(parents=True, exist_ok=True)
     listed = shared / "prompts.jsonl"
     if not listed.exists():
