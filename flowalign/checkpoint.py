@@ -20,6 +20,7 @@ from flowalign.policies.base import Policy
 from flowalign.settings import UserError
 
 _SEPARATOR = "/"
+_NUMBER = "#"  # behind the name of what was a plain number
 Restore = Callable[[Mapping[str, torch.Tensor]], None]
 
 
@@ -127,22 +128,30 @@ def _load_policy_state(path: Path, policy: Policy) -> None:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The state flat, and the groups. bitsandbytes nests it, counts in plain numbers and shares tables."""
     contents = optimizer.state_dict()
-    tensors = {
-        f"{index}{_SEPARATOR}{name}": value
-        for index, state in contents["state"].items()
-        for name, value in state.items()
-    }
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for index, state in contents["state"].items():
+        inner = {k: v for value in state.values() if isinstance(value, dict) for k, v in value.items()}
+        for name, value in (state | inner).items():
+            if isinstance(value, torch.Tensor):
+                place = value.untyped_storage().data_ptr()
+                tensors[f"{index}{_SEPARATOR}{name}"] = value.clone() if place in seen else value
+                seen.add(place)
+            elif not isinstance(value, dict):
+                tensors[f"{index}{_SEPARATOR}{name}{_NUMBER}"] = torch.tensor(value)
     return tensors, contents["param_groups"]
 
 
 def _restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, key = name.split(_SEPARATOR, 1)
-        state.setdefault(int(index), {})[key] = value
+        kept = value.item() if key.endswith(_NUMBER) else value
+        state.setdefault(int(index), {})[key.removesuffix(_NUMBER)] = kept
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flowalign.cli_evaluate import data_app, eval_app
+from flowalign.cli_model import model_app
+from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
 from flowalign.command import console, quiet_libraries
 from flowalign.command import device as _device
@@ -101,6 +103,7 @@ def compare(
 
 app.command()(sample)
 
+app.command()(plan)
 
 @app.command()
 def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:

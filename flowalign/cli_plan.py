@@ -1,0 +1,67 @@
+"""The command line's `flowalign plan`: memory, batches, forwards and hours of a recipe, before anything loads."""
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from flowalign.command import console, quiet_libraries
+from flowalign.settings import UserError
+
+if TYPE_CHECKING:
+    from flowalign.planning import Plan
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU")] = 1,
+    vram: Annotated[float, typer.Option(metavar="GIB", help="memory of each GPU in GiB")] = 80.0,
+    tflops: Annotated[
+        float | None, typer.Option(metavar="TFLOP/S", help="what a GPU sustains; the default is an assumption")
+    ] = None,
+) -> None:
+    """Estimate memory, batches, forwards and hours from the configuration files. Exit code 1 if it cannot work."""
+    quiet_libraries()
+    from flowalign.config import load_recipe
+    from flowalign.display import arithmetic_table
+    from flowalign.planning import GIB, TFLOPS
+    from flowalign.planning import plan as planned
+
+    for name, value in (("--vram", vram), ("--tflops", tflops)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name} {value:g} must be a number above 0")
+    found = planned(load_recipe(recipe, overrides or []), gpus, vram * GIB, tflops or TFLOPS)
+    console.print(_memory_table(found))
+    console.print(arithmetic_table(found.recipe, gpus))
+    console.print("\n".join(_sentences(found, assumed=tflops is None)), markup=False, soft_wrap=True)
+
+
+def _memory_table(found: "Plan") -> Table:
+    from flowalign.planning import GIB
+
+    title = f"{found.recipe.name}: memory of each of {found.gpus} GPU(s) of {found.vram / GIB:g} GiB"
+    table = Table(title=title, title_justify="left")
+    for column in ("part", "GiB", "how"):
+        table.add_column(column, justify="right" if column == "GiB" else "left")
+    for part in found.parts:
+        table.add_row(part.name, f"{part.bytes / GIB:.3g}", part.how)
+    for phase, needed in found.phases.items():
+        table.add_row(f"peak of the {phase} phase", f"{needed / GIB:.3g}", f"{needed / found.vram:.0%} of the memory")
+    table.add_row("rewards", "?", "not known before they load; `flowalign serve` takes them elsewhere")
+    return table
+
+
+def _sentences(found: "Plan", *, assumed: bool) -> list[str]:
+    train, counts = found.recipe.train, found.forwards
+    rate = f"{found.tflops:g} TFLOP/s a GPU" + (", an assumption; give --tflops what yours sustains" if assumed else "")
+    measured = "" if found.evaluation_flops is not None else ", evaluations apart (their prompts are not here yet)"
+    shares = f"{counts.rollout:,} in rollouts, {counts.trained:,} trained, {counts.fixed:,} of snapshots and reference"
+    return [
+        f"largest micro-batch that fits: {found.largest_micro_batch} items a process (the recipe has "
+        f"{train.micro_batch}); the step stays the same, only its passes become fewer",
+        f"transformer forwards a step: {counts.total:,} rows, if every group teaches ({shares})",
+        f"floating point operations a step: {found.step_flops / 1e15:,.3g} PFLOP",
+        f"time: {found.step_seconds:,.1f} s a step, {found.hours:,.1f} h in all, rewards apart{measured}, at {rate}",
+    ]

@@ -1,0 +1,256 @@
+"""What a model weighs and what a forward pass costs, from its configuration files alone.
+
+The pipeline is built on the meta device, where tensors have shapes and no memory, and the policy's own forward pass is
+run there: PyTorch's counter adds up the floating point operations, and every storage that comes and goes is counted
+into a peak. Autocast and a fused attention kernel do not exist there; `_AsOnADevice` stands for both.
+"""
+
+import json
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import torch.utils.checkpoint
+import transformers
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from flowalign.config import Model
+from flowalign.policies.base import Condition
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.loading import find_family
+from flowalign.policies.sd3 import SD3Policy
+from flowalign.settings import UserError
+
+DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Line(NamedTuple):
+    """Bytes as a function of rows: each + fixed."""
+
+    each: float
+    fixed: float
+
+    def at(self, rows: float) -> float:
+        """Bytes of so many rows."""
+        return self.each * rows + self.fixed
+
+
+def meta_policy(model: Model) -> PipelinePolicy:
+    """The policy of a model's settings on the meta device, its adapters added; no weight is read.
+
+    Raises UserError as `load_policy` does, and for a folder without the configuration of a part.
+    """
+    family, path = find_family(model)
+    folder = _configurations(path)
+    index = json.loads((folder / "model_index.json").read_text())
+    dtype = DTYPES[model.dtype]
+    parts: dict[str, Any] = {}
+    for name, entry in index.items():
+        if isinstance(entry, list):
+            parts[name] = _part(folder / name, name, *entry, torch.float32 if name == "vae" else dtype)
+    pipeline = family.pipeline_class(**parts)
+    precision = "bf16" if model.dtype == "auto" else model.dtype
+    plain = {"attention": "native", "dtype": precision, "adapter": None, "gradient_checkpointing": False}
+    return family(pipeline, model.model_copy(update=plain), torch.device("meta"), 0)
+
+
+def _configurations(path: Path | str) -> Path:
+    """The folder of a pipeline's configuration files; of a hub id those files alone are fetched."""
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*config.json", "model_index.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise UserError(
+            f"model.path: the hub did not give the configuration files of {path} ({type(error).__name__})"
+        ) from error
+
+
+def _part(folder: Path, name: str, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
+    """A part of a pipeline: modules on the meta device, the scheduler as it is, nothing for tokenizers."""
+    if library is None or kind is None or name.startswith(("tokenizer", "feature_extractor")):
+        return None
+    source: Any = getattr(diffusers if library == "diffusers" else transformers, kind)
+    try:
+        if name == "scheduler":
+            return source.from_pretrained(folder)
+        with torch.device("meta"), _default_dtype(dtype):
+            if library == "diffusers":
+                return source.from_config(source.load_config(folder))
+            return source(source.config_class.from_pretrained(folder))
+    except OSError as error:
+        raise UserError(f"model.path: {folder} holds no configuration of a {kind}") from error
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def parameters(policy: PipelinePolicy) -> dict[str, int]:
+    """How many weights each part of the pipeline has, adapters apart; "trainable" are those that learn.
+
+    "buffers" are what the transformer holds beside them, such as 3.5 medium's table of 147,456 positions.
+    """
+    counts = {
+        name: sum(p.numel() for key, p in part.named_parameters() if "lora_" not in key)
+        for name, part in policy.pipeline.components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    buffers = sum(buffer.numel() for buffer in policy.transformer.buffers())
+    return counts | {"trainable": sum(p.numel() for p in policy.trainable_parameters().values()), "buffers": buffers}
+
+
+def condition_rows(policy: PipelinePolicy, rows: int) -> Condition:
+    """The conditions of so many prompts, in shape: SD3 puts CLIP's tokens before the T5's."""
+    config, pipeline = policy.transformer.config, policy.pipeline
+    clip = pipeline.text_encoder.config.max_position_embeddings if isinstance(policy, SD3Policy) else 0
+    length: Any = clip + policy.max_sequence_length
+    width: Any = config.joint_attention_dim
+    pooled: Any = config.pooled_projection_dim
+    made = {"embeds": (rows, length, width), "pooled": (rows, pooled)}
+    return Condition({name: torch.empty(shape, dtype=policy.dtype, device="meta") for name, shape in made.items()})
+
+
+class Pass(NamedTuple):
+    """A forward pass of rows, with its backward pass where asked for."""
+
+    flops: float
+    peak: int  # bytes beside the weights and what comes in
+
+
+def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, checkpointing: bool = False) -> Pass:
+    """The cost of `rows` rows through the transformer, on the meta device."""
+    transformer: Any = policy.transformer
+    device = _AsOnADevice(policy.dtype)
+    transformer.disable_gradient_checkpointing()
+    if checkpointing:
+        transformer.enable_gradient_checkpointing(device.checkpoint)
+    x = torch.empty(rows, *policy.latent_shape(*policy.size), dtype=policy.dtype, device="meta")
+    sigma, condition = torch.empty(rows, device="meta"), condition_rows(policy, rows)
+
+    def run() -> None:
+        with torch.enable_grad() if backward else torch.no_grad():
+            velocity = policy._forward(x, sigma, condition).float()
+            if backward:
+                velocity.mean().backward()
+
+    found = _traced(
+        run, device, [*transformer.parameters(), *transformer.buffers(), x, sigma, *condition.tensors.values()]
+    )
+    transformer.zero_grad(set_to_none=True)
+    return found
+
+
+def decode_pass(policy: PipelinePolicy, pictures: int) -> Pass:
+    """The cost of decoding so many pictures, in the slices that the policy takes them in."""
+    latents = torch.empty(pictures, *policy.latent_shape(*policy.size), device="meta")
+    known = [*policy.pipeline.vae.parameters(), *policy.pipeline.vae.buffers(), latents]
+    return _traced(lambda: policy.decode(latents), _AsOnADevice(torch.float32), known)
+
+
+def _traced(run: Callable[[], Any], device: "_AsOnADevice", known: list[torch.Tensor]) -> Pass:
+    counted = Counted(known)
+    with device, counted:
+        run()
+    return Pass(counted.flops + device.attention_flops, counted.peak)
+
+
+class Counted(TorchDispatchMode):
+    """Floating point operations, and the largest sum of bytes of storages alive at once but for the `known` ones."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.flops, self.now, self.peak = 0.0, 0, 0
+        self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.flops += count(*args, **(kwargs or {}), out_val=made)
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._see(tensor.untyped_storage())
+        return made
+
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+class _AsOnADevice(TorchFunctionMode):
+    """Autocast's casts of linear layers and of layer norms, and attention in one kernel."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.attention_flops = 0.0
+
+    def checkpoint(self, module: Any, *arguments: Any) -> Any:
+        """A block whose activations are recomputed: in this mode again, which a backward pass leaves outside."""
+        return torch.utils.checkpoint.checkpoint(
+            module.__call__,
+            *arguments,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), self),
+        )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs or {})
+            query, key, value = (given[name].to(self.dtype) for name in ("query", "key", "value"))
+            return _FusedAttention.apply(query, key, value, self)
+        if func is F.linear:
+            args = tuple(x.to(self.dtype) if isinstance(x, torch.Tensor) else x for x in args)
+            kwargs = {key: x.to(self.dtype) if isinstance(x, torch.Tensor) else x for key, x in (kwargs or {}).items()}
+        if func is F.layer_norm:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what flash attention keeps (Dao 2023): inputs, output and a number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, counter: _AsOnADevice) -> Any:
+        """The shape of the output."""
+        mixed = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, mixed, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.counter = counter
+        counter.attention_flops += sdpa_flop_count(query.shape, key.shape, value.shape)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        """The shapes of the gradients."""
+        query, key, value, *_ = ctx.saved_tensors
+        ctx.counter.attention_flops += sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None

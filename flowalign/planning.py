@@ -1,0 +1,309 @@
+"""What a recipe needs before anything loads: memory by part, forwards, floating point operations, hours.
+
+The recipe says what a step is over all processes (prompts, group size, updates); a plan finds what each process does of
+it and refuses what cannot work, with the nearest setting that does. How far its numbers are from measured ones is in
+tests/test_planning.py.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from flowalign.algorithms import Algorithm
+from flowalign.config import Recipe
+from flowalign.data import load_prompts
+from flowalign.forwards import Forwards, step_forwards
+from flowalign.memory import smallest_micro_batch
+from flowalign.modelsize import Line, Pass, condition_rows, decode_pass, meta_policy, parameters, transformer_pass
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.settings import UserError
+
+GIB = 2**30
+RUNTIME = 1.5 * GIB  # assumed: the device's context, libraries' workspaces, fragmentation
+TFLOPS = 150.0  # assumed: what a data-centre GPU sustains in bf16, a third of an H100's dense rate or less
+
+
+class Part(NamedTuple):
+    """Memory of one process that is held all the time."""
+
+    name: str
+    bytes: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe does on so many GPUs of so much memory."""
+
+    recipe: Recipe  # with what --gpus and --vram changed nothing in
+    gpus: int
+    vram: float  # bytes
+    parts: list[Part]
+    phases: dict[str, float]  # the peak of each, with all parts, in bytes
+    largest_micro_batch: int
+    forwards: Forwards  # of a step, from the second on
+    step_flops: float
+    evaluation_flops: float | None  # of one evaluation; None where its prompts are not here yet
+    tflops: float
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the model alone, rewards apart."""
+        return self.step_flops / (self.gpus * self.tflops * 1e12)
+
+    @property
+    def hours(self) -> float:
+        """All training steps and evaluations, rewards apart."""
+        train, every = self.recipe.train, self.recipe.evaluation.every
+        evaluations = 2 + (math.ceil(train.steps / every) - 1 if every else 0)
+        measured = evaluations * (self.evaluation_flops or 0) / (self.gpus * self.tflops * 1e12)
+        return (train.steps * self.step_seconds + measured) / 3600
+
+
+class Costs:
+    """What passes of a model cost, each found when first asked for."""
+
+    def __init__(self, policy: PipelinePolicy):
+        self.policy = policy
+        self.counts = parameters(policy)
+        self.element = policy.dtype.itemsize
+        self.latent = 4 * math.prod(policy.latent_shape(*policy.size))
+        self.picture = 4 * 3 * math.prod(policy.size)
+        self.condition = sum(x.nbytes for x in condition_rows(policy, 1).tensors.values())
+        self.decoding = cache(lambda pictures: decode_pass(policy, pictures))
+        self._pass = cache(self._measured)
+
+    def _measured(self, rows: int, backward: bool, checkpointing: bool) -> Pass:
+        return transformer_pass(self.policy, rows, backward=backward, checkpointing=checkpointing)
+
+    def flops(self, *, backward: bool, checkpointing: bool = False) -> float:
+        """Of a row."""
+        return self._pass(1, backward, checkpointing).flops
+
+    def bytes(self, *, backward: bool, checkpointing: bool = False) -> Line:
+        """By rows, beside weights and gradients."""
+        one, two = (self._pass(rows, backward, checkpointing).peak for rows in (1, 2))
+        return Line(two - one, 2 * one - two)
+
+
+def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS) -> Plan:
+    """The plan of a recipe on `gpus` GPUs with `vram` bytes each, that sustain `tflops` TFLOP/s.
+
+    Raises UserError for what cannot work, with the nearest setting that does, and as `load_policy` does for a model.
+    """
+    _refuse_uneven(recipe, gpus)
+    costs = Costs(meta_policy(recipe.model))
+    forwards = step_forwards(recipe)[-1]
+    refuse_too_large(recipe, costs, gpus, vram, forwards)
+    pictures = 0 if recipe.store else recipe.samples_per_step
+    decode = costs.decoding(1).flops
+    step = (forwards.rollout + forwards.fixed) * costs.flops(backward=False) + pictures * decode
+    checkpointing = recipe.model.gradient_checkpointing
+    step += forwards.trained * costs.flops(backward=True, checkpointing=checkpointing)
+    return Plan(
+        recipe,
+        gpus,
+        vram,
+        held(recipe, costs, gpus),
+        phases(recipe, costs, gpus, forwards),
+        _largest_micro_batch(recipe, costs, gpus, vram, forwards),
+        forwards,
+        step,
+        _evaluation_flops(recipe, costs, decode),
+        tflops,
+    )
+
+
+def _refuse_uneven(recipe: Recipe, gpus: int) -> None:
+    prompts = recipe.train.prompts_per_step
+    if prompts % gpus == 0:
+        return
+    divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
+    near = min(divisors, key=lambda n: (abs(n - gpus), n))
+    multiple = max(gpus, round(prompts / gpus) * gpus)
+    raise UserError(
+        f"train.prompts_per_step ({prompts}) must be a multiple of the {gpus} processes: use --gpus {near}, or "
+        f"train.prompts_per_step={multiple}"
+    )
+
+
+def snapshots(algorithm: Algorithm, ema: bool) -> list[str]:
+    """The names of the copies of the trained weights that a run keeps."""
+    kept: Any = _Names()
+    algorithm.model_copy(deep=True).begin(kept)
+    return [*kept.names, *(["ema"] if ema else [])]
+
+
+class _Names:
+    """Stands for the policy where an algorithm takes its snapshots."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def snapshot(self, name: str) -> None:
+        """Only the name."""
+        self.names.append(name)
+
+
+def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
+    """What one process holds all the time, part by part."""
+    counts, model, train = costs.counts, recipe.model, recipe.train
+    full, weights = model.lora is None, counts["trainable"]
+    texts = sum(number for name, number in counts.items() if name.startswith("text_encoder"))
+    kept = snapshots(recipe.algorithm, train.ema_decay is not None) + (["reference"] if full else [])
+    small = train.optimizer == "adamw8bit"
+    element, text_bytes = 4 if full else costs.element, texts * costs.element
+    released = f"released after encoding; {text_bytes / GIB:.2f} GiB while the run starts"
+    per_process = recipe.samples_per_step // gpus
+    frozen = f"{counts['transformer']:,} weights and {counts['buffers']:,} constants x {element} B"
+    parts = [
+        Part("transformer", (counts["transformer"] + counts["buffers"]) * element, frozen),
+        Part("text encoders", 0, released)
+        if model.cache_conditions
+        else Part("text encoders", text_bytes, f"{texts:,} weights x {costs.element} B"),
+        Part("autoencoder", counts["vae"] * 4, f"{counts['vae']:,} weights x 4 B"),
+    ]
+    if not full:
+        parts.append(Part("adapters", weights * 4, f"{weights:,} weights x 4 B"))
+    parts += [
+        Part("gradients", weights * (8 if gpus > 1 else 4), "4 B a weight" + (", twice with DDP" if gpus > 1 else "")),
+        Part("optimizer", weights * (2 if small else 8), f"{train.optimizer}, {2 if small else 8} B a weight"),
+        Part("snapshots", weights * 4 * len(kept), ", ".join(kept) or "none"),
+    ]
+    if recipe.algorithm.apart(0):  # rows, their sum and their stack in float32, and twice in float64 for the products
+        losses = len(recipe.rewards)
+        parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
+    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} pictures and paths"))
+    parts.append(Part("runtime", RUNTIME, "assumed"))
+    return parts
+
+
+def _samples_bytes(recipe: Recipe, costs: Costs, gpus: int) -> float:
+    algorithm, window = recipe.algorithm, recipe.rollout.window_length
+    states = 1
+    if "trajectory" in algorithm.keep:
+        states += window + 1 + window * ("means" in algorithm.keep)
+    shown = 0 if recipe.store else 1 + (window + 1) * ("previews" in algorithm.keep)
+    each = states * costs.latent + shown * costs.picture
+    return (recipe.samples_per_step * each + recipe.train.prompts_per_step * costs.condition) / gpus
+
+
+def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[str, float]:
+    """The most that one process needs in each phase, in bytes, with what it holds all the time."""
+    base = sum(part.bytes for part in held(recipe, costs, gpus))
+    samples = next(part.bytes for part in held(recipe, costs, gpus) if part.name == "a step's samples")
+    found = {}
+    if not recipe.store:
+        found["rollout"] = base + _drawing(recipe.rollout.batch, recipe.rollout.guidance, costs)
+    found["train"] = base + _learning(recipe, costs, forwards).at(recipe.train.micro_batch)
+    if recipe.evaluation.prompts:
+        evaluation = recipe.evaluation
+        found["evaluation"] = base - samples + _drawing(evaluation.batch, evaluation.guidance, costs)
+    return found
+
+
+def _drawing(batch: int, guidance: float, costs: Costs) -> float:
+    """Bytes to draw a batch: the larger of a forward pass and the decoding."""
+    rows = batch * (2 if guidance > 1 else 1)
+    forward = costs.bytes(backward=False).at(rows) + rows * (2 * costs.latent + costs.condition)
+    return float(max(forward, costs.decoding(batch).peak))
+
+
+def _learning(recipe: Recipe, costs: Costs, forwards: Forwards) -> Line:
+    """Bytes of a micro-batch by its items: what the backward pass needs, and a pass of the reference beside it."""
+    own = recipe.rollout.guidance if recipe.train.guidance is None else recipe.train.guidance
+    rows = 2 if own > 1 else 1
+    kept = costs.bytes(backward=True, checkpointing=recipe.model.gradient_checkpointing)
+    fixed = costs.bytes(backward=False) if forwards.fixed else Line(0, 0)
+    inputs = 4 * costs.latent + costs.condition
+    return Line(rows * (kept.each + fixed.each + inputs), kept.fixed + fixed.fixed)
+
+
+def _largest_micro_batch(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards) -> int:
+    """The most items that fit, in whole units, up to those that an update has on a process; 0 where not one fits."""
+    base = sum(part.bytes for part in held(recipe, costs, gpus))
+    unit, needed = smallest_micro_batch(recipe), _learning(recipe, costs, forwards)
+    most = math.ceil(recipe.items_per_step / recipe.train.updates_per_step / gpus / unit) * unit
+    fit = math.floor((vram - base - needed.fixed) / needed.each / unit) * unit
+    return max(0, min(most, fit))
+
+
+def refuse_too_large(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards) -> None:
+    """UserError when a phase does not fit, with the settings nearest to the recipe's that do."""
+    needs = phases(recipe, costs, gpus, forwards)
+    worst = max(needs, key=lambda name: needs[name])
+    if needs[worst] <= vram:
+        return
+    text = f"the {worst} phase needs {needs[worst] / GIB:.1f} GiB of the {vram / GIB:.1f} GiB a GPU"
+    least = math.inf
+    for changes in _alternatives(recipe):
+        tried = _changed(recipe, changes)
+        fitting = _batches_that_fit(tried, costs, gpus, vram, forwards)
+        if fitting is not None:
+            settings = " ".join(f"{key}={value}" for key, value in {**changes, **fitting}.items())
+            raise UserError(f"{text}; what fits: {settings}")
+        small = _changed(tried, {"train.micro_batch": smallest_micro_batch(recipe)})
+        small = _changed(small, {"rollout.batch": 1, "evaluation.batch": 1})
+        least = min(least, max(phases(small, costs, gpus, forwards).values()))
+    raise UserError(
+        f"{text}, and {least / GIB:.1f} GiB with the smallest batches, gradient checkpointing, kept conditions and the "
+        "8-bit optimizer; use larger GPUs or a lower model.lora.rank"
+    )
+
+
+def _alternatives(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Changes beside the batches, from none to all of them."""
+    changes: dict[str, Any] = {}
+    yield dict(changes)
+    for key, wanted in (
+        ("model.gradient_checkpointing", "true"),
+        ("model.cache_conditions", "conditions"),
+        ("train.optimizer", "adamw8bit"),
+    ):
+        section, name = key.split(".")
+        if getattr(getattr(recipe, section), name) in (False, None, "adamw"):
+            changes[key] = wanted
+            yield dict(changes)
+
+
+def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    for key, value in changes.items():
+        section, name = key.split(".")
+        part = getattr(recipe, section).model_copy(update={name: True if value == "true" else value})
+        recipe = recipe.model_copy(update={section: part})
+    return recipe
+
+
+def _batches_that_fit(
+    recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards
+) -> dict[str, int] | None:
+    """The batches to lower, and to what; None where not even the smallest fit."""
+    found: dict[str, int] = {}
+    micro_batch = min(recipe.train.micro_batch, _largest_micro_batch(recipe, costs, gpus, vram, forwards))
+    if micro_batch == 0:
+        return None
+    if micro_batch < recipe.train.micro_batch and phases(recipe, costs, gpus, forwards)["train"] > vram:
+        found["train.micro_batch"] = micro_batch
+    for phase in ("rollout", "evaluation"):
+        batch = getattr(recipe, phase).batch
+        while batch and phases(_changed(recipe, {f"{phase}.batch": batch}), costs, gpus, forwards).get(phase, 0) > vram:
+            batch //= 2
+        if batch == 0:
+            return None
+        if batch < getattr(recipe, phase).batch:
+            found[f"{phase}.batch"] = batch
+    return found
+
+
+def _evaluation_flops(recipe: Recipe, costs: Costs, decode: float) -> float | None:
+    settings = recipe.evaluation
+    if settings.prompts is None:
+        return 0.0
+    try:
+        pictures = len(load_prompts(settings.prompts, settings.count)) * settings.images_per_prompt
+    except UserError:  # a recipe can be planned before its prompts are there
+        return None
+    rows = settings.steps * (2 if settings.guidance > 1 else 1)
+    return pictures * (rows * costs.flops(backward=False) + decode)
