@@ -6,25 +6,23 @@ On the embedded world nothing has to be believed of the gold judge: it is exact.
 learned judge, fitted to the gold scores of few pictures of the base model, which does not read the prompt. On signs an
 OCR reward that takes strong contrast for legibility. The defences: none; CRD's KL; PAR's shaping; the worst case of an
 ensemble; the artifact judge added; a discriminator added. Finished runs are kept, so the command can be stopped and
-given again. Writes overoptimization.json, .md, .svg and .png into the output folder, anew after every run.
+given again. Writes overoptimization.json, .md, .svg and .png of all finished runs in the output folder after every run.
 """
 
 import argparse
-import gc
-import json
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
 
-from flowalign.cli import quiet_libraries
+from flowalign.campaign import train_unless_done
+from flowalign.command import quiet_libraries
 from flowalign.config import Recipe
 from flowalign.evaluate.overoptimization import outcome, read_run, write_results
-from flowalign.evaluate.pages import parsed
 from flowalign.interrupt import Interrupted
-from flowalign.runs import RunFolder, command_line, now, refuse_changes, versions
+from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.settings import UserError
 from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
-from flowalign.trainer import Trainer
 from rewards import RewardError
 
 TITLES = {"shapes": "shapes: a judge learned from few pictures", "signs": "signs: OCR that likes contrast"}
@@ -51,8 +49,8 @@ def main() -> int:
         for seed in options.seeds:
             for world in options.proxies:
                 for defence in options.defences:
-                    train(recipe_of(options, world, defence, seed))
-                    write_results(options.output, about(options), found(options))
+                    train_unless_done(recipe_of(options, world, defence, seed))
+                    write_results(options.output, about(options), found(options.output))
     except (UserError, RewardError, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -74,32 +72,15 @@ def recipe_of(options: argparse.Namespace, world: str, defence: str, seed: int) 
     )
 
 
-def finished(folder: Path) -> bool:
-    """Whether a run is there and done."""
-    return "finished" in parsed(folder / "run.json", json.loads)
-
-
-def train(recipe: Recipe) -> None:
-    """Train a run unless it is done, going on where it was stopped; UserError where another run lies."""
-    begun = (recipe.folder / "recipe.yaml").exists()
-    if begun:
-        saved = RunFolder.open(recipe.folder)[1]
-        refuse_changes(saved, recipe)
-        if finished(recipe.folder) and saved.train.steps == recipe.train.steps:
-            return
-    Trainer(recipe, resume=begun).run()
-    gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
-
-
-def found(options: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the finished runs came to, by proxy and defence."""
+def found(output: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the finished runs in the output folder came to, by proxy and defence."""
     result: dict[str, dict[str, dict[str, Any]]] = {}
-    for world in options.proxies:
-        for defence in options.defences:
-            folders = {seed: options.output / world / f"{defence}-seed{seed}" for seed in options.seeds}
-            runs = [{"seed": seed, **read_run(folder)} for seed, folder in folders.items() if finished(folder)]
-            if runs:
-                result.setdefault(TITLES[world], {})[defence] = {"runs": runs, "outcome": outcome(runs)}
+    for world, defence in itertools.product(WORLDS, DEFENCES):
+        folders = sorted((output / world).glob(f"{defence}-seed*"))
+        done = {folder.name: folder for folder in folders if RunFolder(folder).finished}
+        runs = [{"run": name, **read_run(folder)} for name, folder in done.items()]
+        if runs:
+            result.setdefault(TITLES[world], {})[defence] = {"runs": runs, "outcome": outcome(runs)}
     return result
 
 
