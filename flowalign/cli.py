@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from flowalign.cli_evaluate import data_app, eval_app
-from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
 from flowalign.command import console, quiet_libraries
