@@ -1,6 +1,8 @@
 """The over-optimisation bench: its gold judge of signs, its proxies, its runs and what it makes of them."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from flowalign.settings import UserError
 from flowalign.toyworld.artifacts import KINDS, damaged
 from flowalign.toyworld.gold import SignQuality, cleanliness
 from flowalign.toyworld.grammar import random_lines, sign_prompt, sign_scene, words
-from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe
+from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
 from flowalign.toyworld.proxies import BACKBONE, Legible, fit_learned
 from flowalign.toyworld.render import render
 from rewards.artifact import save_head
@@ -70,10 +72,10 @@ def test_a_dark_ground_is_not_the_worlds() -> None:
 
 
 def test_sign_quality_is_the_strict_text_score_times_cleanliness() -> None:
-    prompts, pictures = signs(24)
+    prompts, pictures = signs(12)
     judge = SignQuality()
     assert rewards.score(judge, media(pictures), prompts).mean() > 0.97
-    wrong = rewards.score(judge, media(pictures), [sign_prompt(["QQQQQ"])] * 24)
+    wrong = rewards.score(judge, media(pictures), [sign_prompt(["QQQQQ"])] * 12)
     assert wrong.mean() < 0.2
     dirty = np.stack([damaged(picture, KINDS["stripes"], np.random.default_rng(0)) for picture in pictures])
     scores, strict = (
@@ -113,6 +115,29 @@ def test_every_defence_has_a_recipe_that_measures_proxy_gold_and_distance(
     assert list(recipe.evaluation.rewards or {}) == ["proxy", "gold"] and recipe.guard is not None
     assert recipe.train.steps == 5 and recipe.evaluation.every == 2 and recipe.run.seed == 3
     assert "gold" not in recipe.rewards and "proxy" in recipe.rewards
+
+
+def test_too_few_prompts_for_a_learned_judge_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompts \(8\) must be at least 32"):
+        prepare("shapes", tmp_path / "shapes", 8)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_script_trains_every_defence_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "overoptimization.py"
+    sizes = ["--steps", "1", "--prompts", "32", "--evaluation-prompts", "4", "--proxies", "shapes"]
+    command = [sys.executable, str(script), *sizes, "--output", str(tmp_path)]
+    first = subprocess.run([*command, "--defences", "none", "adversarial"], capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    before = (tmp_path / "shapes" / "none-seed1" / "run.json").stat().st_mtime_ns
+    done = subprocess.run([*command, "--defences", "none", "kl", "par", "worst", "artifact"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "shapes" / "none-seed1" / "run.json").stat().st_mtime_ns == before
+    found = json.loads((tmp_path / "overoptimization.json").read_text())["proxies"]
+    ((_, defences),) = found.items()
+    assert list(defences) == list(DEFENCES)
+    assert all(of["runs"][0]["curve"][-1]["step"] == 1 for of in defences.values())
 
 
 Point = tuple[float, list[float], list[float]]  # KL, proxies and golds of each picture
@@ -175,7 +200,7 @@ def test_a_run_that_does_not_tell_enough_is_one_sentence(
 
 
 def test_the_results_are_a_table_a_figure_and_the_numbers(tmp_path: Path) -> None:
-    runs = [{"seed": 1, **read_run(write_run(tmp_path / "run", HACKED))}]
+    runs = [{"run": "none-seed1", **read_run(write_run(tmp_path / "run", HACKED))}]
     found = {"a proxy": {name: {"runs": runs, "outcome": outcome(runs)} for name in ("none", "kl")}}
     write_results(tmp_path, {"seeds": [1]}, found)
     assert json.loads((tmp_path / "overoptimization.json").read_text())["proxies"] == found
