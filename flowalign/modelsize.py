@@ -55,7 +55,8 @@ def meta_policy(model: Model) -> PipelinePolicy:
     parts: dict[str, Any] = {}
     for name, entry in index.items():
         if isinstance(entry, list):
-            parts[name] = _part(folder / name, name, *entry, torch.float32 if name == "vae" else dtype)
+            library, kind = entry
+            parts[name] = _part(folder / name, library, kind, torch.float32 if name == "vae" else dtype)
     pipeline = family.pipeline_class(**parts)
     precision = "bf16" if model.dtype == "auto" else model.dtype
     plain = {"attention": "native", "dtype": precision, "adapter": None, "gradient_checkpointing": False}
@@ -77,13 +78,13 @@ def _configurations(path: Path | str) -> Path:
         ) from error
 
 
-def _part(folder: Path, name: str, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
+def _part(folder: Path, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
     """A part of a pipeline: modules on the meta device, the scheduler as it is, nothing for tokenizers."""
-    if library is None or kind is None or name.startswith(("tokenizer", "feature_extractor")):
+    if library is None or kind is None or folder.name.startswith(("tokenizer", "feature_extractor")):
         return None
     source: Any = getattr(diffusers if library == "diffusers" else transformers, kind)
     try:
-        if name == "scheduler":
+        if folder.name == "scheduler":
             return source.from_pretrained(folder)
         with torch.device("meta"), _default_dtype(dtype):
             if library == "diffusers":
@@ -119,12 +120,13 @@ def parameters(policy: PipelinePolicy) -> dict[str, int]:
 
 def condition_rows(policy: PipelinePolicy, rows: int) -> Condition:
     """The conditions of so many prompts, in shape: SD3 puts CLIP's tokens before the T5's."""
-    config, pipeline = policy.transformer.config, policy.pipeline
-    clip = pipeline.text_encoder.config.max_position_embeddings if isinstance(policy, SD3Policy) else 0
-    length: Any = clip + policy.max_sequence_length
-    width: Any = config.joint_attention_dim
-    pooled: Any = config.pooled_projection_dim
-    made = {"embeds": (rows, length, width), "pooled": (rows, pooled)}
+    config: Any = policy.transformer.config
+    clip = policy.pipeline.text_encoder.config.max_position_embeddings if isinstance(policy, SD3Policy) else 0
+    length = clip + policy.max_sequence_length
+    made = {
+        "embeds": (rows, length, config.joint_attention_dim),
+        "pooled": (rows, config.pooled_projection_dim),
+    }
     return Condition({name: torch.empty(shape, dtype=policy.dtype, device="meta") for name, shape in made.items()})
 
 
@@ -176,7 +178,7 @@ class Counted(TorchDispatchMode):
     """Floating point operations, and the largest sum of bytes of storages alive at once but for the `known` ones."""
 
     def __init__(self, known: list[torch.Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops, self.now, self.peak = 0.0, 0, 0
         self._alive: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in known}
 

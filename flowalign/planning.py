@@ -88,13 +88,15 @@ class Costs:
         return Line(two - one, 2 * one - two)
 
 
-def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS) -> Plan:
+def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS, costs: Costs | None = None) -> Plan:
     """The plan of a recipe on `gpus` GPUs with `vram` bytes each, that sustain `tflops` TFLOP/s.
+
+    `costs` may be those of an earlier plan for the same model.
 
     Raises UserError for what cannot work, with the nearest setting that does, and as `load_policy` does for a model.
     """
     _refuse_uneven(recipe, gpus)
-    costs = Costs(meta_policy(recipe.model))
+    costs = costs or Costs(meta_policy(recipe.model))
     forwards = step_forwards(recipe)[-1]
     refuse_too_large(recipe, costs, gpus, vram, forwards)
     pictures = 0 if recipe.store else recipe.samples_per_step

@@ -23,7 +23,12 @@ from flowalign.settings import UserError
 
 _PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
 MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
-_MAY_CHANGE = {("train", "steps")}  # on resuming; of `run` all but the seed
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
+_MAY_CHANGE = {
+    *(("train", "steps"), ("train", "micro_batch"), ("rollout", "batch"), ("evaluation", "batch")),
+    *(("model", "gradient_checkpointing"), ("model", "cache_conditions")),
+}
 
 
 class RunFolder:

@@ -44,6 +44,16 @@ def test_out_of_memory_names_the_phase_and_the_setting_to_lower(values: dict[str
     assert "the least; set model.gradient_checkpointing=true" in failing(values, "learner", "learn")
 
 
+def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_batches(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"]["steps"] = 1
+    Trainer(recipe_from_dict(values), display=Display(quiet=True)).run()
+    values["train"] |= {"steps": 2, "micro_batch": 1}
+    values["rollout"]["batch"] = values["evaluation"]["batch"] = 2
+    values["model"] |= {"gradient_checkpointing": True, "cache_conditions": str(tmp_path / "conditions")}
+    folder = Trainer(recipe_from_dict(values), resume=True, display=Display(quiet=True)).run()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
 def test_an_optimizer_that_is_not_installed_is_said_before_the_model_loads(values: dict[str, Any]) -> None:
     values["train"]["optimizer"] = "adamw8bit"
