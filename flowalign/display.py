@@ -152,7 +152,7 @@ def audit_table(title: str, audit: "Audit") -> Table:
     for name, band in audit.bands.items():
         value = audit.values[name]
         bounds = f">= {band.low:.4g}" if band.high == math.inf else f"{band.low:.4g} to {band.high:.4g}"
-        state = band.state(value)
+        state = audit.state(name)
         table.add_row(
             name, f"{band.center:.4g}", f"{value:.4g}", bounds, f"[red]{state}[/]" if state == "alarm" else state
         )

@@ -27,11 +27,10 @@ from flowalign.settings import UserError
 from flowalign.toyworld.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
 from rewards import RewardError
 
-ARMS = {
-    "honest": ("shapes", HONEST),
-    "honest signs": ("signs", HONEST),
-    "learned judge": ("shapes", "none"),
-    "OCR with contrast": ("signs", "none"),
+ARMS = {  # world, defence, learning rate: the bundled recipe's where the run is honest
+    "honest": ("shapes", HONEST, 7e-4),
+    "learned judge": ("shapes", "none", 1.5e-3),
+    "OCR with contrast": ("signs", "none", 1.5e-3),
 }
 
 
@@ -41,7 +40,6 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--evaluate-every", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=48, help="held-out prompts, two pictures each")
     parser.add_argument("--output", type=Path, default=Path("runs/audit_study"))
@@ -64,7 +62,7 @@ def main() -> int:
 
 def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
     """One run of the study."""
-    world, defence = ARMS[arm]
+    world, defence, rate = ARMS[arm]
     shared = options.output / world
     return make_recipe(
         world,
@@ -72,7 +70,7 @@ def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
         seed,
         shared,
         shared / f"{defence}-seed{seed}",
-        train={"steps": options.steps, "learning_rate": options.learning_rate},
+        train={"steps": options.steps, "learning_rate": rate},
         evaluation={"every": options.evaluate_every, "count": options.prompts, "images_per_prompt": 2, "pictures": 12},
         guard={"rewards": HELD_OUT, "seeds": 3, "kl_samples": 16, "features": {"model": "toyworld/judges/vit"}},
     )

@@ -14,9 +14,9 @@ from flowalign.auditing import audit
 from flowalign.cli import app
 from flowalign.config import recipe_from_dict
 from flowalign.data import Row
-from flowalign.evaluate.bands import Band, band, learn_bands, panel_gain
+from flowalign.evaluate.bands import Band, band, learn_bands
 from flowalign.evaluate.divergence import NOISE_LEVEL, reference_divergence
-from flowalign.evaluate.hacking import corrected_score, spaced
+from flowalign.evaluate.hacking import PANEL, Audit, corrected_score, panel, spaced
 from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.report import write_report
 from flowalign.policies.base import Condition, Policy
@@ -109,7 +109,7 @@ def test_any_alarm_at_all_is_as_rare_as_stated_over_many_measures():
     alarms = 0
     for world in range(worlds):
         base = [{name: sets[name][world, seed] for name in names} for seed in range(3)]
-        bands = learn_bands(base, dict.fromkeys(names, "quality"), rate)
+        bands = learn_bands(base, dict.fromkeys(names, "quality"), rate / len(names))
         alarms += any(bands[name].state(float(sets[name][world, 3].mean())) == "alarm" for name in names)
     assert alarms / worlds < rate + 4 * math.sqrt(rate * (1 - rate) / worlds)
 
@@ -127,11 +127,26 @@ def test_prompts_without_the_measure_are_left_out():
     assert band(holes, "look", 0.01) == band(sets, "look", 0.01)
 
 
-def test_panel_gain_is_in_deviations_between_seeds():
-    of = {"a": Band("quality", 1.0, 0.5, 0, math.inf, 1), "b": Band("quality", 2.0, 0.1, 0, math.inf, 1)}
-    of["c"] = Band("look", 0, 1, -9, 9, 1)
-    assert panel_gain(of, {"a": 2.0, "b": 2.1, "c": 7.0}) == pytest.approx((2 + 1) / 2)
-    assert panel_gain({"c": of["c"]}, {"c": 0.0}) is None
+def quality(spread=1.0, center=0.0, low=-1.0):
+    return Band("quality", center, spread, low, math.inf, 0.5)
+
+
+def test_the_panel_is_the_mean_in_deviations_between_seeds():
+    of = {"a": quality(0.5), "b": quality(0.1), "c": Band("look", 0, 1, -9, 9, 1)}
+    values = {"a": np.array([1.0, 2.0, np.nan]), "b": np.array([0.3, np.nan, np.nan]), "c": np.array([7.0, 7.0, 7.0])}
+    assert panel(values, of) == pytest.approx([(2 + 3) / 2, 4.0, math.nan], nan_ok=True)
+
+
+def test_a_look_outside_its_band_is_excused_while_the_held_out_rewards_have_risen():
+    bands = {PANEL: quality(), "a": quality(), "c": Band("look", 0, 1, -4, 4, 1)}
+    states = {
+        risen: Audit({PANEL: risen, "a": 0.0, "c": 5.0}, bands, 0.0, 1.0).state("c") for risen in (-0.2, 0.4, 0.6)
+    }
+    assert states == {-0.2: "alarm", 0.4: "alarm", 0.6: "excused"}
+    fallen = Audit({PANEL: 0.6, "a": -1.5, "c": 5.0}, bands, 0.0, 1.0)
+    assert fallen.alarms == ["a -1.5 is below -1 (base model 0)"]
+    without = Audit({"c": 5.0}, {"c": bands["c"]}, 0.0, 1.0)
+    assert without.panel is None and without.state("c") == "alarm"
 
 
 # Divergence
@@ -230,7 +245,7 @@ def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
     assert [one["kl"] == 0 for one in found] == [True, False, False, False, False]
     assert found[0]["alarms"] == [] and any("darkness" in alarm for alarm in found[-1]["alarms"])
     assert found[-1]["panel"] < -1 < found[-1]["proxy"]
-    assert set(found[-1]["measures"]) == {"darkness", *LOOKS, "diversity", "velocity_ratio"}
+    assert set(found[-1]["measures"]) == {"panel", "darkness", *LOOKS, "diversity", "velocity_ratio"}
     kept = {name: json.loads((folder / name / "evaluation.json").read_text()) for name in ("best", "best_unhacked")}
     assert kept["best"]["audit"]["proxy"] == max(one["proxy"] for one in found)
     unhacked = max((one for one in found if not one["alarms"]), key=lambda one: one["panel"])

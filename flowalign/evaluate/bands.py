@@ -64,22 +64,6 @@ def band(sets: np.ndarray, kind: Kind, rate: float) -> Band:
     return Band(kind, center, spread, center - half, center + half, drift)
 
 
-def learn_bands(
-    sets: Sequence[Mapping[str, np.ndarray]], kinds: Mapping[str, Kind], false_alarm: float
-) -> dict[str, Band]:
-    """The bands of all measures, each at an equal share of `false_alarm`, the rate of any alarm at all (Bonferroni).
-
-    sets: for each seed, the values (n,) of each measure.
-    """
-    rate = false_alarm / len(kinds)
+def learn_bands(sets: Sequence[Mapping[str, np.ndarray]], kinds: Mapping[str, Kind], rate: float) -> dict[str, Band]:
+    """The bands of several measures, each with the false-alarm rate `rate`, from its values (n,) with each seed."""
     return {name: band(np.stack([values[name] for values in sets]), kind, rate) for name, kind in kinds.items()}
-
-
-def panel_gain(bands: Mapping[str, Band], values: Mapping[str, float]) -> float | None:
-    """The mean gain of the qualities, each in units of its spread between seeds; None without a quality."""
-    gains = [
-        (values[name] - known.center) / max(known.spread, 1e-9)
-        for name, known in bands.items()
-        if known.kind == "quality"
-    ]
-    return float(np.mean(gains)) if gains else None

@@ -1,7 +1,9 @@
 """The audit of an evaluation: does a reward rise because the pictures became better, or at their expense?
 
-Held-out rewards, which nobody trains on, must not fall; what the pictures look like, how they differ within a prompt
-and how strongly the model moves must stay what the base model could have made. See `bands` for the bounds.
+Held-out rewards, which nobody trains on, must not fall, neither one by one nor taken together as the panel: their mean,
+each in units of its spread over seeds. What the pictures look like, how they differ within a prompt and how strongly
+the model moves must stay what the base model could have made, unless the panel has risen: better pictures look
+different too. See `bands` for the bounds.
 """
 
 import math
@@ -14,14 +16,14 @@ import torch
 from torch.nn import functional as F
 
 from flowalign.config import Guard
-from flowalign.evaluate.bands import Band, Kind, learn_bands, panel_gain
+from flowalign.evaluate.bands import Band, Kind, learn_bands
 from flowalign.evaluate.divergence import Divergence
 from flowalign.evaluate.evaluation import Evaluated, Seen
 from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from flowalign.settings import UserError
 from rewards.features import unit_features
 
-CORRECTED, DIVERSITY, VELOCITY = "corrected", "diversity", "velocity_ratio"
+CORRECTED, PANEL, DIVERSITY, VELOCITY = "corrected", "panel", "diversity", "velocity_ratio"
 _SIDE = 16  # pixels that pictures are shrunk to where no model compares them
 
 T = TypeVar("T")
@@ -49,22 +51,27 @@ class Audit:
 
     def __post_init__(self) -> None:
         self.alarms = [
-            _sentence(name, self.values[name], band)
-            for name, band in self.bands.items()
-            if band.state(self.values[name]) == "alarm"
+            _sentence(name, self.values[name], band) for name, band in self.bands.items() if self.state(name) == "alarm"
         ]
 
     @property
     def panel(self) -> float | None:
-        """The mean gain of the held-out rewards, in units of their spread over seeds."""
-        return panel_gain(self.bands, self.values)
+        """How far the held-out rewards have risen, in units of their spread over seeds; None where there are none."""
+        return self.values[PANEL] - self.bands[PANEL].center if PANEL in self.bands else None
+
+    def state(self, name: str) -> str:
+        """Of a measure: inside, drift, alarm, or excused, where a look is outside its band but the panel has risen."""
+        band = self.bands[name]
+        found = band.state(self.values[name])
+        risen = self.panel is not None and self.panel > self.bands[PANEL].drift
+        return "excused" if found == "alarm" and band.kind == "look" and risen else found
 
     def contents(self) -> dict[str, Any]:
         """For JSON."""
         measures = {}
         for name, band in self.bands.items():
             bounds = {key: value for key, value in asdict(band).items() if value != math.inf}
-            measures[name] = {"value": self.values[name], "state": band.state(self.values[name]), **bounds}
+            measures[name] = {"value": self.values[name], "state": self.state(name), **bounds}
         about = {"proxy": self.proxy, "panel": self.panel, "kl": self.kl}
         return {**about, VELOCITY: self.values[VELOCITY], "alarms": self.alarms, "measures": measures}
 
@@ -84,6 +91,8 @@ class Auditor:
         self.kinds: dict[str, Kind] = dict.fromkeys(settings.rewards or {}, "quality")
         if settings.corrected:
             self.kinds[CORRECTED] = "quality"
+        if self.kinds:
+            self.kinds = {PANEL: "quality", **self.kinds}
         self.kinds |= dict.fromkeys(LOOKS, "look")
         if images_per_prompt > 1:
             self.kinds[DIVERSITY] = "look"
@@ -108,13 +117,13 @@ class Auditor:
         ]
 
     def measured(self, evaluated: Evaluated) -> Measured:
-        """The values of each measure over `count` of the prompts, but for the velocity ratio."""
+        """The values of each measure over `count` of the prompts, but for the panel and the velocity ratio."""
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(evaluated.rows):
             groups.setdefault(row.index, []).append(place)
         chosen = spaced(list(groups.values()), self.settings.count)
         scores = [self._with_corrected(one) for one in evaluated.scores]
-        columns: dict[str, list[float]] = {name: [] for name in self.kinds if name != VELOCITY}
+        columns: dict[str, list[float]] = {name: [] for name in self.kinds if name not in (PANEL, VELOCITY)}
         for places in chosen:
             for name, column in columns.items():
                 if name == DIVERSITY:
@@ -149,13 +158,33 @@ class Auditor:
         norms = np.stack([found.norm.numpy() for found in divergences])
         ratios = norms / norms.mean(0)  # of one seed's velocities to the mean of all
         everything = [{**values, VELOCITY: ratio} for values, ratio in zip(sets, ratios, strict=True)]
-        return learn_bands(everything, self.kinds, self.settings.false_alarm)
+        kinds = {name: kind for name, kind in self.kinds.items() if name != PANEL}
+        rate = self.settings.false_alarm / len(self.kinds)
+        found = learn_bands(everything, kinds, rate)
+        if PANEL not in self.kinds:
+            return found
+        panels = [{PANEL: panel(values, found)} for values in sets]
+        return {**learn_bands(panels, {PANEL: "quality"}, rate), **found}
 
     def audit(self, measured: Measured, divergence: Divergence, bands: Mapping[str, Band]) -> Audit:
         """The audit of one evaluation."""
         values = {name: float(np.nanmean(found)) for name, found in measured.values.items()}
+        if PANEL in bands:
+            values[PANEL] = float(np.nanmean(panel(measured.values, bands)))
         values[VELOCITY] = divergence.velocity_ratio.mean().item()
         return Audit(values, dict(bands), float(np.nanmean(measured.proxy)), divergence.kl.mean().item())
+
+
+def panel(values: Values, bands: Mapping[str, Band]) -> np.ndarray:
+    """The mean of a prompt's held-out rewards, each in units of its spread over seeds, (n,); nan where it has none."""
+    units = [
+        values[name] / max(band.spread, 1e-9)
+        for name, band in bands.items()
+        if band.kind == "quality" and name != PANEL
+    ]
+    known = ~np.isnan(units)
+    total, count = np.where(known, units, 0.0).sum(0), known.sum(0)
+    return np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0)
 
 
 def spaced(items: Sequence[T], count: int) -> list[T]:
