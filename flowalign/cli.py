@@ -1,4 +1,4 @@
-"""The command line: `flowalign train compare collect sample score eval data report serve rewards recipes doctor`."""
+"""The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
 
 import errno
 import json
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowalign.cli_evaluate import data_app, eval_app
+from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
 from flowalign.command import console, quiet_libraries
@@ -25,6 +26,7 @@ from rewards import RewardError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
+app.add_typer(model_app, name="model")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
 
 
@@ -101,8 +103,8 @@ def compare(
 
 
 app.command()(sample)
-
 app.command()(plan)
+
 
 @app.command()
 def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:

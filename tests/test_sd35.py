@@ -67,6 +67,8 @@ def test_a_setting_that_the_model_does_not_take_is_refused(tiny_sd35: Path) -> N
         load_policy(settings(tiny_sd35, embedded_guidance=3.5))
     with pytest.raises(UserError, match="give 1 to 512"):
         load_policy(settings(tiny_sd35, max_sequence_length=0))
+    with pytest.raises(UserError, match="at most 128 pixels a side, not 32 x 136"):
+        load_policy(settings(tiny_sd35)).latent_shape(32, 136)
 
 
 def test_half_precision_keeps_gradients_that_its_numbers_are_too_coarse_for(tiny_sd35: Path) -> None:

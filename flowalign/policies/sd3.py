@@ -39,6 +39,16 @@ class SD3Policy(PipelinePolicy):
         transformer: Any = self.module
         return int(transformer.config.patch_size)
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """(16, height / 8, width / 8) of the published models; UserError beyond the table of learnt positions."""
+        transformer: Any = self.module
+        largest = transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
+        if max(height, width) > largest:
+            raise UserError(
+                f"model.height, model.width: this model draws at most {largest} pixels a side, not {height} x {width}"
+            )
+        return super().latent_shape(height, width)
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Condition:
         """As the pipeline encodes them: "embeds" (B, L, D) and "pooled" (B, P)."""

@@ -1,0 +1,47 @@
+"""The command line's `flowalign model`: whether a model's adapter does what its pipeline does."""
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from flowalign.command import console, device, quiet_libraries
+
+model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_help=True)
+
+
+@model_app.callback()
+def _group() -> None:
+    """So that `check` keeps its name while it is the only one."""
+
+
+@model_app.command()
+def check(
+    path: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
+    size: Annotated[
+        int | None, typer.Option(min=8, help="pixels of a side; the default is 64 for toyworld, else 256")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="denoising steps of every rollout")] = 4,
+    guidance: Annotated[float, typer.Option(min=1, help="of the rollout with guidance")] = 4.0,
+    max_sequence_length: Annotated[
+        int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")
+    ] = None,
+) -> None:
+    """Compare a model with its plain diffusers pipeline, in float32. Exit code 1 if a check fails."""
+    quiet_libraries()
+    from flowalign.policies.check import check_model
+    from flowalign.policies.loading import EMBEDDED, model_settings
+
+    settings = model_settings(path, None, size, max_sequence_length)
+    if size is None and settings.path != EMBEDDED:
+        settings = settings.model_copy(update={"height": 256, "width": 256})
+    findings = check_model(settings, device(), steps=steps, guidance=guidance)
+    sides = f"{settings.height} x {settings.width} pixels, {steps} steps, float32"
+    table = Table("check", "result", "detail", title=escape(f"{path}: {sides}"), title_justify="left")
+    for line, passed, detail in findings:
+        mark = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "-"}[passed]
+        table.add_row(line, mark, escape(detail))
+    console.print(table)
+    if any(finding.passed is False for finding in findings):
+        raise typer.Exit(1)

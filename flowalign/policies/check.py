@@ -1,0 +1,274 @@
+"""Does an adapter do what its pipeline does? One line for each thing that a training run relies on, with its number.
+
+The pipeline is loaded a second time, untouched, and drawn from with the same noise, after the policy has been let go.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flowalign.config import Lora, Model, Rollout, Sampler
+from flowalign.data import Row
+from flowalign.policies.base import Condition
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.loading import find_family
+from flowalign.policies.weights import merge_adapter, target_modules
+from flowalign.rollout import rollout
+from flowalign.sampling import counted_generator, counted_noise
+from flowalign.sampling.noise import EVALUATION
+from flowalign.toyworld.render import Scene, render
+from rewards.contract import Finding
+
+PROMPTS = ("a photo of a red star", 'a sign that says "AB CD"', "two rings")
+KEY = (EVALUATION, 0, 0)
+CLOSE = 1e-4
+
+
+class _Drawn(NamedTuple):
+    """Pictures, the latents they were decoded from, in the pipeline's layout, and how the pipeline draws the same."""
+
+    media: torch.Tensor
+    latents: torch.Tensor
+    arguments: dict[str, Any]
+
+
+class _Traced(NamedTuple):
+    """What the plain pipeline did: pictures, the latents after every step, its schedule."""
+
+    media: torch.Tensor
+    states: list[torch.Tensor]
+    sigmas: torch.Tensor
+
+
+def check_model(model: Model, device: torch.device | str, *, steps: int = 4, guidance: float = 4.0) -> list[Finding]:
+    """All checks of a model, in float32 at its settings' size; `passed` is None for a figure that is only reported.
+
+    Raises UserError for a model that does not load, or settings that it does not take.
+    """
+    family, path = find_family(model)
+    device = torch.device(device)
+    pipeline = family.load_pipeline(path, torch.float32)
+    names = [name for name, _ in pipeline.transformer.named_modules()]
+    groups = [group for group in family.targets if target_modules(names, group, family.targets)]
+    lora = Lora(rank=4, alpha=4, targets=tuple(groups))
+    policy = family(pipeline, model.model_copy(update={"dtype": "fp32", "lora": lora}), device, 0)
+    del pipeline
+    samplers = [Sampler(steps=steps), Sampler(steps=steps, guidance=guidance)]
+    noise = counted_noise(
+        [(*KEY, place, 0, 0) for place in range(len(PROMPTS))], policy.latent_shape(*policy.size), device
+    )
+    condition = policy.encode(PROMPTS)
+    level = torch.full((len(PROMPTS),), policy.sigmas(steps)[0].item(), device=device)
+    with torch.no_grad():
+        first = _packed(policy, policy.velocity(noise, level, condition))
+    drawn = [_draw(policy, sampler, noise) for sampler in samplers]
+    sigmas = policy.sigmas(steps)
+    own = [
+        _zero_noise(policy, samplers[1]),
+        _rows(policy, noise, condition),
+        _guidance(policy, noise, condition, guidance),
+    ]
+    reported = [_round_trip(policy), _one_step(policy, noise)]
+    gradients = _gradients(policy, noise, condition, groups)
+    with tempfile.TemporaryDirectory() as folder:
+        trained = _draw(policy, samplers[0], noise)
+        policy.export(Path(folder))
+        size = policy.size
+        del policy
+        plain = family.load_pipeline(path, torch.float32).to(device)
+        if model.adapter:
+            merge_adapter(plain, model.adapter)
+        traces = [_trace(plain, one.arguments, size, steps) for one in drawn]
+        plain.load_lora_weights(folder)
+        loaded = _trace(plain, trained.arguments, size, steps)
+    return [
+        _same("ODE rollout is the pipeline's", drawn[0], traces[0]),
+        _same(f"ODE rollout with guidance {guidance:g} is the pipeline's", drawn[1], traces[1]),
+        _schedule(sigmas, traces[0]),
+        _direction(first, drawn[0], traces[0]),
+        *own,
+        *gradients,
+        _same("the exported LoRA draws the same in the pipeline", trained, loaded),
+        *reported,
+    ]
+
+
+def _packed(policy: PipelinePolicy, latents: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = policy.pipeline_arguments(latents, 1.0)["latents"]
+    return packed.cpu()
+
+
+def _draw(policy: PipelinePolicy, sampler: Sampler, noise: torch.Tensor) -> _Drawn:
+    rows = [Row(place, prompt) for place, prompt in enumerate(PROMPTS)]
+    samples = rollout(policy, rows, 1, sampler, policy.size, KEY, batch=len(rows))
+    arguments = policy.pipeline_arguments(noise, sampler.guidance)
+    return _Drawn(samples.media.cpu(), _packed(policy, samples.latents), arguments)
+
+
+def _trace(pipeline: Any, arguments: dict[str, Any], size: tuple[int, int], steps: int) -> _Traced:
+    states: list[torch.Tensor] = []
+
+    def keep(_pipeline: Any, _step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        states.append(tensors["latents"].cpu())
+        return {}
+
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = size
+    media = pipeline(
+        list(PROMPTS),
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        output_type="pt",
+        callback_on_step_end=keep,
+        **arguments,
+    ).images
+    return _Traced(media.float().cpu(), states, pipeline.scheduler.sigmas.float().cpu())
+
+
+def _same(check: str, ours: _Drawn, theirs: _Traced) -> Finding:
+    """Latents too: pictures end at 0 and 1, which hides much."""
+    pictures, latents = _distance(ours.media, theirs.media), _distance(ours.latents, theirs.states[-1])
+    scale = max(1.0, theirs.states[-1].abs().max().item())
+    detail = f"largest difference {pictures:.1e} in pictures, {latents:.1e} in latents"
+    return Finding(check, pictures <= CLOSE and latents <= CLOSE * scale, detail)
+
+
+def _schedule(sigmas: torch.Tensor, theirs: _Traced) -> Finding:
+    same = sigmas.shape == theirs.sigmas.shape
+    distance = _distance(sigmas, theirs.sigmas) if same else float("inf")
+    return Finding("sigmas are the pipeline's", distance <= CLOSE, f"largest difference {distance:.1e}")
+
+
+def _direction(velocity: torch.Tensor, ours: _Drawn, theirs: _Traced) -> Finding:
+    """The pipeline's own velocity is read from its first step."""
+    start = ours.arguments["latents"].cpu()
+    true = (theirs.states[0] - start) / (theirs.sigmas[1] - theirs.sigmas[0])
+    cosine = torch.cosine_similarity(velocity.flatten(), true.flatten(), dim=0).item()
+    return Finding("velocity has the pipeline's sign", cosine > 0.999, f"cosine {cosine:+.4f} with its first step")
+
+
+def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Finding:
+    rows = [Row(place, prompt) for place, prompt in enumerate(PROMPTS)]
+    last = max(1, sampler.steps - 1)
+    still = Rollout(steps=sampler.steps, guidance=sampler.guidance, noise_level=1e-6, window=(0, last))
+    with_sde, with_ode = (
+        rollout(policy, rows, 1, one, policy.size, KEY, batch=len(rows)).latents for one in (still, sampler)
+    )
+    distance = _distance(with_sde, with_ode)
+    scale = max(1.0, with_ode.abs().max().item())
+    return Finding(
+        "zero SDE noise is the ODE", distance <= CLOSE * scale, f"largest difference {distance:.1e} in latents"
+    )
+
+
+@torch.no_grad()
+def _rows(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition) -> Finding:
+    """Text and velocity of every row, with noise levels of their own, against the row by itself."""
+    sigma = torch.linspace(0.9, 0.3, len(noise), device=noise.device)
+    together = policy.velocity(noise, sigma, condition)
+    text, velocities = [], []
+    for place, prompt in enumerate(PROMPTS):
+        row, alone = slice(place, place + 1), policy.encode([prompt])
+        for name, tensor in alone.tensors.items():
+            text.append(_distance(condition[row].tensors[name], tensor))
+        velocities.append(_distance(together[row], policy.velocity(noise[row], sigma[row], alone)))
+    close = all(distance <= 10 * CLOSE for distance in (*text, *velocities))
+    detail = f"largest difference {max(text):.1e} in text, {max(velocities):.1e} in velocities"
+    return Finding("a row of a batch is the row alone", close, detail)
+
+
+@torch.no_grad()
+def _guidance(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, guidance: float) -> Finding:
+    sigma = torch.full((len(noise),), 0.6, device=noise.device)
+    prompt = policy.velocity(noise, sigma, condition)
+    empty = policy.velocity(noise, sigma, policy.encode([""] * len(noise)))
+    distance = _distance(policy.guided_velocity(noise, sigma, condition, guidance), empty + guidance * (prompt - empty))
+    return Finding("one guidance batch is two passes", distance <= 10 * CLOSE, f"largest difference {distance:.1e}")
+
+
+def _gradients(
+    policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, groups: Sequence[str]
+) -> list[Finding]:
+    """A module without a gradient is a mistake only if the velocity depends on it.
+
+    The last block's text queries of Stable Diffusion 3 do not matter, for one. Leaves the weights moved.
+    """
+    weights = policy.trainable_parameters()
+    generator = counted_generator(0)
+    with torch.no_grad():  # adapters start with a zero factor, which hides the other one's gradient
+        for weight in weights.values():
+            weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
+    sigma = torch.full((1,), 0.6, device=noise.device)
+    velocity = policy.velocity(noise[:1], sigma, condition[[0]])
+    loss = velocity.square().mean()
+    found: Sequence[torch.Tensor | None] = [None] * len(weights)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    adapted = list(dict.fromkeys(name.split(".lora_")[0] for name in weights))
+    without = {
+        name.split(".lora_")[0]
+        for name, gradient in zip(weights, found, strict=True)
+        if gradient is None or not gradient.isfinite().all() or not gradient.any()
+    }
+    lines = []
+    for group in groups:
+        modules = target_modules(adapted, group, policy.targets)
+        idle = [name for name in modules if name in without]
+        missed = [name for name in idle if _matters(policy, name, noise[:1], sigma, condition[[0]], velocity)]
+        unused = len(idle) - len(missed)
+        detail = f"{len(modules) - len(idle)} of {len(modules)} modules"
+        detail += f"; on {unused} more the velocity does not depend" if unused else ""
+        detail += f"; not {missed[0]}" if missed else ""
+        passed = None if unused == len(modules) else not missed
+        lines.append(Finding(f"a gradient reaches {group}", passed, detail))
+    return lines
+
+
+@torch.no_grad()
+def _matters(
+    policy: PipelinePolicy,
+    module: str,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    condition: Condition,
+    velocity: torch.Tensor,
+) -> bool:
+    """Whether other adapters on this module change the velocity."""
+    parts = [weight for name, weight in policy.trainable_parameters().items() if name.startswith(f"{module}.lora_")]
+    kept = [part.clone() for part in parts]
+    for part in parts:
+        part.add_(1.0)
+    changed = _distance(policy.velocity(x, sigma, condition), velocity) > 0
+    for part, before in zip(parts, kept, strict=True):
+        part.copy_(before)
+    return changed
+
+
+@torch.no_grad()
+def _round_trip(policy: PipelinePolicy) -> Finding:
+    picture = _picture(policy)
+    error = (policy.decode(policy.encode_media(picture)) - picture).square().mean()
+    detail = f"PSNR {-10 * error.log10().item():.1f} dB of a drawn sign; above 25 on a trained autoencoder"
+    return Finding("VAE round trip", None, detail)
+
+
+@torch.no_grad()
+def _one_step(policy: PipelinePolicy, noise: torch.Tensor) -> Finding:
+    x0, half = policy.encode_media(_picture(policy)), torch.full((1,), 0.5, device=noise.device)
+    x = (x0 + noise[:1]) / 2
+    error = (x - 0.5 * policy.velocity(x, half, policy.empty_condition) - x0).norm() / (x - x0).norm()
+    detail = f"leaves {error.item():.2f} of a half-noised picture's error; below 1 on a trained model"
+    return Finding("one step to x0", None, detail)
+
+
+def _picture(policy: PipelinePolicy) -> torch.Tensor:
+    drawn = torch.from_numpy(render(Scene(lines=("HELLO",)))).permute(2, 0, 1)[None].float() / 255
+    return torch.nn.functional.interpolate(drawn, policy.size, mode="bilinear").to(policy.device)
+
+
+def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
+    return (left - right).abs().max().item()

@@ -1,0 +1,128 @@
+"""`flowalign model check`: right adapters pass, and each kind of wrong one fails the line that names its mistake."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowalign.cli import main
+from flowalign.config import Model
+from flowalign.policies import loading
+from flowalign.policies.check import check_model
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.flux import FluxPolicy
+
+Flux = Callable[[bool], Path]
+
+
+def failed_lines(folder: Path) -> set[str]:
+    model = Model(path=str(folder), height=16, width=24, max_sequence_length=12)
+    return {finding.check for finding in check_model(model, "cpu", steps=2) if finding.passed is False}
+
+
+@pytest.mark.parametrize("kind", ["sd35", "flux dev", "flux schnell"])
+def test_a_right_adapter_passes_every_line(tiny_sd35: Path, tiny_flux: Flux, kind: str) -> None:
+    folder = tiny_sd35 if kind == "sd35" else tiny_flux(kind == "flux dev")
+    model = Model(path=str(folder), height=16, width=24, max_sequence_length=12)
+    findings = check_model(model, "cpu", steps=2)
+    assert {f.check: f.detail for f in findings if f.passed is False} == {}
+    reported = {finding.check for finding in findings if finding.passed is None}
+    assert reported == {"VAE round trip", "one step to x0"}
+    gradients = {f.check: f.detail for f in findings if f.check.startswith("a gradient reaches")}
+    if kind == "sd35":
+        # The text stream ends before the last block's end, so that its text queries change nothing.
+        assert gradients["a gradient reaches attention"] == ("22 of 23 modules; on 1 more the velocity does not depend")
+        assert gradients["a gradient reaches image_attention"] == "8 of 8 modules"
+    else:
+        assert gradients["a gradient reaches attention"] == "22 of 22 modules"
+
+
+class Backwards(FluxPolicy):
+    def _forward(self, x, sigma, condition):
+        return -super()._forward(x, sigma, condition)
+
+
+class Unshifted(FluxPolicy):
+    def _shift(self):
+        return super()._shift() + 0.5
+
+
+class Mixed(FluxPolicy):
+    def encode(self, prompts):
+        condition = super().encode(prompts)
+        return condition[[*range(1, len(prompts)), 0]]
+
+
+class Overguided(FluxPolicy):
+    def guided_velocity(self, x, sigma, condition, guidance):
+        return super().guided_velocity(x, sigma, condition, guidance + 1)
+
+
+class Detached(FluxPolicy):
+    def _forward(self, x, sigma, condition):
+        with torch.no_grad():
+            return super()._forward(x, sigma, condition)
+
+
+class Unscaled(FluxPolicy):
+    def decode(self, latents):
+        return super().decode(latents * 2)
+
+
+DRAWS = {
+    "ODE rollout is the pipeline's",
+    "ODE rollout with guidance 4 is the pipeline's",
+    "the exported LoRA draws the same in the pipeline",
+}
+
+
+@pytest.mark.parametrize(
+    ("broken", "lines"),
+    [
+        (Backwards, {*DRAWS, "velocity has the pipeline's sign"}),
+        (Unshifted, {*DRAWS, "sigmas are the pipeline's"}),
+        (Mixed, {*DRAWS, "a row of a batch is the row alone", "velocity has the pipeline's sign"}),
+        (Overguided, {"ODE rollout with guidance 4 is the pipeline's", "one guidance batch is two passes", *DRAWS}),
+        (Detached, {"a gradient reaches attention", "a gradient reaches feed_forward"}),
+        (Unscaled, DRAWS),
+    ],
+)
+def test_a_broken_adapter_fails_the_line_of_its_mistake(
+    tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, broken: type[PipelinePolicy], lines: set[str]
+) -> None:
+    monkeypatch.setitem(loading.FAMILIES, "FluxPipeline", broken)
+    assert failed_lines(tiny_flux(True)) == lines
+
+
+def test_the_command_prints_the_table_and_ends_with_1_where_a_line_fails(
+    tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["model", "check", str(tiny_flux(False)), "--size", "16", "--steps", "2", "--max-sequence-length", "8"]
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 0
+    assert "FAIL" not in (text := capsys.readouterr().out) and text.count("pass") >= 8
+    monkeypatch.setitem(loading.FAMILIES, "FluxPipeline", Backwards)
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/no/such/folder", "does not exist; give a diffusers pipeline folder or a hub id"),
+        ("nobody/nothing", "is no local folder, and the hub did not give it"),
+    ],
+)
+def test_a_path_that_is_no_model_is_one_sentence(
+    path: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit) as ended:
+        main(["model", "check", path])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
