@@ -197,7 +197,7 @@ def test_every_setting_is_described_where_it_is_held():
         (
             "  path: toyworld",
             "  dtype: fp8",
-            "demo.yaml, line 4: model.dtype should be 'auto', 'bf16' or 'fp32', not 'fp8'",
+            "demo.yaml, line 4: model.dtype should be 'auto', 'bf16', 'fp16' or 'fp32', not 'fp8'",
         ),
         ("toyworld/words_train", "5", "demo.yaml, line 2: prompts should be a valid string, not 5"),
         ("name: demo", "name: a/b", "demo.yaml, line 1: name: "),
