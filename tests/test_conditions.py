@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from flowalign import conditions
 from flowalign.conditions import CachedConditions, cache_conditions
@@ -130,6 +133,24 @@ def test_a_run_with_kept_conditions_has_the_numbers_of_one_without(values: dict[
         assert one["reward"]["total"] == pytest.approx(other["reward"]["total"], rel=1e-5)
         assert one["forwards"] == other["forwards"]
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_encode_a_share_each_and_read_one_cache(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"]["steps"] = 1
+    values["model"]["cache_conditions"] = str(tmp_path / "cache")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
+    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([*launch, str(script), str(tmp_path / "recipe.yaml")], check=True, env=environment, timeout=900)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(list(folder.glob("*.safetensors"))) == 5  # four prompts and the empty one
+    assert not list(folder.glob(".partial*"))
+    two = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    values["run"]["folder"] = str(tmp_path / "one")
+    one = json.loads((train(recipe_from_dict(values), display=Display(quiet=True)) / "metrics.jsonl").read_text())
+    assert two["reward"]["total"] == pytest.approx(one["reward"]["total"], rel=1e-5)
 
 
 def test_a_script_s_own_policy_is_not_taken_for_the_recipe_s_model(make: Make, values: dict[str, Any]) -> None:

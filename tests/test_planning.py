@@ -1,7 +1,7 @@
 """A plan's numbers are those of the model and the run that it is for, and what cannot work is refused with what can.
 
-Activations are estimated on the meta device. `test_the_estimated_peak_is_near_the_measured_one` holds them to what
-PyTorch's profiler measures on a processor.
+Activations are estimated on the meta device and held to what PyTorch's profiler measures on a processor in float32. On a
+GPU, where autocast and flash attention are imitated, the estimate has not been measured.
 """
 
 import json
@@ -18,7 +18,7 @@ from flowalign.cli import main
 from flowalign.config import Model, Recipe, load_recipe, recipe_from_dict
 from flowalign.display import Display
 from flowalign.forwards import step_forwards
-from flowalign.modelsize import decode_pass, meta_policy, parameters, transformer_pass
+from flowalign.modelsize import condition_rows, decode_pass, meta_policy, parameters, transformer_pass
 from flowalign.planning import GIB, RUNTIME, Costs, held, phases, plan, snapshots
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import load_policy, toyworld_model
@@ -35,6 +35,20 @@ def test_the_embedded_model_s_parameters_are_exact() -> None:
         assert counted[name] == sum(p.numel() for key, p in part.named_parameters() if "lora_" not in key)
     assert counted["trainable"] == sum(p.numel() for p in policy.trainable_parameters().values())
     assert counted["buffers"] == sum(buffer.numel() for buffer in policy.transformer.buffers())
+
+
+@pytest.mark.parametrize("family", ["sd35", "flux"])
+def test_conditions_and_parameters_of_every_family_have_their_sizes(
+    family: str, tiny_sd35: Path, tiny_flux: Callable[[bool], Path]
+) -> None:
+    folder = tiny_sd35 if family == "sd35" else tiny_flux(True)
+    model = Model(path=str(folder), height=64, width=64, max_sequence_length=16, dtype="fp32")
+    planned, real = meta_policy(model), load_policy(model)
+    shapes = {name: tensor.shape for name, tensor in real.encode(["a sign", "a star"]).tensors.items()}
+    assert {name: tensor.shape for name, tensor in condition_rows(planned, 2).tensors.items()} == shapes
+    assert planned.latent_shape(64, 64) == real.latent_shape(64, 64)
+    assert parameters(planned) == parameters(real)
+    assert transformer_pass(planned, 2, backward=True).flops > 2 * transformer_pass(planned, 2, backward=False).flops
 
 
 SD35_MEDIUM = """
@@ -116,7 +130,7 @@ def measured_peak(policy: PipelinePolicy, rows: int) -> int:
 def test_the_estimated_peak_is_near_the_measured_one() -> None:
     model = toyworld_model().model_copy(update={"dtype": "fp32"})
     real, planned = measured_peak(load_policy(model), 8), transformer_pass(meta_policy(model), 8, backward=True).peak
-    assert planned == pytest.approx(real, rel=0.1)
+    assert planned == pytest.approx(real, rel=0.02)  # 0.1 % here, 0.3 % with checkpointing
 
 
 def test_checkpointing_needs_less_memory_and_one_more_forward(tiny_model: Path) -> None:
@@ -199,6 +213,9 @@ def test_kept_conditions_and_the_8_bit_optimizer_need_less(roomy: Callable[..., 
     after = {part.name: part.bytes for part in held(small, costs, 1)}
     assert before["text encoders"] > 0 and after["text encoders"] == 0
     assert after["optimizer"] == before["optimizer"] / 4
+    needs = phases(small, costs, 1, step_forwards(small)[-1])
+    starting = ("transformer", "autoencoder", "adapters", "runtime", "text encoders")
+    assert needs["start"] == sum(before[name] for name in starting)
 
 
 def test_what_does_not_fit_is_refused_with_settings_that_do(roomy: Callable[..., Recipe], costs: Costs) -> None:
