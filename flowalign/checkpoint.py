@@ -44,18 +44,22 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`.
 
-    `memory` is what others than the policy remember: a file of tensors for each name.
+    `memory` is what others than the policy remember: a file of tensors for each name. One of that step that is there
+    is left alone: it holds the same, and at no moment may there be none.
 
     Raises UserError when the disk does not take it; older checkpoints are then untouched.
     """
     target = checkpoint_path(folder, counters["step"])
-    partial = folder / f".partial_{target.name}"
+    if target.is_dir():
+        return target
+    partial = _partial(target)
     snapshots = {
         f"{name}{_SEPARATOR}{key}": tensor for name, kept in policy.snapshots.items() for key, tensor in kept.items()
     }
     state, groups = _optimizer_tensors(optimizer)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(_partial(Path("*")).name):  # by runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(policy.trainable_state(), partial / "weights.safetensors")
         save_file(snapshots, partial / "snapshots.safetensors")
@@ -65,7 +69,6 @@ def save_checkpoint(
         (partial / "state.json").write_text(json.dumps({"counters": dict(counters), "optimizer": groups}))
         for path in [*partial.iterdir(), partial]:
             _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
         _sync(folder)
     except (OSError, SafetensorError) as error:
@@ -73,9 +76,13 @@ def save_checkpoint(
         last = checkpoints(folder)
         kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
         raise UserError(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    for old in checkpoints(folder)[:-keep]:  # renamed first, so that a kill leaves no torn one
+        shutil.rmtree(old.rename(_partial(old)))
     return target
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".partial_{path.name}")
 
 
 def load_checkpoint(

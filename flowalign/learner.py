@@ -13,6 +13,7 @@ from flowalign.algorithms import Batch
 from flowalign.config import Recipe
 from flowalign.items import Items
 from flowalign.policies.base import Policy
+from flowalign.processes import shared_out
 from flowalign.rollout import Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
@@ -56,12 +57,13 @@ class Learner:
         for turn in range(train.passes):
             items = Items(samples, recipe, step, turn)
             units = items.units()
-            generator = counted_generator(ITEMS, recipe.run.seed, step, self.accelerator.process_index, turn)
-            parts = units[torch.randperm(len(units), generator=generator)].tensor_split(train.updates_per_step)
-            counts = torch.tensor([len(part) for part in parts], device=self.accelerator.device)
-            for part, total in zip(parts, self.accelerator.reduce(counts, "sum").tolist(), strict=True):
+            generator = counted_generator(ITEMS, recipe.run.seed, step, 0, turn)
+            count = torch.tensor([len(units)], device=self.accelerator.device)
+            counts = self.accelerator.gather(count).tolist()
+            for own, total in shared_out(counts, self.accelerator.process_index, train.updates_per_step, generator):
                 if total == 0:
                     continue
+                part = units[own]
                 if before_first:
                     before_first(items.batch(self._chunks(part)[0], self.update))
                     before_first = None

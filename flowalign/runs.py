@@ -1,5 +1,6 @@
 """A run folder: recipe, versions, metrics, evaluations, pictures, checkpoints, weights, report."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -52,7 +53,7 @@ class RunFolder:
             raise UserError(f"{run.path} already holds a run; go on with --resume, or set run.folder to another place")
         if resume and not saved.exists():
             raise UserError(f"{run.path} holds no run to resume; leave --resume out to begin one")
-        if not resume and run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if not resume and run.path.exists() and not _is_empty(run.path):
             raise UserError(f"{run.path} exists and is no run; set run.folder to another place")
         if resume:
             refuse_changes(load_recipe(saved), recipe)
@@ -97,16 +98,20 @@ class RunFolder:
             lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) in range(step + 1)]
             replace_text(self.metrics, "".join(line + "\n" for line in lines))
 
+    def evaluation(self, name: str) -> Path:
+        """Where the evaluation of that name is, or would be."""
+        return self.path / "evaluations" / f"{name}.json"
+
     def write_evaluation(self, name: str, evaluated: Evaluated, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write evaluations/NAME.json and the pictures samples/NAME/; returns the summary."""
+        """Write the pictures samples/NAME/ and last evaluations/NAME.json, which says that all is there.
+
+        Returns the summary.
+        """
         rows = [
             {"prompt": row.prompt, **({"tag": tag} if (tag := row.metadata.get("tag")) else {}), "scores": scores}
             for row, scores in zip(evaluated.rows, evaluated.scores, strict=True)
         ]
         summary = evaluated.summary()
-        (self.path / "evaluations").mkdir(exist_ok=True)
-        contents = {**about, "rows": rows, "summary": summary}
-        replace_text(self.path / "evaluations" / f"{name}.json", json.dumps(contents) + "\n")
         if len(evaluated.pictures):
             folder = self.path / "samples" / name
             save_pictures(folder, evaluated.pictures)
@@ -115,6 +120,9 @@ class RunFolder:
             shown = list(dict.fromkeys(row.index for row in evaluated.rows))[: len(evaluated.pictures)]
             prompts = {row.index: row.prompt for row in evaluated.rows}
             replace_text(self.path / "samples" / name / "prompts.json", json.dumps([prompts[i] for i in shown]) + "\n")
+        (self.path / "evaluations").mkdir(exist_ok=True)
+        contents = {**about, "rows": rows, "summary": summary}
+        replace_text(self.evaluation(name), json.dumps(contents) + "\n")
         return summary
 
     def keep_weights(self, name: str, export: Callable[[Path], None], about: Mapping[str, Any]) -> None:
@@ -123,6 +131,23 @@ class RunFolder:
             export(folder)
             kept = {key: about[key] for key in ("step", "audit")}
             (folder / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether it is a folder with nothing in it but what a killed run left half-written."""
+    return folder.is_dir() and all(path.name.startswith(".partial_") for path in folder.iterdir())
+
+
+@contextmanager
+def disk_explained(folder: Path) -> Iterator[None]:
+    """A full or read-only disk under a run folder as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        what = f"cannot write to {error.filename or folder}: {error.strerror}"
+        raise UserError(f"{what}; make room, then go on from the last checkpoint with --resume") from error
 
 
 def _step_of(line: str) -> int:

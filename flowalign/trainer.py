@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from flowalign.algorithms import Batch
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
-from flowalign.config import Evaluation, Recipe
 from flowalign.conditions import cache_conditions
+from flowalign.config import Evaluation, Recipe
 from flowalign.data import Row, load_prompts, step_rows
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, gathered
+from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, evaluated_by_all
 from flowalign.evaluate.report import write_report
 from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.interrupt import Interrupted, asked_to_stop
@@ -28,14 +27,15 @@ from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
+from flowalign.processes import accelerator_for, gathered, prepared, summed
 from flowalign.rollout import Samples, rollout
-from flowalign.runs import RunFolder, command_line, now, versions
+from flowalign.runs import RunFolder, command_line, disk_explained, now, versions
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import self_test
 from flowalign.settings import UserError
-from rewards import Reward
 from flowalign.tracking import check_trackers, evaluation_values, step_values
+from rewards import Reward
 
 
 class Trainer:
@@ -52,9 +52,9 @@ class Trainer:
     ):
         """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards."""
         self.recipe = recipe
-        self.judging = Judging(recipe, rewards)
         check_trackers(recipe.run.trackers)
         optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
+        self.judging = Judging(recipe, rewards)
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
         if self.store is not None:
             self.store.check(recipe)
@@ -72,11 +72,7 @@ class Trainer:
         if recipe.guard and self.evaluation_rows:
             training_rows = self.store.rows if self.store is not None else self.rows
             self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, training_rows)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            log_with=list(recipe.run.trackers) or None,
-            project_dir=str(recipe.folder),
-        )
+        self.accelerator = accelerator_for(recipe)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         if recipe.train.prompts_per_step % self.world:
             raise UserError(
@@ -88,25 +84,22 @@ class Trainer:
         self.policy = policy or load_policy(recipe.model, self.accelerator.device, recipe.run.seed)
         if self.store is not None:
             self.store.check_model(self.policy)
-        grid = self.policy.sigmas(recipe.rollout.steps, recipe.rollout.grid)
         rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
         cache_conditions(self.policy, recipe.model, [row.prompt for row in rows], self.accelerator, given=policy)
+        grid = self.policy.sigmas(recipe.rollout.steps, recipe.rollout.grid)
         if isinstance(recipe.algorithm, ForwardAlgorithm):
             try:
                 recipe.algorithm.levels(grid, counted_generator(0))
             except ValueError as error:
                 raise UserError(str(error)) from error
-        self.policy.transformer = self.accelerator.prepare_model(self.policy.transformer)
+        self.policy.transformer = prepared(self.accelerator, self.policy.transformer)
         self.learner = Learner(recipe, self.policy, self.accelerator)
         if recipe.train.ema_decay:
             self.policy.snapshot("ema")
         recipe.algorithm.state.clear()  # of an earlier run of the same recipe
         recipe.algorithm.begin(self.policy)
         self.step = 0
-        self.minutes, self.policy.forwards = 0.0, 0
-        if self.store is not None:
-            self.minutes, forwards = self.store.spent()
-            self.policy.forwards = forwards // self.world
+        self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
         self.tested = False
         self.evaluated_at: int | None = None
@@ -116,6 +109,10 @@ class Trainer:
         self.run_folder = RunFolder(recipe.folder)
         if resume:
             self._resume()
+
+    @property
+    def _name(self) -> str:
+        return f"step_{self.step:06d}"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -129,17 +126,19 @@ class Trainer:
         """
         recipe, train = self.recipe, self.recipe.train
         self._begin()
-        with asked_to_stop(self.display.say) as self.stop, self.display.training(train.steps, self.step):
-            if self.step == 0:
+        training, disk = self.display.training(train.steps, self.step), disk_explained(self.run_folder.path)
+        with asked_to_stop(self.display.say) as self.stop, training, disk:
+            if self.step == 0 and self.evaluated_at != 0:
                 self._evaluate()
             while self.step < train.steps and not self._out_of_time() and not self._guarded():
                 self._train_step()
                 due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
                 if due and self.step < train.steps and not self._out_of_time():
                     self._evaluate()
-                if self.step % recipe.run.checkpoint_every == 0 or self.stop.is_set():
+                (asked,) = summed(self.accelerator, self.stop.is_set())  # all leave after the same step
+                if self.step % recipe.run.checkpoint_every == 0 or asked:
                     self._checkpoint()
-                if self.stop.is_set():
+                if asked:
                     self._report(stopped="asked to stop")
                     raise Interrupted(f"stopped after step {self.step} of {train.steps}; go on with --resume")
             if self.evaluated_at != self.step:
@@ -163,6 +162,7 @@ class Trainer:
     def _train_step(self) -> None:
         started = time.perf_counter()
         self.seconds.clear()
+        self.policy.forwards = 0
         with self._phase("rollout"):
             samples = self._samples()
         with self._phase("reward"):
@@ -173,11 +173,11 @@ class Trainer:
                 samples, self.step, None if self.tested else partial(self._self_test, samples)
             )
         self.step += 1
-        self.minutes += (time.perf_counter() - started) / 60
+        self._spend((time.perf_counter() - started) / 60)
         line = {
             "step": self.step,
             "minutes": self.minutes,
-            "forwards": self.policy.forwards * self.world,
+            "forwards": self.forwards,
             **figures,
             "seconds": dict(self.seconds),
         }
@@ -189,6 +189,12 @@ class Trainer:
         self.display.step(line)
         for alarm in alarms:
             self.display.say(f"alarm at step {self.step}: {alarm}")
+
+    def _spend(self, minutes: float) -> None:
+        """Count a step's minutes and forwards, over all processes: they must agree on when the time is over."""
+        minutes, forwards = summed(self.accelerator, minutes / self.world, self.policy.forwards)
+        self.minutes += minutes
+        self.forwards += int(forwards)
 
     def _samples(self) -> Samples:
         """This process's share of the step's groups: drawn by the behaviour policy, or taken from the store."""
@@ -218,13 +224,14 @@ class Trainer:
         samples.scored = self.judging.score(samples)
         own, algorithm = samples.scored, self.recipe.algorithm
         assert own.measured is not None
-        measured = self._gathered(own.measured)
+        together = partial(gathered, self.accelerator)
+        measured = together(own.measured)
         everyone = own._replace(
-            total=self._gathered(own.total),
-            values=self._gathered(own.values),
-            applies=self._gathered(own.applies),
+            total=together(own.total),
+            values=together(own.values),
+            applies=together(own.applies),
             previews=None if own.previews is None else self.accelerator.gather(own.previews),
-            trust=None if own.trust is None else self._gathered(own.trust),
+            trust=None if own.trust is None else together(own.trust),
         )
         groups = torch.arange(self.recipe.train.prompts_per_step, device=own.total.device)
         groups = groups.repeat_interleave(self.recipe.train.group_size)
@@ -245,10 +252,6 @@ class Trainer:
         if everyone.trust is not None:
             figures["trust"] = everyone.trust.mean().item()
         return figures
-
-    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
-        """The samples of all processes along the last axis, of a tensor (N,) or (K, N) of this process's."""
-        return self.accelerator.gather(part.movedim(-1, 0).contiguous()).movedim(0, -1)
 
     # What surrounds the steps.
 
@@ -272,7 +275,9 @@ class Trainer:
     def _self_test(self, samples: Samples, batch: Batch) -> None:
         self.tested = True
         forwards = self.policy.forwards
-        results = self_test(self.policy, self.recipe.algorithm, batch, samples)
+        # Forwards whose gradients nobody waits for would make the next backward pass average them.
+        with self.accelerator.no_sync(self.policy.transformer):
+            results = self_test(self.policy, self.recipe.algorithm, batch, samples)
         self.policy.forwards = forwards
         self.display.self_test(results)
         if self.main:
@@ -286,7 +291,6 @@ class Trainer:
         if not self.evaluation_rows:
             return
         started = time.perf_counter()
-        forwards = self.policy.forwards
         with out_of_memory_explained("evaluation", self.recipe), self.averaged():
             evaluated = self._measure(self.evaluation_rows, settings)
             audit = None
@@ -295,11 +299,10 @@ class Trainer:
                     with self.policy.reference():
                         self.guarding.learn(self.policy, self._measure, evaluated if self.step == 0 else None)
                 audit = self.guarding.audit(self.policy, evaluated)
-        self.policy.forwards = forwards  # measuring is not part of the training budget
         about = {
             "step": self.step,
             "minutes": self.minutes,
-            "forwards": forwards * self.world,
+            "forwards": self.forwards,  # measuring is not part of the training budget
             "guidance": settings.guidance,
             "sampler_steps": settings.steps,
             "seconds": time.perf_counter() - started,
@@ -309,12 +312,12 @@ class Trainer:
             about["audit"] = audit.contents()
             best = self.guarding.conclude(about["audit"])
         if self.main:
-            summary = self.run_folder.write_evaluation(f"step_{self.step:06d}", evaluated, about)
-            self.display.evaluation(self.step, summary, about["seconds"])
-            self.accelerator.log(evaluation_values(summary, about.get("audit")), step=self.step)
-            for name in best:
+            for name in best:  # before the evaluation is there, after which a resumed run does not make it again
                 with self.averaged():
                     self.run_folder.keep_weights(name, self.policy.export, about)
+            summary = self.run_folder.write_evaluation(self._name, evaluated, about)
+            self.accelerator.log(evaluation_values(summary, about.get("audit")), step=self.step)
+            self.display.evaluation(self.step, summary, about["seconds"])
         if audit:
             self.display.audit(self.step, audit)
         self.evaluated_at = self.step
@@ -326,7 +329,7 @@ class Trainer:
         observe = self.guarding.auditor.observe if self.guarding else None
         with self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
             own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe)
-        return own if self.world == 1 else gathered(own, settings.pictures)
+        return own if self.world == 1 else evaluated_by_all(own, settings.pictures)
 
     def _guarded(self) -> bool:
         """Whether the guard ends the run."""
@@ -335,12 +338,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         if self.main:
-            counters = {
-                "step": self.step,
-                "update": self.learner.update,
-                "minutes": self.minutes,
-                "forwards": self.policy.forwards,
-            }
+            counters = {"step": self.step, "update": self.learner.update}
+            counters |= {"minutes": self.minutes, "forwards": self.forwards}
             keep = self.recipe.run.keep_checkpoints
             memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
@@ -356,10 +355,12 @@ class Trainer:
             }
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, memory)
             self.step, self.learner.update = counters["step"], counters["update"]
-            self.minutes, self.policy.forwards = counters["minutes"], counters["forwards"]
+            self.minutes, self.forwards = counters["minutes"], counters["forwards"]
         if self.main:
             self.run_folder.forget_after(self.step)
         self.accelerator.wait_for_everyone()
+        if self.run_folder.evaluation(self._name).exists():
+            self.evaluated_at = self.step
         if self.guarding:
             self.guarding.restore(self.run_folder.path)
 

@@ -43,7 +43,7 @@ def _weighted_means(values: torch.Tensor, weights: torch.Tensor, index: torch.Te
     count = int(index.max()) + 1
     sums = torch.zeros(2, count, dtype=values.dtype, device=values.device)
     sums[0].index_add_(0, index, weights * values)
-    sums[1].index_add_(0, index, weights)
+    sums[1].index_add_(0, index, weights.to(values.dtype))
     return (sums[0] / torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1])))[index]
 
 

@@ -124,7 +124,7 @@ def evaluate(
     return Evaluated(expanded, scored, shown, maps, seen)
 
 
-def gathered(own: Evaluated, pictures: int) -> Evaluated:
+def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:
     """The evaluations of all processes as one, in the order of the prompts, with the first `pictures` pictures."""
     judged = gather_object(list(zip(own.rows, own.scores, own.seen or [None] * len(own.rows), strict=True)))
     judged.sort(key=lambda one: one[0].index)
@@ -136,4 +136,4 @@ def gathered(own: Evaluated, pictures: int) -> Evaluated:
     stacked = torch.stack(images) if images else torch.empty(0)
     maps = {name: torch.stack([found[name] for _, _, found in kept[:pictures]]) for name in own.maps}
     rows, scores, seen = ([one[place] for one in judged] for place in range(3))
-    return Evaluated(rows, scores, stacked, maps, seen if own.seen else [])
+    return Evaluated(rows, scores, stacked, maps, [one for one in seen if one is not None])

@@ -1,0 +1,195 @@
+"""Runs recipes in several processes that share one import: `python process_worker.py JOBS.json`.
+
+Jobs come one after another; each has a `world`, as many processes forked from this one as a launcher would start, and
+`cases` that they train in turn. What each process drew, learnt and scored is written beside the case's run folder. A
+case may go on from a copy `of` another's run folder; with `asked` the second process is asked to stop in its first
+step, with `clocks` every process has one of its own speed.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from flowalign import trainer as training
+from flowalign.config import recipe_from_dict
+from flowalign.data import load_prompts
+from flowalign.display import Display
+from flowalign.interrupt import Interrupted
+from flowalign.offline import collect
+from flowalign.policies.base import Condition, Policy
+from flowalign.sampling import counted_generator
+from rewards import TrainableReward
+
+SIDE = 4  # of a latent, which is shown as a picture of four times as many pixels
+
+
+class Brightness(TrainableReward):
+    """The mean of one channel times a level that follows all pictures of a step; `flat` prompts are all alike to it."""
+
+    def __init__(self, channel, learns, flat):
+        self.channel, self.learns, self.flat = channel, learns, flat
+        self.level, self.scored = torch.zeros(()), 0
+
+    def __call__(self, media, prompts, metadata):
+        self.scored += len(media)
+        seen = media[:, self.channel].flatten(1).mean(1) * (1 + self.level)
+        return torch.where(torch.tensor([prompt in self.flat for prompt in prompts]), 0.5, seen)
+
+    def update(self, media, prompts, metadata, step):
+        self.level = self.level + media.mean() / (step + 1)
+        return {"level": self.level.item()}
+
+    def state_dict(self):
+        return {"level": self.level}
+
+    def load_state_dict(self, state):
+        self.level = state["level"]
+
+
+class Velocity(nn.Module):
+    def __init__(self, dtype):
+        super().__init__()
+        sizes = (2 * SIDE**2 + 1, 24, 24, SIDE**2)
+        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in pairwise(sizes))
+        generator = counted_generator(0)
+        with torch.no_grad():
+            for weight in self.parameters():
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+
+    def forward(self, x, sigma, text):
+        hidden = torch.cat([x.flatten(1), text, sigma[:, None]], dim=1)
+        for layer in self.layers[:-1]:
+            hidden = torch.tanh(layer(hidden))
+        return self.layers[-1](hidden).view_as(x)
+
+
+class SmallPolicy(Policy):
+    """A network of three layers, all of whose weights are trained, that computes in the precision it is given."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.device, self.dtype, self.transformer = torch.device("cpu"), dtype, Velocity(dtype)
+        self.snapshot("reference")
+
+    def encode(self, prompts):
+        rows = [torch.randn(SIDE**2, generator=counted_generator(*prompt.encode())) for prompt in prompts]
+        return Condition({"text": torch.stack(rows).to(self.dtype)})
+
+    def velocity(self, x, sigma, condition):
+        self.forwards += len(x)
+        return self._forward(x.to(self.dtype), sigma.to(self.dtype), condition)
+
+    def _forward(self, x, sigma, condition):
+        return self.transformer(x, sigma, condition.tensors["text"])
+
+    def decode(self, latents):
+        pictures = (0.5 + latents.float() / 6).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
+        return pictures * torch.tensor([1.0, 0.8, 0.6]).view(3, 1, 1)
+
+    def latent_shape(self, height, width):
+        return (1, SIDE, SIDE)
+
+    def sigmas(self, steps, grid="model"):
+        return torch.linspace(1, 0, steps + 1)
+
+    def export(self, folder):
+        folder.mkdir(exist_ok=True)
+        save_file(self.trainable_state(), folder / "weights.safetensors")
+
+
+def run(case: dict[str, Any], rank: int) -> None:
+    recipe = recipe_from_dict(case["values"])
+    policy = SmallPolicy(getattr(torch, case["dtype"]))
+    learns, flat = case.get("learns", False), case.get("flat", ())
+    rewards = {name: Brightness(index, learns, flat) for index, name in enumerate(recipe.rewards)}
+    if recipe.store and not Path(recipe.store).exists():
+        collect(recipe, Path(recipe.store), load_prompts(recipe.prompts), rewards, policy, lambda count: None)
+    ticks = itertools.count(step=60 * (1 + rank))
+    training.time = SimpleNamespace(perf_counter=ticks.__next__) if case.get("clocks") else time
+    training.write_report = lambda folder: folder  # type: ignore[assignment]  # its plots take longer than the runs
+    trainer = training.Trainer(recipe, policy=policy, rewards=rewards, resume="of" in case, display=Display(quiet=True))
+    drawn: dict[str, torch.Tensor] = {}
+    learn = trainer.learner.learn
+
+    def watched(samples, step, before_first):
+        drawn[f"{step}/latents"] = samples.latents
+        drawn[f"{step}/advantages"] = samples.advantages.contiguous()
+        if case.get("asked") and rank == 1 and step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if samples.trajectory:
+            drawn[f"{step}/log_probs"] = samples.trajectory.log_probs
+        return learn(samples, step, before_first)
+
+    trainer.learner.learn = watched
+    folder = Path(f"{recipe.folder}_seen")
+    folder.mkdir(exist_ok=True)
+    save_file(trainer.policy.trainable_state(), folder / f"start_{rank}.safetensors")
+    with suppress(Interrupted):
+        trainer.run()
+    (folder / f"step_{rank}").write_text(str(trainer.step))
+    save_file(drawn, folder / f"drawn_{rank}.safetensors")
+    save_file(trainer.policy.trainable_state(), folder / f"weights_{rank}.safetensors")
+    scored = {name: reward.scored for name, reward in rewards.items()}
+    (folder / f"scored_{rank}.json").write_text(json.dumps(scored))
+
+
+def process(job: dict[str, Any], rank: int, port: int) -> None:
+    if job["world"] > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"])}
+        os.environ |= {"LOCAL_WORLD_SIZE": str(job["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    for case in job["cases"]:
+        run(case, rank)
+    if job["world"] > 1:
+        torch.distributed.destroy_process_group()
+
+
+def start(job: dict[str, Any], rank: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        process(job, rank, port)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def main(jobs: list[dict[str, Any]]) -> None:
+    for job in jobs:
+        for case in job["cases"]:
+            if "of" in case:
+                shutil.copytree(case["of"], case["values"]["run"]["folder"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = {start(job, rank, port) for rank in range(job["world"])}
+        while children:
+            child, status = os.wait()
+            children.discard(child)
+            if status:
+                for other in children:
+                    os.kill(other, 9)
+                sys.exit(f"a process of {job['world']} ended with {status}")
+
+
+if __name__ == "__main__":
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,299 @@
+"""Several processes are one: the same pictures, the same updates, the same evaluations and audits, and one end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from flowalign.processes import shared_out
+from flowalign.sampling import counted_generator
+
+HERE = Path(__file__).parent
+
+
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
+def test_an_update_is_made_of_the_same_units_however_many_processes_share_them(counts, updates, seed):
+    whole = shared_out([sum(counts)], 0, updates, counted_generator(seed))
+    assert torch.cat([places for places, _ in whole]).sort().values.tolist() == list(range(sum(counts)))
+    parts = [shared_out(counts, rank, updates, counted_generator(seed)) for rank in range(len(counts))]
+    for update, (places, total) in enumerate(whole):
+        shares = [part[update][0] + sum(counts[:rank]) for rank, part in enumerate(parts)]
+        assert torch.cat(shares).sort().values.tolist() == places.sort().values.tolist()
+        assert [part[update][1] for part in parts] == [total] * len(counts) == [len(places)] * len(counts)
+
+
+# The same recipes in one, two and three processes
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "flow_grpo": {"algorithm": {"name": "flow_grpo", "clip_range": 1e-2, "kl_weight": 0.1}},
+    "nft": {"algorithm": {"name": "nft", "kl_weight": 1e-2}},
+    "crd": {"algorithm": {"name": "crd", "kl_weight": 1e-2}},
+    "prdp": {"algorithm": {"name": "prdp", "beta": 0.1}},
+    "marble": {"algorithm": {"name": "marble", "kl_weight": 1e-2, "every": 3}},
+    "gdro": {"algorithm": {"name": "gdro", "beta": 10}},
+}
+WORLDS = (1, 2, 3)
+ONE_DEVICE = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+JUDGES = """
+def darkness(media, prompts, metadata):
+    return 1 - media.flatten(1).mean(1)
+"""
+
+
+def recipe_of(folder: Path, name: str, world: int, sections: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "name": name,
+        "prompts": str(folder / "train.txt"),
+        "rewards": {"red": {"weight": 1.0}, "green": {"weight": 2.0}},
+        "rollout": {"steps": 3, "batch": 4},
+        "train": {
+            "steps": 2,
+            "prompts_per_step": 6,
+            "group_size": 4,
+            "updates_per_step": 3,
+            "micro_batch": 8,
+            "learning_rate": 1e-2,
+        },
+        "collect": {"group_size": 4, "shard_prompts": 4},
+        "evaluation": {"prompts": None},
+        "guard": None,
+        "run": {"folder": str(folder / f"{name}_{world}"), "checkpoint_every": 1},
+    }
+    return values | {key: {**(values.get(key) or {}), **value} for key, value in sections.items()}
+
+
+def cases(folder: Path, world: int) -> list[dict[str, Any]]:
+    """What the worker trains: every algorithm in both precisions, and what else several processes could part."""
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, algorithm: str, dtype: str = "float64", more: dict[str, Any] | None = None, **case: Any) -> None:
+        values = recipe_of(folder, name, world, {**ALGORITHMS[algorithm], **(more or {})})
+        if algorithm == "gdro":
+            values["store"] = str(folder / f"store_{dtype}")
+        found.append({"values": values, "dtype": dtype, **case})
+
+    for name in ALGORITHMS:
+        add(f"{name}_float32", name, "float32")
+        add(f"{name}_float64", name)
+    add("learning", "nft", more={"train": {"ema_decay": 0.9}}, learns=True)
+    add("uneven", "flow_grpo", flat=["prompt 0", "prompt 2", "prompt 3", "prompt 5"])
+    measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "pictures": 3}
+    guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
+    add("guarded", "nft", more={"evaluation": measured, "guard": guard})
+    # With three processes one has no picture to evaluate.
+    add("few", "nft", more={"evaluation": {**measured, "count": 2}, "guard": guard})
+    add("asked", "nft", asked=True)
+    add("clocks", "nft", clocks=True, more={"train": {"steps": 5}, "run": {"max_minutes": 15}})
+    if world == 1:
+        add("resumed", "crd", more={"train": {"steps": 1}})
+    else:
+        add("resumed", "crd", of=str(folder / "resumed_1"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the runs of all cases, named CASE_WORLD."""
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "train.txt").write_text("".join(f"prompt {index}\n" for index in range(7)))
+    (folder / "test.txt").write_text("".join(f"other {index}\n" for index in range(5)))
+    (folder / "judges.py").write_text(JUDGES)
+    jobs = [{"world": world, "cases": cases(folder, world)} for world in WORLDS]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    worker = [sys.executable, str(HERE / "process_worker.py"), str(folder / "jobs.json")]
+    subprocess.run(worker, check=True, timeout=900, env={**os.environ, **ONE_DEVICE})
+    return folder
+
+
+def weights(runs: Path, name: str, world: int, rank: int = 0) -> torch.Tensor:
+    tensors = load_file(runs / f"{name}_{world}_seen" / f"weights_{rank}.safetensors")
+    return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
+
+
+def moved_apart(runs: Path, name: str, world: int, alone: str | None = None) -> float:
+    """How far the weights of so many processes are from those of one, as a share of how far these moved."""
+    one, several = weights(runs, alone or name, 1), weights(runs, name, world)
+    started = load_file(runs / f"{alone or name}_1_seen" / "start_0.safetensors")
+    start = torch.cat([started[key].flatten() for key in sorted(started)])
+    return float((several - one).norm() / (one - start).norm())
+
+
+def lines(runs: Path, name: str, world: int) -> list[dict[str, Any]]:
+    text = (runs / f"{name}_{world}" / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+several = pytest.mark.parametrize("world", WORLDS[1:])
+
+
+@pytest.mark.slow
+@several
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_pictures_are_bit_for_bit_those_of_one_process(runs: Path, name: str, world: int) -> None:
+    for dtype in ("float32", "float64"):
+        one = load_file(runs / f"{name}_{dtype}_1_seen" / "drawn_0.safetensors")
+        shares = [
+            load_file(runs / f"{name}_{dtype}_{world}_seen" / f"drawn_{rank}.safetensors") for rank in range(world)
+        ]
+        first = [key for key in one if key.startswith("0/")]  # later ones follow updates, which round differently
+        assert first
+        for key in first:
+            assert torch.equal(torch.cat([share[key] for share in shares]), one[key]), key
+
+
+@pytest.mark.slow
+@several
+@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-6), ("float32", 1e-4)])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_updates_are_those_of_one_process(runs: Path, name: str, dtype: str, limit: float, world: int) -> None:
+    case = f"{name}_{dtype}"
+    assert moved_apart(runs, case, world) < limit
+    for rank in range(1, world):
+        assert torch.equal(weights(runs, case, world, rank), weights(runs, case, world))
+    one, many = lines(runs, case, 1), lines(runs, case, world)
+    assert [line["reward"]["total"] for line in many] == pytest.approx([line["reward"]["total"] for line in one])
+    assert [line["loss"] for line in many] == pytest.approx([line["loss"] for line in one], rel=1e-3, abs=1e-6)
+    assert [line["grad_norm"] for line in many] == pytest.approx([line["grad_norm"] for line in one], rel=1e-3)
+
+
+@pytest.mark.slow
+@several
+@pytest.mark.parametrize("name", ["learning", "uneven"])
+def test_rewards_learn_alike_everywhere_and_groups_may_teach_in_one_process_alone(
+    runs: Path, name: str, world: int
+) -> None:
+    assert moved_apart(runs, name, world) < 1e-6
+    assert [line["zero_spread"] for line in lines(runs, name, world)] == [
+        line["zero_spread"] for line in lines(runs, name, 1)
+    ]
+    if name == "learning":
+        learnt = [[line["rewards_learnt"] for line in lines(runs, name, count)] for count in (1, world)]
+        assert learnt[0][0] == learnt[1][0]
+    else:
+        assert any(0 < line["zero_spread"] < 1 for line in lines(runs, name, 1))
+
+
+@pytest.mark.slow
+@several
+def test_every_process_scores_its_own_pictures(runs: Path, world: int) -> None:
+    for rank in range(world):
+        scored = json.loads((runs / f"nft_float64_{world}_seen" / f"scored_{rank}.json").read_text())
+        assert scored == dict.fromkeys(("red", "green"), 2 * 6 * 4 // world)
+
+
+@pytest.mark.slow
+@several
+@pytest.mark.parametrize("name", ["guarded", "few"])
+def test_evaluations_and_audits_are_those_of_one_process(runs: Path, name: str, world: int) -> None:
+    for step in range(3):
+        one, many = (
+            json.loads((runs / f"{name}_{count}" / "evaluations" / f"step_{step:06d}.json").read_text())
+            for count in (1, world)
+        )
+        assert [row["prompt"] for row in many["rows"]] == [row["prompt"] for row in one["rows"]]
+        for a, b in zip(one["rows"], many["rows"], strict=True):
+            assert b["scores"] == (a["scores"] if step == 0 else pytest.approx(a["scores"], rel=1e-5))
+        assert many["audit"]["alarms"] == one["audit"]["alarms"]
+        assert many["audit"]["measures"].keys() == one["audit"]["measures"].keys()
+        for key, found in one["audit"]["measures"].items():
+            assert many["audit"]["measures"][key]["value"] == pytest.approx(found["value"], rel=1e-4, abs=1e-7), key
+        folders = [runs / f"{name}_{count}" / "samples" / f"step_{step:06d}" for count in (1, world)]
+        assert (folders[0] / "prompts.json").read_text() == (folders[1] / "prompts.json").read_text()
+        assert [file.name for file in sorted(folders[0].iterdir())] == [
+            file.name for file in sorted(folders[1].iterdir())
+        ]
+    assert (runs / f"{name}_{world}" / "best" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
+@several
+@pytest.mark.parametrize(("name", "steps"), [("asked", 1), ("clocks", 2)])
+def test_all_processes_stop_after_the_same_step(runs: Path, name: str, steps: int, world: int) -> None:
+    found = [(runs / f"{name}_{world}_seen" / f"step_{rank}").read_text() for rank in range(world)]
+    assert found == [str(steps)] * world
+    assert (runs / f"{name}_{world}" / "checkpoints" / f"step_{steps:06d}").is_dir()
+
+
+@pytest.mark.slow
+@several
+def test_a_run_of_one_process_goes_on_with_several(runs: Path, world: int) -> None:
+    assert moved_apart(runs, "resumed", world, "crd_float64") < 1e-6
+    one, several = (
+        [line["forwards"] for line in lines(runs, *run)] for run in (("crd_float64", 1), ("resumed", world))
+    )
+    assert several[0] == one[0]
+    assert one[1] <= several[1] < 1.2 * one[1]  # a process without items computes one that counts for nothing
+
+
+# A launcher's processes: what ends one ends all
+
+ENDS = """
+import os
+import signal
+seen = []
+def judge(media, prompts, metadata):
+    seen.append(len(media))
+    if os.environ["RANK"] == "1" and len(seen) == 2:
+        {end}
+    return media.flatten(1).mean(1)
+"""
+
+
+def launched(values: dict[str, Any], tmp_path: Path, end: str) -> subprocess.Popen[str]:
+    """A run of two processes whose second one comes to an end as it scores its second step."""
+    (tmp_path / "ends.py").write_text(ENDS.format(end=end))
+    values["rewards"] = {"judged": {"load": f"{tmp_path / 'ends.py'}:judge"}}
+    values["train"] |= {"steps": 1000}
+    values["evaluation"] = {"prompts": None}
+    values["run"] |= {"checkpoint_every": 1000}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command = [*launch, str(HERE.parent / "scripts" / "train.py"), str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, **ONE_DEVICE}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ('raise RuntimeError("the judge is asleep")', "the judge is asleep"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_process_that_dies_ends_the_run_with_its_error(
+    values: dict[str, Any], tmp_path: Path, end: str, message: str
+) -> None:
+    process = launched(values, tmp_path, end)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode not in (0, None)
+    assert message in output
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_asked_to_stop_leaves_a_checkpoint(values: dict[str, Any], tmp_path: Path) -> None:
+    process = launched(values, tmp_path, "pass")
+    lines = tmp_path / "run" / "metrics.jsonl"
+    while not lines.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=600)
+    done = len(lines.read_text().splitlines())
+    assert (tmp_path / "run" / "checkpoints" / f"step_{done:06d}").is_dir(), output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["stopped"] == "asked to stop"
