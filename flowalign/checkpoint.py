@@ -128,9 +128,9 @@ def _explained(path: Path) -> Iterator[None]:
 def _load_policy_state(path: Path, policy: Policy) -> None:
     policy.load_trainable_state(load_file(path / "weights.safetensors"))
     policy.snapshots = {}
-    for name, tensor in load_file(path / "snapshots.safetensors", device=str(policy.device)).items():
+    for name, tensor in load_file(path / "snapshots.safetensors").items():
         snapshot, key = name.split(_SEPARATOR, 1)
-        policy.snapshots.setdefault(snapshot, {})[key] = tensor
+        policy.snapshots.setdefault(snapshot, {})[key] = tensor.to(policy.device)
     policy.find_current()
 
 

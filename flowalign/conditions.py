@@ -86,9 +86,10 @@ class CachedConditions:
 
     def _read_one(self, path: Path) -> Condition:
         try:
-            return Condition(load_file(path, device=str(self.policy.device)))
+            tensors = load_file(path)  # then moved: safetensors knows no device cpu:0, as of one process of several
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.cache_conditions: {path} is damaged ({error}); remove it to encode anew") from error
+        return Condition({name: tensor.to(self.policy.device) for name, tensor in tensors.items()})
 
 
 def cache_conditions(

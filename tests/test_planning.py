@@ -1,7 +1,7 @@
 """A plan's numbers are those of the model and the run that it is for, and what cannot work is refused with what can.
 
-Activations are estimated on the meta device and held to what PyTorch's profiler measures on a processor in float32. On a
-GPU, where autocast and flash attention are imitated, the estimate has not been measured.
+Activations are estimated on the meta device and held to what PyTorch's profiler measures on a processor in float32. On
+a GPU, where autocast and flash attention are imitated, the estimate has not been measured.
 """
 
 import json
