@@ -4,19 +4,38 @@ from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from flowalign.config import Recipe
+from flowalign.settings import UserError
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """The engine of a run, set up by its launcher; every process makes its own."""
-    return Accelerator(
+    """The engine of a run, set up by its launcher; every process makes its own.
+
+    Raises UserError for a launcher's way of sharing out a model that this loop would train wrongly.
+    """
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(recipe.folder),
     )
+    refuse_sharded(accelerator.distributed_type)
+    return accelerator
+
+
+def refuse_sharded(kind: DistributedType) -> None:
+    """Raises UserError where a launcher shares out one model: snapshots, norms and checkpoints are of whole weights.
+
+    Accelerate prepares such models only together with their optimizer, or leaves their gradients apart.
+    """
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(
+            f"accelerate is configured for {kind.value}, which shares out one model, and here every process holds a "
+            "whole one: choose multi-GPU without it in `accelerate config`, with LoRA where memory is short"
+        )
 
 
 def prepared(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from flowalign.processes import shared_out
+from flowalign.processes import refuse_sharded, shared_out
 from flowalign.sampling import counted_generator
+from flowalign.settings import UserError
 
 HERE = Path(__file__).parent
 
@@ -32,6 +34,14 @@ def test_an_update_is_made_of_the_same_units_however_many_processes_share_them(c
         shares = [part[update][0] + sum(counts[:rank]) for rank, part in enumerate(parts)]
         assert torch.cat(shares).sort().values.tolist() == places.sort().values.tolist()
         assert [part[update][1] for part in parts] == [total] * len(counts) == [len(places)] * len(counts)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_launcher_that_shares_out_the_model_is_refused_and_not_trained_wrongly(kind: DistributedType) -> None:
+    with pytest.raises(UserError, match=f"accelerate is configured for {kind.value}.* choose multi-GPU") as caught:
+        refuse_sharded(kind)
+    assert "\n" not in str(caught.value)
+    refuse_sharded(DistributedType.MULTI_GPU)
 
 
 # The same recipes in one, two and three processes
