@@ -111,6 +111,20 @@ def test_an_explicit_attention_backend_keeps_the_rotary_embedding(tiny_flux: Flu
     torch.testing.assert_close(*velocities, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_gives_nearly_the_same_velocity_and_reaches_every_adapter(tiny_flux: Flux, dtype: str) -> None:
+    velocities = []
+    for precision in ("fp32", dtype):
+        policy = load_policy(settings(tiny_flux(True), dtype=precision))
+        x = counted_noise([(0,), (1,)], policy.latent_shape(*SIZE), "cpu")
+        velocities.append(policy.velocity(x, torch.tensor([0.5, 0.5]), policy.encode(PROMPTS)))
+    assert velocities[1].dtype == torch.float32
+    assert (velocities[1] - velocities[0]).norm() < 0.05 * velocities[0].norm()
+    velocities[1].square().mean().backward()
+    ends = [weight for name, weight in policy.trainable_parameters().items() if "lora_B" in name]
+    assert all(weight.grad is not None and weight.grad.any() for weight in ends)
+
+
 @pytest.mark.parametrize(
     ("distilled", "changes", "message"),
     [
