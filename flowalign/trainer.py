@@ -299,7 +299,7 @@ class Trainer:
                     with self.policy.reference():
                         self.guarding.learn(self.policy, self._measure, evaluated if self.step == 0 else None)
                 audit = self.guarding.audit(self.policy, evaluated)
-        about = {
+        about: dict[str, Any] = {
             "step": self.step,
             "minutes": self.minutes,
             "forwards": self.forwards,  # measuring is not part of the training budget
@@ -338,8 +338,8 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         if self.main:
-            counters = {"step": self.step, "update": self.learner.update}
-            counters |= {"minutes": self.minutes, "forwards": self.forwards}
+            counted = {"step": self.step, "update": self.learner.update, "forwards": self.forwards}
+            counters = {**counted, "minutes": self.minutes}
             keep = self.recipe.run.keep_checkpoints
             memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)

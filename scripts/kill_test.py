@@ -1,0 +1,143 @@
+"""Kills a run with SIGKILL at random moments and goes on with it, until it ends: nothing may be lost or changed.
+
+    python scripts/kill_test.py RECIPE [KEY=VALUE ...] --kills 50 --folder kills
+
+The recipe runs once without a break in FOLDER/whole, then in FOLDER/killed as often as it takes for so many kills. Each
+life is forked from this process, which has imported everything, and dies at a moment drawn from the time that the
+unbroken run took. Prints a line a kill; exits with 1 at the first run that does not resume, that lost more
+than run.checkpoint_every steps, or whose metrics, evaluations or weights are not those of the unbroken run.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from flowalign.checkpoint import checkpoints
+from flowalign.command import quiet_libraries
+from flowalign.config import Recipe, load_recipe
+from flowalign.display import Display
+from flowalign.runs import RunFolder
+from flowalign.trainer import Trainer
+
+CLOCK = ("minutes", "seconds")
+
+
+def start(recipe: Recipe, folder: Path) -> int:
+    """The process of a life of the run in `folder`, begun or resumed."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        there = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": str(folder)})})
+        Trainer(there, resume=(folder / "recipe.yaml").exists(), display=Display(quiet=True)).run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def live(recipe: Recipe, folder: Path, seconds: float | None) -> bool:
+    """One life, killed after so many seconds; whether the run has come to its end. SystemExit where it failed."""
+    child, until = start(recipe, folder), None if seconds is None else time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(child, 0 if until is None else os.WNOHANG)
+        if ended:
+            break
+        if until is not None and time.monotonic() >= until:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            break
+        time.sleep(0.002)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    if status:
+        sys.exit(f"the run in {folder} did not go on")
+    return True
+
+
+def last_steps(folder: Path) -> tuple[int, int]:
+    """The last step in the metrics and in the checkpoints, 0 for none."""
+    run = RunFolder(folder)
+    found = checkpoints(run.checkpoints)
+    text = run.metrics.read_text() if run.metrics.exists() else ""
+    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]  # the last may be cut short
+    logged = json.loads(lines[-1])["step"] if lines else 0
+    return logged, int(found[-1].name.removeprefix("step_")) if found else 0
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Metrics, evaluations and tensors that a run ends with, without what a clock says."""
+    found: dict[str, Any] = {}
+    for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines()):
+        found[f"metrics, line {number + 1}"] = json.loads(line)
+    for file in sorted(folder.glob("evaluations/*.json")):
+        found[file.name] = json.loads(file.read_text())
+    values: dict[str, Any] = {
+        name: {key: value for key, value in about.items() if key not in CLOCK} for name, about in found.items()
+    }
+    places = [*checkpoints(folder / "checkpoints"), folder / "lora", folder / "best", folder / "best_unhacked"]
+    for file in sorted(file for place in places for file in place.glob("*.safetensors")):
+        values |= {f"{file.relative_to(folder)}: {name}": tensor for name, tensor in load_file(file).items()}
+    return values
+
+
+def difference(whole: dict[str, Any], killed: dict[str, Any]) -> str | None:
+    """What differs first, if anything."""
+    if whole.keys() != killed.keys():
+        return f"only one of the runs has {sorted(whole.keys() ^ killed.keys())[0]}"
+    for name, value in whole.items():
+        other = killed[name]
+        if not (torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other):
+            return f"{name} differs"
+    return None
+
+
+def kill_test(recipe: Recipe, folder: Path, kills: int, seed: int) -> str:
+    """A summary of so many kills; SystemExit at the first thing that is wrong."""
+    draw, ends = random.Random(seed), 0
+    lost: list[int] = []
+    began = time.monotonic()
+    live(recipe, folder / "whole", None)
+    lasted = time.monotonic() - began
+    whole = contents(folder / "whole")
+    killed = folder / "killed"
+    while len(lost) < kills or ends == 0:
+        wait = None if len(lost) >= kills else draw.uniform(0, lasted)
+        if live(recipe, killed, wait):
+            ends += 1
+            if found := difference(whole, contents(killed)):
+                sys.exit(f"after {len(lost)} kills: {found}")
+            shutil.rmtree(killed)
+            continue
+        logged, saved = last_steps(killed)
+        lost.append(logged - saved)
+        print(f"kill {len(lost)}: at step {logged}, the last checkpoint is of step {saved}", flush=True)
+        if lost[-1] > recipe.run.checkpoint_every:
+            sys.exit(f"{lost[-1]} steps are lost, more than {recipe.run.checkpoint_every}")
+    return f"{len(lost)} kills, at most {max(lost)} steps lost, {ends} runs ended as the unbroken one"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--folder", type=Path, default=Path("kills"))
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_intermixed_args()
+    quiet_libraries()
+    print(kill_test(load_recipe(given.recipe, given.overrides), given.folder, given.kills, given.seed))
