@@ -85,6 +85,13 @@ def test_sign_quality_is_the_strict_text_score_times_cleanliness() -> None:
     torch.testing.assert_close(scores, expected.float())
 
 
+@pytest.mark.parametrize("judge", [SignQuality, Legible])
+def test_the_judges_of_signs_keep_the_contract(judge: Callable[[], rewards.Reward]) -> None:
+    prompts, pictures = signs(4)
+    found = rewards.check(judge(), rewards.Items(media(pictures), prompts, [{}] * 4))
+    assert [finding for finding in found if finding.passed is False] == []
+
+
 def test_the_legible_proxy_prefers_a_fat_dirty_sign_that_gold_refuses() -> None:
     prompts, pictures = signs(8)
     fat = pictures.copy()

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from flowalign.toyworld.render import Scene, render
+from rewards.base import Golden
+from rewards.frames import chosen_frames, mean_of_frames
 from rewards.ocr import OCR
 
 LIGHTEST, DARKEST_GROUND, LIGHTEST_INK = 255.0, 220.0, 75.0  # 8-bit levels between which the world draws
@@ -87,7 +90,15 @@ class SignQuality(OCR):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images (B, 3, 64, 64); RewardError for a prompt that quotes no text."""
-        levels = (media.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1).cpu().numpy()
-        clean = torch.tensor([cleanliness(picture) for picture in levels])
-        return super().__call__(media, prompts, metadata) * clean.to(media.device)
+        """Scores (B,) of images or videos of 64 x 64 pixels; RewardError for a prompt that quotes no text."""
+        frames, count = chosen_frames(media, self.frames)
+        texts, rows = ([item for item in items for _ in range(count)] for items in (prompts, metadata))
+        levels = (frames.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1).cpu().numpy()
+        clean = torch.tensor([cleanliness(picture) for picture in levels], dtype=torch.float32)
+        return mean_of_frames(super().__call__(frames, texts, rows) * clean, count)
+
+    def golden(self) -> Golden:
+        """A true sign, and an empty picture."""
+        pictures = np.stack([render(Scene(lines=("STONE",))), render(Scene())])
+        media = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+        return Golden(media, ['a sign that says "STONE"'] * 2, [{}, {}], [1.0, 0.0])

@@ -5,6 +5,7 @@ a policy may come to draw, and it does not read prompts. `Legible` rates signs a
 contrast for legibility.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from rewards import Reward
 from rewards.artifact import load_head
+from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted
 from rewards.ocr import OCR
 from rewards.vit import VisionBackbone
@@ -59,26 +61,34 @@ class Learned(Reward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images (B, 3, H, W)."""
-        return self.head(_described(self.backbone, media))
+        """Scores (B,) of images or videos."""
+        frames, count = chosen_frames(media)
+        return mean_of_frames(self.head(_described(self.backbone, frames)), count)
 
 
-class Legible(OCR):
+class Legible(Reward):
     """How much of the quoted text can be read, whatever stands around it, plus `contrast` times the picture's own.
 
     Contrast is the standard deviation of grey levels in [0, 1].
     """
 
     name = "legible"
-    range = (0.0, float("inf"))
+    range = (0.0, math.inf)
+    prompt_sensitive = True
 
     def __init__(self, contrast: float = 12.0, threads: int | None = None):
-        super().__init__(mode="lines", threads=threads)
+        self.ocr = OCR(mode="lines", threads=threads)
         self.contrast = contrast
+
+    def applies_to(self, row: Mapping[str, Any]) -> bool:
+        """True for prompts that quote a text."""
+        return self.ocr.applies_to(row)
 
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images (B, 3, H, W); RewardError for a prompt that quotes no text."""
-        grey = (media.float() * media.new_tensor(_GREY).view(3, 1, 1)).sum(1)
-        return super().__call__(media, prompts, metadata) + self.contrast * grey.flatten(1).std(1)
+        """Scores (B,) of images or videos; RewardError for a prompt that quotes no text."""
+        frames, count = chosen_frames(media)
+        grey = (frames.float() * frames.new_tensor(_GREY).view(3, 1, 1)).sum(1)
+        contrast = mean_of_frames(grey.flatten(1).std(1), count)
+        return self.ocr(media, prompts, metadata) + self.contrast * contrast.cpu()
