@@ -92,7 +92,8 @@ class SignQuality(OCR):
     ) -> torch.Tensor:
         """Scores (B,) of images or videos of 64 x 64 pixels; RewardError for a prompt that quotes no text."""
         frames, count = chosen_frames(media, self.frames)
-        texts, rows = ([item for item in items for _ in range(count)] for items in (prompts, metadata))
+        texts = [prompt for prompt in prompts for _ in range(count)]
+        rows = [row for row in metadata for _ in range(count)]
         levels = (frames.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1).cpu().numpy()
         clean = torch.tensor([cleanliness(picture) for picture in levels], dtype=torch.float32)
         return mean_of_frames(super().__call__(frames, texts, rows) * clean, count)
