@@ -70,6 +70,14 @@ class Unscaled(FluxPolicy):
         return super().decode(latents * 2)
 
 
+class Unexported(FluxPolicy):
+    def export(self, folder):
+        kept = self.trainable_state()
+        self.load_trainable_state({name: 0 * weight for name, weight in kept.items()})
+        super().export(folder)
+        self.load_trainable_state(kept)
+
+
 DRAWS = {
     "ODE rollout is the pipeline's",
     "ODE rollout with guidance 4 is the pipeline's",
@@ -86,6 +94,7 @@ DRAWS = {
         (Overguided, {"ODE rollout with guidance 4 is the pipeline's", "one guidance batch is two passes", *DRAWS}),
         (Detached, {"a gradient reaches attention", "a gradient reaches feed_forward"}),
         (Unscaled, DRAWS),
+        (Unexported, {"the exported LoRA draws the same in the pipeline"}),
     ],
 )
 def test_a_broken_adapter_fails_the_line_of_its_mistake(
