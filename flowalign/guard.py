@@ -66,6 +66,7 @@ class Guarding:
         self.bands: dict[str, Band] = {}
         self.in_a_row = 0
         self.best: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
 
     def learn(self, base: Policy, draw: Draw, first: Evaluated | None = None) -> None:
         """Learn the bands from the base model as it is now, measured with as many seeds as they need.
@@ -79,7 +80,8 @@ class Guarding:
 
     def audit(self, policy: Policy, evaluated: Evaluated, base: Policy | None = None) -> Audit:
         """The audit of an evaluation of the policy; its base is the model it began as, unless another is given."""
-        return self.auditor.audit(self.auditor.measured(evaluated), self._divergence(policy, 0, base), self.bands)
+        divergence = self._divergence(policy, 0, base)
+        return self.auditor.audit(self.auditor.measured(evaluated), divergence, self.bands, self.peaks)
 
     def _seeded(self, seed: int) -> Evaluation:
         settings = self.recipe.evaluation
@@ -89,7 +91,7 @@ class Guarding:
         settings, model = self.recipe.evaluation, self.recipe.model
         return reference_divergence(
             policy,
-            self.rows[: self.settings.kl_samples],
+            spaced(self.rows, self.settings.kl_samples),
             settings,
             (model.height, model.width),
             (EVALUATION, settings.seed + seed, _PATHS),
@@ -100,6 +102,9 @@ class Guarding:
     def conclude(self, contents: Mapping[str, Any]) -> list[str]:
         """Take an audit's contents into account; returns which of best and best_unhacked these weights are."""
         self.in_a_row = self.in_a_row + 1 if contents["alarms"] else 0
+        for name, measure in contents["measures"].items():
+            if measure["kind"] == "quality":
+                self.peaks[name] = max(measure["value"], self.peaks.get(name, -math.inf))
         found = {BEST: contents["proxy"], BEST_UNHACKED: -math.inf if contents["alarms"] else contents["panel"]}
         kept = []
         for name, value in found.items():

@@ -96,6 +96,8 @@ def test_an_unchanged_model_alarms_as_often_as_stated():
     states = [band(one[:3], "quality", rate).state(float(one[3].mean())) for one in sets]
     share = np.mean([state == "alarm" for state in states])
     assert abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / worlds)
+    falls = [one[3].mean() < one[0].mean() - b.fall for b, one in ((band(w[:3], "quality", rate), w) for w in sets)]
+    assert abs(np.mean(falls) - rate) < 4 * math.sqrt(rate * (1 - rate) / worlds)
     looks_like = [band(one[:3], "look", rate) for one in sets]
     assert not any(b.state(float(one[3].mean())) == "alarm" for b, one in zip(looks_like, sets, strict=True))
     drifting = np.mean([b.state(float(one[3].mean())) == "drift" for b, one in zip(looks_like, sets, strict=True)])
@@ -128,7 +130,7 @@ def test_prompts_without_the_measure_are_left_out():
 
 
 def quality(spread=1.0, center=0.0, low=-1.0):
-    return Band("quality", center, spread, low, math.inf, 0.5)
+    return Band("quality", center, spread, low, math.inf, 0.5, 0.5)
 
 
 def test_the_panel_is_the_mean_in_deviations_between_seeds():
@@ -145,6 +147,9 @@ def test_a_look_outside_its_band_is_excused_while_the_held_out_rewards_have_rise
     assert states == {-0.2: "alarm", 0.4: "alarm", 0.6: "excused"}
     fallen = Audit({PANEL: 0.6, "a": -1.5, "c": 5.0}, bands, 0.0, 1.0)
     assert fallen.alarms == ["a -1.5 is below -1 (base model 0)"]
+    past = Audit({PANEL: 0.6, "a": 0.2, "c": 0.0}, bands, 0.0, 1.0, {"a": 0.8})
+    assert past.alarms == ["a 0.2 has fallen from 0.8, by more than 0.5"]
+    assert Audit({PANEL: 0.6, "a": 0.4, "c": 0.0}, bands, 0.0, 1.0, {"a": 0.8}).alarms == []
     without = Audit({"c": 5.0}, {"c": bands["c"]}, 0.0, 1.0)
     assert without.panel is None and without.state("c") == "alarm"
 

@@ -5,7 +5,8 @@ between seeds, pooled over the prompts, with n (S - 1) degrees of freedom. Two k
 mean over the seeds, with Student's t at the rate:
 
 quality  higher is better. The mean over the prompts alarms below  mean - t s sqrt((1 + 1/S) / n), the one-sided
-         prediction interval of one more seed of the same model.
+         prediction interval of one more seed of the same model; and more than  t s sqrt(2 / n)  below an earlier mean
+         of the same run, farther than two seeds of one model differ.
 look     neither good nor bad, and an honest gain moves it. The mean alarms where a single prompt's value would be
          rare for the base model, outside  mean +- t s sqrt(1 + 1/S); an unchanged model stays inside far more often
          than stated. Beyond the interval of the mean it is said to drift.
@@ -37,6 +38,8 @@ class Band:
     """Above it the measure alarms; infinite of a quality."""
     drift: float
     """How far from the center the mean of an unchanged model moves; farther is a drift."""
+    fall: float = math.inf
+    """How far below an earlier mean of the same run the mean of a quality may be."""
 
     def state(self, value: float) -> State:
         """Of a mean over the same prompts."""
@@ -58,8 +61,10 @@ def band(sets: np.ndarray, kind: Kind, rate: float) -> Band:
     one_more = spread * math.sqrt(1 + 1 / seeds)
     drift = float(stats.t.ppf(1 - rate / 2, freedom)) * one_more / math.sqrt(prompts)
     if kind == "quality":
-        low = center - float(stats.t.ppf(1 - rate, freedom)) * one_more / math.sqrt(prompts)
-        return Band(kind, center, spread, low, math.inf, drift)
+        deviations = float(stats.t.ppf(1 - rate, freedom)) / math.sqrt(prompts)
+        return Band(
+            kind, center, spread, center - deviations * one_more, math.inf, drift, deviations * spread * math.sqrt(2)
+        )
     half = float(stats.t.ppf(1 - rate / 2, freedom)) * one_more
     return Band(kind, center, spread, center - half, center + half, drift)
 

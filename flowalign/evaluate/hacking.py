@@ -1,9 +1,9 @@
 """The audit of an evaluation: does a reward rise because the pictures became better, or at their expense?
 
-Held-out rewards, which nobody trains on, must not fall, neither one by one nor taken together as the panel: their mean,
-each in units of its spread over seeds. What the pictures look like, how they differ within a prompt and how strongly
-the model moves must stay what the base model could have made, unless the panel has risen: better pictures look
-different too. See `bands` for the bounds.
+Held-out rewards, which nobody trains on, must not fall below the base model nor from their own best, neither one by one
+nor taken together as the panel: their mean, each in units of its spread over seeds. What the pictures look like, how
+they differ within a prompt and how strongly the model moves must stay what the base model could have made, unless the
+panel has risen: better pictures look different too. See `bands` for the bounds.
 """
 
 import math
@@ -47,12 +47,12 @@ class Audit:
     """Mean of the training rewards, as they are weighted, without shaping."""
     kl: float
     """To the base model, in nats a picture; see `divergence`."""
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    """The highest value of each held-out reward in earlier evaluations of the run."""
     alarms: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.alarms = [
-            _sentence(name, self.values[name], band) for name, band in self.bands.items() if self.state(name) == "alarm"
-        ]
+        self.alarms = [self._sentence(name) for name in self.bands if self.state(name) == "alarm"]
 
     @property
     def panel(self) -> float | None:
@@ -62,9 +62,19 @@ class Audit:
     def state(self, name: str) -> str:
         """Of a measure: inside, drift, alarm, or excused, where a look is outside its band but the panel has risen."""
         band = self.bands[name]
-        found = band.state(self.values[name])
+        found = "alarm" if self._fallen(name) else band.state(self.values[name])
         risen = self.panel is not None and self.panel > self.bands[PANEL].drift
         return "excused" if found == "alarm" and band.kind == "look" and risen else found
+
+    def _fallen(self, name: str) -> bool:
+        return self.values[name] < self.peaks.get(name, -math.inf) - self.bands[name].fall
+
+    def _sentence(self, name: str) -> str:
+        value, band = self.values[name], self.bands[name]
+        if band.low <= value <= band.high:
+            return f"{name} {value:.4g} has fallen from {self.peaks[name]:.4g}, by more than {band.fall:.4g}"
+        bound, side = (band.low, "below") if value < band.low else (band.high, "above")
+        return f"{name} {value:.4g} is {side} {bound:.4g} (base model {band.center:.4g})"
 
     def contents(self) -> dict[str, Any]:
         """For JSON."""
@@ -74,11 +84,6 @@ class Audit:
             measures[name] = {"value": self.values[name], "state": self.state(name), **bounds}
         about = {"proxy": self.proxy, "panel": self.panel, "kl": self.kl}
         return {**about, VELOCITY: self.values[VELOCITY], "alarms": self.alarms, "measures": measures}
-
-
-def _sentence(name: str, value: float, band: Band) -> str:
-    bound, side = (band.low, "below") if value < band.low else (band.high, "above")
-    return f"{name} {value:.4g} is {side} {bound:.4g} (base model {band.center:.4g})"
 
 
 class Auditor:
@@ -166,13 +171,16 @@ class Auditor:
         panels = [{PANEL: panel(values, found)} for values in sets]
         return {**learn_bands(panels, {PANEL: "quality"}, rate), **found}
 
-    def audit(self, measured: Measured, divergence: Divergence, bands: Mapping[str, Band]) -> Audit:
-        """The audit of one evaluation."""
+    def audit(
+        self, measured: Measured, divergence: Divergence, bands: Mapping[str, Band], peaks: Mapping[str, float]
+    ) -> Audit:
+        """The audit of one evaluation; peaks: the highest value of each held-out reward in those before it."""
         values = {name: float(np.nanmean(found)) for name, found in measured.values.items()}
         if PANEL in bands:
             values[PANEL] = float(np.nanmean(panel(measured.values, bands)))
         values[VELOCITY] = divergence.velocity_ratio.mean().item()
-        return Audit(values, dict(bands), float(np.nanmean(measured.proxy)), divergence.kl.mean().item())
+        proxy, kl = float(np.nanmean(measured.proxy)), divergence.kl.mean().item()
+        return Audit(values, dict(bands), proxy, kl, dict(peaks))
 
 
 def panel(values: Values, bands: Mapping[str, Band]) -> np.ndarray:
