@@ -4,8 +4,8 @@
 
 The recipe runs once without a break in FOLDER/whole, then in FOLDER/killed as often as it takes for so many kills. Each
 life is forked from this process, which has imported everything, and dies at a moment drawn from the time that the
-unbroken run took. Prints a line a kill; exits with 1 at the first run that does not resume, that lost more
-than run.checkpoint_every steps, or whose metrics, evaluations or weights are not those of the unbroken run.
+unbroken run took. Runs make no report. Prints a line a kill; exits with 1 at the first run that does not resume, that
+lost more than run.checkpoint_every steps, or whose metrics, evaluations or weights are not those of the unbroken run.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from flowalign import trainer as training
 from flowalign.checkpoint import checkpoints
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.display import Display
 from flowalign.runs import RunFolder
-from flowalign.trainer import Trainer
 
 CLOCK = ("minutes", "seconds")
 
@@ -41,8 +41,9 @@ def start(recipe: Recipe, folder: Path) -> int:
     code = 1
     try:
         torch.set_num_threads(1)
+        training.write_report = lambda folder: folder  # made last, from files; its plots take longer than tiny runs
         there = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": str(folder)})})
-        Trainer(there, resume=(folder / "recipe.yaml").exists(), display=Display(quiet=True)).run()
+        training.Trainer(there, resume=(folder / "recipe.yaml").exists(), display=Display(quiet=True)).run()
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -3,7 +3,7 @@
 Jobs come one after another; each has a `world`, as many processes forked from this one as a launcher would start, and
 `cases` that they train in turn. What each process drew, learnt and scored is written beside the case's run folder. A
 case may go on from a copy `of` another's run folder; with `asked` the second process is asked to stop in its first
-step, with `clocks` every process has one of its own speed.
+step, one that is `refused` does not begin, with `clocks` every process has one of its own speed.
 """
 
 import itertools
@@ -16,11 +16,13 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -33,6 +35,7 @@ from flowalign.interrupt import Interrupted
 from flowalign.offline import collect
 from flowalign.policies.base import Condition, Policy
 from flowalign.sampling import counted_generator
+from flowalign.settings import UserError
 from rewards import TrainableReward
 
 SIDE = 4  # of a latent, which is shown as a picture of four times as many pixels
@@ -122,7 +125,15 @@ def run(case: dict[str, Any], rank: int) -> None:
     ticks = itertools.count(step=60 * (1 + rank))
     training.time = SimpleNamespace(perf_counter=ticks.__next__) if case.get("clocks") else time
     training.write_report = lambda folder: folder  # type: ignore[assignment]  # its plots take longer than the runs
-    trainer = training.Trainer(recipe, policy=policy, rewards=rewards, resume="of" in case, display=Display(quiet=True))
+    folder = Path(f"{recipe.folder}_seen")
+    folder.mkdir(exist_ok=True)
+    begin = partial(training.Trainer, recipe, policy=policy, rewards=rewards, display=Display(quiet=True))
+    if case.get("refused"):
+        with pytest.raises(UserError) as caught:
+            begin()
+        (folder / f"refused_{rank}").write_text(str(caught.value))
+        return
+    trainer = begin(resume="of" in case)
     drawn: dict[str, torch.Tensor] = {}
     learn = trainer.learner.learn
 
@@ -136,8 +147,6 @@ def run(case: dict[str, Any], rank: int) -> None:
         return learn(samples, step, before_first)
 
     trainer.learner.learn = watched
-    folder = Path(f"{recipe.folder}_seen")
-    folder.mkdir(exist_ok=True)
     save_file(trainer.policy.trainable_state(), folder / f"start_{rank}.safetensors")
     with suppress(Interrupted):
         trainer.run()

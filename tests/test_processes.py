@@ -110,6 +110,7 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
         add("resumed", "crd", more={"train": {"steps": 1}})
     else:
         add("resumed", "crd", of=str(folder / "resumed_1"))
+        add("refused", "nft", refused=True, more={"train": {"prompts_per_step": 5}})
     return found
 
 
@@ -234,6 +235,14 @@ def test_all_processes_stop_after_the_same_step(runs: Path, name: str, steps: in
     found = [(runs / f"{name}_{world}_seen" / f"step_{rank}").read_text() for rank in range(world)]
     assert found == [str(steps)] * world
     assert (runs / f"{name}_{world}" / "checkpoints" / f"step_{steps:06d}").is_dir()
+
+
+@pytest.mark.slow
+@several
+def test_prompts_that_cannot_be_shared_out_are_refused_everywhere(runs: Path, world: int) -> None:
+    said = {(runs / f"refused_{world}_seen" / f"refused_{rank}").read_text() for rank in range(world)}
+    assert said == {f"train.prompts_per_step (5) must be a multiple of the {world} processes"}
+    assert not (runs / f"refused_{world}").exists()
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+ELSEWHERE_TOO = ("gdro", "all weights, an average", "rewards that learn", "a guard")  # of which there are faster tests
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ELSEWHERE_TOO else ()) for name in SETTINGS]
+)
 def test_four_steps_are_two_and_two_resumed(small: dict[str, Any], name: str, tmp_path: Path) -> None:
     values = small | {key: {**(small.get(key) or {}), **value} for key, value in SETTINGS[name].items()}
     values["algorithm"] = SETTINGS[name]["algorithm"]
@@ -183,53 +187,50 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-@pytest.mark.parametrize("damage", [truncate, Path.unlink, lambda file: file.write_bytes(b"")])
-def test_a_damaged_checkpoint_is_named_and_the_older_one_is_good(
-    two_steps: dict[str, Any], damage: Callable[[Path], None], tmp_path: Path
-) -> None:
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_is_good(two_steps: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(two_steps["run"]["folder"])
-    trainer = trainer_of(two_steps, resume=True)  # of a model that is loaded once for all files
+    trainer = trainer_of(two_steps, resume=True)  # of a model that is loaded once for all damages
     last = checkpoints(folder / "checkpoints")[-1]
+    good = shutil.copytree(last, tmp_path / "good")
     names = [path.name for path in last.iterdir()]
     assert len(names) == 6  # weights, snapshots, optimizer, algorithm, rewards, counters
-    for name in names:
-        copy = shutil.copytree(last, tmp_path / "good", dirs_exist_ok=True)
-        damage(last / name)
-        with pytest.raises(UserError, match=rf"checkpoint {last} cannot be used .*remove that folder") as caught:
-            trainer._resume()
-        assert "\n" not in str(caught.value)
-        shutil.rmtree(last)
-        shutil.copytree(copy, last)
+    for damage in (truncate, Path.unlink, empty):
+        for name in names:
+            damage(last / name)
+            with pytest.raises(UserError, match=rf"checkpoint {last} cannot be used .*remove that folder") as caught:
+                trainer._resume()
+            assert "\n" not in str(caught.value)
+            shutil.copytree(good, last, dirs_exist_ok=True)
     shutil.rmtree(last)
     trainer._resume()
     assert trainer.step == 1
 
 
 def test_the_last_checkpoints_and_the_best_weights_are_kept(small: dict[str, Any], tmp_path: Path) -> None:
+    small["train"] |= {"steps": 3, "updates_per_step": 1}
     small["run"] |= {"checkpoint_every": 1, "keep_checkpoints": 2}
     small["guard"] = GUARD
     small["evaluation"] = {"prompts": str(tmp_path / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2}
     folder = trainer_of(small).run()
-    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step_000003", "step_000004"]
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000004"]
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step_000002", "step_000003"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000002", "step_000003"]
     proxies = {found["step"]: found["audit"]["proxy"] for found in evaluations(folder).values()}
     best = json.loads((folder / "best" / "evaluation.json").read_text())
     assert best["step"] == max(proxies, key=lambda step: proxies[step])
     assert (folder / "best" / "pytorch_lora_weights.safetensors").is_file()
-
-
-def test_a_run_killed_after_its_last_evaluation_does_not_make_it_again(small: dict[str, Any], tmp_path: Path) -> None:
-    small["guard"] = GUARD
-    small["evaluation"] = {"prompts": str(tmp_path / "test.txt"), "steps": 2, "every": 4, "images_per_prompt": 2}
-    small["train"] |= {"steps": 2}
-    folder = trainer_of(small).run()
+    # Killed after its last evaluation, it does not make it again, nor count its alarms twice.
     times = {file: file.stat().st_mtime_ns for file in folder.glob("evaluations/*.json")}
     shutil.rmtree(folder / "lora")
     trainer = trainer_of(small, resume=True)
-    audited = trainer.guarding.in_a_row if trainer.guarding else None
+    assert trainer.guarding
+    alarms_in_a_row = trainer.guarding.in_a_row
     trainer.run()
     assert {file: file.stat().st_mtime_ns for file in folder.glob("evaluations/*.json")} == times
-    assert trainer.guarding and trainer.guarding.in_a_row == audited
+    assert trainer.guarding.in_a_row == alarms_in_a_row
     assert (folder / "lora").is_dir()
 
 
