@@ -94,6 +94,7 @@ def sd35_medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sd35_medium_has_its_published_size_and_cost(sd35_medium: Path) -> None:
     policy = meta_policy(Model(path=str(sd35_medium), max_sequence_length=128))
     assert parameters(policy) == {
