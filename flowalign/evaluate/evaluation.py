@@ -126,7 +126,8 @@ def evaluate(
 
 def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:
     """The evaluations of all processes as one, in the order of the prompts, with the first `pictures` pictures."""
-    judged = gather_object(list(zip(own.rows, own.scores, own.seen or [None] * len(own.rows), strict=True)))
+    looked = own.seen or len(own.rows) * (None,)
+    judged = gather_object(list(zip(own.rows, own.scores, looked, strict=True)))
     judged.sort(key=lambda one: one[0].index)
     shown = list(dict.fromkeys(row.index for row in own.rows))[: len(own.pictures)]
     own_maps = [{name: found[place] for name, found in own.maps.items()} for place in range(len(shown))]
