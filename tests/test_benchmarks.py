@@ -341,7 +341,10 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
             {"tag": "position", "include": [{"class": "star", "count": 1, "position": ["above", 0]}]},
             "include.0.position names clause 0, which is no earlier one",
         ),
-        ({"tag": "colors", "include": [{"class": "cup", "count": 1}]}, "prompt 2 ('a star') asks for 'cup', which"),
+        (
+            {"tag": "colors", "include": [{"class": "cup", "count": 1}]},
+            "line 2: geneval: the prompts ask for the class 'cup'",
+        ),
     ],
 )
 def test_a_bad_prompt_is_named_by_its_line(row: dict[str, Any], message: str, tmp_path: Path, failing) -> None:

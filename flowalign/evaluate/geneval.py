@@ -15,15 +15,24 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
-from flowalign.data import Row
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
 from flowalign.evaluate.intervals import mean_interval, stratified_interval
 from flowalign.evaluate.results import RESULTS, Line, write_summary
 from flowalign.settings import UserError
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
-from rewards.base import import_object
-from rewards.geneval import COLORS, RELATIONS, TASKS, Detector, Verdict, judge, kept_detections, soft_score
+from rewards.base import RewardError, import_object
+from rewards.geneval import (
+    COLORS,
+    RELATIONS,
+    TASKS,
+    Detector,
+    Verdict,
+    judge,
+    kept_detections,
+    refuse_unknown_classes,
+    soft_score,
+)
 from rewards.pictures import read_picture
 
 __all__ = ["Verdict", "judge", "soft_score"]
@@ -81,17 +90,6 @@ class Judge(NamedTuple):
     detector: Detector
     names: tuple[str, ...]
     identity: dict[str, str]
-
-    def check(self, rows: Sequence[Row]) -> None:
-        """Raises UserError for the first class of the prompts that the detector does not know."""
-        for row in rows:
-            for clause in (*row.metadata["include"], *row.metadata.get("exclude", ())):
-                if clause["class"] not in self.names:
-                    raise UserError(
-                        f"prompt {row.index + 1} ({row.prompt!r}) asks for {clause['class']!r}, which the detector "
-                        f"{self.identity['detector']} does not know; it knows {len(self.names)} classes: "
-                        f"{', '.join(self.names[:8])}{', ...' if len(self.names) > 8 else ''}"
-                    )
 
 
 def load_judge(spec: str, options: Mapping[str, Any] | None = None) -> Judge:
@@ -214,7 +212,10 @@ def evaluate_geneval(benchmark: Benchmark, judging: Judge, *, check_detector: bo
     for row in rows:
         if what := fault(row.metadata):
             raise UserError(f"{benchmark.where(row)}: no GenEval metadata: {what}")
-    judging.check(rows)
+        try:
+            refuse_unknown_classes(judging.detector, [row.metadata])
+        except RewardError as error:
+            raise UserError(f"{benchmark.where(row)}: {error}") from error
     seen = check_sight(judging) if check_detector else None
     about = {"benchmark": "geneval", **judging.identity}
     lines = benchmark.judged(rows, about, partial(verdicts, judging))
