@@ -18,11 +18,11 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/flowalign train toyworld_ocr_crd run.folder=runs/demo
 
-# Both parts run, whatever becomes of the first.
+# Both parts run, whatever becomes of the first; two tests at a time, each on one core.
 test: setup
 	@status=0; \
-	$(BIN)/python -m pytest -m 'not slow' || status=1; \
-	$(BIN)/python -m pytest -m slow || status=1; \
+	$(BIN)/python -m pytest -n 2 -m 'not slow' || status=1; \
+	$(BIN)/python -m pytest -n 2 -m slow || status=1; \
 	exit $$status
 
 lint: setup

@@ -19,7 +19,7 @@ def unit_features(
     reward `clipscore` takes it. RewardError, in the name of `reward`, for another one or a model that does not load.
     """
     if backbone == "clip":
-        return ClipFeatures(model, asked_by, batch_size, device).image_features
+        return ClipFeatures(model, reward, batch_size, device).image_features
     if backbone == "timm":
         vit = VisionBackbone(model, device, batch_size, reward)
         return lambda images: F.normalize(vit.features(images)[0], dim=-1)

@@ -220,4 +220,4 @@ def _values(tiny_model: Path, folder: Path) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _few_threads() -> None:
     """Tiny models are slower, and their last digits depend on the machine, with many threads."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
