@@ -13,11 +13,11 @@ from flowalign.sampling.noise import PROMPTS, counted_generator
 from flowalign.settings import UserError
 
 BUNDLED = {
-    "geneval": "geneval/prompts.jsonl",
     "toyworld/words_train": "toyworld/prompts/words_train.txt",
     "toyworld/words_test": "toyworld/prompts/words_test.txt",
     "toyworld/shapes_train": "toyworld/prompts/shapes_train.jsonl",
     "toyworld/shapes_test": "toyworld/prompts/shapes_test.jsonl",
+    "geneval": "geneval/prompts.jsonl",
 }
 
 

@@ -282,7 +282,12 @@ def test_a_run_is_evaluated_with_what_its_rewards_had_learnt(values: dict[str, A
         "        self.level = state['level']\n"
     )
     settings = {"prompts": values["prompts"], "steps": 2, "every": 0}
-    recipe = {**values, "rewards": {"moving": {"load": f"{tmp_path / 'moving.py'}:Moving"}}, "evaluation": settings}
+    recipe = {
+        **values,
+        "rewards": {"moving": {"load": f"{tmp_path / 'moving.py'}:Moving"}},
+        "evaluation": settings,
+        "guard": None,
+    }
     Trainer(recipe_from_dict(recipe), display=Display(quiet=True)).run()
     run, _ = RunFolder.open(Path(values["run"]["folder"]))
     _, summary = evaluate_recipe(recipe_from_dict(recipe), run, "cpu")
