@@ -13,8 +13,8 @@ from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Condition, Policy
+    from flowalign.sections import Rollout, Train
 
 Figures = dict[str, torch.Tensor]
 Keep = Literal["trajectory", "means", "previews"]

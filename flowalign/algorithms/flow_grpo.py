@@ -29,8 +29,8 @@ from flowalign.algorithms.base import Algorithm, Batch, Figures, Keep
 from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.sections import Rollout, Train
 
 
 def replay(policy: "Policy", batch: Batch, guidance: float) -> SdeStep:

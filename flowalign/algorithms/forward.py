@@ -12,8 +12,8 @@ from flowalign.algorithms.base import Algorithm, Batch, Noised
 from flowalign.settings import Section
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.sections import Rollout, Train
 
 Level = Annotated[float, Field(ge=0, le=1)]
 

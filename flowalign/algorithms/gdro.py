@@ -22,8 +22,8 @@ from flowalign.algorithms.base import Batch, Figures
 from flowalign.algorithms.forward import ForwardAlgorithm, noised, predictions, squared_error
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.sections import Rollout, Train
 
 
 def _listwise(implicit_reward: torch.Tensor, reward: torch.Tensor, temperature: float, top_1: bool) -> torch.Tensor:

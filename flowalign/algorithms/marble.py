@@ -33,8 +33,8 @@ from flowalign.algorithms.forward import Level, noised, predictions, reward_leve
 from flowalign.algorithms.nft import NFT, contrast
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.sections import Rollout, Train
 
 
 def min_norm_weights(gram: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,8 @@ from flowalign.algorithms.base import Algorithm, Batch, Figures
 from flowalign.algorithms.flow_grpo import replay
 
 if TYPE_CHECKING:
-    from flowalign.config import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.sections import Rollout, Train
 
 
 def pair_loss(
