@@ -130,7 +130,8 @@ def measured_peak(policy: PipelinePolicy, rows: int) -> int:
 
 def test_the_estimated_peak_is_near_the_measured_one() -> None:
     model = toyworld_model().model_copy(update={"dtype": "fp32"})
-    real, planned = measured_peak(load_policy(model), 8), transformer_pass(meta_policy(model), 8, backward=True).peak
+    policy, planned = load_policy(model), transformer_pass(meta_policy(model), 8, backward=True).peak
+    real = min(measured_peak(policy, 8) for _ in range(3))  # what else lives in the process may allocate meanwhile
     assert planned == pytest.approx(real, rel=0.02)  # 0.1 % here, 0.3 % with checkpointing
 
 
