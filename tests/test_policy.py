@@ -220,3 +220,11 @@ def test_auto_precision_is_the_one_that_the_processor_computes_itself(monkeypatc
         assert forward_dtype("auto", cpu) == wanted
         assert forward_dtype("bf16", cpu) == torch.bfloat16
         assert forward_dtype("fp32", cpu) == torch.float32
+
+
+def test_a_model_keeps_its_own_attention_whichever_is_set_after_it(tiny_model: Path) -> None:
+    settings = Model(path=str(tiny_model), height=64, width=64, max_sequence_length=0)
+    first = load_policy(settings)
+    load_policy(settings.model_copy(update={"attention": "_native_math"}))
+    own = {str(getattr(p, "_attention_backend", None)) for p in first.module.attn_processors.values()}
+    assert own == {"AttentionBackendName.NATIVE"}

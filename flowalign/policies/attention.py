@@ -47,11 +47,15 @@ class JointAttention:
 
 
 def use_attention(transformer: Any, backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Set a transformer's attention backend; UserError in one sentence when it cannot run here."""
+    """Set a transformer's attention backend; UserError in one sentence when it cannot run here.
+
+    auto is set to native by name: without one, diffusers takes the backend of whichever model was set last.
+    """
     for module in transformer.modules():
         if isinstance(getattr(module, "processor", None), JointAttnProcessor2_0):
             module.set_processor(JointAttention())
     if backend in ("auto", "native"):
+        transformer.set_attention_backend("native")
         return
     names = [name.value for name in AttentionBackendName]
     if backend not in names:
