@@ -1,9 +1,11 @@
 """Checkpoints that appear whole or not at all, and from which a run goes on exactly.
 
-A checkpoint is a folder: weights, snapshots and optimizer state as safetensors, counters as JSON. Randomness is
-counted, so there is no generator state to keep.
+A checkpoint is a folder: weights, snapshots and optimizer state as safetensors, counters as JSON, and a checksum of
+each file, since safetensors notices a torn file but not a flipped bit. Randomness is counted, so there is no generator
+state to keep.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.policies.base import Policy
 from flowalign.settings import UserError
+
+SUMS = "SHA256SUMS"  # in the format that `sha256sum --check` reads
 
 _SEPARATOR = "/"
 _NUMBER = "#"  # behind the name of what was a plain number
@@ -67,6 +71,8 @@ def save_checkpoint(
         for name, tensors in memory.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps({"counters": dict(counters), "optimizer": groups}))
+        sums = [f"{_sum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+        (partial / SUMS).write_text("".join(sums))
         for path in [*partial.iterdir(), partial]:
             _sync(path)
         partial.rename(target)
@@ -93,6 +99,7 @@ def load_checkpoint(
     Raises UserError for a checkpoint that is damaged or of another model.
     """
     with _explained(path):
+        _verify(path, "weights", "snapshots", "optimizer", *memory)
         contents = json.loads((path / "state.json").read_text())
         _load_policy_state(path, policy)
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"), contents["optimizer"])
@@ -108,6 +115,7 @@ def load_weights(path: Path, policy: Policy, rewards: Restore) -> str:
     `rewards` gets what the rewards of the run had learnt.
     """
     with _explained(path):
+        _verify(path, "weights", "snapshots", "rewards")
         _load_policy_state(path, policy)
         rewards(load_file(path / "rewards.safetensors"))
     if "ema" in policy.snapshots:
@@ -123,6 +131,20 @@ def _explained(path: Path) -> Iterator[None]:
         raise UserError(
             f"checkpoint {path} cannot be used ({error}); remove that folder to go on from an older one"
         ) from error
+
+
+def _verify(path: Path, *names: str) -> None:
+    """Raises ValueError unless the counters and these files of tensors are as they were written, before any is used."""
+    lines = (path / SUMS).read_text(errors="replace").splitlines()
+    sums = {file: written for written, _, file in (line.partition("  ") for line in lines)}
+    for file in ("state.json", *(f"{name}.safetensors" for name in names)):
+        if _sum(path / file) != sums.get(file):
+            raise ValueError(f"{file} does not match {SUMS}")
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_policy_state(path: Path, policy: Policy) -> None:

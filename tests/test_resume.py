@@ -184,11 +184,18 @@ def two_steps(small: dict[str, Any]) -> dict[str, Any]:
 
 
 def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1])
+    file.write_bytes(file.read_bytes()[:-2])
 
 
 def empty(file: Path) -> None:
     file.write_bytes(b"")
+
+
+def flip_a_bit(file: Path) -> None:
+    """Near the end: in a safetensors file that is data, of which its header says nothing."""
+    contents = bytearray(file.read_bytes())
+    contents[-2] ^= 1
+    file.write_bytes(contents)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_is_good(two_steps: dict[str, Any], tmp_path: Path) -> None:
@@ -197,13 +204,14 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_good(two_steps: dict
     last = checkpoints(folder / "checkpoints")[-1]
     good = shutil.copytree(last, tmp_path / "good")
     names = [path.name for path in last.iterdir()]
-    assert len(names) == 6  # weights, snapshots, optimizer, algorithm, rewards, counters
-    for damage in (truncate, Path.unlink, empty):
+    assert len(names) == 7  # weights, snapshots, optimizer, algorithm, rewards, counters, checksums
+    for damage in (truncate, Path.unlink, empty, flip_a_bit):
         for name in names:
             damage(last / name)
             with pytest.raises(UserError, match=rf"checkpoint {last} cannot be used .*remove that folder") as caught:
                 trainer._resume()
             assert "\n" not in str(caught.value)
+            assert re.search(rf"\b{name}\b", str(caught.value))
             shutil.copytree(good, last, dirs_exist_ok=True)
     shutil.rmtree(last)
     trainer._resume()
