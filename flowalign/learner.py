@@ -3,7 +3,6 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -13,7 +12,7 @@ from flowalign.algorithms import Batch
 from flowalign.config import Recipe
 from flowalign.items import Items
 from flowalign.policies.base import Policy
-from flowalign.processes import shared_out
+from flowalign.processes import Share, is_shared_out, shared_out, sum_gradients
 from flowalign.rollout import Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
@@ -45,6 +44,7 @@ class Learner:
             self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
         self.update = 0
+        self.in_lockstep = is_shared_out(policy.transformer)
 
     def learn(self, samples: Samples, step: int, before_first: Callable[[Batch], None] | None) -> dict[str, Any]:
         """The updates of training step `step`; returns the figures to log.
@@ -60,14 +60,14 @@ class Learner:
             generator = counted_generator(ITEMS, recipe.run.seed, step, 0, turn)
             count = torch.tensor([len(units)], device=self.accelerator.device)
             counts = self.accelerator.gather(count).tolist()
-            for own, total in shared_out(counts, self.accelerator.process_index, train.updates_per_step, generator):
-                if total == 0:
+            for share in shared_out(counts, self.accelerator.process_index, train.updates_per_step, generator):
+                if share.total == 0:
                     continue
-                part = units[own]
+                chunks = self._chunks(units, share)
                 if before_first:
-                    before_first(items.batch(self._chunks(part)[0], self.update))
+                    before_first(items.batch(chunks[0][0], self.update))
                     before_first = None
-                norms.append(self._update(items, part, total, step, figures))
+                norms.append(self._update(items, chunks, share.total, step, figures))
         if norms:
             algorithm.after_update(self.policy, self.update)
         means = figures.means(self.accelerator)
@@ -78,32 +78,39 @@ class Learner:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
 
-    def _chunks(self, units: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Micro-batches of whole units; without units, one of a unit that another process's gradients wait for."""
-        if not len(units):
-            members = self.recipe.train.group_size if self.recipe.algorithm.unit != "item" else 1
-            units = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.long)], dim=1)[None]
-        return units.split(max(1, self.recipe.train.micro_batch // units.shape[1]))
+    def _chunks(self, units: torch.Tensor, share: Share) -> list[tuple[torch.Tensor, int]]:
+        """Micro-batches of whole units, each with how many units it counts for.
 
-    def _update(self, items: Items, units: torch.Tensor, total: int, step: int, figures: "Figures") -> float:
-        """One optimizer update on `units` of `total` over all processes; returns the gradient norm."""
-        algorithm, train, world = self.recipe.algorithm, self.recipe.train, self.accelerator.num_processes
-        weight = 1.0 if len(units) else 0.0
-        chunks, apart = self._chunks(units), algorithm.apart(self.update)
+        Behind them come as many that count for nothing as others wait for: one in a process without units, which has
+        the same figures and gradients to sum, and with a model that is shared out, up to the most that a process has.
+        """
+        members = self.recipe.train.group_size if self.recipe.algorithm.unit != "item" else 1
+        spare = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.long)], dim=1)[None]
+        own = units[share.places]
+        size = max(1, self.recipe.train.micro_batch // units.shape[1])
+        chunks = [(chunk, len(chunk)) for chunk in own.split(size) if len(chunk)]
+        wanted = math.ceil(share.most / size) if self.in_lockstep else 1
+        return chunks + [(own[:1] if len(own) else spare, 0)] * (wanted - len(chunks))
+
+    def _update(
+        self, items: Items, chunks: list[tuple[torch.Tensor, int]], total: int, step: int, figures: "Figures"
+    ) -> float:
+        """One optimizer update on chunks of `total` units over all processes; returns the gradient norm."""
+        algorithm, train = self.recipe.algorithm, self.recipe.train
+        apart = algorithm.apart(self.update)
         gradients: torch.Tensor | float = 0.0
-        for index, chunk in enumerate(chunks):
-            synced = index == len(chunks) - 1 and not apart
-            with nullcontext() if synced else self.accelerator.no_sync(self.policy.transformer):
-                loss, seen = algorithm.loss(self.policy, items.batch(chunk, self.update))
-                share = weight * len(chunk) / total
-                if apart:
-                    gradients = gradients + self._each_gradient(loss * share)
-                else:
-                    self.accelerator.backward(loss * share * world)
-            figures.add({"loss": loss.detach(), **seen}, weight * len(chunk))
+        for chunk, counted in chunks:
+            loss, seen = algorithm.loss(self.policy, items.batch(chunk, self.update))
+            if apart:
+                gradients = gradients + self._each_gradient(loss * (counted / total))
+            else:
+                (loss * (counted / total)).backward()
+            figures.add({"loss": loss.detach(), **seen}, counted)
         if isinstance(gradients, torch.Tensor):
             self._join(gradients, figures)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, train.max_grad_norm))
+        else:
+            sum_gradients(self.accelerator, self.parameters)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(norm):
             raise UserError(
                 f"step {step + 1}: the gradient is {norm}; lower train.learning_rate or set model.dtype=fp32"

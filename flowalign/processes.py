@@ -1,53 +1,181 @@
-"""Several processes as one: what they sum, agree on and share out. With one process nothing is sent."""
+"""Several processes as one: what they sum, agree on and share out. With one process nothing is sent.
 
+Every process holds the trained weights whole and sums their gradients with the others. The frozen ones it holds whole
+too, or, where the launcher is configured for FSDP 2, a share of them: each block is put together for its pass.
+"""
+
+import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from flowalign.config import Recipe
+from flowalign.data import Row
+from flowalign.policies.base import forward_dtype
 from flowalign.settings import UserError
+
+_MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
+_LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another
+
+# What a launcher's configuration may set, by the names that it hands on, and would do nothing here.
+_NOT_FOLLOWED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "train.micro_batch parts an update"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "model.compile does that"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false", "model.gradient_checkpointing does"),
+}
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """The engine of a run, set up by its launcher; every process makes its own.
-
-    Raises UserError for a launcher's way of sharing out a model that this loop would train wrongly.
-    """
-    accelerator = Accelerator(
+    """The engine of a run, set up by its launcher; every process makes its own."""
+    return Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(recipe.folder),
     )
-    refuse_sharded(accelerator.distributed_type)
-    return accelerator
 
 
-def refuse_sharded(kind: DistributedType) -> None:
-    """Raises UserError where a launcher shares out one model: snapshots, norms and checkpoints are of whole weights.
-
-    Accelerate prepares such models only together with their optimizer, or leaves their gradients apart.
-    """
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+def refuse_launcher(recipe: Recipe) -> None:
+    """Raises UserError, before anything loads, where this loop would not do what the launcher is configured for."""
+    for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _on(f"ACCELERATE_USE_{engine}"):
+            raise UserError(
+                f"accelerate is configured for {engine.lower()}; choose FSDP with fsdp_version 2, which shares out the "
+                "frozen weights of a model that learns adapters, or multi-GPU without it"
+            )
+    for name, (key, neutral, why) in _NOT_FOLLOWED.items():
+        value = os.environ.get(name, neutral).lower()
+        if value != neutral:
+            raise UserError(f"accelerate is configured with {key} {value}; set it to {neutral}, since {why}")
+    _refuse_precision(recipe)
+    if not _on("ACCELERATE_USE_FSDP"):
+        return
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(f"accelerate is configured for FSDP {version}; set fsdp_version: 2 in its configuration")
+    if _on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError(
-            f"accelerate is configured for {kind.value}, which shares out one model, and here every process holds a "
-            "whole one: choose multi-GPU without it in `accelerate config`, with LoRA where memory is short"
+            "accelerate is configured with fsdp_cpu_ram_efficient_loading true, and here every process reads the "
+            "model's files itself; set it to false"
+        )
+    if recipe.model.lora is None:
+        raise UserError(
+            "model.lora null trains all weights, and FSDP shares out frozen ones alone; give model.lora a rank, or "
+            "choose multi-GPU without FSDP in `accelerate config`"
         )
 
 
-def prepared(accelerator: Accelerator, transformer: nn.Module) -> nn.Module:
-    """The transformer as the engine trains it.
+def _refuse_precision(recipe: Recipe) -> None:
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    used = forward_dtype(recipe.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if asked not in ("no", names.get(used)):
+        raise UserError(
+            f"accelerate is configured with mixed_precision {asked}, and model.dtype {recipe.model.dtype} is "
+            f"{str(used).removeprefix('torch.')} here; set mixed_precision to 'no' or change model.dtype"
+        )
 
-    Its buffers are the same everywhere and not broadcast before forward passes: a process without pictures to evaluate
-    makes no forward pass and would leave the others waiting.
+
+def _on(name: str) -> bool:
+    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+
+def shares_out() -> bool:
+    """Whether the launcher is configured to share out a model, among more than this process."""
+    return _on("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def prepare(accelerator: Accelerator, transformer: nn.Module) -> None:
+    """Make the transformers of all processes one: compare them, and share out the frozen weights where that is asked.
+
+    Raises UserError where they differ, and where there is nothing to share out.
     """
-    model: nn.Module = accelerator.prepare_model(transformer)
-    if isinstance(model, DistributedDataParallel):
-        model.broadcast_buffers = False
-    return model
+    if accelerator.num_processes > 1:
+        _refuse_different(accelerator, transformer)
+    if shares_out():
+        share_out(transformer, accelerator.device, accelerator.num_processes)
+
+
+def _refuse_different(accelerator: Accelerator, transformer: nn.Module) -> None:
+    """Nothing is sent at the start: every process reads the same files and draws its adapters from the same seed."""
+    own = torch.stack([_checksum(weight) for weight in transformer.parameters()]).to(accelerator.device)
+    for rank, other in enumerate(accelerator.gather(own[None])):
+        if not torch.equal(other, own):
+            raise UserError(
+                f"process {accelerator.process_index} began with other weights than process {rank}; give every node "
+                "the same model files, recipe and versions of the libraries"
+            )
+
+
+def _checksum(weight: torch.Tensor) -> torch.Tensor:
+    """The sum, int64, of a weight's bits, whatever order a device adds in; of a frozen one's first numbers alone."""
+    part = weight.detach().flatten()
+    part = part if weight.requires_grad else part[:_LOOKED_AT]
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
+    return part.view(bits).sum(dtype=torch.int64)
+
+
+def share_out(transformer: nn.Module, device: torch.device, processes: int) -> None:
+    """Split a transformer's frozen weights among the processes, as the launcher's FSDP settings say (FSDP2).
+
+    From then on a forward or a backward pass waits for the same pass of every process. Trained weights stay whole, as
+    plain tensors, so that their snapshots, gradients and checkpoints are those of one process. Blocks are moved to the
+    device one by one: it never holds the whole transformer. Raises UserError where all weights are trained.
+    """
+    # accelerate's own preparation wants an optimizer whose weights it replaces, and takes processors for no FSDP.
+    plugin = FullyShardedDataParallelPlugin()
+    trained = {weight for weight in transformer.parameters() if weight.requires_grad}
+    if len(trained) == len(list(transformer.parameters())):
+        raise UserError("this policy trains all its weights, and FSDP shares out frozen ones alone; choose multi-GPU")
+    for weight in trained:
+        weight.data = weight.data.to(device)
+    try:
+        wraps = fsdp2_prepare_auto_wrap_policy(plugin, transformer)
+    except ValueError as error:
+        raise UserError(f"accelerate's fsdp_transformer_layer_cls_to_wrap: {error}") from error
+    mesh = init_device_mesh(device.type, (processes,))
+
+    def split(module: nn.Module) -> None:
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=plugin.reshard_after_forward,
+            offload_policy=plugin.cpu_offload,
+            ignored_params=trained,
+        )
+
+    for module in [*transformer.modules()][:0:-1]:  # a block's parts before the block
+        if wraps is not None and wraps(module) and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            split(module)
+    split(transformer)
+
+
+def is_shared_out(transformer: nn.Module) -> bool:
+    """Whether its passes wait for those of other processes."""
+    return isinstance(transformer, FSDPModule)
+
+
+def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Each gradient summed over the processes, in place; all have gradients of the same parameters."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    while gradients:
+        count = size = 0
+        while count < len(gradients) and (count == 0 or size + gradients[count].numel() <= _MESSAGE):
+            size += gradients[count].numel()
+            count += 1
+        together, gradients = gradients[:count], gradients[count:]
+        flat = torch.cat([gradient.flatten() for gradient in together])
+        parts = accelerator.reduce(flat, "sum").split([gradient.numel() for gradient in together])
+        for gradient, part in zip(together, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
 
 
 def summed(accelerator: Accelerator, *values: float) -> list[float]:
@@ -63,16 +191,32 @@ def gathered(accelerator: Accelerator, part: torch.Tensor) -> torch.Tensor:
     return whole.movedim(0, -1)
 
 
-def shared_out(
-    counts: Sequence[int], rank: int, updates: int, generator: torch.Generator
-) -> list[tuple[torch.Tensor, int]]:
-    """For each update the places of process `rank` among its own units, and the units of all processes.
+def rows_of_process(
+    rows: Sequence[Row], rank: int, world: int, in_lockstep: bool
+) -> tuple[Sequence[Row], Sequence[Row]]:
+    """The rows that process `rank` scores, and the one that it only draws where others wait for it to draw as many."""
+    own = rows[rank::world]
+    return own, rows[: -(-len(rows) // world) - len(own)] if in_lockstep else ()
+
+
+class Share(NamedTuple):
+    """What a process does of an update."""
+
+    places: torch.Tensor  # among its own units
+    total: int  # units of all processes
+    most: int  # units of the process that has most
+
+
+def shared_out(counts: Sequence[int], rank: int, updates: int, generator: torch.Generator) -> list[Share]:
+    """For each update the share of process `rank`.
 
     counts: the units of each process. An update is made of the same units however many processes share them.
     """
-    first = sum(counts[:rank])
+    ends = torch.tensor(counts).cumsum(0)
     order = torch.randperm(sum(counts), generator=generator)
-    return [
-        (part[(part >= first) & (part < first + counts[rank])] - first, len(part))
-        for part in order.tensor_split(updates)
-    ]
+    shares = []
+    for part in order.tensor_split(updates):
+        owners = torch.bucketize(part, ends, right=True)
+        most = int(owners.bincount(minlength=len(counts)).max())
+        shares.append(Share(part[owners == rank] - sum(counts[:rank]), len(part), most))
+    return shares

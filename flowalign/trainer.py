@@ -27,7 +27,7 @@ from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.processes import accelerator_for, gathered, prepared, summed
+from flowalign.processes import accelerator_for, gathered, prepare, refuse_launcher, rows_of_process, summed
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, disk_explained, now, versions
 from flowalign.sampling import counted_generator
@@ -53,6 +53,7 @@ class Trainer:
         """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards."""
         self.recipe = recipe
         check_trackers(recipe.run.trackers)
+        refuse_launcher(recipe)
         optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
         self.judging = Judging(recipe, rewards)
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
@@ -92,7 +93,7 @@ class Trainer:
                 recipe.algorithm.levels(grid, counted_generator(0))
             except ValueError as error:
                 raise UserError(str(error)) from error
-        self.policy.transformer = prepared(self.accelerator, self.policy.transformer)
+        prepare(self.accelerator, self.policy.transformer)
         self.learner = Learner(recipe, self.policy, self.accelerator)
         if recipe.train.ema_decay:
             self.policy.snapshot("ema")
@@ -261,7 +262,7 @@ class Trainer:
             self.accelerator.init_trackers(recipe.name, config={"recipe": recipe.name})
         counts = {
             "trainable": sum(p.numel() for p in self.learner.parameters),
-            "all": sum(p.numel() for p in self.policy.module.parameters()),
+            "all": sum(p.numel() for p in self.policy.transformer.parameters()),
         }
         device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu"
         if self.main:
@@ -275,9 +276,7 @@ class Trainer:
     def _self_test(self, samples: Samples, batch: Batch) -> None:
         self.tested = True
         forwards = self.policy.forwards
-        # Forwards whose gradients nobody waits for would make the next backward pass average them.
-        with self.accelerator.no_sync(self.policy.transformer):
-            results = self_test(self.policy, self.recipe.algorithm, batch, samples)
+        results = self_test(self.policy, self.recipe.algorithm, batch, samples)
         self.policy.forwards = forwards
         self.display.self_test(results)
         if self.main:
@@ -325,10 +324,10 @@ class Trainer:
 
     def _measure(self, rows: Sequence[Row], settings: Evaluation) -> Evaluated:
         """The evaluation of rows with the weights as they are, shared among the processes, known to all of them."""
-        shard = rows[self.rank :: self.world]
+        shard, spare = rows_of_process(rows, self.rank, self.world, self.learner.in_lockstep)
         observe = self.guarding.auditor.observe if self.guarding else None
         with self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
-            own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe)
+            own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe, spare)
         return own if self.world == 1 else evaluated_by_all(own, settings.pictures)
 
     def _guarded(self) -> bool:

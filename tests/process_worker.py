@@ -1,9 +1,11 @@
 """Runs recipes in several processes that share one import: `python process_worker.py JOBS.json`.
 
 Jobs come one after another; each has a `world`, as many processes forked from this one as a launcher would start, and
-`cases` that they train in turn. What each process drew, learnt and scored is written beside the case's run folder. A
-case may go on from a copy `of` another's run folder; with `asked` the second process is asked to stop in its first
-step, one that is `refused` does not begin, with `clocks` every process has one of its own speed.
+`cases` that they train in turn; with `sharded` they share out the frozen weights. What each process drew, learnt and
+scored is written beside the case's run folder. A case without a `dtype` trains its recipe's own model, with `adapters`
+a small network that has some. A case may go on from a copy `of` another's run folder; with `asked` the second process
+is asked to stop in its first step, one that is `refused` does not begin, with `clocks` every process has one of its
+own speed.
 """
 
 import itertools
@@ -26,6 +28,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flowalign import trainer as training
 from flowalign.config import recipe_from_dict
@@ -64,11 +67,25 @@ class Brightness(TrainableReward):
         self.level = state["level"]
 
 
+class Adapted(nn.Module):
+    """A frozen layer, and one of low rank beside it that learns."""
+
+    def __init__(self, size_in, size_out, dtype):
+        super().__init__()
+        self.frozen = nn.Linear(size_in, size_out, dtype=dtype).requires_grad_(False)
+        self.down, self.up = (nn.Linear(*sizes, False, dtype=dtype) for sizes in ((size_in, 3), (3, size_out)))
+
+    def forward(self, x):
+        return self.frozen(x) + self.up(self.down(x))
+
+
 class Velocity(nn.Module):
-    def __init__(self, dtype):
+    _no_split_modules = (Adapted.__name__,)
+
+    def __init__(self, dtype, layer):
         super().__init__()
         sizes = (2 * SIDE**2 + 1, 24, 24, SIDE**2)
-        self.layers = nn.ModuleList(nn.Linear(a, b, dtype=dtype) for a, b in pairwise(sizes))
+        self.layers = nn.ModuleList(layer(a, b, dtype=dtype) for a, b in pairwise(sizes))
         generator = counted_generator(0)
         with torch.no_grad():
             for weight in self.parameters():
@@ -78,15 +95,15 @@ class Velocity(nn.Module):
         hidden = torch.cat([x.flatten(1), text, sigma[:, None]], dim=1)
         for layer in self.layers[:-1]:
             hidden = torch.tanh(layer(hidden))
-        return self.layers[-1](hidden).view_as(x)
+        return self.layers[-1](hidden).view_as(x).clone()  # FSDP warns of views, which someone may change in place
 
 
 class SmallPolicy(Policy):
-    """A network of three layers, all of whose weights are trained, that computes in the precision it is given."""
+    """A network of three layers that computes in the precision it is given."""
 
-    def __init__(self, dtype):
+    def __init__(self, dtype, layer=nn.Linear):
         super().__init__()
-        self.device, self.dtype, self.transformer = torch.device("cpu"), dtype, Velocity(dtype)
+        self.device, self.dtype, self.transformer = torch.device("cpu"), dtype, Velocity(dtype, layer)
         self.snapshot("reference")
 
     def encode(self, prompts):
@@ -117,7 +134,9 @@ class SmallPolicy(Policy):
 
 def run(case: dict[str, Any], rank: int) -> None:
     recipe = recipe_from_dict(case["values"])
-    policy = SmallPolicy(getattr(torch, case["dtype"]))
+    policy = None
+    if "dtype" in case:
+        policy = SmallPolicy(getattr(torch, case["dtype"]), Adapted if case.get("adapters") else nn.Linear)
     learns, flat = case.get("learns", False), case.get("flat", ())
     rewards = {name: Brightness(index, learns, flat) for index, name in enumerate(recipe.rewards)}
     if recipe.store and not Path(recipe.store).exists():
@@ -151,16 +170,29 @@ def run(case: dict[str, Any], rank: int) -> None:
     with suppress(Interrupted):
         trainer.run()
     (folder / f"step_{rank}").write_text(str(trainer.step))
+    (folder / f"frozen_{rank}.json").write_text(json.dumps(frozen(trainer.policy.transformer)))
     save_file(drawn, folder / f"drawn_{rank}.safetensors")
     save_file(trainer.policy.trainable_state(), folder / f"weights_{rank}.safetensors")
     scored = {name: reward.scored for name, reward in rewards.items()}
     (folder / f"scored_{rank}.json").write_text(json.dumps(scored))
 
 
+def frozen(transformer: nn.Module) -> dict[str, list[int]]:
+    """Of each weight that does not learn how many numbers this process holds, and how many there are."""
+    weights = {name: weight for name, weight in transformer.named_parameters() if not weight.requires_grad}
+    return {
+        name: [(weight.to_local() if isinstance(weight, DTensor) else weight).numel(), weight.numel()]
+        for name, weight in weights.items()
+    }
+
+
 def process(job: dict[str, Any], rank: int, port: int) -> None:
     if job["world"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["world"])}
         os.environ |= {"LOCAL_WORLD_SIZE": str(job["world"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if job.get("sharded"):
+        os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     torch.set_num_threads(1)
     for case in job["cases"]:
         run(case, rank)

@@ -561,7 +561,7 @@ def test_a_store_is_not_mixed_with_other_prompts_or_another_models_pictures(
     (tmp_path / "prompts.txt").write_text("a photo of two stars\na photo of five stars\n")
     with pytest.raises(UserError, match=r"another prompt 2 .'a photo of three stars', now 'a photo of five stars'"):
         collected(changed(ready), policy)
-    weight = next(weight for name, weight in policy.module.named_parameters() if "lora" not in name)
+    weight = next(weight for name, weight in policy.transformer.named_parameters() if "lora" not in name)
     kept = weight.detach().clone()
     try:
         with torch.no_grad():

@@ -7,20 +7,20 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flowalign.processes import refuse_sharded, shared_out
+from flowalign.processes import shared_out
 from flowalign.sampling import counted_generator
-from flowalign.settings import UserError
 
 HERE = Path(__file__).parent
 
@@ -28,20 +28,13 @@ HERE = Path(__file__).parent
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
 def test_an_update_is_made_of_the_same_units_however_many_processes_share_them(counts, updates, seed):
     whole = shared_out([sum(counts)], 0, updates, counted_generator(seed))
-    assert torch.cat([places for places, _ in whole]).sort().values.tolist() == list(range(sum(counts)))
+    assert torch.cat([share.places for share in whole]).sort().values.tolist() == list(range(sum(counts)))
     parts = [shared_out(counts, rank, updates, counted_generator(seed)) for rank in range(len(counts))]
-    for update, (places, total) in enumerate(whole):
-        shares = [part[update][0] + sum(counts[:rank]) for rank, part in enumerate(parts)]
+    for update, (places, total, _) in enumerate(whole):
+        shares = [part[update].places + sum(counts[:rank]) for rank, part in enumerate(parts)]
         assert torch.cat(shares).sort().values.tolist() == places.sort().values.tolist()
-        assert [part[update][1] for part in parts] == [total] * len(counts) == [len(places)] * len(counts)
-
-
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_a_launcher_that_shares_out_the_model_is_refused_and_not_trained_wrongly(kind: DistributedType) -> None:
-    with pytest.raises(UserError, match=f"accelerate is configured for {kind.value}.* choose multi-GPU") as caught:
-        refuse_sharded(kind)
-    assert "\n" not in str(caught.value)
-    refuse_sharded(DistributedType.MULTI_GPU)
+        assert [part[update].total for part in parts] == [total] * len(counts) == [len(places)] * len(counts)
+        assert [part[update].most for part in parts] == [max(map(len, shares))] * len(counts)
 
 
 # The same recipes in one, two and three processes
@@ -55,6 +48,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "gdro": {"algorithm": {"name": "gdro", "beta": 10}},
 }
 WORLDS = (1, 2, 3)
+SHARED_OUT = ("flow_grpo", "nft", "marble")
 ONE_DEVICE = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 JUDGES = """
 def darkness(media, prompts, metadata):
@@ -62,7 +56,7 @@ def darkness(media, prompts, metadata):
 """
 
 
-def recipe_of(folder: Path, name: str, world: int, sections: dict[str, Any]) -> dict[str, Any]:
+def recipe_of(folder: Path, name: str, world: int | str, sections: dict[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "name": name,
         "prompts": str(folder / "train.txt"),
@@ -114,26 +108,76 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
     return found
 
 
+def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is trained with the frozen weights shared out, and in one process that holds them whole.
+
+    tiny: the values of a recipe of a real pipeline.
+    """
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, algorithm: str, more: dict[str, Any], base: dict[str, Any], **case: Any) -> None:
+        sections = {**ALGORITHMS[algorithm], **more, "run": {"folder": str(folder / f"{name}_{label}")}}
+        found.append({"values": base | {k: {**(base.get(k) or {}), **v} for k, v in sections.items()}, **case})
+
+    def small(name: str, algorithm: str, dtype: str = "float64", **more: Any) -> None:
+        flat = more.pop("flat", ())
+        add(name, algorithm, more, recipe_of(folder, name, label, {}), dtype=dtype, flat=flat, adapters=True)
+
+    for name in SHARED_OUT:
+        small(f"adapters_{name}_float32", name, "float32")
+        small(f"adapters_{name}_float64", name)
+    small("adapters_uneven", "flow_grpo", flat=["prompt 0", "prompt 2", "prompt 3", "prompt 5"])
+    measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "pictures": 3}
+    guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
+    small("adapters_guarded", "nft", evaluation=measured, guard=guard, train={"ema_decay": 0.9})
+    small("adapters_few", "nft", evaluation={**measured, "count": 2}, guard=guard)
+    if label != "3s":  # the pipeline's own recipe has two prompts a step
+        base = {**tiny, "algorithm": {}, "evaluation": {**tiny["evaluation"], "count": 3}}
+        base |= {"rewards": {"red": {"weight": 1.0}, "green": {"weight": 2.0}}, "prompts": str(folder / "train.txt")}
+        base |= {"train": {**tiny["train"], "steps": 2}, "rollout": {**tiny["rollout"], "batch": 4}}
+        add("pipeline_flow_grpo", "flow_grpo", {}, base)
+        add("pipeline_nft", "nft", {"model": {"gradient_checkpointing": True}}, base)
+        add("pipeline_marble", "marble", {}, base)
+        add("half", "nft", {"train": {"steps": 1}}, base)
+    return found
+
+
+def resumed(cases: list[dict[str, Any]], folder: Path, label: str, of: str) -> dict[str, Any]:
+    """The pipeline's NFT run as `label` goes on with it, from the half of it that `of` ran."""
+    values = next(case["values"] for case in cases if case["values"]["run"]["folder"].endswith(f"half_{of}"))
+    changes = {
+        "train": {**values["train"], "steps": 2},
+        "run": {**values["run"], "folder": str(folder / f"on_{label}")},
+    }
+    return {"values": {**values, **changes}, "of": str(folder / f"half_{of}")}
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the runs of all cases, named CASE_WORLD."""
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_values: Callable[[Path], dict[str, Any]]) -> Path:
+    """The folder of the runs of all cases, named CASE_WORLD, or CASE_WORLDs where the weights are shared out."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "train.txt").write_text("".join(f"prompt {index}\n" for index in range(7)))
     (folder / "test.txt").write_text("".join(f"other {index}\n" for index in range(5)))
     (folder / "judges.py").write_text(JUDGES)
-    jobs = [{"world": world, "cases": cases(folder, world)} for world in WORLDS]
+    jobs: list[dict[str, Any]] = [{"world": world, "cases": cases(folder, world)} for world in WORLDS]
+    tiny = tiny_values(folder)
+    whole, shared = adapter_cases(folder, "1", tiny), adapter_cases(folder, "2s", tiny)
+    jobs[0]["cases"] += whole
+    jobs.append({"world": 2, "sharded": True, "cases": [*shared, resumed(whole, folder, "2s", "1")]})
+    jobs.append({"world": 3, "sharded": True, "cases": adapter_cases(folder, "3s", tiny)})
+    jobs.append({"world": 1, "cases": [resumed(shared, folder, "1", "2s")]})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = [sys.executable, str(HERE / "process_worker.py"), str(folder / "jobs.json")]
     subprocess.run(worker, check=True, timeout=900, env={**os.environ, **ONE_DEVICE})
     return folder
 
 
-def weights(runs: Path, name: str, world: int, rank: int = 0) -> torch.Tensor:
+def weights(runs: Path, name: str, world: int | str, rank: int = 0) -> torch.Tensor:
     tensors = load_file(runs / f"{name}_{world}_seen" / f"weights_{rank}.safetensors")
     return torch.cat([tensors[key].flatten() for key in sorted(tensors)])
 
 
-def moved_apart(runs: Path, name: str, world: int, alone: str | None = None) -> float:
+def moved_apart(runs: Path, name: str, world: int | str, alone: str | None = None) -> float:
     """How far the weights of so many processes are from those of one, as a share of how far these moved."""
     one, several = weights(runs, alone or name, 1), weights(runs, name, world)
     started = load_file(runs / f"{alone or name}_1_seen" / "start_0.safetensors")
@@ -141,7 +185,7 @@ def moved_apart(runs: Path, name: str, world: int, alone: str | None = None) -> 
     return float((several - one).norm() / (one - start).norm())
 
 
-def lines(runs: Path, name: str, world: int) -> list[dict[str, Any]]:
+def lines(runs: Path, name: str, world: int | str) -> list[dict[str, Any]]:
     text = (runs / f"{name}_{world}" / "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
@@ -204,10 +248,13 @@ def test_every_process_scores_its_own_pictures(runs: Path, world: int) -> None:
         assert scored == dict.fromkeys(("red", "green"), 2 * 6 * 4 // world)
 
 
+EVALUATED = [(name, world) for name in ("guarded", "few") for world in (2, 3)]
+EVALUATED += [(f"adapters_{name}", f"{world}s") for name, world in EVALUATED]
+
+
 @pytest.mark.slow
-@several
-@pytest.mark.parametrize("name", ["guarded", "few"])
-def test_evaluations_and_audits_are_those_of_one_process(runs: Path, name: str, world: int) -> None:
+@pytest.mark.parametrize(("name", "world"), EVALUATED)
+def test_evaluations_and_audits_are_those_of_one_process(runs: Path, name: str, world: int | str) -> None:
     for step in range(3):
         one, many = (
             json.loads((runs / f"{name}_{count}" / "evaluations" / f"step_{step:06d}.json").read_text())
@@ -226,6 +273,66 @@ def test_evaluations_and_audits_are_those_of_one_process(runs: Path, name: str, 
             file.name for file in sorted(folders[1].iterdir())
         ]
     assert (runs / f"{name}_{world}" / "best" / "evaluation.json").is_file()
+
+
+SHARED_RUNS = [f"adapters_{name}_{dtype}" for name in SHARED_OUT for dtype in ("float32", "float64")]
+PIPELINE_RUNS = ["pipeline_flow_grpo", "pipeline_nft", "pipeline_marble"]
+SHARED_CASES = [(name, f"{world}s") for name in (*SHARED_RUNS, "adapters_uneven") for world in (2, 3)]
+SHARED_CASES += [(name, "2s") for name in PIPELINE_RUNS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "label"), SHARED_CASES)
+def test_a_run_with_shared_out_weights_is_that_of_one_process(runs: Path, name: str, label: str) -> None:
+    world = int(label[0])
+    one = load_file(runs / f"{name}_1_seen" / "drawn_0.safetensors")
+    shares = [load_file(runs / f"{name}_{label}_seen" / f"drawn_{rank}.safetensors") for rank in range(world)]
+    first = [key for key in one if key.startswith("0/")]
+    assert first
+    for key in first:
+        assert torch.equal(torch.cat([share[key] for share in shares]), one[key]), key
+    assert moved_apart(runs, name, label) < (1e-4 if name.endswith("32") or "pipeline" in name else 1e-6)
+    for rank in range(1, world):
+        assert torch.equal(weights(runs, name, label, rank), weights(runs, name, label))
+    norms = [[line["grad_norm"] for line in lines(runs, name, count)] for count in ("1", label)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    passes = [[line["forwards"] for line in lines(runs, name, count)] for count in ("1", label)]
+    assert all(alone <= several < 1.2 * alone for alone, several in zip(*passes, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "label"), [("adapters_nft_float64", "3s"), *((name, "2s") for name in PIPELINE_RUNS)])
+def test_a_process_holds_its_share_of_the_frozen_weights(runs: Path, name: str, label: str) -> None:
+    world = int(label[0])
+    alone = json.loads((runs / f"{name}_1_seen" / "frozen_0.json").read_text())
+    shares = [json.loads((runs / f"{name}_{label}_seen" / f"frozen_{rank}.json").read_text()) for rank in range(world)]
+    for key, (held, whole) in alone.items():
+        assert held == whole
+        assert sum(share[key][0] for share in shares) == whole
+        assert [share[key][1] for share in shares] == [whole] * world
+    total = sum(whole for _, whole in alone.values())
+    for share in shares:
+        assert sum(held for held, _ in share.values()) == pytest.approx(total / world, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["1", "2s"])
+def test_a_checkpoint_goes_on_whether_weights_are_shared_out_or_not(runs: Path, label: str) -> None:
+    assert moved_apart(runs, "on", label, "pipeline_nft") < 1e-4
+    assert [line["step"] for line in lines(runs, "on", label)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_adapters_are_exported_alike_where_weights_are_shared_out(runs: Path) -> None:
+    one, shared = (
+        runs / f"pipeline_nft_{label}" / "lora" / "pytorch_lora_weights.safetensors" for label in ("1", "2s")
+    )
+    found, expected = load_file(shared), load_file(one)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+    with safe_open(shared, "pt") as opened, safe_open(one, "pt") as alone:
+        assert opened.metadata() == alone.metadata()
 
 
 @pytest.mark.slow

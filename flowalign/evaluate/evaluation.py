@@ -85,10 +85,12 @@ def evaluate(
     size: tuple[int, int],
     progress: Progress | None = None,
     observe: Observe | None = None,
+    unscored: Sequence[Row] = (),
 ) -> Evaluated:
     """Draw and score `images_per_prompt` pictures of every row; size: (height, width) in pixels.
 
-    `observe` is asked what it sees in the pictures of each batch.
+    `observe` is asked what it sees in the pictures of each batch. The rows `unscored` are drawn alone: other processes
+    wait for as many passes as theirs.
 
     The noise depends on (settings.seed, row, member) alone, so that two models are compared picture by picture.
     """
@@ -97,10 +99,11 @@ def evaluate(
     pictures: list[torch.Tensor] = []
     seen: list[Seen] = []
     chunk = max(1, settings.batch // settings.images_per_prompt)
-    for start in range(0, len(rows), chunk):
+    drawn = [*rows, *unscored]
+    for start in range(0, len(drawn), chunk):
         samples = rollout(
             policy,
-            rows[start : start + chunk],
+            drawn[start : start + chunk],
             settings.images_per_prompt,
             settings,
             size,
@@ -108,15 +111,19 @@ def evaluate(
             batch=settings.batch,
             progress=progress,
         )
-        scores = score_all(rewards, samples.media, samples.prompts, samples.metadata)
+        count = max(0, len(rows) - start) * settings.images_per_prompt
+        if count == 0:
+            continue
+        own, media = samples.rows[:count], samples.media[:count]
+        scores = score_all(rewards, media, [row.prompt for row in own], [row.metadata for row in own])
         scored += [
             {name: float(s.values[index]) for name, s in scores.items() if s.applies[index]}
-            for index in range(len(samples))
+            for index in range(len(own))
         ]
-        expanded += samples.rows
-        seen += observe(samples.media) if observe else []
+        expanded += own
+        seen += observe(media) if observe else []
         if sum(len(part) for part in pictures) < settings.pictures:
-            pictures.append(samples.media[:: settings.images_per_prompt].cpu())
+            pictures.append(media[:: settings.images_per_prompt].cpu())
     if not pictures:
         return Evaluated(expanded, scored, torch.empty(0), seen=seen)
     shown = torch.cat(pictures)[: settings.pictures]

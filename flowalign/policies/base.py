@@ -13,9 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-
-from flowalign.settings import UserError
 
 Grid = Literal["model", "uniform"]
 
@@ -117,8 +114,6 @@ class Policy(ABC):
         if self._unscaled:
             return
         for parameter in self.trainable_parameters().values():
-            if isinstance(parameter, DTensor):
-                raise UserError("model.dtype fp16 cannot train weights that FSDP has split; use bf16")
             parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
         self._unscaled = True
 
@@ -155,16 +150,9 @@ class Policy(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    @property
-    def module(self) -> nn.Module:
-        """The transformer without a wrapper for several processes around it."""
-        inner = getattr(self.transformer, "module", self.transformer)
-        assert isinstance(inner, nn.Module)
-        return inner
-
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name."""
-        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """Copies of the weights that learn."""
@@ -230,10 +218,10 @@ class Policy(ABC):
         if self._adapters_off:  # inside another such block, which turns them on again
             yield
             return
-        self.module.disable_adapters()  # type: ignore[operator]
+        self.transformer.disable_adapters()  # type: ignore[operator]
         self._adapters_off = True
         try:
             yield
         finally:
-            self.module.enable_adapters()  # type: ignore[operator]
+            self.transformer.enable_adapters()  # type: ignore[operator]
             self._adapters_off = False

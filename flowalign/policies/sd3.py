@@ -36,12 +36,12 @@ class SD3Policy(PipelinePolicy):
     @property
     def patch(self) -> int:
         """As configured, 2 in the published models."""
-        transformer: Any = self.module
+        transformer: Any = self.transformer
         return int(transformer.config.patch_size)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(16, height / 8, width / 8) of the published models; UserError beyond the table of learnt positions."""
-        transformer: Any = self.module
+        transformer: Any = self.transformer
         largest = transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
         if max(height, width) > largest:
             raise UserError(

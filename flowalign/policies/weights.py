@@ -25,7 +25,7 @@ def train_lora_or_all(policy: "Policy", lora: Lora | None, targets: Mapping[str,
 
     `targets` are the adapter's named groups of modules. Full fine-tuning keeps a snapshot "reference".
     """
-    transformer: Any = policy.module
+    transformer: Any = policy.transformer
     if lora is None:
         transformer.to(torch.float32).requires_grad_(True)
         policy.snapshot("reference")

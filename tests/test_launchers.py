@@ -1,0 +1,122 @@
+"""What a launcher may be configured for, and what processes that share out a model's weights agree on."""
+
+import re
+from typing import Any, cast
+
+import pytest
+import torch
+from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from flowalign import processes
+from flowalign.config import recipe_from_dict
+from flowalign.data import Row
+from flowalign.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
+from flowalign.settings import UserError
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+VALUES: dict[str, Any] = {
+    "name": "asked",
+    "prompts": "prompts.txt",
+    "rewards": {"ocr": {}},
+    "algorithm": {"name": "nft"},
+    "evaluation": {"prompts": None},
+    "guard": None,
+}
+
+REFUSED = {
+    "deepspeed; choose FSDP with fsdp_version 2": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "megatron_lm; choose FSDP with fsdp_version 2": {"ACCELERATE_USE_MEGATRON_LM": "true"},
+    "parallelism_config; choose FSDP with": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+    "FSDP 1; set fsdp_version: 2": {"ACCELERATE_USE_FSDP": "true"},
+    "fsdp_cpu_ram_efficient_loading true": {**SHARDED, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    "fsdp_activation_checkpointing true; set it to false": {**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+    "gradient_accumulation_steps 4; set it to 1": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+    "dynamo_backend inductor; set it to no": {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+    "mixed_precision fp16, and model.dtype fp32": {"ACCELERATE_MIXED_PRECISION": "fp16"},
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_a_launcher_asks_for_and_would_not_get_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_from_dict({**VALUES, "model": {"dtype": "fp32"}})
+    refuse_launcher(recipe)
+    for name, value in REFUSED[said].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"accelerate is configured .*{re.escape(said)}") as caught:
+        refuse_launcher(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_all_learn_are_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**SHARDED, "ACCELERATE_MIXED_PRECISION": "bf16"}.items():
+        monkeypatch.setenv(name, value)
+    refuse_launcher(recipe_from_dict({**VALUES, "model": {"dtype": "bf16"}}))
+    with pytest.raises(UserError, match=r"model\.lora null trains all weights, and FSDP shares out frozen ones alone"):
+        refuse_launcher(recipe_from_dict({**VALUES, "model": {"dtype": "bf16", "lora": None}}))
+    with pytest.raises(UserError, match="this policy trains all its weights, and FSDP"):
+        share_out(nn.Linear(2, 2), torch.device("cpu"), 2)
+
+
+@given(st.integers(0, 9), st.integers(1, 4))
+def test_rows_are_scored_once_and_drawn_by_as_many_processes_as_wait(count: int, world: int) -> None:
+    rows = [Row(index, f"prompt {index}", {}) for index in range(count)]
+    shares = [rows_of_process(rows, rank, world, True) for rank in range(world)]
+    assert sorted(row.index for own, _ in shares for row in own) == list(range(count))
+    assert len({len(own) + len(spare) for own, spare in shares}) == 1
+    assert all(not rows_of_process(rows, rank, world, False)[1] for rank in range(world))
+
+
+def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    class Two:
+        num_processes = 2
+
+        def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+            sent.append(tensor.numel())
+            return 2 * tensor
+
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (2,), (9,), (4,), (1,))]
+    for number, weight in enumerate(parameters[:-1], 1):
+        weight.grad = torch.full_like(weight, number)
+    monkeypatch.setattr(processes, "_MESSAGE", 8)
+    sum_gradients(cast(Accelerator, Two()), parameters)
+    assert sent == [8, 9, 4]
+    assert [weight.grad.unique().tolist() for weight in parameters[:-1] if weight.grad is not None] == [
+        [2],
+        [4],
+        [6],
+        [8],
+    ]
+
+
+def test_processes_that_begin_with_different_weights_are_told_so() -> None:
+    class Other:
+        """Sees a second process whose first weight differs in its last bit."""
+
+        num_processes, process_index, device = 2, 0, torch.device("cpu")
+        changed = 0
+
+        def gather(self, own: torch.Tensor) -> torch.Tensor:
+            other = own.clone()
+            other[0, 0] += self.changed
+            return torch.cat([own, other])
+
+    engine = Other()
+    prepare(cast(Accelerator, engine), nn.Linear(3, 3))
+    engine.changed = 1
+    with pytest.raises(UserError, match="process 0 began with other weights than process 1; give every node the same"):
+        prepare(cast(Accelerator, engine), nn.Linear(3, 3))
+
+
+def test_the_checksum_sees_a_weights_last_bit_whatever_order_it_is_added_in() -> None:
+    weight = nn.Parameter(torch.randn(7, 5))
+    turned = nn.Parameter(weight.detach().flip(0))
+    moved = nn.Parameter(weight.detach().clone())
+    with torch.no_grad():
+        moved[-1, -1] = torch.nextafter(moved[-1, -1], torch.tensor(9.0))
+    assert torch.equal(processes._checksum(weight), processes._checksum(turned))
+    assert not torch.equal(processes._checksum(weight), processes._checksum(moved))
