@@ -226,5 +226,5 @@ def test_a_model_keeps_its_own_attention_whichever_is_set_after_it(tiny_model: P
     settings = Model(path=str(tiny_model), height=64, width=64, max_sequence_length=0)
     first = load_policy(settings)
     load_policy(settings.model_copy(update={"attention": "_native_math"}))
-    own = {str(getattr(p, "_attention_backend", None)) for p in first.module.attn_processors.values()}
+    own = {str(getattr(p, "_attention_backend", None)) for p in first.transformer.attn_processors.values()}
     assert own == {"AttentionBackendName.NATIVE"}

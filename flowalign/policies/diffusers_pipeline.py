@@ -131,11 +131,12 @@ class PipelinePolicy(Policy):
 
     def export(self, folder: Path) -> None:
         """What `pipe.load_lora_weights` takes, or the transformer's folder."""
-        transformer: Any = self.module
+        transformer: Any = self.transformer
         if "reference" in self.snapshots:
             transformer.save_pretrained(folder / "transformer")
             return
-        weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(transformer).items()}
+        state = self.trainable_state()  # its own state_dict() would have one process take shared-out weights apart
+        weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(transformer, state).items()}
         self.pipeline_class.save_lora_weights(
             folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
         )
