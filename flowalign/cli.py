@@ -38,6 +38,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="print the resolved recipe and the batch arithmetic, load nothing")
     ] = False,
+    profile: Annotated[bool, typer.Option(help="write a trace of a step into the run folder's profile/")] = False,
 ) -> None:
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
@@ -52,7 +53,7 @@ def train(
     from flowalign.trainer import Trainer
 
     with _interruptible():
-        folder = Trainer(resolved, resume=resume).run()
+        folder = Trainer(resolved, resume=resume, profile=profile).run()
     _print_gain(folder)
 
 

@@ -48,6 +48,8 @@ class Model(Section):
     """Tokens of the T5 encoder; a pipeline without T5 gets as many zero tokens, so give what it was trained with."""
     embedded_guidance: Annotated[float, Field(ge=0)] | None = None
     """The guidance that a distilled model (FLUX.1-dev) has as an input, in rollouts and losses; null: 3.5 there."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile: the first steps take minutes, all others less time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     cache_conditions: str | None = None

@@ -34,6 +34,7 @@ from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import self_test
 from flowalign.settings import UserError
+from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
 
@@ -49,9 +50,13 @@ class Trainer:
         display: Display | None = None,
         policy: Policy | None = None,
         rewards: Mapping[str, Reward | Callable[..., Any]] | None = None,
+        profile: bool = False,
     ):
-        """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards."""
-        self.recipe = recipe
+        """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards.
+
+        `profile` writes a trace of the second step that is trained, when the first has warmed everything up.
+        """
+        self.recipe, self.profile = recipe, profile
         check_trackers(recipe.run.trackers)
         refuse_launcher(recipe)
         optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
@@ -127,12 +132,14 @@ class Trainer:
         """
         recipe, train = self.recipe, self.recipe.train
         self._begin()
+        first = self.step
         training, disk = self.display.training(train.steps, self.step), disk_explained(self.run_folder.path)
         with asked_to_stop(self.display.say) as self.stop, training, disk:
             if self.step == 0 and self.evaluated_at != 0:
                 self._evaluate()
             while self.step < train.steps and not self._out_of_time() and not self._guarded():
-                self._train_step()
+                with self._traced(first):
+                    self._train_step()
                 due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
                 if due and self.step < train.steps and not self._out_of_time():
                     self._evaluate()
@@ -256,6 +263,12 @@ class Trainer:
 
     # What surrounds the steps.
 
+    def _traced(self, first: int) -> AbstractContextManager[None]:
+        """Around a training step: a trace, where one is asked for and it is the second after `first`, or the last."""
+        if not self.profile or not self.main or self.step != min(first + 1, self.recipe.train.steps - 1):
+            return nullcontext()
+        return traced(self.run_folder.path / "profile", f"step_{self.step + 1:06d}", self.display.say)
+
     def _begin(self) -> None:
         recipe = self.recipe
         if recipe.run.trackers:
@@ -376,7 +389,7 @@ class Trainer:
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        with out_of_memory_explained(name, self.recipe):
+        with out_of_memory_explained(name, self.recipe), torch.profiler.record_function(name):
             yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()

@@ -1,19 +1,20 @@
 """Where a training step's time goes: `python scripts/bench.py RECIPE [key=value ...]`.
 
-Prints images/s of rollout, items/s of training, milliseconds by phase, reward ms per image, the share of the step spent
-inside the transformer (its forwards, and the backward passes, which are the transformer's but for a few operations),
-peak memory, and how the time of a step grows with group size and denoising steps; with `--overlap` instead what a step
-takes with the reward scored while the next pictures are drawn, and scored when all are drawn. Ratios within one run can
-be trusted; absolute times are this machine's.
+Prints images/s of rollout, items/s of training, milliseconds by phase, reward ms per image, the floor (the same
+forward and backward passes alone, on the same batches) and the step as a multiple of it, peak memory, and how the
+time of a step grows with group size and denoising steps; with `--overlap` instead what a step takes with the reward
+scored while the next pictures are drawn, and scored when all are drawn. Under `accelerate launch --num_processes N`
+the step is that of N processes. Ratios within one run can be trusted; absolute times are this machine's.
 """
 
+import os
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -23,38 +24,10 @@ from rich.table import Table
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.display import Display
+from flowalign.timing import time_steps
 from flowalign.trainer import Trainer
 
-console = Console(highlight=False)
-
-
-class Stopwatch:
-    """Total seconds spent in the outermost of the functions it times."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._depth = 0
-
-    def time(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._depth += 1
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _synchronize()
-                self._depth -= 1
-                if self._depth == 0:
-                    self.seconds += time.perf_counter() - started
-
-        return timed
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
 @contextmanager
@@ -94,35 +67,27 @@ def _later(media: torch.Tensor, rows: object) -> None:
 
 
 def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
-    """Medians over `repeats` training steps after one to warm up."""
+    """What `time_steps` finds, and nothing left behind."""
     with _trainer(recipe) as trainer:
-        inside, decoding = Stopwatch(), Stopwatch()
-        trainer.policy.velocity = inside.time(trainer.policy.velocity)  # type: ignore[method-assign]
-        trainer.policy.decode = decoding.time(trainer.policy.decode)  # type: ignore[method-assign]
-        trainer.learner._each_gradient = inside.time(trainer.learner._each_gradient)  # type: ignore[method-assign]
-        trainer.accelerator.backward = inside.time(trainer.accelerator.backward)
-        trainer.tested = True
-        rows: list[dict[str, float]] = []
-        for repeat in range(repeats + 1):
-            inside.seconds = decoding.seconds = 0.0
-            started = time.perf_counter()
-            trainer._train_step()
-            whole = time.perf_counter() - started
-            if repeat:
-                row = {**trainer.seconds, "decode": decoding.seconds, "step": whole}
-                rows.append({**row, "transformer": inside.seconds})
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+        return time_steps(trainer, repeats)
 
 
 def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:
     pictures, items = recipe.samples_per_step, recipe.items_per_step
     table = Table("quantity", "value", title=recipe.name, title_justify="left")
-    table.add_row("rollout", f"{pictures / seconds['rollout']:.1f} images/s (decoding included)")
+    if seconds["decode"]:  # a step from a store draws nothing
+        table.add_row("rollout", f"{pictures / seconds['rollout']:.1f} images/s (decoding included)")
     table.add_row("training", f"{items / seconds['train']:.1f} items/s")
-    table.add_row("reward", f"{1000 * seconds['reward'] / pictures:.2f} ms/image")
-    for phase in ("rollout", "decode", "reward", "train", "step"):
-        table.add_row(f"{phase} time", f"{1000 * seconds[phase]:.0f} ms")
-    table.add_row("inside the transformer", f"{seconds['transformer'] / seconds['step']:.1%} of the step")
+    table.add_row("reward", f"{1000 * seconds['scores'] / pictures:.2f} ms/image alone")
+    for phase, name in (("rollout", "rollout"), ("reward", "waiting for the reward"), ("train", "training")):
+        table.add_row(f"{name} time", f"{1000 * seconds[phase]:.0f} ms")
+    table.add_row("step time", f"{1000 * seconds['step']:.0f} ms")
+    inside, decode = seconds["floor"] - seconds["decode"], seconds["decode"]
+    parts = f"transformer {1000 * inside:.0f}, decoding {1000 * decode:.0f}"
+    table.add_row("floor", f"{1000 * seconds['floor']:.0f} ms: the same passes alone, {parts}")
+    table.add_row("step / floor", f"{seconds['ratio']:.3f}")
+    whole = seconds["floor"] + seconds["scores"]
+    table.add_row("step / (floor and scoring alone)", f"{seconds['step'] / whole:.3f}")
     if torch.cuda.is_available():
         table.add_row("peak memory", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the device")
     else:

@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 
 from flowalign import assets
-from flowalign.doctor import ATTENTION, EXTRAS, diagnose
+from flowalign.doctor import EXTRAS, diagnose
+from flowalign.policies.attention import CANDIDATES
 
 
 def rows():
@@ -20,8 +21,9 @@ def here():
 
 
 def test_every_part_has_a_row_of_one_line(here):
-    parts = {"packages", "CPU", "CUDA", "bf16", "OCR", "embedded model", "bundled prompts", "model hub", "disk"}
-    assert set(here) == parts | {f"attention {name}" for name in ATTENTION} | {f"extra {name}" for name in EXTRAS}
+    parts = {"packages", "CPU", "CUDA", "bf16", "torch.compile", "OCR", "embedded model", "bundled prompts"}
+    parts |= {"model hub", "disk"}
+    assert set(here) == parts | {f"attention {name}" for name in CANDIDATES} | {f"extra {name}" for name in EXTRAS}
     assert all(detail and "\n" not in detail for _, detail in here.values())
 
 

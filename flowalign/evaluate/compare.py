@@ -33,7 +33,7 @@ from flowalign.trainer import Trainer
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for
 _DECIDED = {"run.folder": "--output", "run.seed": "--seeds", "run.max_minutes": "--budget", "train.steps": "--budget"}
 _OWN = {  # how a recipe trains and how densely it is measured; the rest of these sections is what is compared on
-    "model": {"lora", "dtype", "attention", "gradient_checkpointing"},
+    "model": {"lora", "dtype", "attention", "compile", "gradient_checkpointing"},
     "evaluation": {"every", "batch", "pictures", "rewards"},
 }
 

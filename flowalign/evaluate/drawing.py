@@ -32,7 +32,7 @@ from flowalign.settings import UserError
 from rewards.pictures import read_picture
 
 # Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
-_NOT_PICTURES = {"path", "adapter", "dtype", "attention", "lora", "gradient_checkpointing"}
+_NOT_PICTURES = {"path", "adapter", "dtype", "attention", "compile", "lora", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)

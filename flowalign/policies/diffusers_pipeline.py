@@ -19,6 +19,7 @@ from peft import get_peft_model_state_dict
 from flowalign.config import Model
 from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, Policy, forward_dtype
+from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.weights import merge_adapter, train_lora_or_all
 from flowalign.settings import UserError
 
@@ -47,10 +48,12 @@ class PipelinePolicy(Policy):
             part.requires_grad_(False).eval()
         pipeline.to(device)
         pipeline.vae.to(memory_format=torch.channels_last)
-        use_attention(self.transformer, model.attention, device, self.dtype)
+        use_attention(self.transformer, model.attention, device, self.dtype, self._tokens() + model.max_sequence_length)
         if model.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         train_lora_or_all(self, model.lora, self.targets, seed)
+        if model.compile:
+            compile_blocks(self.transformer, device)
 
     @classmethod
     def load(cls, path: Path | str, model: Model, device: torch.device, seed: int) -> "PipelinePolicy":
@@ -125,9 +128,13 @@ class PipelinePolicy(Policy):
 
     def _shift(self) -> float:
         config = self.pipeline.scheduler.config
-        _, height, width = self.latent_shape(*self.size)
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return calculate_shift(height * width // self.patch**2, *(config[name] for name in names))
+        return calculate_shift(self._tokens(), *(config[name] for name in names))
+
+    def _tokens(self) -> int:
+        """Of a picture in the transformer."""
+        _, height, width = self.latent_shape(*self.size)
+        return height * width // self.patch**2
 
     def export(self, folder: Path) -> None:
         """What `pipe.load_lora_weights` takes, or the transformer's folder."""

@@ -1,0 +1,149 @@
+"""What a training step takes, by phase, beside its floor: the same passes of the models and nothing else.
+
+The floor is measured by playing back every forward and backward pass of the transformer that the step made, and the
+decoding of the same latents, with the same inputs in the same order. What a step takes above it is the toolkit's own
+(schedules, noise, losses, the optimizer) and what it waits for the rewards.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from flowalign.data import Row
+from flowalign.trainer import Trainer
+from rewards.combine import score_all
+
+
+@dataclass
+class Forward:
+    """A call of the transformer."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    gradient: bool
+    adapters: bool
+
+
+@dataclass
+class Backward:
+    """The gradients of `losses` losses through the calls since the one before."""
+
+    losses: int
+
+
+@dataclass
+class Decoding:
+    """Latents made pictures."""
+
+    latents: torch.Tensor
+
+
+@dataclass
+class Scoring:
+    """Pictures given to the rewards."""
+
+    media: torch.Tensor
+    rows: Sequence[Row]
+
+
+Passes = list[Forward | Backward | Decoding | Scoring]
+
+
+@contextmanager
+def recorded(trainer: Trainer) -> Iterator[Passes]:
+    """The passes that the trainer's models make while the block runs, in their order."""
+    passes: Passes = []
+    policy = trainer.policy
+
+    def called(_: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        passes.append(Forward(arguments, dict(keywords), torch.is_grad_enabled(), not policy._adapters_off))
+
+    with ExitStack() as stack:
+
+        def watch(owner: Any, name: str, seen: Callable[..., Forward | Backward | Decoding | Scoring]) -> None:
+            function = getattr(owner, name)
+
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                passes.append(seen(*args, **kwargs))
+                return function(*args, **kwargs)
+
+            setattr(owner, name, watched)
+            stack.callback(setattr, owner, name, function)
+
+        hook = policy.transformer.register_forward_pre_hook(called, with_kwargs=True)
+        stack.callback(hook.remove)
+        watch(torch.Tensor, "backward", lambda loss: Backward(1))
+        watch(trainer.learner, "_each_gradient", lambda losses: Backward(len(losses)))
+        watch(policy, "decode", Decoding)
+        watch(trainer.judging, "judge", Scoring)
+        yield passes
+
+
+def play(trainer: Trainer, passes: Passes) -> None:
+    """Make the recorded passes again; the weights stay as they are, and nothing is scored."""
+    policy = trainer.policy
+    half = torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32)
+    outputs: list[torch.Tensor] = []
+    for one in passes:
+        if isinstance(one, Forward):
+            with torch.set_grad_enabled(one.gradient), nullcontext() if one.adapters else policy.reference(), half:
+                output = policy.transformer(*one.arguments, **one.keywords)
+            if one.gradient:
+                outputs.append(output[0] if isinstance(output, tuple) else output)
+        elif isinstance(one, Backward) and outputs:  # a reward that learns has a backward pass of its own
+            gradients = [torch.ones_like(output) for output in outputs]
+            for turn in range(one.losses):
+                torch.autograd.backward(outputs, gradients, retain_graph=turn < one.losses - 1)
+            outputs = []
+        elif isinstance(one, Decoding):
+            policy.decode(one.latents)
+    for parameter in trainer.learner.parameters:
+        parameter.grad = None
+
+
+def score(trainer: Trainer, passes: Passes) -> None:
+    """Score the recorded pictures again, one batch after another, with nothing beside it."""
+    for one in passes:
+        if isinstance(one, Scoring):
+            texts, metadata = [row.prompt for row in one.rows], [row.metadata for row in one.rows]
+            score_all(trainer.judging.rewards, one.media, texts, metadata)
+
+
+def time_steps(trainer: Trainer, repeats: int) -> dict[str, float]:
+    """Medians over `repeats` training steps, each followed by its floor, after one of both to warm up.
+
+    Seconds of the phases "rollout", "reward" (what is waited for) and "train", of the whole "step", of its "floor", of
+    the "decode" in it and of scoring alone ("scores"). "ratio" is the median of step / floor, pair by pair.
+    """
+    trainer.tested = True  # the self-test is no part of a step
+    rows: list[dict[str, float]] = []
+    for repeat in range(repeats + 1):
+        with recorded(trainer) as passes:
+            step = _seconds(trainer._train_step)
+        phases = dict(trainer.seconds)
+        floor = _seconds(partial(play, trainer, passes))
+        decode = _seconds(partial(play, trainer, [one for one in passes if isinstance(one, Decoding)]))
+        scores = _seconds(partial(score, trainer, passes))
+        if repeat:
+            row = {**phases, "step": step, "floor": floor, "decode": decode, "scores": scores}
+            rows.append({**row, "ratio": step / floor})
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    function()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

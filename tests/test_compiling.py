@@ -1,0 +1,133 @@
+"""Compiled blocks and the choice of an attention backend."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowalign.config import Lora, Model
+from flowalign.policies import attention
+from flowalign.policies.attention import attention_seconds, fastest_backend
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.loading import load_policy
+from flowalign.sampling import counted_generator
+from flowalign.settings import UserError
+
+CPU = torch.device("cpu")
+SHAPE = (512, 2, 32)
+
+
+def policy_of(folder: Path, compiled: bool) -> PipelinePolicy:
+    settings = Model(path=str(folder), height=64, width=64, max_sequence_length=0, compile=compiled, lora=Lora(rank=4))
+    policy = load_policy(settings)
+    generator = counted_generator(1)
+    with torch.no_grad():
+        for weight in policy.trainable_parameters().values():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    policy.snapshot("old")
+    with torch.no_grad():
+        for weight in policy.trainable_parameters().values():
+            weight.mul_(1.5)
+    return policy
+
+
+def passes(policy: PipelinePolicy, rows: int) -> dict[str, torch.Tensor]:
+    """What is computed with the trained weights, a snapshot and none, and the gradients."""
+    generator = counted_generator(rows)
+    x, sigma = torch.randn(rows, 4, 16, 16, generator=generator), torch.rand(rows, generator=generator)
+    condition = policy.encode(["a red cube", 'a sign that says "HI"', "two dogs"][:rows])
+    with torch.no_grad():
+        found = {"now": policy.velocity(x, sigma, condition)}
+        with policy.using("old"):
+            found["old"] = policy.velocity(x, sigma, condition)
+        with policy.reference():
+            found["reference"] = policy.velocity(x, sigma, condition)
+    policy.velocity(x, sigma, condition).square().mean().backward()
+    gradients = [weight.grad for weight in policy.trainable_parameters().values() if weight.grad is not None]
+    found["gradients"] = torch.cat([gradient.flatten() for gradient in gradients])
+    policy.transformer.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_what_plain_ones_do_with_every_set_of_weights(tiny_model: Path) -> None:
+    plain, compiled = policy_of(tiny_model, compiled=False), policy_of(tiny_model, compiled=True)
+    for rows in (3, 2):
+        expected, found = passes(plain, rows), passes(compiled, rows)
+        for name, values in expected.items():
+            torch.testing.assert_close(
+                found[name], values, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: name + text
+            )
+        assert not torch.allclose(found["now"], found["reference"], atol=1e-3)
+        assert not torch.allclose(found["now"], found["old"], atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert compiled.trainable_parameters().keys() == plain.trainable_parameters().keys()
+
+
+def test_compiling_without_a_compiler_is_one_sentence(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match=r"^model\.compile: there is no C\+\+ compiler no-such-compiler; install it"):
+        policy_of(tiny_model, compiled=True)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "flowalign" / "attention"
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[str]:
+    """The backends that are timed; those without a time here cannot run."""
+    asked: list[str] = []
+
+    def measured(backend: str, *_: object) -> float:
+        asked.append(backend)
+        if backend not in seconds:
+            raise RuntimeError("no kernel")
+        return seconds[backend]
+
+    monkeypatch.setattr(attention, "attention_seconds", measured)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"native": 1.0, "flash": 0.9}, "flash"),
+        ({"native": 1.0, "flash": 0.97}, "native"),
+        ({"native": 1.0, "flash": 0.9, "xformers": 0.8}, "xformers"),
+        ({"native": 1.0}, "native"),
+    ],
+)
+def test_auto_takes_the_fastest_that_runs_and_native_unless_it_gains_much(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, seconds: dict[str, float], chosen: str
+) -> None:
+    timed(monkeypatch, seconds)
+    assert fastest_backend(SHAPE, CPU, torch.float32) == chosen
+
+
+def test_the_choice_is_made_once_for_a_shape(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    timed(monkeypatch, {"native": 1.0, "flash": 0.5})
+    assert fastest_backend(SHAPE, CPU, torch.float32) == "flash"
+    asked = timed(monkeypatch, {"native": 0.5, "flash": 1.0})
+    assert fastest_backend(SHAPE, CPU, torch.float32) == "flash" and not asked
+    assert fastest_backend((128, 2, 32), CPU, torch.float32) == "native" and asked
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_to_does_not_stop_anybody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    timed(monkeypatch, {"native": 1.0})
+    assert fastest_backend(SHAPE, CPU, torch.float32) == "native"
+
+
+def test_backends_are_timed_for_real(cache: Path) -> None:
+    assert fastest_backend(SHAPE, CPU, torch.float32, ("native", "_native_math", "xformers", "flash")) in (
+        "native",
+        "_native_math",
+    )
+    few, many = (attention_seconds("native", (tokens, 2, 32), CPU, torch.float32) for tokens in (64, 1024))
+    assert many > few

@@ -1,0 +1,101 @@
+"""What a step takes: its floor, its trace."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flowalign.config import recipe_from_dict
+from flowalign.display import Display
+from flowalign.timing import Backward, Decoding, Forward, Scoring, play, recorded, time_steps
+from flowalign.trainer import Trainer
+
+
+def trainer_of(values: dict[str, Any], **changes: Any) -> Trainer:
+    return Trainer(recipe_from_dict({**values, **changes}), display=Display(quiet=True))
+
+
+def test_a_step_is_played_back_pass_by_pass(values: dict[str, Any]) -> None:
+    trainer = trainer_of(values)
+    trainer.tested = True
+    with recorded(trainer) as passes:
+        trainer._train_step()
+    recipe = trainer.recipe
+    forwards = [one for one in passes if isinstance(one, Forward)]
+    rows = sum(len(one.keywords["hidden_states"]) for one in forwards)
+    assert rows == trainer.policy.forwards
+    learnt = sum(len(one.keywords["hidden_states"]) for one in forwards if one.gradient)
+    assert learnt == recipe.items_per_step
+    assert sum(isinstance(one, Backward) for one in passes) == -(-learnt // recipe.train.micro_batch)
+    assert sum(len(one.latents) for one in passes if isinstance(one, Decoding)) == recipe.samples_per_step
+    assert sum(len(one.media) for one in passes if isinstance(one, Scoring)) == recipe.samples_per_step
+
+    calls: list[tuple[int, bool]] = []
+    gradients: list[float] = []
+    hook = trainer.policy.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((len(kwargs["hidden_states"]), torch.is_grad_enabled())), with_kwargs=True
+    )
+    weight = trainer.learner.parameters[-1]
+    weight.register_post_accumulate_grad_hook(lambda w: gradients.append(w.grad.abs().sum().item()))
+    before = trainer.policy.trainable_state()
+    play(trainer, passes)
+    hook.remove()
+    assert calls == [(len(one.keywords["hidden_states"]), one.gradient) for one in forwards]
+    assert len(gradients) == sum(isinstance(one, Backward) for one in passes) and all(gradients)
+    assert weight.grad is None
+    assert all(torch.equal(before[name], value) for name, value in trainer.policy.trainable_state().items())
+
+
+def test_passes_without_adapters_are_played_without_them(values: dict[str, Any]) -> None:
+    trainer = trainer_of(values, algorithm={"name": "flow_grpo", "kl_weight": 0.1})
+    trainer.tested = True
+    with recorded(trainer) as passes:
+        trainer._train_step()
+    seen: list[bool] = []
+    trainer.policy.transformer.register_forward_pre_hook(lambda *_: seen.append(not trainer.policy._adapters_off))
+    play(trainer, passes)
+    assert seen == [one.adapters for one in passes if isinstance(one, Forward)]
+    assert set(seen) == {True, False}
+
+
+def test_nothing_of_the_recording_stays(values: dict[str, Any]) -> None:
+    trainer = trainer_of(values)
+    trainer.tested = True
+    backward = torch.Tensor.backward
+    with pytest.raises(RuntimeError, match="in the step"), recorded(trainer):
+        raise RuntimeError("in the step")
+    with recorded(trainer):
+        trainer._train_step()
+    assert torch.Tensor.backward is backward
+    assert not trainer.policy.transformer._forward_pre_hooks
+    assert trainer.policy.decode == type(trainer.policy).decode.__get__(trainer.policy)
+    assert trainer.judging.judge == type(trainer.judging).judge.__get__(trainer.judging)
+
+
+def test_a_step_is_timed_beside_its_floor(values: dict[str, Any]) -> None:
+    found = time_steps(trainer_of(values), repeats=1)
+    assert set(found) == {"rollout", "reward", "train", "step", "floor", "decode", "scores", "ratio"}
+    assert all(seconds > 0 for seconds in found.values())
+    assert found["ratio"] == found["step"] / found["floor"]
+    assert found["rollout"] + found["train"] <= found["step"]
+
+
+def test_a_trace_of_the_second_step_is_written(values: dict[str, Any]) -> None:
+    values["train"]["steps"] = 3
+    recipe = recipe_from_dict(values)
+    folder = Trainer(recipe, display=Display(quiet=True), profile=True).run() / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000002.json.gz", "step_000002.txt"]
+    events = json.loads(gzip.decompress((folder / "step_000002.json.gz").read_bytes()))["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert {"rollout", "reward", "train"} <= set(names)
+    assert names.count("train") == 1
+    assert "aten::addmm" in (folder / "step_000002.txt").read_text()
+
+
+def test_of_a_single_step_that_one_is_traced(values: dict[str, Any], tmp_path: Path) -> None:
+    values["train"]["steps"] = 1
+    folder = Trainer(recipe_from_dict(values), display=Display(quiet=True), profile=True).run() / "profile"
+    assert (folder / "step_000001.json.gz").is_file()
