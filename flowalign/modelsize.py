@@ -59,7 +59,13 @@ def meta_policy(model: Model) -> PipelinePolicy:
             parts[name] = _part(folder / name, library, kind, torch.float32 if name == "vae" else dtype)
     pipeline = family.pipeline_class(**parts)
     precision = "bf16" if model.dtype == "auto" else model.dtype
-    plain = {"attention": "native", "dtype": precision, "adapter": None, "gradient_checkpointing": False}
+    plain = {
+        "attention": "native",
+        "dtype": precision,
+        "adapter": None,
+        "gradient_checkpointing": False,
+        "compile": False,
+    }
     return family(pipeline, model.model_copy(update=plain), torch.device("meta"), 0)
 
 

@@ -115,22 +115,22 @@ def score(trainer: Trainer, passes: Passes) -> None:
             score_all(trainer.judging.rewards, one.media, texts, metadata)
 
 
-def time_steps(trainer: Trainer, repeats: int) -> dict[str, float]:
-    """Medians over `repeats` training steps, each followed by its floor, after one of both to warm up.
+def time_steps(trainer: Trainer, repeats: int, warm_ups: int = 1) -> dict[str, float]:
+    """Medians over `repeats` training steps, each followed by its floor, after some of both to warm up.
 
     Seconds of the phases "rollout", "reward" (what is waited for) and "train", of the whole "step", of its "floor", of
     the "decode" in it and of scoring alone ("scores"). "ratio" is the median of step / floor, pair by pair.
     """
     trainer.tested = True  # the self-test is no part of a step
     rows: list[dict[str, float]] = []
-    for repeat in range(repeats + 1):
+    for repeat in range(warm_ups + repeats):
         with recorded(trainer) as passes:
             step = _seconds(trainer._train_step)
         phases = dict(trainer.seconds)
         floor = _seconds(partial(play, trainer, passes))
         decode = _seconds(partial(play, trainer, [one for one in passes if isinstance(one, Decoding)]))
         scores = _seconds(partial(score, trainer, passes))
-        if repeat:
+        if repeat >= warm_ups:
             row = {**phases, "step": step, "floor": floor, "decode": decode, "scores": scores}
             rows.append({**row, "ratio": step / floor})
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}

@@ -69,7 +69,7 @@ def _later(media: torch.Tensor, rows: object) -> None:
 def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
     """What `time_steps` finds, and nothing left behind."""
     with _trainer(recipe) as trainer:
-        return time_steps(trainer, repeats)
+        return time_steps(trainer, repeats, warm_ups=2 if recipe.model.compile else 1)
 
 
 def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +102,16 @@ def test_of_a_single_step_that_one_is_traced(values: dict[str, Any], tmp_path: P
     values["train"]["steps"] = 1
     folder = Trainer(recipe_from_dict(values), display=Display(quiet=True), profile=True).run() / "profile"
     assert (folder / "step_000001.json.gz").is_file()
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_whole_with_a_tiny_model() -> None:
+    script = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ["--check", "--repeats", "1", "--no-compiled", "--backends", "native,xformers,_native_math"]
+    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["native", "_native_math"]
+    assert {line.count("|") for line in (header, *rows)} == {14}
+    assert "xformers: model.attention: xformers cannot run on cpu here" in done.stderr

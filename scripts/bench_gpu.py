@@ -1,0 +1,234 @@
+"""A training step of Stable Diffusion 3.5 Medium on a GPU: `python scripts/bench_gpu.py [key=value ...]`.
+
+The published architecture with random weights: nothing is downloaded, and a step costs the same. 512 pixels, bf16, LoRA
+of rank 32, Flow-GRPO's recipe with guidance 4.5 and 32 pictures a step. One row for each attention backend that runs
+here, and one with the fastest of them and compiled blocks. Prints a Markdown table of these columns:
+
+    attention, compiled   the case
+    images/s, items/s     of the rollout, decoding included; of training, an item being a picture at one denoising step
+    rollout, decode, train, step, floor
+                          milliseconds; decode is within the rollout; the floor is the same passes of the models alone
+    step / floor          the median over the steps
+    TFLOP/s, share        of the transformer in its floor, by PyTorch's count; as a part of what a large matrix product
+                          reaches here in the same dtype
+    GiB                   the peak of the GPU's memory
+
+Arguments change the recipe, such as train.micro_batch=16. `--check` runs the same with a tiny model on whatever there
+is: that shows that the script works, and its numbers mean nothing.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowalign.command import quiet_libraries
+from flowalign.config import Recipe, load_recipe
+from flowalign.display import Display
+from flowalign.policies.attention import CANDIDATES, use_attention
+from flowalign.policies.base import Condition, forward_dtype
+from flowalign.policies.compiling import compile_blocks
+from flowalign.policies.sd3 import SD3Policy
+from flowalign.runs import versions
+from flowalign.sampling import counted_generator
+from flowalign.settings import UserError
+from flowalign.timing import Decoding, play, recorded, time_steps
+from flowalign.trainer import Trainer
+
+TEXT = 77  # tokens of CLIP, before T5's
+MEDIUM: dict[str, Any] = {
+    "attention_head_dim": 64,
+    "caption_projection_dim": 1536,
+    "dual_attention_layers": tuple(range(13)),
+    "in_channels": 16,
+    "joint_attention_dim": 4096,
+    "num_attention_heads": 24,
+    "num_layers": 24,
+    "out_channels": 16,
+    "patch_size": 2,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "sample_size": 128,
+}
+TINY = MEDIUM | {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 128,
+    "dual_attention_layers": (0,),
+}
+CHANNELS = (128, 256, 512, 512)
+SETTINGS = ("evaluation.prompts=null", "guard=null", "train.prompts_per_step=4", "train.group_size=8")
+CHECKED = ("model.height=64", "model.width=64", "train.group_size=2", "rollout.steps=3", "rollout.window=[0, 2]")
+
+
+class RandomWeights(SD3Policy):
+    """The architecture with random weights, and random numbers in the place of encoded prompts."""
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Of the published shapes, different for different prompts."""
+        config = self.pipeline.transformer.config
+        rows = [counted_generator(*prompt.encode()) for prompt in prompts]
+        shape = (TEXT + self.max_sequence_length, config.joint_attention_dim)
+        embeds = torch.stack([torch.randn(shape, generator=generator) for generator in rows])
+        pooled = torch.stack([torch.randn(config.pooled_projection_dim, generator=generator) for generator in rows])
+        return Condition({"embeds": embeds.to(self.device, self.dtype), "pooled": pooled.to(self.device, self.dtype)})
+
+
+def random_policy(recipe: Recipe, device: torch.device, check: bool) -> RandomWeights:
+    """Weights from N(0, 0.02^2), made on the device."""
+    torch.manual_seed(0)
+    dtype = forward_dtype(recipe.model.dtype, device)
+    with device:
+        transformer = SD3Transformer2DModel(**(TINY if check else MEDIUM)).to(dtype)
+        for weight in transformer.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        vae = AutoencoderKL(
+            block_out_channels=(32, 32, 32, 32) if check else CHANNELS,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            latent_channels=16,
+            layers_per_block=2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+        )
+    texts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipeline = StableDiffusion3Pipeline(transformer, scheduler, vae, **dict.fromkeys(texts))
+    return RandomWeights(pipeline, recipe.model.model_copy(update={"attention": "native"}), device, seed=0)
+
+
+def brightness(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Any]) -> torch.Tensor:
+    """A reward that costs nothing."""
+    return media.mean((1, 2, 3))
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a product of two large matrices, the best of ten."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(12):
+        synchronize(device)
+        started = time.perf_counter()
+        left @ right
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def operations(trainer: Trainer) -> int:
+    """Of the transformer in a step, with PyTorch's own attention and nothing compiled: what its counter knows."""
+    trainer.tested = True
+    with recorded(trainer) as passes:
+        trainer._train_step()
+    with FlopCounterMode(display=False) as counter:
+        play(trainer, [one for one in passes if not isinstance(one, Decoding)])
+    return counter.get_total_flops()
+
+
+def row(recipe: Recipe, case: tuple[str, bool], found: dict[str, float], flops: int, rate: float) -> dict[str, str]:
+    """A line of the table."""
+    speed = flops / (found["floor"] - found["decode"])
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if torch.cuda.is_available() else "-"
+    milliseconds = {name: f"{1000 * found[name]:.0f}" for name in ("rollout", "decode", "train", "step", "floor")}
+    return {
+        "attention": case[0],
+        "compiled": "yes" if case[1] else "no",
+        "images/s": f"{recipe.samples_per_step / found['rollout']:.2f}",
+        "items/s": f"{recipe.items_per_step / found['train']:.2f}",
+        **milliseconds,
+        "step / floor": f"{found['ratio']:.3f}",
+        "TFLOP/s": f"{speed / 1e12:.2f}",
+        "share": f"{speed / rate:.1%}",
+        "GiB": peak,
+    }
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="steps measured in each case")] = 3,
+    backends: Annotated[str, typer.Option(help="attention backends to try")] = ",".join(CANDIDATES),
+    compiled: Annotated[bool, typer.Option(help="also with compiled blocks")] = True,
+    check: Annotated[bool, typer.Option("--check", help="a tiny model: does the script work?")] = False,
+) -> None:
+    """Measure a step of Stable Diffusion 3.5 Medium with random weights."""
+    if not torch.cuda.is_available() and not check:
+        sys.exit("error: this machine has no GPU that PyTorch can use; --check tries the script with a tiny model")
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        prompts = Path(folder) / "prompts.txt"
+        prompts.write_text("".join(f"a picture of {count} things\n" for count in range(64)))
+        changes = [f"prompts={prompts}", f"run.folder={folder}/run", *SETTINGS, *(CHECKED if check else ())]
+        try:
+            recipe = load_recipe("sd35_medium_ocr", [*changes, *(overrides or [])])
+            measure(recipe, device, repeats, backends.split(","), compiled, check)
+        except UserError as error:
+            sys.exit(f"error: {error}")
+
+
+def measure(
+    recipe: Recipe, device: torch.device, repeats: int, backends: Sequence[str], compiled: bool, check: bool
+) -> None:
+    """Print what is measured, the table line by line."""
+    policy = random_policy(recipe, device, check)
+    rate = matrix_rate(device, policy.dtype)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "a processor"
+    what = "a tiny model, which measures nothing" if check else "Stable Diffusion 3.5 Medium, random weights"
+    print(f"{what}: {recipe.model.height} x {recipe.model.width} pixels, LoRA of rank {recipe.model.lora.rank}")
+    print(f"{where}, {str(policy.dtype).removeprefix('torch.')}, matrix product {rate / 1e12:.1f} TFLOP/s")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print("; ".join(f"{name}: {how}" for name, how in recipe.arithmetic()))
+
+    def trainer() -> Trainer:
+        folder = tempfile.mkdtemp(dir=recipe.folder.parent)
+        run = recipe.run.model_copy(update={"folder": f"{folder}/run"})
+        own = recipe.model_copy(update={"run": run})
+        return Trainer(own, policy=policy, rewards={"ocr": brightness}, display=Display(quiet=True))
+
+    flops = operations(trainer())
+    steps: dict[str, float] = {}
+
+    def measured(backend: str, is_compiled: bool) -> None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        found = time_steps(trainer(), repeats, warm_ups=2 if is_compiled else 1)  # once more for any size of batches
+        line = row(recipe, (backend, is_compiled), found, flops, rate)
+        if not steps:
+            print(f"| {' | '.join(line)} |\n|{'---|' * len(line)}")
+        print(f"| {' | '.join(line.values())} |", flush=True)
+        steps[backend] = found["step"]
+
+    tokens = policy._tokens() + TEXT + recipe.model.max_sequence_length
+    for backend in backends:
+        try:
+            use_attention(policy.transformer, backend, device, policy.dtype, tokens)
+        except UserError as error:
+            print(f"{backend}: {error}", file=sys.stderr)
+            continue
+        measured(backend, is_compiled=False)
+    if compiled and steps:
+        fastest = min(steps, key=lambda name: steps[name])
+        use_attention(policy.transformer, fastest, device, policy.dtype, tokens)
+        compile_blocks(policy.transformer, device)
+        measured(fastest, is_compiled=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
