@@ -26,7 +26,6 @@ from flowalign.config import Model
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import find_family
-from flowalign.policies.sd3 import SD3Policy
 from flowalign.settings import UserError
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -125,15 +124,9 @@ def parameters(policy: PipelinePolicy) -> dict[str, int]:
 
 
 def condition_rows(policy: PipelinePolicy, rows: int) -> Condition:
-    """The conditions of so many prompts, in shape: SD3 puts CLIP's tokens before the T5's."""
-    config: Any = policy.transformer.config
-    clip = policy.pipeline.text_encoder.config.max_position_embeddings if isinstance(policy, SD3Policy) else 0
-    length = clip + policy.max_sequence_length
-    made = {
-        "embeds": (rows, length, config.joint_attention_dim),
-        "pooled": (rows, config.pooled_projection_dim),
-    }
-    return Condition({name: torch.empty(shape, dtype=policy.dtype, device="meta") for name, shape in made.items()})
+    """The conditions of so many prompts, in shape; UserError as `PipelinePolicy.condition_shapes` says."""
+    shapes = policy.condition_shapes().items()
+    return Condition({name: torch.empty(rows, *shape, dtype=policy.dtype, device="meta") for name, shape in shapes})
 
 
 class Pass(NamedTuple):

@@ -1,5 +1,6 @@
 """`flowalign model check`: right adapters pass, and each kind of wrong one fails the line that names its mistake."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from flowalign.policies import loading
 from flowalign.policies.check import check_model
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
+from flowalign.settings import UserError
 
 Flux = Callable[[bool], Path]
 
@@ -113,6 +115,29 @@ def test_the_command_prints_the_table_and_ends_with_1_where_a_line_fails(
     assert ended.value.code == 1
     lines = [line.split("│")[1].strip() for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
     assert set(lines) == {*DRAWS, "velocity has the pipeline's sign"}
+
+
+def test_an_installed_package_adds_an_adapter(tiny_flux: Flux, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "plugged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    entries = (
+        "FluxPipeline = flowalign.policies.flux:FluxPolicy",
+        "LostPipeline = no_module:X",
+        "OddPipeline = os:sep",
+    )
+    (info / "entry_points.txt").write_text("\n".join(["[flowalign.policies]", *entries]))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(loading.FAMILIES, "FluxPipeline")
+    assert loading.find_family(Model(path=str(tiny_flux(True))))[0] is FluxPolicy
+    for kind, message in {
+        "LostPipeline": "adapter no_module:X for LostPipeline cannot be imported: No module named 'no_module'",
+        "OddPipeline": "adapter os:sep for OddPipeline is no subclass of PipelinePolicy",
+        "OtherPipeline": "is a OtherPipeline; supported are StableDiffusion3Pipeline, FluxPipeline, LostPipeline",
+    }.items():
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        with pytest.raises(UserError, match=message):
+            loading.find_family(Model(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,17 @@ def use_attention(transformer: Any, backend: str, device: torch.device, dtype: t
     for module in transformer.modules():
         if isinstance(getattr(module, "processor", None), JointAttnProcessor2_0):
             module.set_processor(JointAttention())
+    processors = [getattr(module, "processor", None) for module in transformer.modules()]
+    exchangeable = any(hasattr(processor, "_attention_backend") for processor in processors)
     if backend == "auto":
         heads = [transformer.config.get(name) for name in ("num_attention_heads", "attention_head_dim")]
-        known = device.type == "cuda" and all(heads)  # a processor has kernels for native alone
+        known = device.type == "cuda" and all(heads) and exchangeable  # a processor has kernels for native alone
         backend = fastest_backend((tokens, *heads), device, dtype) if known else "native"
     names = [name.value for name in AttentionBackendName]
     if backend not in names:
         raise UserError(f"model.attention: unknown backend {backend!r}; choose auto or one of {', '.join(names)}")
+    if backend != "native" and not exchangeable:
+        raise UserError(f"model.attention: the attention of {type(transformer).__name__} is not exchangeable; use auto")
     try:
         _set_backend(transformer, backend, device, dtype)
     except _CANNOT_RUN as error:

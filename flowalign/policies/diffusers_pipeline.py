@@ -77,6 +77,13 @@ class PipelinePolicy(Policy):
     def pipeline_arguments(self, latents: torch.Tensor, guidance: float) -> dict[str, Any]:
         """What the plain pipeline is called with, beside prompts, size and steps, to draw the same from this noise."""
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of a condition's row, for `flowalign plan`, which has no text encoder to ask.
+
+        Raises UserError for an adapter that does not say.
+        """
+        raise UserError(f"{type(self).__name__} has no condition_shapes, which flowalign plan needs")
+
     def _check(self, model: Model) -> None:
         unit = self.pipeline.vae_scale_factor * self.patch
         for name, pixels in (("height", model.height), ("width", model.width)):
@@ -92,7 +99,7 @@ class PipelinePolicy(Policy):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W), a few at a time: activations that fit the cache are three times as fast."""
         vae = self.pipeline.vae
-        latents = latents.float() / vae.config.scaling_factor + vae.config.shift_factor
+        latents = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         pixels = latents[0, 0].numel() * self.pipeline.vae_scale_factor**2
         at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
         images = torch.cat([vae.decode(part, return_dict=False)[0] for part in latents.split(at_once)])
@@ -103,7 +110,7 @@ class PipelinePolicy(Policy):
         """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1], the mode of the autoencoder's posterior."""
         vae = self.pipeline.vae
         mode = vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
-        return (mode - vae.config.shift_factor) * vae.config.scaling_factor
+        return (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
         """(16, height / 8, width / 8) of the published models; ValueError for a size that the schedule is not for."""

@@ -49,6 +49,12 @@ class FluxPolicy(PipelinePolicy):
         )
         return Condition({"embeds": embeds, "pooled": pooled})
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The T5's tokens alone."""
+        config = self.pipeline.transformer.config
+        embeds = (self.max_sequence_length, config.joint_attention_dim)
+        return {"embeds": embeds, "pooled": (config.pooled_projection_dim,)}
+
     def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         rows, _, height, width = x.shape
         embeds = condition.tensors["embeds"]

@@ -1,6 +1,7 @@
 """From a model's path to a policy."""
 
 import json
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import torch
@@ -14,11 +15,12 @@ from flowalign.settings import UserError
 
 EMBEDDED = "toyworld"  # the name of the model that comes with the package
 
-# By the pipeline's class in model_index.json.
+# By the pipeline's class in model_index.json; installed packages add theirs as entry points of the same name.
 FAMILIES: dict[str, type[PipelinePolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
 }
+ENTRY_POINT_GROUP = "flowalign.policies"
 
 
 def load_policy(model: Model | str, device: torch.device | str = "cpu", seed: int = 0) -> PipelinePolicy:
@@ -36,11 +38,23 @@ def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
     """The adapter for a model's settings, and the pipeline's folder or hub id; UserError as load_policy says."""
     path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else model.path
     name = _pipeline_class(path)
-    if name not in FAMILIES:
-        raise UserError(f"model.path {model.path!r} is a {name}; supported are {', '.join(FAMILIES)}")
+    plugins = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in FAMILIES | plugins:
+        raise UserError(f"model.path {model.path!r} is a {name}; supported are {', '.join(FAMILIES | plugins)}")
     if model.adapter and not Path(model.adapter).exists():
         raise UserError(f"model.adapter: no folder {model.adapter!r}")
-    return FAMILIES[name], path
+    return FAMILIES.get(name) or _plugin(plugins[name]), path
+
+
+def _plugin(entry: EntryPoint) -> type[PipelinePolicy]:
+    """The adapter of an installed package."""
+    try:
+        adapter = entry.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the adapter {entry.value} for {entry.name} cannot be imported: {error}") from error
+    if not (isinstance(adapter, type) and issubclass(adapter, PipelinePolicy)):
+        raise UserError(f"the adapter {entry.value} for {entry.name} is no subclass of PipelinePolicy")
+    return adapter
 
 
 def toyworld_model() -> Model:

@@ -62,6 +62,12 @@ class SD3Policy(PipelinePolicy):
         )
         return Condition({"embeds": embeds, "pooled": pooled})
 
+    def condition_shapes(self) -> dict[str, tuple[int, ...]]:
+        """CLIP's tokens come before the T5's."""
+        config, clip = self.pipeline.transformer.config, self.pipeline.text_encoder.config
+        length = clip.max_position_embeddings + self.max_sequence_length
+        return {"embeds": (length, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
+
     def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         return self.transformer(
             hidden_states=x,
