@@ -53,8 +53,10 @@ def train(
     from flowalign.trainer import Trainer
 
     with _interruptible():
-        folder = Trainer(resolved, resume=resume, profile=profile).run()
-    _print_gain(folder)
+        trainer = Trainer(resolved, resume=resume, profile=profile)
+        folder = trainer.run()
+    if trainer.main:
+        _print_gain(folder)
 
 
 @app.command()

@@ -9,10 +9,22 @@ import torch
 from flowalign.algorithms import Batch, Noised, Transition
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
+from flowalign.policies.base import Policy
 from flowalign.rollout import Samples
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import FORWARD
 from flowalign.sampling.steps import column
+from flowalign.settings import UserError
+
+
+def check_levels(recipe: Recipe, policy: Policy) -> None:
+    """Raises UserError where the rollout's schedule holds too few noise levels for the algorithm to train at."""
+    if not isinstance(recipe.algorithm, ForwardAlgorithm):
+        return
+    try:
+        recipe.algorithm.levels(policy.sigmas(recipe.rollout.steps, recipe.rollout.grid), counted_generator(0))
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 class Items:

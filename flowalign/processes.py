@@ -33,12 +33,19 @@ _NOT_FOLLOWED = {
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """The engine of a run, set up by its launcher; every process makes its own."""
-    return Accelerator(
+    """The engine of a run, set up by its launcher; every process makes its own.
+
+    Raises UserError where a step's prompts cannot be parted among the processes.
+    """
+    accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(recipe.folder),
     )
+    prompts, processes = recipe.train.prompts_per_step, accelerator.num_processes
+    if prompts % processes:
+        raise UserError(f"train.prompts_per_step ({prompts}) must be a multiple of the {processes} processes")
+    return accelerator
 
 
 def refuse_launcher(recipe: Recipe) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from flowalign import processes
 from flowalign.algorithms import Batch
-from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.conditions import cache_conditions
 from flowalign.config import Evaluation, Recipe
@@ -21,16 +21,15 @@ from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, ev
 from flowalign.evaluate.report import write_report
 from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.interrupt import Interrupted, asked_to_stop
+from flowalign.items import check_levels
 from flowalign.judging import Judging
 from flowalign.learner import Learner, optimizer_class
 from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.processes import accelerator_for, gathered, prepare, refuse_launcher, rows_of_process, summed
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, disk_explained, now, versions
-from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import self_test
 from flowalign.settings import UserError
@@ -58,7 +57,7 @@ class Trainer:
         """
         self.recipe, self.profile = recipe, profile
         check_trackers(recipe.run.trackers)
-        refuse_launcher(recipe)
+        processes.refuse_launcher(recipe)
         optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
         self.judging = Judging(recipe, rewards)
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
@@ -78,27 +77,19 @@ class Trainer:
         if recipe.guard and self.evaluation_rows:
             training_rows = self.store.rows if self.store is not None else self.rows
             self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, training_rows)
-        self.accelerator = accelerator_for(recipe)
+        self.accelerator = processes.accelerator_for(recipe)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if recipe.train.prompts_per_step % self.world:
-            raise UserError(
-                f"train.prompts_per_step ({recipe.train.prompts_per_step}) must be a multiple "
-                f"of the {self.world} processes"
-            )
         self.main = self.accelerator.is_main_process
         self.display = display or Display(quiet=not self.main)
-        self.policy = policy or load_policy(recipe.model, self.accelerator.device, recipe.run.seed)
+        self.policy = policy or load_policy(
+            recipe.model, self.accelerator.device, recipe.run.seed, whole=not processes.shares_out()
+        )
         if self.store is not None:
             self.store.check_model(self.policy)
         rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
         cache_conditions(self.policy, recipe.model, [row.prompt for row in rows], self.accelerator, given=policy)
-        grid = self.policy.sigmas(recipe.rollout.steps, recipe.rollout.grid)
-        if isinstance(recipe.algorithm, ForwardAlgorithm):
-            try:
-                recipe.algorithm.levels(grid, counted_generator(0))
-            except ValueError as error:
-                raise UserError(str(error)) from error
-        prepare(self.accelerator, self.policy.transformer)
+        check_levels(recipe, self.policy)
+        processes.prepare(self.accelerator, self.policy.transformer)
         self.learner = Learner(recipe, self.policy, self.accelerator)
         if recipe.train.ema_decay:
             self.policy.snapshot("ema")
@@ -143,7 +134,7 @@ class Trainer:
                 due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
                 if due and self.step < train.steps and not self._out_of_time():
                     self._evaluate()
-                (asked,) = summed(self.accelerator, self.stop.is_set())  # all leave after the same step
+                (asked,) = processes.summed(self.accelerator, self.stop.is_set())  # all leave after the same step
                 if self.step % recipe.run.checkpoint_every == 0 or asked:
                     self._checkpoint()
                 if asked:
@@ -200,7 +191,7 @@ class Trainer:
 
     def _spend(self, minutes: float) -> None:
         """Count a step's minutes and forwards, over all processes: they must agree on when the time is over."""
-        minutes, forwards = summed(self.accelerator, minutes / self.world, self.policy.forwards)
+        minutes, forwards = processes.summed(self.accelerator, minutes / self.world, self.policy.forwards)
         self.minutes += minutes
         self.forwards += int(forwards)
 
@@ -232,7 +223,7 @@ class Trainer:
         samples.scored = self.judging.score(samples)
         own, algorithm = samples.scored, self.recipe.algorithm
         assert own.measured is not None
-        together = partial(gathered, self.accelerator)
+        together = partial(processes.gathered, self.accelerator)
         measured = together(own.measured)
         everyone = own._replace(
             total=together(own.total),
@@ -280,8 +271,9 @@ class Trainer:
         device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu"
         if self.main:
             dtype = str(self.policy.dtype).removeprefix("torch.")
-            about = {"name": recipe.name, "versions": versions(), "command": command_line()}
+            about: dict[str, Any] = {"name": recipe.name, "versions": versions(), "command": command_line()}
             about |= {"device": device, "dtype": dtype}
+            about |= {"processes": self.world, "shared_out": self.learner.in_lockstep}
             started = {"started": now()} if self.step == 0 else {"resumed": now()}
             self.run_folder.update_info(**about, **started, parameters=counts, finished=None, stopped=None)
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
@@ -337,7 +329,7 @@ class Trainer:
 
     def _measure(self, rows: Sequence[Row], settings: Evaluation) -> Evaluated:
         """The evaluation of rows with the weights as they are, shared among the processes, known to all of them."""
-        shard, spare = rows_of_process(rows, self.rank, self.world, self.learner.in_lockstep)
+        shard, spare = processes.rows_of_process(rows, self.rank, self.world, self.learner.in_lockstep)
         observe = self.guarding.auditor.observe if self.guarding else None
         with self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
             own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe, spare)

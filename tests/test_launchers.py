@@ -1,21 +1,29 @@
 """What a launcher may be configured for, and what processes that share out a model's weights agree on."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from flowalign import processes
-from flowalign.config import recipe_from_dict
+from flowalign.config import Model, recipe_from_dict
 from flowalign.data import Row
+from flowalign.policies.loading import load_policy
 from flowalign.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
 from flowalign.settings import UserError
 
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 VALUES: dict[str, Any] = {
     "name": "asked",
@@ -91,6 +99,41 @@ def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.
         [6],
         [8],
     ]
+
+
+def test_a_transformer_that_is_to_be_shared_out_is_not_put_on_the_device_whole(tiny_model: Path) -> None:
+    settings = Model(path=str(tiny_model), height=64, width=64, max_sequence_length=0, dtype="fp32")
+    policy = load_policy(settings, "meta", whole=False)
+    assert {weight.device.type for weight in policy.transformer.parameters()} == {"cpu"}
+    assert {weight.device.type for weight in policy.pipeline.text_encoder.parameters()} == {"meta"}
+    assert {weight.device.type for weight in policy.pipeline.vae.parameters()} == {"meta"}
+
+
+def launch(recipe: Path, config: Path) -> subprocess.CompletedProcess[str]:
+    """A run of two processes on processors, as the launcher's configuration has them."""
+    on_processors = yaml.safe_load(config.read_text()) | {"use_cpu": True, "num_processes": 2}
+    (recipe.parent / "accelerate.yaml").write_text(yaml.safe_dump(on_processors))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(recipe.parent / "accelerate.yaml"), "--main_process_port", "0"]
+    command += [str(SCRIPTS / "train.py"), str(recipe)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+def test_the_launcher_shares_a_model_out_with_the_configuration_in_scripts(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["train"] |= {"steps": 2}
+    values["evaluation"] |= {"count": 3}
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    ended = launch(recipe, SCRIPTS / "accelerate" / "fsdp2.yaml")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    about = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (about["processes"], about["shared_out"]) == (2, True)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_processes_that_begin_with_different_weights_are_told_so() -> None:

@@ -168,7 +168,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_values: Callable[[Path],
     jobs.append({"world": 1, "cases": [resumed(shared, folder, "1", "2s")]})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     worker = [sys.executable, str(HERE / "process_worker.py"), str(folder / "jobs.json")]
-    subprocess.run(worker, check=True, timeout=900, env={**os.environ, **ONE_DEVICE})
+    subprocess.run(worker, check=True, timeout=1800, env={**os.environ, **ONE_DEVICE})
     return folder
 
 

@@ -33,8 +33,11 @@ class PipelinePolicy(Policy):
     t5: ClassVar[str]  # the component that max_sequence_length is for
     even_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler evenly spaced sigmas
 
-    def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int):
-        """Raises UserError for settings that the pipeline cannot work with."""
+    def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int, *, whole: bool = True):
+        """Raises UserError for settings that the pipeline cannot work with.
+
+        Without `whole` the transformer stays where it was loaded, for `flowalign.processes.prepare` to share out.
+        """
         super().__init__()
         self.device, self.dtype = device, forward_dtype(model.dtype, device)
         self.pipeline, self.transformer = pipeline, pipeline.transformer
@@ -46,7 +49,8 @@ class PipelinePolicy(Policy):
         texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         for part in (pipeline.vae, pipeline.transformer, *texts):
             part.requires_grad_(False).eval()
-        pipeline.to(device)
+            if whole or part is not pipeline.transformer:
+                part.to(device)
         pipeline.vae.to(memory_format=torch.channels_last)
         use_attention(self.transformer, model.attention, device, self.dtype, self._tokens() + model.max_sequence_length)
         if model.gradient_checkpointing:
@@ -56,9 +60,11 @@ class PipelinePolicy(Policy):
             compile_blocks(self.transformer, device)
 
     @classmethod
-    def load(cls, path: Path | str, model: Model, device: torch.device, seed: int) -> "PipelinePolicy":
+    def load(
+        cls, path: Path | str, model: Model, device: torch.device, seed: int, *, whole: bool = True
+    ) -> "PipelinePolicy":
         """From a pipeline folder or hub id."""
-        return cls(cls.load_pipeline(path, forward_dtype(model.dtype, device)), model, device, seed)
+        return cls(cls.load_pipeline(path, forward_dtype(model.dtype, device)), model, device, seed, whole=whole)
 
     @classmethod
     def load_pipeline(cls, path: Path | str, dtype: torch.dtype) -> Any:

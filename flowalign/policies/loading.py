@@ -23,15 +23,18 @@ FAMILIES: dict[str, type[PipelinePolicy]] = {
 ENTRY_POINT_GROUP = "flowalign.policies"
 
 
-def load_policy(model: Model | str, device: torch.device | str = "cpu", seed: int = 0) -> PipelinePolicy:
+def load_policy(
+    model: Model | str, device: torch.device | str = "cpu", seed: int = 0, *, whole: bool = True
+) -> PipelinePolicy:
     """The policy of a model's settings, or of its path with default settings.
 
+    Without `whole` its transformer waits on the processor for `flowalign.processes.prepare` to share it out.
     Raises UserError for a missing folder, one that is no diffusers pipeline, or a class without an adapter.
     """
     if isinstance(model, str):
         model = model_settings(model)
     family, path = find_family(model)
-    return family.load(path, model, torch.device(device), seed)
+    return family.load(path, model, torch.device(device), seed, whole=whole)
 
 
 def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
