@@ -18,6 +18,7 @@ def plan(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU")] = 1,
     vram: Annotated[float, typer.Option(metavar="GIB", help="memory of each GPU in GiB")] = 80.0,
+    sharded: Annotated[bool, typer.Option(help="the frozen weights are shared out among the GPUs (FSDP2)")] = False,
     tflops: Annotated[
         float | None, typer.Option(metavar="TFLOP/S", help="what a GPU sustains; the default is an assumption")
     ] = None,
@@ -26,13 +27,16 @@ def plan(
     quiet_libraries()
     from flowalign.config import load_recipe
     from flowalign.display import arithmetic_table
-    from flowalign.planning import GIB, TFLOPS
+    from flowalign.modelsize import meta_policy
+    from flowalign.planning import GIB, TFLOPS, Costs
     from flowalign.planning import plan as planned
 
     for name, value in (("--vram", vram), ("--tflops", tflops)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} {value:g} must be a number above 0")
-    found = planned(load_recipe(recipe, overrides or []), gpus, vram * GIB, tflops or TFLOPS)
+    resolved = load_recipe(recipe, overrides or [])
+    costs = Costs(meta_policy(resolved.model), gpus) if sharded else None
+    found = planned(resolved, gpus, vram * GIB, tflops or TFLOPS, costs)
     console.print(_memory_table(found))
     console.print(arithmetic_table(found.recipe, gpus))
     console.print("\n".join(_sentences(found, assumed=tflops is None)), markup=False, soft_wrap=True)

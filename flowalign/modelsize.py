@@ -123,6 +123,21 @@ def parameters(policy: PipelinePolicy) -> dict[str, int]:
     return counts | {"trainable": sum(p.numel() for p in policy.trainable_parameters().values()), "buffers": buffers}
 
 
+def whole_at_once(policy: PipelinePolicy) -> int:
+    """Weights of the transformer, adapters apart, that a process has whole at once where they are shared out.
+
+    They are those of two blocks, the second of which is fetched while the first computes, and all outside the blocks.
+    """
+    transformer: Any = policy.transformer
+
+    def weights(module: torch.nn.Module) -> int:
+        return sum(p.numel() for key, p in module.named_parameters() if "lora_" not in key)
+
+    names = transformer._no_split_modules or ()
+    blocks = [weights(module) for module in transformer.modules() if type(module).__name__ in names]
+    return weights(transformer) - sum(blocks) + sum(sorted(blocks)[-2:])
+
+
 def condition_rows(policy: PipelinePolicy, rows: int) -> Condition:
     """The conditions of so many prompts, in shape; UserError as `PipelinePolicy.condition_shapes` says."""
     shapes = policy.condition_shapes().items()

@@ -16,8 +16,18 @@ from flowalign.config import Recipe
 from flowalign.data import load_prompts
 from flowalign.forwards import Forwards, step_forwards
 from flowalign.memory import smallest_micro_batch
-from flowalign.modelsize import Line, Pass, condition_rows, decode_pass, meta_policy, parameters, transformer_pass
+from flowalign.modelsize import (
+    Line,
+    Pass,
+    condition_rows,
+    decode_pass,
+    meta_policy,
+    parameters,
+    transformer_pass,
+    whole_at_once,
+)
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.processes import MESSAGE, refuse_all_trained
 from flowalign.settings import UserError
 
 GIB = 2**30
@@ -63,10 +73,10 @@ class Plan:
 
 
 class Costs:
-    """What passes of a model cost, each found when first asked for."""
+    """What passes of a model cost, each found when first asked for; so many processes share out its frozen weights."""
 
-    def __init__(self, policy: PipelinePolicy):
-        self.policy = policy
+    def __init__(self, policy: PipelinePolicy, shares: int = 1):
+        self.policy, self.shares = policy, shares
         self.counts = parameters(policy)
         self.element = policy.dtype.itemsize
         self.latent = 4 * math.prod(policy.latent_shape(*policy.size))
@@ -97,6 +107,8 @@ def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS, costs: 
     """
     _refuse_uneven(recipe, gpus)
     costs = costs or Costs(meta_policy(recipe.model))
+    if costs.shares > 1:
+        refuse_all_trained(recipe)
     forwards = step_forwards(recipe)[-1]
     refuse_too_large(recipe, costs, gpus, vram, forwards)
     pictures = 0 if recipe.store else recipe.samples_per_step
@@ -160,20 +172,28 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     released = f"released after encoding; {text_bytes / GIB:.2f} GiB while the run starts"
     per_process = recipe.samples_per_step // gpus
     frozen = f"{counts['transformer']:,} weights and {counts['buffers']:,} constants x {element} B"
+    held_weights = counts["transformer"] / costs.shares
+    if costs.shares > 1:
+        frozen = f"a share of {frozen}"
     parts = [
-        Part("transformer", (counts["transformer"] + counts["buffers"]) * element, frozen),
+        Part("transformer", (held_weights + counts["buffers"]) * element, frozen),
         Part("text encoders", 0, released)
         if model.cache_conditions
         else Part("text encoders", text_bytes, f"{texts:,} weights x {costs.element} B"),
         Part("autoencoder", counts["vae"] * 4, f"{counts['vae']:,} weights x 4 B"),
     ]
+    if costs.shares > 1:
+        together = whole_at_once(costs.policy)
+        parts.append(Part("blocks put together", together * element, f"{together:,} weights x {element} B, two blocks"))
     if not full:
         parts.append(Part("adapters", weights * 4, f"{weights:,} weights x 4 B"))
     parts += [
-        Part("gradients", weights * (8 if gpus > 1 else 4), "4 B a weight" + (", twice with DDP" if gpus > 1 else "")),
+        Part("gradients", weights * 4, "4 B a weight"),
         Part("optimizer", weights * (2 if small else 8), f"{train.optimizer}, {2 if small else 8} B a weight"),
         Part("snapshots", weights * 4 * len(kept), ", ".join(kept) or "none"),
     ]
+    if gpus > 1:
+        parts.append(Part("gradients sent", min(weights, MESSAGE) * 8, "8 B a weight of a message"))
     if recipe.algorithm.apart(0):  # rows, their sum and their stack in float32, and twice in float64 for the products
         losses = len(recipe.rewards)
         parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))

@@ -21,7 +21,7 @@ from flowalign.data import Row
 from flowalign.policies.base import forward_dtype
 from flowalign.settings import UserError
 
-_MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
+MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
 _LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another
 
 # What a launcher's configuration may set, by the names that it hands on, and would do nothing here.
@@ -71,10 +71,15 @@ def refuse_launcher(recipe: Recipe) -> None:
             "accelerate is configured with fsdp_cpu_ram_efficient_loading true, and here every process reads the "
             "model's files itself; set it to false"
         )
+    refuse_all_trained(recipe)
+
+
+def refuse_all_trained(recipe: Recipe) -> None:
+    """Raises UserError for a recipe without frozen weights to share out."""
     if recipe.model.lora is None:
         raise UserError(
             "model.lora null trains all weights, and FSDP shares out frozen ones alone; give model.lora a rank, or "
-            "choose multi-GPU without FSDP in `accelerate config`"
+            "choose multi-GPU without FSDP"
         )
 
 
@@ -175,7 +180,7 @@ def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) 
     gradients = [weight.grad for weight in parameters if weight.grad is not None]
     while gradients:
         count = size = 0
-        while count < len(gradients) and (count == 0 or size + gradients[count].numel() <= _MESSAGE):
+        while count < len(gradients) and (count == 0 or size + gradients[count].numel() <= MESSAGE):
             size += gradients[count].numel()
             count += 1
         together, gradients = gradients[:count], gradients[count:]

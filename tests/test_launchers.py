@@ -90,7 +90,7 @@ def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((3, 2), (2,), (9,), (4,), (1,))]
     for number, weight in enumerate(parameters[:-1], 1):
         weight.grad = torch.full_like(weight, number)
-    monkeypatch.setattr(processes, "_MESSAGE", 8)
+    monkeypatch.setattr(processes, "MESSAGE", 8)
     sum_gradients(cast(Accelerator, Two()), parameters)
     assert sent == [8, 9, 4]
     assert [weight.grad.unique().tolist() for weight in parameters[:-1] if weight.grad is not None] == [

@@ -209,7 +209,25 @@ def test_the_global_batch_does_not_depend_on_the_number_of_gpus(roomy: Callable[
     assert named["optimizer"] == 2 * named["adapters"]
     shared = {part.name: part.bytes for part in four.parts}
     assert shared["a step's samples"] == named["a step's samples"] / 4
-    assert shared["gradients"] == 2 * named["gradients"]
+    assert shared["gradients"] == named["gradients"] == shared["gradients sent"] / 2
+
+
+def test_shared_out_weights_are_held_in_parts_and_put_together_block_by_block(
+    roomy: Callable[..., Recipe], costs: Costs
+) -> None:
+    recipe = roomy()
+    whole = plan(recipe, 4, 8 * GIB, costs=costs)
+    shares = Costs(costs.policy, 4)
+    shared = plan(recipe, 4, 8 * GIB, costs=shares)
+    before, after = ({part.name: part.bytes for part in one.parts} for one in (whole, shared))
+    weights, constants = costs.counts["transformer"], costs.counts["buffers"]
+    assert after["transformer"] == 4 * (weights / 4 + constants) and before["transformer"] == 4 * (weights + constants)
+    assert after["blocks put together"] == 4 * weights  # this model is two blocks
+    assert {name: after[name] for name in before if name != "transformer"} == {
+        name: size for name, size in before.items() if name != "transformer"
+    }
+    with pytest.raises(UserError, match=r"model\.lora null trains all weights"):
+        plan(recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})}), 4, GIB, costs=shares)
 
 
 def test_kept_conditions_and_the_8_bit_optimizer_need_less(roomy: Callable[..., Recipe], costs: Costs) -> None:
@@ -252,10 +270,16 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(values))
     with pytest.raises(SystemExit) as ended:
-        main(["plan", str(file), "--gpus", "2", "--vram", "24", "--tflops", "100"])
+        main(["plan", str(file), "--gpus", "2", "--sharded", "--vram", "24", "--tflops", "100"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    for text in ("peak of the train phase", "micro-batches per update", "at 100 TFLOP/s a GPU", "rewards"):
+    for text in (
+        "peak of the train phase",
+        "blocks put together",
+        "micro-batches per update",
+        "at 100 TFLOP/s a GPU",
+        "rewards",
+    ):
         assert text in shown
     assert "assumption" not in shown.partition("time:")[2]
     with pytest.raises(SystemExit) as ended:
