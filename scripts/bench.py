@@ -83,6 +83,7 @@ def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:
         table.add_row(f"{name} time", f"{1000 * seconds[phase]:.0f} ms")
     table.add_row("step time", f"{1000 * seconds['step']:.0f} ms")
     inside, decode = seconds["floor"] - seconds["decode"], seconds["decode"]
+    table.add_row("inside the transformer", f"{inside / seconds['step']:.1%} of the step")
     parts = f"transformer {1000 * inside:.0f}, decoding {1000 * decode:.0f}"
     table.add_row("floor", f"{1000 * seconds['floor']:.0f} ms: the same passes alone, {parts}")
     table.add_row("step / floor", f"{seconds['ratio']:.3f}")
