@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from flowalign.checkpoint import checkpoints, load_weights
-from flowalign.conditions import cache_conditions
+from flowalign.conditions import cached_policy
 from flowalign.config import Evaluation, Recipe, load_recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
@@ -65,8 +65,7 @@ def _audited(
     rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
     check_prompts(rows, rewards, settings.prompts)
     guarding = Guarding(recipe, recipe.guard, weights, rows, load_prompts(recipe.prompts))
-    policy = load_policy(recipe.model, device, recipe.run.seed)
-    cache_conditions(policy, recipe.model, [row.prompt for row in rows])
+    policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
     title = target
     if run is not None:
         found = checkpoints(run.checkpoints)

@@ -1,4 +1,4 @@
-"""Text conditions on disk: every prompt is encoded once, and the text encoders are then released.
+"""Text conditions on disk: every prompt is encoded once, and the text encoders are then released, or never loaded.
 
 A folder holds a subfolder for each model (its text encoders' files, its adapter, length and dtype), and in it a
 safetensors file for each prompt, written under another name and renamed. What is there is read back bit for bit, by
@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.assets import asset
 from flowalign.config import Model
-from flowalign.policies.base import Condition, Policy
-from flowalign.policies.loading import EMBEDDED
+from flowalign.policies.base import Condition, Policy, forward_dtype
+from flowalign.policies.loading import EMBEDDED, load_policy
 from flowalign.runs import replace_text
 from flowalign.settings import UserError
 
@@ -28,12 +28,12 @@ _NO_TEXT = ("transformer", "vae", "unet")  # the parts of a pipeline that do not
 
 
 class CachedConditions:
-    """The conditions of a model's prompts in a folder of its own."""
+    """The conditions of a model's prompts in a folder of its own, encoded in `dtype`, read to `device`."""
 
-    def __init__(self, folder: Path, policy: Policy, model: Model):
-        about = identity(model, policy.dtype)
+    def __init__(self, folder: Path, model: Model, device: torch.device, dtype: torch.dtype):
+        about = identity(model, dtype)
         self.folder = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
-        self.policy = policy
+        self.device = device
         self._about = about
 
     def path(self, prompt: str) -> Path:
@@ -44,7 +44,7 @@ class CachedConditions:
         """The prompts that have yet to be encoded."""
         return [prompt for prompt in prompts if not self.path(prompt).is_file()]
 
-    def fill(self, prompts: Sequence[str], share: slice = slice(None)) -> None:
+    def fill(self, policy: Policy, prompts: Sequence[str], share: slice = slice(None)) -> None:
         """Encode a share of the batches of `prompts` with the policy, where any prompt of a batch is missing.
 
         Which prompts are encoded together does not depend on the share. Raises UserError when the disk is full.
@@ -52,7 +52,7 @@ class CachedConditions:
         batches = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
         for batch in batches[share]:
             if wanted := set(self.missing(batch)):
-                condition = self.policy.encode(batch)
+                condition = policy.encode(batch)
                 for row, prompt in enumerate(batch):
                     if prompt in wanted:
                         self._write(prompt, condition[row : row + 1])
@@ -73,7 +73,7 @@ class CachedConditions:
             raise UserError(f"model.cache_conditions: cannot write to {self.folder}: {error}") from error
 
     def read(self, prompts: Sequence[str]) -> Condition:
-        """The kept conditions, one row a prompt, on the policy's device.
+        """The kept conditions, one row a prompt, on the cache's device.
 
         Raises UserError for a prompt that was not encoded and for a damaged file.
         """
@@ -89,36 +89,59 @@ class CachedConditions:
             tensors = load_file(path)  # then moved: safetensors knows no device cpu:0, as of one process of several
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.cache_conditions: {path} is damaged ({error}); remove it to encode anew") from error
-        return Condition({name: tensor.to(self.policy.device) for name, tensor in tensors.items()})
+        return Condition({name: tensor.to(self.device) for name, tensor in tensors.items()})
 
 
-def cache_conditions(
-    policy: Policy,
+def cached_policy(
     model: Model,
-    prompts: Iterable[str],
+    prompts: Sequence[str],
+    device: torch.device | str,
+    seed: int,
     accelerator: Accelerator | None = None,
     *,
     given: Policy | None = None,
+    whole: bool = True,
+) -> Policy:
+    """The policy of a model's settings, ready for these prompts as `cache_conditions` makes it; or the one `given`.
+
+    Its text encoders are loaded only if a prompt has yet to be encoded, or an adapter may have weights for them. Each
+    process looks for itself: what one finds complete stays so, whatever the others still write. Without `whole` as
+    `load_policy` says. Raises UserError as it and `cache_conditions` do, and for a policy that a script gave: what it
+    encodes need not be what the settings name.
+    """
+    if given is not None:
+        if model.cache_conditions is not None:
+            raise UserError(
+                "model.cache_conditions keeps what the recipe's own model encodes; for a policy of a script's own "
+                "leave it out, or call flowalign.conditions.cache_conditions"
+            )
+        return given
+    needed = True
+    if model.cache_conditions is not None and model.adapter is None:
+        device = torch.device(device)
+        cache = CachedConditions(Path(model.cache_conditions), model, device, forward_dtype(model.dtype, device))
+        needed = bool(cache.missing(["", *prompts]))
+    policy = load_policy(model, device, seed, whole=whole, text_encoders=needed)
+    cache_conditions(policy, model, prompts, accelerator)
+    return policy
+
+
+def cache_conditions(
+    policy: Policy, model: Model, prompts: Iterable[str], accelerator: Accelerator | None = None
 ) -> None:
     """With `model.cache_conditions`, encode the prompts and the empty one, then release the policy's text encoders.
 
     From then on `policy.encode` reads what was kept. Several processes encode a share each and wait for one another;
-    where they share no disk each encodes what it still lacks. Raises UserError when the folder cannot be written to,
-    and for a policy that was `given` by a script: what it encodes need not be what the settings name.
+    where they share no disk each encodes what it still lacks. Raises UserError when the folder cannot be written to.
     """
     if model.cache_conditions is None:
         return
-    if given is not None:
-        raise UserError(
-            "model.cache_conditions keeps what the recipe's own model encodes; for a policy of a script's own leave it "
-            "out, or call flowalign.conditions.cache_conditions"
-        )
-    cache = CachedConditions(Path(model.cache_conditions), policy, model)
+    cache = CachedConditions(Path(model.cache_conditions), model, policy.device, policy.dtype)
     texts = list(dict.fromkeys(["", *prompts]))
     if accelerator is not None and accelerator.num_processes > 1:
-        cache.fill(texts, slice(accelerator.process_index, None, accelerator.num_processes))
+        cache.fill(policy, texts, slice(accelerator.process_index, None, accelerator.num_processes))
         accelerator.wait_for_everyone()
-    cache.fill(texts)
+    cache.fill(policy, texts)
     policy.encode = cache.read  # type: ignore[method-assign]  # one way through: whoever asks the policy is answered
     policy.free_text_encoders()
 

@@ -14,14 +14,13 @@ import yaml
 
 import rewards as zoo
 from flowalign.checkpoint import checkpoints, load_weights
-from flowalign.conditions import cache_conditions
+from flowalign.conditions import cached_policy
 from flowalign.config import Recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.judging import learning, load_learnt, refuse_learning
 from flowalign.offline import GroupStore, collect
-from flowalign.policies.loading import load_policy
 from flowalign.runs import RunFolder, replace_text
 from flowalign.settings import UserError
 from rewards.pictures import SUFFIXES, read_picture
@@ -76,8 +75,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     refuse_learning(rewards, "collect with other rewards")
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
-    policy = load_policy(recipe.model, device, recipe.run.seed)
-    cache_conditions(policy, recipe.model, [row.prompt for row in rows])
+    policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
     with Display().evaluating(len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
 
@@ -172,8 +170,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     check_prompts(rows, rewards, settings.prompts)
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
-    policy = load_policy(recipe.model, device, recipe.run.seed)
-    cache_conditions(policy, recipe.model, [row.prompt for row in rows])
+    policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
     title, weights = f"{recipe.model.path} as it is", None
     if run is not None:
         found = checkpoints(run.checkpoints)

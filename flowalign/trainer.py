@@ -13,7 +13,7 @@ import torch
 from flowalign import processes
 from flowalign.algorithms import Batch
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
-from flowalign.conditions import cache_conditions
+from flowalign.conditions import cached_policy
 from flowalign.config import Evaluation, Recipe
 from flowalign.data import Row, load_prompts, step_rows
 from flowalign.display import Display
@@ -27,7 +27,6 @@ from flowalign.learner import Learner, optimizer_class
 from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
-from flowalign.policies.loading import load_policy
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, disk_explained, now, versions
 from flowalign.sampling.noise import ROLLOUT
@@ -81,13 +80,18 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.display = display or Display(quiet=not self.main)
-        self.policy = policy or load_policy(
-            recipe.model, self.accelerator.device, recipe.run.seed, whole=not processes.shares_out()
+        rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
+        self.policy = cached_policy(
+            recipe.model,
+            [row.prompt for row in rows],
+            self.accelerator.device,
+            recipe.run.seed,
+            self.accelerator,
+            given=policy,
+            whole=not processes.shares_out(),
         )
         if self.store is not None:
             self.store.check_model(self.policy)
-        rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
-        cache_conditions(self.policy, recipe.model, [row.prompt for row in rows], self.accelerator, given=policy)
         check_levels(recipe, self.policy)
         processes.prepare(self.accelerator, self.policy.transformer)
         self.learner = Learner(recipe, self.policy, self.accelerator)

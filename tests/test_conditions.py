@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from flowalign import conditions
-from flowalign.conditions import CachedConditions, cache_conditions
+from flowalign.conditions import CachedConditions, cache_conditions, cached_policy
 from flowalign.config import Model, recipe_from_dict
 from flowalign.display import Display
 from flowalign.policies.base import Policy
@@ -30,11 +32,15 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
     """A tiny policy and its settings, with a cache in the test's folder."""
 
     def made(**changes: Any) -> tuple[Policy, Model]:
-        values = {"path": str(tiny_model), "dtype": "fp32", "max_sequence_length": 0}
+        values = {"path": str(tiny_model), "height": 64, "width": 64, "dtype": "fp32", "max_sequence_length": 0}
         model = Model(**values, cache_conditions=str(tmp_path / "cache"), **changes)
         return load_policy(model), model
 
     return made
+
+
+def cache_of(policy: Policy, model: Model, folder: Path | None = None) -> CachedConditions:
+    return CachedConditions(folder or Path(str(model.cache_conditions)), model, policy.device, policy.dtype)
 
 
 def test_what_is_read_is_what_was_encoded_bit_for_bit(make: Make) -> None:
@@ -73,12 +79,12 @@ def test_only_new_prompts_are_written_and_other_settings_have_a_folder_of_their_
     seen = text_encoder.stat()
     try:  # as if another encoder had been put there
         os.utime(text_encoder, ns=(seen.st_atime_ns, seen.st_mtime_ns + 1))
-        assert CachedConditions(folder.parent, policy, model).folder != folder
+        assert cache_of(policy, model).folder != folder
     finally:
         os.utime(text_encoder, ns=(seen.st_atime_ns, seen.st_mtime_ns))
     longer = model.model_copy(update={"max_sequence_length": 8})
-    assert CachedConditions(folder.parent, policy, longer).folder != folder
-    assert CachedConditions(folder.parent, policy, model).folder == folder
+    assert cache_of(policy, longer).folder != folder
+    assert cache_of(policy, model).folder == folder
 
 
 def test_shares_of_several_processes_are_encoded_in_the_same_batches_as_by_one(
@@ -90,12 +96,12 @@ def test_shares_of_several_processes_are_encoded_in_the_same_batches_as_by_one(
     seen: list[list[str]] = []
     encode = policy.encode
     policy.encode = lambda prompts: seen.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
-    alone, shared = (CachedConditions(tmp_path / name, policy, model) for name in ("alone", "shared"))
-    alone.fill(texts)
+    alone, shared = (cache_of(policy, model, tmp_path / name) for name in ("alone", "shared"))
+    alone.fill(policy, texts)
     whole, seen[:] = list(seen), []
-    shared.fill(texts, slice(1, None, 2))
+    shared.fill(policy, texts, slice(1, None, 2))
     assert shared.missing(texts) == ["0 stars", "1 stars", "4 stars", "5 stars"]
-    shared.fill(texts, slice(0, None, 2))
+    shared.fill(policy, texts, slice(0, None, 2))
     assert sorted(seen) == whole
     for name, tensor in alone.read(texts).tensors.items():
         assert torch.equal(tensor, shared.read(texts).tensors[name])
@@ -103,8 +109,8 @@ def test_shares_of_several_processes_are_encoded_in_the_same_batches_as_by_one(
 
 def test_a_damaged_file_is_named(make: Make) -> None:
     policy, model = make()
-    cache = CachedConditions(Path(str(model.cache_conditions)), policy, model)
-    cache.fill(PROMPTS)
+    cache = cache_of(policy, model)
+    cache.fill(policy, PROMPTS)
     cache.path(PROMPTS[1]).write_bytes(b"torn")
     with pytest.raises(UserError, match=rf"{cache.path(PROMPTS[1]).name} is damaged .*; remove it"):
         cache.read(PROMPTS)
@@ -133,6 +139,42 @@ def test_a_run_with_kept_conditions_has_the_numbers_of_one_without(values: dict[
         assert one["reward"]["total"] == pytest.approx(other["reward"]["total"], rel=1e-5)
         assert one["forwards"] == other["forwards"]
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
+def spoilt(file: Path, position: int) -> None:
+    """Another header, under which safetensors reads nothing; size and time stay."""
+    seen, contents = file.stat(), bytearray(file.read_bytes())
+    contents[position] ^= 0x80
+    file.write_bytes(contents)
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+
+
+def test_text_encoders_are_not_even_read_once_every_prompt_is_kept(
+    values: dict[str, Any], tiny_sd35: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_sd35, tmp_path / "model")
+    values["model"] |= {"path": str(folder), "max_sequence_length": 8, "cache_conditions": str(tmp_path / "cache")}
+    values["train"]["steps"] = 1
+    runs = {name: recipe_from_dict(values | {"run": {"folder": str(tmp_path / name)}}) for name in ("first", "again")}
+    first = train(runs["first"], display=Display(quiet=True))
+    for file in folder.glob("text_encoder*/*.safetensors"):
+        spoilt(file, position=8)
+    trainer = Trainer(runs["again"], display=Display(quiet=True))
+    parts = trainer.policy.pipeline.components  # type: ignore[attr-defined]
+    assert {name for name, part in parts.items() if part is None} >= {
+        *("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+    }
+    first_line, line = (json.loads((place / "metrics.jsonl").read_text()) for place in (first, trainer.run()))
+    for clocked in (first_line, line):
+        del clocked["minutes"], clocked["seconds"]
+    assert line == first_line
+    prompts = [*(tmp_path / "prompts.txt").read_text().splitlines(), "a new one"]
+    with pytest.raises((OSError, SafetensorError), match="header"):
+        cached_policy(runs["again"].model, prompts, "cpu", 0)
+    for file in folder.glob("text_encoder*/*.safetensors"):
+        spoilt(file, position=8)
+    policy = cached_policy(runs["again"].model, prompts, "cpu", 0)
+    assert len(policy.encode(["a new one"])) == 1
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ An adapter names its pipeline class and LoRA targets and fills in `patch`, `enco
 """
 
 import copy
+import inspect
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -61,17 +62,28 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def load(
-        cls, path: Path | str, model: Model, device: torch.device, seed: int, *, whole: bool = True
+        cls,
+        path: Path | str,
+        model: Model,
+        device: torch.device,
+        seed: int,
+        *,
+        whole: bool = True,
+        text_encoders: bool = True,
     ) -> "PipelinePolicy":
-        """From a pipeline folder or hub id."""
-        return cls(cls.load_pipeline(path, forward_dtype(model.dtype, device)), model, device, seed, whole=whole)
+        """From a pipeline folder or hub id; without text encoders it cannot encode."""
+        pipeline = cls.load_pipeline(path, forward_dtype(model.dtype, device), text_encoders=text_encoders)
+        return cls(pipeline, model, device, seed, whole=whole)
 
     @classmethod
-    def load_pipeline(cls, path: Path | str, dtype: torch.dtype) -> Any:
+    def load_pipeline(cls, path: Path | str, dtype: torch.dtype, *, text_encoders: bool = True) -> Any:
         """The plain pipeline; its autoencoder is float32, since half precision shows in the pictures."""
         index = Path(path) / "model_index.json"
         present = json.loads(index.read_text()) if index.is_file() and cls.optional_parts else {}
         absent = {name: None for name in cls.optional_parts if present and not present.get(name, [None])[0]}
+        if not text_encoders:
+            parts = inspect.signature(cls.pipeline_class).parameters
+            absent |= {name: None for name in parts if name.startswith(("text_encoder", "tokenizer"))}
         return cls.pipeline_class.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype}, **absent)
 
     @property

@@ -24,17 +24,23 @@ ENTRY_POINT_GROUP = "flowalign.policies"
 
 
 def load_policy(
-    model: Model | str, device: torch.device | str = "cpu", seed: int = 0, *, whole: bool = True
+    model: Model | str,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    *,
+    whole: bool = True,
+    text_encoders: bool = True,
 ) -> PipelinePolicy:
     """The policy of a model's settings, or of its path with default settings.
 
+    Without `text_encoders` it cannot encode: `flowalign.conditions.cached_policy` has its conditions on disk.
     Without `whole` its transformer waits on the processor for `flowalign.processes.prepare` to share it out.
     Raises UserError for a missing folder, one that is no diffusers pipeline, or a class without an adapter.
     """
     if isinstance(model, str):
         model = model_settings(model)
     family, path = find_family(model)
-    return family.load(path, model, torch.device(device), seed, whole=whole)
+    return family.load(path, model, torch.device(device), seed, whole=whole, text_encoders=text_encoders)
 
 
 def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
