@@ -250,7 +250,7 @@ def test_every_process_scores_its_own_pictures(runs: Path, world: int) -> None:
         assert scored == dict.fromkeys(("red", "green"), 2 * 6 * 4 // world)
 
 
-EVALUATED = [(name, world) for name in ("guarded", "few") for world in (2, 3)]
+EVALUATED: list[tuple[str, int | str]] = [(name, world) for name in ("guarded", "few") for world in (2, 3)]
 EVALUATED += [(f"adapters_{name}", f"{world}s") for name, world in EVALUATED]
 
 
