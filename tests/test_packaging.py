@@ -1,5 +1,6 @@
-"""What a wheel holds."""
+"""What a wheel holds, and that it is enough: its commands run where there is no source tree."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,13 +11,55 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+# Whoever opens a file of the source tree is told so; the virtual environment may lie inside it.
+WATCH = """
+import sys
+def refuse(event, arguments):
+    if event in ("open", "import") and str(arguments[0]).startswith({places!r}):
+        raise PermissionError(f"the installation reaches for {{arguments[0]}}")
+sys.addaudithook(refuse)
+"""
+RUN = """
+import sys
+import flowalign, rewards
+from flowalign.cli import main
+for package in (flowalign, rewards):
+    assert package.__file__.startswith(sys.argv[1]), package.__file__
+for line in sys.stdin.read().splitlines():
+    try:
+        main(line.split("\t"))
+    except SystemExit as ended:
+        assert not ended.code, f"{line}: {ended.code}"
+"""
+QUICK_START = [
+    ["recipes"],
+    ["recipes", "copy", "toyworld_ocr_crd", "mine.yaml"],
+    ["rewards"],
+    ["plan", "mine.yaml"],
+    [
+        *("train", "mine.yaml", "run.folder=runs/quick", "train.steps=1", "train.prompts_per_step=2"),
+        *("train.group_size=4", "train.updates_per_step=1", "train.micro_batch=8", "evaluation.count=4"),
+    ],
+    ["report", "runs/quick"],
+    ["sample", "toyworld", 'a sign that says "HELLO"', "--adapter", "runs/quick/lora"],
+    ["data", "geneval", "train.jsonl", "--exclude", "geneval", "--count", "50"],
+    ["eval", "ocr", "toyworld", "--count", "2", "--images-per-prompt", "1", "--steps", "4"],
+    ["doctor"],
+]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
     (path,) = folder.glob("flowalign-*.whl")
-    with zipfile.ZipFile(path) as archive:
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_file):
+    with zipfile.ZipFile(wheel_file) as archive:
         yield archive
 
 
@@ -46,3 +89,27 @@ def test_a_wheel_installs_the_command_and_carries_the_licence(wheel):
     (entry_points,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
     assert "flowalign = flowalign.cli:main" in wheel.read(entry_points).decode()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_the_quick_start_without_the_source_tree(wheel_file, tmp_path):
+    installed, watch, work = (tmp_path / name for name in ("installed", "watch", "work"))
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(installed)]
+    subprocess.run([*install, str(wheel_file)], check=True, capture_output=True)
+    for folder in (watch, work):
+        folder.mkdir()
+    places = tuple(f"{ROOT / name}{os.sep}" for name in ("flowalign", "rewards", "assets", "scripts", "docs"))
+    (watch / "sitecustomize.py").write_text(WATCH.format(places=places))
+    environment = {**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{watch}", "HF_HUB_OFFLINE": "1"}
+    options = {"cwd": work, "env": environment, "capture_output": True, "text": True, "check": False}
+    lines = "\n".join("\t".join(words) for words in QUICK_START)
+    ran = subprocess.run([sys.executable, "-c", RUN, str(installed)], input=lines, **options)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    for made in ("mine.yaml", "runs/quick/report.html", "runs/quick/lora/pytorch_lora_weights.safetensors"):
+        assert (work / made).is_file(), made
+    for made in ("samples/00.png", "train.jsonl", "runs/ocr/summary.json"):
+        assert (work / made).is_file(), made
+    command = subprocess.run([installed / "bin" / "flowalign", "recipes"], **options)
+    assert command.returncode == 0 and "toyworld_ocr_crd" in command.stdout
+    reached = subprocess.run([sys.executable, "-c", f"open({str(ROOT / 'docs' / 'memory.md')!r})"], **options)
+    assert "the installation reaches for" in reached.stderr  # the watch can fail
