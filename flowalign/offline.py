@@ -124,7 +124,8 @@ class GroupStore:
         """Of training step `step`'s groups the `share`, each with `train.group_size` of its samples, all counted."""
         train, size = recipe.train, self.manifest["group_size"]
         numbered = [Row(place, row.prompt, row.metadata) for place, row in enumerate(self.rows)]
-        rows = step_rows(numbered, train.prompts_per_step, recipe.run.seed, step)[share]
+        together = step_rows(numbered, train.prompts_per_step, recipe.run.seed, step)
+        rows = together[share]
         latents, members = [], []
         for row in rows:
             generator = counted_generator(STORE, recipe.run.seed, step, row.index)
@@ -137,7 +138,7 @@ class GroupStore:
         return Samples(
             rows=drawn,
             groups=torch.arange(len(rows)).repeat_interleave(train.group_size).to(policy.device),
-            condition=policy.encode([row.prompt for row in rows]),
+            condition=policy.encode([row.prompt for row in together])[share],  # as one process encodes them
             latents=torch.cat(latents).to(policy.device),
             media=torch.empty(0),
             grid=policy.sigmas(recipe.rollout.steps, recipe.rollout.grid),

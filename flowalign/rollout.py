@@ -82,6 +82,7 @@ def rollout(
     key: tuple[int, ...],
     *,
     batch: int,
+    condition: "Condition | None" = None,
     keep: Collection[Keep] = (),
     training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
@@ -91,14 +92,15 @@ def rollout(
     """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
 
     A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
-    other follows the ODE. size: (height, width) in pixels. `keep` names what is returned beside the finished samples.
-    Whatever `batch`, the numbers of a sample are its own. `finished` is called with each batch's media and rows.
+    other follows the ODE. size: (height, width) in pixels. `condition` is that of the rows; None encodes them. `keep`
+    names what is returned beside the finished samples. Whatever `batch`, the numbers of a sample are its own.
+    `finished` is called with each batch's media and rows.
     `survivors` are asked, after as many steps as their key says, which samples go on; they see whole groups, and only
     what goes on to the end is returned. ValueError with a `keep` or a solver that remembers the others.
     """
     if survivors and (keep or sampler.solver != "euler"):
         raise ValueError("samples can be dropped on the way only with solver euler and nothing else kept")
-    condition = policy.encode([row.prompt for row in rows])
+    condition = policy.encode([row.prompt for row in rows]) if condition is None else condition
     groups = torch.arange(len(rows)).repeat_interleave(group_size)
     members = torch.arange(group_size).repeat(len(rows)).tolist()
     samples = [rows[group] for group in groups.tolist()]

@@ -207,6 +207,8 @@ class Trainer:
         if self.store is not None:
             return self.store.draw(self.policy, recipe, self.step, share)
         rows = step_rows(self.rows, train.prompts_per_step, recipe.run.seed, self.step)
+        # All of the step's: a text encoder's last digits depend on how many prompts it sees at once.
+        condition = self.policy.encode([row.prompt for row in rows])
         behaviour = recipe.algorithm.behaviour
         with self.policy.using(behaviour) if behaviour else nullcontext():
             return rollout(
@@ -217,6 +219,7 @@ class Trainer:
                 self.size,
                 (ROLLOUT, recipe.run.seed, self.step),
                 batch=recipe.rollout.batch,
+                condition=condition[share],
                 keep=recipe.algorithm.keep,
                 training_step=(recipe.run.seed, self.step),
                 finished=self.judging.judge,

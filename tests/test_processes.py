@@ -135,12 +135,11 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
         base = {**tiny, "algorithm": {}, "evaluation": {**tiny["evaluation"], "count": 3}}
         base |= {"rewards": {"red": {"weight": 1.0}, "green": {"weight": 2.0}}, "prompts": str(folder / "train.txt")}
         base |= {"train": {**tiny["train"], "steps": 2}, "rollout": {**tiny["rollout"], "batch": 4}}
-        # A text encoder's last digits depend on how many prompts it sees at once.
-        base["model"] = {**tiny["model"], "cache_conditions": str(folder / "conditions")}
         add("pipeline_flow_grpo", "flow_grpo", {}, base)
-        add("pipeline_nft", "nft", {"model": {"gradient_checkpointing": True}}, base)
+        kept = {"cache_conditions": str(folder / "conditions")}
+        add("pipeline_nft", "nft", {"model": {"gradient_checkpointing": True, **kept}}, base)
         add("pipeline_marble", "marble", {}, base)
-        add("half", "nft", {"train": {"steps": 1}}, base)
+        add("half", "nft", {"train": {"steps": 1}, "model": kept}, base)
     return found
 
 
