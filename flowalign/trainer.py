@@ -81,14 +81,9 @@ class Trainer:
         self.main = self.accelerator.is_main_process
         self.display = display or Display(quiet=not self.main)
         rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
+        prompts, device, seed = [row.prompt for row in rows], self.accelerator.device, recipe.run.seed
         self.policy = cached_policy(
-            recipe.model,
-            [row.prompt for row in rows],
-            self.accelerator.device,
-            recipe.run.seed,
-            self.accelerator,
-            given=policy,
-            whole=not processes.shares_out(),
+            recipe.model, prompts, device, seed, self.accelerator, given=policy, whole=not processes.shares_out()
         )
         if self.store is not None:
             self.store.check_model(self.policy)
