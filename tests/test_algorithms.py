@@ -16,6 +16,7 @@ from flowalign.display import Display
 from flowalign.items import Items
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
+from flowalign.processes import Share
 from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 
@@ -188,7 +189,9 @@ def test_a_process_without_units_has_a_finite_loss_to_wait_with(run: str, make: 
     samples = trainer._samples()
     trainer._score(samples)
     items = Items(samples, trainer.recipe, 0, 0)
-    (nothing,) = trainer.learner._chunks(items.units()[:0])
+    others = Share(torch.empty(0, dtype=torch.long), total=1, most=1)
+    ((nothing, counted),) = trainer.learner._chunks(items.units()[:0], others)
+    assert counted == 0
     loss, _ = trainer.recipe.algorithm.loss(trainer.policy, items.batch(nothing, 0))
     gradients = torch.autograd.grad(loss, trainer.learner.parameters, allow_unused=True)
     assert loss.isfinite() and all(gradient is None or gradient.isfinite().all() for gradient in gradients)
