@@ -34,6 +34,8 @@ def plan(
     for name, value in (("--vram", vram), ("--tflops", tflops)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name} {value:g} must be a number above 0")
+    if sharded and gpus == 1:
+        raise UserError("--sharded shares weights out among several GPUs; give --gpus 2 or more with it")
     resolved = load_recipe(recipe, overrides or [])
     costs = Costs(meta_policy(resolved.model), gpus) if sharded else None
     found = planned(resolved, gpus, vram * GIB, tflops or TFLOPS, costs)

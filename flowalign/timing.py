@@ -125,18 +125,19 @@ def time_steps(trainer: Trainer, repeats: int, warm_ups: int = 1) -> dict[str, f
     rows: list[dict[str, float]] = []
     for repeat in range(warm_ups + repeats):
         with recorded(trainer) as passes:
-            step = _seconds(trainer._train_step)
+            step = seconds_of(trainer._train_step)
         phases = dict(trainer.seconds)
-        floor = _seconds(partial(play, trainer, passes))
-        decode = _seconds(partial(play, trainer, [one for one in passes if isinstance(one, Decoding)]))
-        scores = _seconds(partial(score, trainer, passes))
+        floor = seconds_of(partial(play, trainer, passes))
+        decode = seconds_of(partial(play, trainer, [one for one in passes if isinstance(one, Decoding)]))
+        scores = seconds_of(partial(score, trainer, passes))
         if repeat >= warm_ups:
             row = {**phases, "step": step, "floor": floor, "decode": decode, "scores": scores}
             rows.append({**row, "ratio": step / floor})
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
-def _seconds(function: Callable[[], Any]) -> float:
+def seconds_of(function: Callable[[], Any]) -> float:
+    """What a call takes, with everything that it has the device do."""
     _synchronize()
     started = time.perf_counter()
     function()

@@ -4,6 +4,7 @@ import gzip
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,12 +25,12 @@ def traced(folder: Path, name: str, say: Callable[[str], None]) -> Iterator[None
     with profile(activities=activities) as seen:
         yield
     folder.mkdir(parents=True, exist_ok=True)
-    trace, partial = folder / f"{name}.json.gz", folder / f".partial_{name}.json"
-    seen.export_chrome_trace(str(partial))
-    compressed = partial.with_suffix(".gz")
-    compressed.write_bytes(gzip.compress(partial.read_bytes(), compresslevel=3))
-    partial.unlink()
-    compressed.rename(trace)
+    trace = folder / f"{name}.json.gz"
+    with TemporaryDirectory(dir=folder, prefix=".partial_") as partial:  # nothing is left of it on a full disk
+        plain, packed = Path(partial) / "trace.json", Path(partial) / "trace.json.gz"
+        seen.export_chrome_trace(str(plain))
+        packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=3))
+        packed.rename(trace)
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = seen.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=60)
     replace_text(folder / f"{name}.txt", table + "\n")

@@ -19,7 +19,6 @@ is: that shows that the script works, and its numbers mean nothing.
 
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,7 +38,7 @@ from flowalign.policies.sd3 import SD3Policy
 from flowalign.runs import versions
 from flowalign.sampling import counted_generator
 from flowalign.settings import UserError
-from flowalign.timing import Decoding, play, recorded, time_steps
+from flowalign.timing import Decoding, play, recorded, seconds_of, time_steps
 from flowalign.trainer import Trainer
 
 TEXT = 77  # tokens of CLIP, before T5's
@@ -113,23 +112,10 @@ def brightness(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[A
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of two large matrices, the best of ten."""
+    """Operations a second of a product of two large matrices, the best of twelve."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(12):
-        synchronize(device)
-        started = time.perf_counter()
-        left @ right
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    return 2 * size**3 / min(seconds_of(lambda: left @ right) for _ in range(12))
 
 
 def operations(trainer: Trainer) -> int:

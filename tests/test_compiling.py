@@ -8,6 +8,7 @@ import torch
 from flowalign.config import Lora, Model
 from flowalign.policies import attention
 from flowalign.policies.attention import attention_seconds, fastest_backend
+from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import load_policy
 from flowalign.sampling import counted_generator
@@ -68,6 +69,13 @@ def test_compiling_without_a_compiler_is_one_sentence(tiny_model: Path, monkeypa
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"^model\.compile: there is no C\+\+ compiler no-such-compiler; install it"):
         policy_of(tiny_model, compiled=True)
+
+
+def test_a_transformer_without_named_blocks_is_not_compiled() -> None:
+    transformer = torch.nn.Linear(2, 2)
+    transformer._no_split_modules = None  # type: ignore[assignment]  # as diffusers' models have it
+    with pytest.raises(UserError, match=r"^model\.compile: a Linear names no blocks to compile; leave it out$"):
+        compile_blocks(transformer, CPU)
 
 
 @pytest.fixture
@@ -131,3 +139,8 @@ def test_backends_are_timed_for_real(cache: Path) -> None:
     )
     few, many = (attention_seconds("native", (tokens, 2, 32), CPU, torch.float32) for tokens in (64, 1024))
     assert many > few
+
+
+def test_a_backend_without_its_library_says_so_before_it_is_timed() -> None:
+    with pytest.raises((ImportError, RuntimeError), match="xformers"):
+        attention_seconds("xformers", SHAPE, CPU, torch.float32)

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+    dispatch_attention_fn,
+)
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import nn
 
@@ -22,8 +26,7 @@ CANDIDATES = ("native", "_native_cudnn", "flash", "_flash_3", "xformers")
 """Backends that are exact and have gradients, among which auto chooses."""
 _SAVES = 0.95
 _PACKAGES = ("torch", "diffusers", "xformers", "flash_attn", "flash_attn_3")
-# The last where a library that is not there is called without being asked for.
-_CANNOT_RUN = (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError)
+_CANNOT_RUN = (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
 class JointAttention:
@@ -91,7 +94,7 @@ def use_attention(transformer: Any, backend: str, device: torch.device, dtype: t
 def _set_backend(transformer: Any, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Try it on a few numbers, which is when most that are missing something say so."""
     try:
-        transformer.set_attention_backend(backend)  # asks for its library
+        transformer.set_attention_backend(backend)
         attention_seconds(backend, (8, 1, 32), device, dtype, turns=1)
     except _CANNOT_RUN:
         transformer.set_attention_backend("native")
@@ -105,6 +108,7 @@ def attention_seconds(
 
     Raises one of the errors in which the backends say that they cannot run here.
     """
+    _check_attention_backend_requirements(AttentionBackendName(backend))
     tensors = [torch.ones(2, *shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times = []

@@ -25,11 +25,14 @@ def why_not_compiled(device: torch.device) -> str | None:
 def compile_blocks(transformer: Any, device: torch.device) -> None:
     """Compile each block of a diffusers transformer when it is first called, but not its embeddings and output.
 
-    Raises UserError where nothing can be compiled here.
+    Raises UserError where nothing can be compiled here, and for a transformer that names no blocks.
     """
     if why := why_not_compiled(device):
         raise UserError(f"model.compile: {why}; install it or leave model.compile out")
-    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._no_split_modules]
+    names = transformer._no_split_modules or ()
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise UserError(f"model.compile: a {type(transformer).__name__} names no blocks to compile; leave it out")
     torch._dynamo.config.recompile_limit = max(_WAYS, torch._dynamo.config.recompile_limit)
     for block in blocks:
         block.compile()
