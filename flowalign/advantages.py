@@ -1,8 +1,10 @@
 """How much better a sample is than the other samples of its prompt. Pure functions of (N,) tensors."""
 
+from __future__ import annotations
+
 from typing import Literal, NamedTuple
 
-import torch
+from flowalign.lazy import torch
 
 Scale = Literal["global", "group", "none"]
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +20,7 @@ from flowalign.cli_sample import sample
 from flowalign.command import console, quiet_libraries
 from flowalign.command import device as _device
 from flowalign.settings import UserError
-from rewards import RewardError
+from rewards.errors import RewardError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
 app.add_typer(eval_app, name="eval")
@@ -113,6 +112,8 @@ app.command()(plan)
 def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:
     """Draw and score groups into the recipe's store; what is there already is kept."""
     quiet_libraries()
+    import numpy as np
+
     from flowalign.config import load_recipe
     from flowalign.scoring import collect_recipe
 
@@ -137,6 +138,8 @@ def score(
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
     """Score pictures, or the groups of a store, with a reward."""
+    import numpy as np
+
     from flowalign.scoring import read_images, rescore_store, score_images, write_scores
 
     if store is not None:
@@ -234,11 +237,11 @@ app.add_typer(rewards_app, name="rewards")
 def list_rewards(context: typer.Context) -> None:
     """List the rewards that a recipe can name, built in and installed."""
     if context.invoked_subcommand is None:
-        from flowalign.scoring import described_rewards
+        from rewards.catalogue import available, describe
 
         table = Table("reward", "what it judges")
-        for name, purpose in described_rewards():
-            table.add_row(name, purpose)
+        for name in available():
+            table.add_row(name, describe(name))
         console.print(table)
 
 

@@ -88,11 +88,6 @@ def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | N
         return store.rescore(name or judge.name, judge, progress)
 
 
-def described_rewards() -> list[tuple[str, str]]:
-    """Every reward's name and the first sentence of what it is."""
-    return [(name, zoo.describe(name)) for name in zoo.available()]
-
-
 def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: Path | None) -> list[zoo.Finding]:
     """The findings of `rewards.check`, on a folder's pictures or on drawn ones."""
     judge = zoo.load(reward, **options_of(options))

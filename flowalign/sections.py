@@ -1,11 +1,13 @@
 """The sections of a recipe: typed settings with their defaults, each documented where it stands."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, field_validator, model_validator
 
+from flowalign.lazy import torch
 from flowalign.sampling.noise import WINDOW, counted_generator
 from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section
@@ -93,7 +95,7 @@ class Rollout(Sampler):
     """Pictures drawn at once."""
 
     @model_validator(mode="after")
-    def _window_fits(self) -> "Rollout":
+    def _window_fits(self) -> Rollout:
         first, end = self.sde_window
         if not first < end <= self.steps:
             raise ValueError(f"window [{first}, {end}] must lie within the {self.steps} steps and hold one at least")
@@ -154,7 +156,7 @@ class Shaping(Section):
     """Of the references, in log_sigmoid."""
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "Shaping":
+    def _nothing_is_ignored(self) -> Shaping:
         _refuse_unused(self, {"scale": "sigmoid", "quantile": "log_sigmoid"})
         if self.form == "standardise" and not isinstance(self.reference, str) and len(set(self.reference)) < 2:
             raise ValueError("standardise needs references that differ")
@@ -178,7 +180,7 @@ class Combine(Section):
     """Samples on which the rewards disagree by U teach exp(-this U) as much; 0 leaves that out."""
 
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> "Combine":
+    def _nothing_is_ignored(self) -> Combine:
         _refuse_unused(self, {"penalty": "uncertainty", "base": "bonus", "bonus": "bonus", "floor": "bonus"})
         if self.form == "bonus" and (self.base is None or self.bonus is None or self.base == self.bonus):
             raise ValueError("form bonus needs two rewards, base and bonus")
@@ -208,7 +210,7 @@ class RewardSettings(Section):
         """What `rewards.load` is given, for an entry under `key`."""
         return self.load or key
 
-    def same_as(self, other: "RewardSettings", key: str, other_key: str | None = None) -> bool:
+    def same_as(self, other: RewardSettings, key: str, other_key: str | None = None) -> bool:
         """Whether both score alike, whatever their weights."""
         return self.loads(key) == other.loads(other_key or key) and self.options == other.options
 
@@ -326,7 +328,7 @@ class Corrected(Section):
     """Its best; mapped to 5."""
 
     @model_validator(mode="after")
-    def _low_is_below_high(self) -> "Corrected":
+    def _low_is_below_high(self) -> Corrected:
         if not self.low < self.high:
             raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
         return self

@@ -1,11 +1,26 @@
 """The reward zoo, importable on its own: `import rewards; reward = rewards.load("ocr")`.
 
-`rewards.score(reward, media, prompts, metadata)` calls one and checks what comes back.
+`rewards.score(reward, media, prompts, metadata)` calls one and checks what comes back. What stands here is imported
+when it is first used, so that a program that may need no reward does not wait for torch.
 """
 
-from rewards.base import Golden, Reward, RewardError, TrainableReward, score
-from rewards.contract import Finding, Items, check
-from rewards.loading import as_reward, available, describe, load
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rewards.base import Golden, Reward, TrainableReward, score
+    from rewards.catalogue import available, describe
+    from rewards.contract import Finding, Items, check
+    from rewards.errors import RewardError
+    from rewards.loading import as_reward, load
+
+_FROM = {
+    "base": ("Golden", "Reward", "TrainableReward", "score"),
+    "errors": ("RewardError",),
+    "catalogue": ("available", "describe"),
+    "contract": ("Finding", "Items", "check"),
+    "loading": ("as_reward", "load"),
+}
 
 __all__ = [
     "Finding",
@@ -21,3 +36,10 @@ __all__ = [
     "load",
     "score",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _FROM.items():
+        if name in names:
+            return getattr(importlib.import_module(f"rewards.{module}"), name)
+    raise AttributeError(f"module 'rewards' has no attribute {name!r}")

@@ -19,12 +19,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from rewards.errors import RewardError as RewardError
+
 # Room for the rounding of a half-precision decoder, far less than one step of an 8-bit picture.
 RANGE_TOLERANCE = 1e-3
-
-
-class RewardError(ValueError):
-    """What a person did wrong with a reward, in one sentence that names the reward and the item."""
 
 
 class Golden(NamedTuple):

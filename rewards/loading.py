@@ -1,38 +1,13 @@
 """From a reward's name, file or module to the reward; only the one that is asked for gets imported."""
 
-import ast
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
-
-BUILT_IN = {
-    "adversarial_dino": "rewards.adversarial_dino:AdversarialDINO",
-    "adversarial_pickscore": "rewards.adversarial_pickscore:AdversarialPickScore",
-    "aesthetic": "rewards.aesthetic:Aesthetic",
-    "artifact": "rewards.artifact:Artifact",
-    "artifact_vlm": "rewards.artifact_vlm:ArtifactVLM",
-    "clipscore": "rewards.clipscore:CLIPScore",
-    "colorfulness": "rewards.colorfulness:Colorfulness",
-    "compressibility": "rewards.compressibility:Compressibility",
-    "geneval": "rewards.geneval:GenEval",
-    "hpsv2": "rewards.hpsv2:HPSv2",
-    "imagereward": "rewards.imagereward:ImageReward",
-    "ocr": "rewards.ocr:OCR",
-    "pairwise": "rewards.pairwise:Pairwise",
-    "pickscore": "rewards.pickscore:PickScore",
-    "prompt_echo": "rewards.prompt_echo:PromptEcho",
-    "rubric": "rewards.rubric:Rubric",
-    "similarity": "rewards.similarity:Similarity",
-    "yes_no": "rewards.yes_no:YesNo",
-}
-ENTRY_POINT_GROUP = "flowalign.rewards"
+from rewards.catalogue import BUILT_IN, available, installed
 
 
 class FunctionReward(Reward):
@@ -69,7 +44,7 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
         return _built(import_object(name_or_path), name_or_path.rpartition(":")[2], options)
     if name_or_path.endswith(".py"):
         raise RewardError(f"{name_or_path!r} names a file; add the reward inside it, as in '{name_or_path}:Name'")
-    plugins = _plugins()
+    plugins = installed()
     if name_or_path not in plugins:
         known = available()
         raise RewardError(
@@ -83,22 +58,6 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
     return _built(target, name_or_path, options)
 
 
-def available() -> list[str]:
-    """The names that `load` knows, built in and installed, sorted."""
-    return sorted({*BUILT_IN, *_plugins()})
-
-
-def describe(name: str) -> str:
-    """The first sentence of what a reward of `available` says of itself, read without importing a built-in one."""
-    if name in BUILT_IN:
-        spec = importlib.util.find_spec(BUILT_IN[name].partition(":")[0])
-        assert spec is not None and spec.origin is not None
-        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
-    else:
-        text = inspect.getdoc(_plugins()[name].load()) or ""
-    return " ".join(text.partition("\n\n")[0].split())
-
-
 def as_reward(target: Any, name: str | None = None, **options: Any) -> Reward:
     """`target` itself if it is a Reward, a function (with its options) wrapped as one; else RewardError."""
     if isinstance(target, Reward):
@@ -107,10 +66,6 @@ def as_reward(target: Any, name: str | None = None, **options: Any) -> Reward:
     if not callable(target) or isinstance(target, type):
         raise RewardError(f"reward {name or target!r} is neither a Reward nor a function (media, prompts, metadata)")
     return FunctionReward(target, name, **options)
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _built(target: Any, name: str, options: dict[str, Any]) -> Reward:

@@ -1,14 +1,16 @@
 """What an algorithm is: a loss on a batch of items, and what it moves after a training step. Nothing else."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-import torch
 from pydantic import Field, PrivateAttr
 
 from flowalign.advantages import Scale, Scored, advantages, has_spread, summed_advantages
+from flowalign.lazy import torch
 from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from flowalign.policies.base import Condition, Policy
     from flowalign.sections import Rollout, Train
 
-Figures = dict[str, torch.Tensor]
+Figures: TypeAlias = "dict[str, torch.Tensor]"
 Keep = Literal["trajectory", "means", "previews"]
 
 
@@ -48,7 +50,7 @@ class Noised:
 class Batch:
     """n items of one training step: what `Algorithm.loss` sees."""
 
-    condition: "Condition"
+    condition: Condition
     advantages: torch.Tensor  # (n,), or (n, K) of an algorithm that keeps one a reward
     groups: torch.Tensor  # (n,), the set within which an item is compared
     latents: torch.Tensor  # (n, ...), the finished sample x0
@@ -88,7 +90,7 @@ class Algorithm(Section, ABC):
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL to the reference; 0 spends no forward on it."""
 
-    _state: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _state: dict[str, Any] = PrivateAttr(default_factory=dict)  # tensors
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
@@ -105,7 +107,7 @@ class Algorithm(Section, ABC):
         """What a rollout must keep beside the finished samples."""
         return frozenset({"trajectory"}) if self.needs == "trajectory" else frozenset()
 
-    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """Raises ValueError, in one sentence, for settings that do not go together; `rewards` is their number."""
 
     def refuse(self, why: str, *settings: str) -> None:
@@ -114,11 +116,11 @@ class Algorithm(Section, ABC):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"algorithm.{name}: {why}")
 
-    def draws(self, rollout: "Rollout") -> int:
+    def draws(self, rollout: Rollout) -> int:
         """Items that each sample makes."""
         return rollout.window_length
 
-    def begin(self, policy: "Policy") -> None:
+    def begin(self, policy: Policy) -> None:
         """Take the snapshots that the algorithm lives on; called once, before the first step."""
 
     def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
@@ -136,7 +138,7 @@ class Algorithm(Section, ABC):
         return torch.stack([has_spread(values, groups) for values in scored.values]).any(0)
 
     @abstractmethod
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """The mean loss over the batch's items, and detached figures to log, each (n,) or a scalar.
 
         Where `apart` says so it is of shape (L,), and the loop asks `gradient_weights` how to join the L gradients.
@@ -150,5 +152,5 @@ class Algorithm(Section, ABC):
         """Weights (L,) of the gradients of a loss (L,), from their inner products (L, L), and figures to log."""
         raise NotImplementedError(f"{self.name} has one loss")
 
-    def after_update(self, policy: "Policy", update: int) -> None:
+    def after_update(self, policy: Policy, update: int) -> None:
         """Move snapshots after a training step's last optimizer update, number `update`; many algorithms have none."""

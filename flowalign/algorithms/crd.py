@@ -14,11 +14,11 @@ stay whole and share both, where the public code centres over whatever prompts a
 reference is guided by `train.reference_guidance`, and only samples of high reward feel it (reward-adaptive KL).
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch.nn import functional as F
 
 from flowalign.algorithms.base import Batch, Figures
 from flowalign.algorithms.forward import (
@@ -30,6 +30,7 @@ from flowalign.algorithms.forward import (
     reward_level,
     squared_error,
 )
+from flowalign.lazy import torch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
@@ -86,7 +87,7 @@ def centered_reward_loss(
         if kind == "mse":
             losses.append(((own - target) ** 2).mean())
         else:
-            losses.append(F.binary_cross_entropy_with_logits(own, target.sigmoid()))
+            losses.append(torch.nn.functional.binary_cross_entropy_with_logits(own, target.sigmoid()))
     return torch.stack(losses).mean()
 
 
@@ -115,12 +116,12 @@ class CRD(ForwardAlgorithm):
     sampling_decay: Decay = Decay(start=75, slope=7.5e-3, last=0.999)
     """How the policy that draws the rollouts follows the trained one."""
 
-    def begin(self, policy: "Policy") -> None:
+    def begin(self, policy: Policy) -> None:
         """Both snapshots start as the trained policy."""
         policy.snapshot("old")
         policy.snapshot("sampling")
 
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: both parts, the spread of the implicit reward."""
         at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)
         target = at.noise - batch.latents
@@ -147,7 +148,7 @@ class CRD(ForwardAlgorithm):
             figures["kl"] = kl.detach()
         return loss, figures
 
-    def after_update(self, policy: "Policy", update: int) -> None:
+    def after_update(self, policy: Policy, update: int) -> None:
         """Each snapshot follows at its own pace."""
         policy.blend("old", self.old_decay.at(update))
         policy.blend("sampling", self.sampling_decay.at(update))

@@ -19,13 +19,15 @@ ratio = exp((log p - log p_rollout + b) std) and the policy loss is divided by -
 whole batch. `values: dense` is VGPO (2512.12387): see `advantages.value_advantages`.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from flowalign.advantages import Scored, value_advantages
 from flowalign.algorithms.base import Algorithm, Batch, Figures, Keep
+from flowalign.lazy import torch
 from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from flowalign.sections import Rollout, Train
 
 
-def replay(policy: "Policy", batch: Batch, guidance: float) -> SdeStep:
+def replay(policy: Policy, batch: Batch, guidance: float) -> SdeStep:
     """The batch's stochastic steps under the weights in use: mean, std and log-probability of where they went."""
     step = batch.transition
     assert step is not None, "the rollout kept a trajectory, since needs = 'trajectory'"
@@ -86,7 +88,7 @@ class FlowGRPO(Algorithm):
             more.append("previews")
         return frozenset(more)
 
-    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """What belongs to a variant is refused without it."""
         if self.ratio == "guard" and rollout.dynamics == "cps":
             raise ValueError("algorithm.ratio guard needs true log-probabilities, which rollout.dynamics cps has not")
@@ -107,7 +109,7 @@ class FlowGRPO(Algorithm):
         """With the absolute term all groups."""
         return torch.ones_like(groups, dtype=torch.bool) if self.absolute else super().teaches(scored, groups)
 
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: ratio, clipped share, KL."""
         step, taken = batch.transition, replay(policy, batch, batch.guidance)
         assert step is not None

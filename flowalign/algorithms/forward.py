@@ -3,12 +3,14 @@
 They need finished samples only: x_sigma = (1 - sigma) x0 + sigma eps with a new eps, whose velocity is v = eps - x0.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-import torch
 from pydantic import Field, model_validator
 
 from flowalign.algorithms.base import Algorithm, Batch, Noised
+from flowalign.lazy import torch
 from flowalign.settings import Section
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class Decay(Section):
     """Where the rise ends."""
 
     @model_validator(mode="after")
-    def _moves(self) -> "Decay":
+    def _moves(self) -> Decay:
         if self.first >= 1:
             raise ValueError("a decay that begins at 1 never moves the snapshot; begin below 1")
         if self.last < self.first:
@@ -67,17 +69,17 @@ class ForwardAlgorithm(Algorithm):
     """The lowest and the highest sigma trained at."""
 
     @model_validator(mode="after")
-    def _range_is_wide(self) -> "ForwardAlgorithm":
+    def _range_is_wide(self) -> ForwardAlgorithm:
         low, high = self.timestep_range
         if not low < high:
             raise ValueError(f"timestep_range [{low:g}, {high:g}] is empty")
         return self
 
-    def draws(self, rollout: "Rollout") -> int:
+    def draws(self, rollout: Rollout) -> int:
         """The noise levels."""
         return self.timesteps
 
-    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """The grid must hold enough sigmas, and micro-batches whole groups."""
         if self.timestep_sampling == "grid" and self.timesteps > rollout.steps:
             raise ValueError(
@@ -117,7 +119,7 @@ def noised(batch: Batch) -> Noised:
     return batch.noised
 
 
-def predictions(policy: "Policy", batch: Batch, snapshot: str | None, *, reference: bool) -> Predictions:
+def predictions(policy: Policy, batch: Batch, snapshot: str | None, *, reference: bool) -> Predictions:
     """The velocities at the batch's noised samples, each in one forward pass over all items.
 
     The snapshot's pass is saved while it equals the trained weights, as after a copy. `snapshot` None is the reference

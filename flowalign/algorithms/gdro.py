@@ -13,13 +13,15 @@ The notes on the paper leave open whether a group shares its noise and whether e
 dimensions: here it does, since only differences count, and they are averaged, so beta is not the paper's number.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from flowalign.algorithms.base import Batch, Figures
 from flowalign.algorithms.forward import ForwardAlgorithm, noised, predictions, squared_error
+from flowalign.lazy import torch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
@@ -86,13 +88,13 @@ class GDRO(ForwardAlgorithm):
     stabiliser: Annotated[float, Field(ge=0)] = 0.5
     """Weight of the best sample's flow-matching error, which keeps its own likelihood from falling."""
 
-    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """The reference is the implicit reward's own."""
         super().check(rollout, train, rewards)
         self.refuse("gdro has no KL of its own, beta is its pull to the reference", "kl_weight")
         self.refuse("gdro ranks rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
 
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: the ranking loss, the spread of the implicit reward, the best sample's error."""
         assert batch.rewards is not None
         at, seen = noised(batch), predictions(policy, batch, None, reference=True)

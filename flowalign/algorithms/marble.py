@@ -18,19 +18,19 @@ and RACO (2602.02495), which turns the fixed sum away from conflicts: with g0 = 
     p = argmin over the simplex of <G_p, g0> + c ||g0|| ||G_p||,   step = g0 + c ||g0|| G_q / ||G_q||,   q = min(p, w)
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import clarabel
-import numpy as np
-import torch
 from pydantic import Field, PrivateAttr
-from scipy import sparse
 
 from flowalign.advantages import Scored, has_spread, reward_advantages
 from flowalign.algorithms.base import Batch, Figures
 from flowalign.algorithms.forward import Level, noised, predictions, reward_level, squared_error
 from flowalign.algorithms.nft import NFT, contrast
+from flowalign.lazy import clarabel, sparse, torch
+from flowalign.lazy import numpy as np
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
@@ -103,7 +103,7 @@ class Marble(NFT):
         """Always: that is what it is for."""
         return True
 
-    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """There must be something to balance."""
         super().check(rollout, train, rewards)
         if rewards < 2:
@@ -144,7 +144,7 @@ class Marble(NFT):
     def _uniform(self, update: int) -> bool:
         return self.uniform_from is not None and update >= self.uniform_from
 
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: those of NFT."""
         assert batch.shares is not None
         at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)

@@ -11,9 +11,10 @@ Differences from the published code: noise levels reach the model as floats, whe
 timesteps; the snapshot's forward is saved while it equals the trained weights; the reference's where kl_weight is 0.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-import torch
 from pydantic import Field
 
 from flowalign.algorithms.base import Batch, Figures
@@ -26,6 +27,7 @@ from flowalign.algorithms.forward import (
     reward_level,
     squared_error,
 )
+from flowalign.lazy import torch
 from flowalign.sampling.steps import column
 
 if TYPE_CHECKING:
@@ -92,11 +94,11 @@ class NFT(ForwardAlgorithm):
     old_decay: Decay = Decay(slope=1e-3, last=0.5)
     """How the old policy, which draws the rollouts, follows the trained one."""
 
-    def begin(self, policy: "Policy") -> None:
+    def begin(self, policy: Policy) -> None:
         """The old policy starts as the trained one."""
         policy.snapshot("old")
 
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: both parts, the distance to the old policy."""
         at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)
         result = nft_loss(
@@ -119,6 +121,6 @@ class NFT(ForwardAlgorithm):
             figures["kl"] = result.kl.detach()
         return result.loss, figures
 
-    def after_update(self, policy: "Policy", update: int) -> None:
+    def after_update(self, policy: Policy, update: int) -> None:
         """The old policy follows."""
         policy.blend("old", self.old_decay.at(update))

@@ -12,13 +12,15 @@ log-probabilities are summed over dimensions, since this optimum is about the wh
 the unclipped loss is a regression centred within the prompt, the trajectory's relative of CRD.
 """
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 
 from flowalign.algorithms.base import Algorithm, Batch, Figures
 from flowalign.algorithms.flow_grpo import replay
+from flowalign.lazy import torch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
@@ -51,7 +53,7 @@ class PRDP(Algorithm):
     proximity: Annotated[float, Field(gt=0)] = 0.1
     """How far a step's log-ratio may move from that of the policy that sampled before it stops teaching."""
 
-    def check(self, rollout: "Rollout", train: "Train", rewards: int) -> None:
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """Needs true log-probabilities, and whole groups in a micro-batch."""
         if rollout.dynamics == "cps":
             raise ValueError("rollout.dynamics cps has no true log-probabilities; use another one with prdp")
@@ -64,7 +66,7 @@ class PRDP(Algorithm):
                 f"({train.group_size} x {self.draws(rollout)} = {needed}) for prdp"
             )
 
-    def loss(self, policy: "Policy", batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: how far the log-ratios stand from the reference and moved since the rollout."""
         assert batch.transition is not None and batch.rewards is not None and batch.samples is not None
         step, dimensions = batch.transition, batch.latents[0].numel()

@@ -1,10 +1,12 @@
 """Counted noise: what a number depends on is named, never what was drawn before it."""
 
+from __future__ import annotations
+
 import hashlib
 import struct
 from collections.abc import Sequence
 
-import torch
+from flowalign.lazy import torch
 
 # The first part of every key says what the numbers are for, so that no two uses share a stream.
 ROLLOUT, EVALUATION, PROMPTS, ITEMS, FORWARD, WINDOW, STORE = range(7)

@@ -1,11 +1,11 @@
 """Solvers of the sampling ODE over a schedule: Euler, and DPM-Solver++ through diffusers."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Literal
 
-import torch
-from diffusers import DPMSolverMultistepScheduler
-
+from flowalign.lazy import torch
 from flowalign.sampling.steps import ode_step
 
 Solver = Literal["euler", "dpm++"]
@@ -19,6 +19,8 @@ def ode_solver(name: Solver, sigmas: torch.Tensor) -> Callable[[torch.Tensor, to
     """
     if name == "euler":
         return lambda velocity, sample, step: ode_step(velocity, sample, sigmas[step].item(), sigmas[step + 1].item())
+    from diffusers import DPMSolverMultistepScheduler  # the slowest import of all, and few need it
+
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"
     )

@@ -20,10 +20,12 @@ Log-probabilities are means over a row's dimensions. All are the Gaussian's but 
 the published -(x' - mean)^2, without the Gaussian's constants and its 1 / (2 std^2), since its clip ranges assume that.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Literal, NamedTuple, get_args
 
-import torch
+from flowalign.lazy import torch
 
 Dynamics = Literal["flow_sde", "dance_sde", "cps", "memoryless"]
 DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)

@@ -1,0 +1,21 @@
+"""Heavy libraries that are imported when they are first used: `--help` and a mistake in a recipe need none of them."""
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+class _Lazy(ModuleType):
+    """A module that is imported when something is first taken from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+if TYPE_CHECKING:
+    import clarabel as clarabel
+    import numpy as numpy
+    import torch as torch
+    from scipy import sparse as sparse
+else:
+    clarabel, numpy, sparse, torch = map(_Lazy, ("clarabel", "numpy", "scipy.sparse", "torch"))

@@ -1,0 +1,50 @@
+"""The names of the rewards, built in and installed, and a line on each; nothing here imports a reward."""
+
+import ast
+import importlib.util
+import inspect
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+BUILT_IN = {
+    "adversarial_dino": "rewards.adversarial_dino:AdversarialDINO",
+    "adversarial_pickscore": "rewards.adversarial_pickscore:AdversarialPickScore",
+    "aesthetic": "rewards.aesthetic:Aesthetic",
+    "artifact": "rewards.artifact:Artifact",
+    "artifact_vlm": "rewards.artifact_vlm:ArtifactVLM",
+    "clipscore": "rewards.clipscore:CLIPScore",
+    "colorfulness": "rewards.colorfulness:Colorfulness",
+    "compressibility": "rewards.compressibility:Compressibility",
+    "geneval": "rewards.geneval:GenEval",
+    "hpsv2": "rewards.hpsv2:HPSv2",
+    "imagereward": "rewards.imagereward:ImageReward",
+    "ocr": "rewards.ocr:OCR",
+    "pairwise": "rewards.pairwise:Pairwise",
+    "pickscore": "rewards.pickscore:PickScore",
+    "prompt_echo": "rewards.prompt_echo:PromptEcho",
+    "rubric": "rewards.rubric:Rubric",
+    "similarity": "rewards.similarity:Similarity",
+    "yes_no": "rewards.yes_no:YesNo",
+}
+ENTRY_POINT_GROUP = "flowalign.rewards"
+
+
+def available() -> list[str]:
+    """The names that `load` knows, built in and installed, sorted."""
+    return sorted({*BUILT_IN, *installed()})
+
+
+def describe(name: str) -> str:
+    """The first sentence of what a reward of `available` says of itself, read without importing a built-in one."""
+    if name in BUILT_IN:
+        spec = importlib.util.find_spec(BUILT_IN[name].partition(":")[0])
+        assert spec is not None and spec.origin is not None
+        text = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    else:
+        text = inspect.getdoc(installed()[name].load()) or ""
+    return " ".join(text.partition("\n\n")[0].split())
+
+
+def installed() -> dict[str, EntryPoint]:
+    """The rewards that installed packages add, by name."""
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
