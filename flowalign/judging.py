@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class Judging:
             chosen = [place for place, yes in enumerate(asked) if yes]
             if chosen:
                 part = [rows[place] for place in chosen]
-                texts, metadata = [row.prompt for row in part], [row.metadata for row in part]
+                texts, metadata = [row.prompt for row in part], [deepcopy(row.metadata) for row in part]
                 figures[name] = reward.update(media[chosen], texts, metadata, step)
                 if reward.alarm:
                     alarms.append(f"reward {name!r}: {reward.alarm}")

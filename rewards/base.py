@@ -3,6 +3,7 @@
 Shapes: B items; media are float tensors in [0, 1], images (B, 3, H, W) or videos (B, F, 3, H, W).
 """
 
+import copy
 import difflib
 import hashlib
 import importlib
@@ -109,10 +110,18 @@ def score(
 ) -> torch.Tensor:
     """The reward's scores (B,), float32, finite, detached, on the media's device.
 
+    The reward gets copies, so that one which writes into them spoils nothing for whoever sees the same items next.
     Raises RewardError for media, prompts or metadata that do not fit the contract, for an exception inside the reward
     (kept as the cause), and for a result that is not one finite number per item: no failure becomes a score.
     """
     metadata = check_inputs(reward.name, media, prompts, metadata)
+    return score_in_place(reward, media.clone(), list(prompts), copy.deepcopy(metadata))
+
+
+def score_in_place(
+    reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> torch.Tensor:
+    """As `score`, of checked items that the reward gets as they are."""
     try:
         with torch.no_grad():
             result = reward(media, prompts, metadata)

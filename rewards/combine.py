@@ -35,7 +35,9 @@ def score_all(
         raise RewardError("there is no reward to score with; name at least one")
     metadata = check_inputs(", ".join(rewards), media, prompts, metadata)
     rows = [{**row, "prompt": prompt} for row, prompt in zip(metadata, prompts, strict=True)]
-    asked = {key: [len(rewards) == 1 or reward.applies_to(row) for row in rows] for key, reward in rewards.items()}
+    asked = {
+        key: [len(rewards) == 1 or reward.applies_to(dict(row)) for row in rows] for key, reward in rewards.items()
+    }
     for index, judges in enumerate(zip(*asked.values(), strict=True)):
         if not any(judges):
             raise RewardError(f"none of the rewards {', '.join(rewards)} applies to {shown(index, prompts)}")

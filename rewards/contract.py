@@ -1,12 +1,13 @@
 """`check`: whether a reward keeps the contract that training relies on, tried on pictures."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from rewards.base import Reward, RewardError, TrainableReward, score
+from rewards.base import Reward, RewardError, TrainableReward, score, score_in_place
 
 TOLERANCE = 1e-4  # of scores of about 1; kernels of another batch size round differently
 _SIZE = 64
@@ -74,11 +75,12 @@ def check(reward: Reward, items: Items | None = None) -> list[Finding]:
             "give pictures and prompts that it can judge"
         )
     tried = given.of(chosen)
-    before = tried.media.clone()
     scores = _scores(reward, tried)
+    touched = copy.deepcopy(tried)
+    score_in_place(reward, *touched)
     findings = [
         Finding("one finite number per item", True, f"{len(scores)} items, {scores.min():.4g} to {scores.max():.4g}"),
-        _same("media are left as they were", before, tried.media, tolerance=0),
+        _untouched(tried, touched),
         _range(reward, scores),
         _same("deterministic", scores, _scores(reward, tried), tolerance=0),
         _order(reward, tried, scores),
@@ -100,6 +102,14 @@ def _same(title: str, wanted: torch.Tensor, found: torch.Tensor, tolerance: floa
     difference = float((wanted - found).abs().max())
     allowed = tolerance * max(1.0, float(wanted.abs().max()))
     return Finding(title, difference <= allowed, f"greatest difference {difference:.2g}, allowed {allowed:.2g}")
+
+
+def _untouched(before: Items, after: Items) -> Finding:
+    """It need not copy what it writes into, but whoever calls it by itself relies on that."""
+    found = _same("media are left as they were", before.media, after.media, tolerance=0)
+    if before[1:] == after[1:]:
+        return found
+    return found._replace(passed=False, detail="it wrote into its prompts or metadata")
 
 
 def _range(reward: Reward, scores: torch.Tensor) -> Finding:

@@ -127,7 +127,7 @@ def evaluate(
     if not pictures:
         return Evaluated(expanded, scored, torch.empty(0), seen=seen)
     shown = torch.cat(pictures)[: settings.pictures]
-    maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown)) is not None}
+    maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown.clone())) is not None}
     return Evaluated(expanded, scored, shown, maps, seen)
 
 

@@ -70,6 +70,15 @@ def test_each_breach_is_found(
     assert check in failed(broken(change, **declared))
 
 
+def test_a_reward_that_writes_into_its_metadata_is_found() -> None:
+    class Writer(Brightness):
+        def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Any) -> torch.Tensor:
+            metadata[0]["seen"] = True
+            return means(media)
+
+    assert failed(Writer()) == ["media are left as they were"]
+
+
 def test_a_reward_for_groups_is_tried_by_groups() -> None:
     def centred(media: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         own = means(media)

@@ -1,7 +1,9 @@
 """Several rewards on one batch."""
 
 import math
+from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -64,6 +66,42 @@ def test_a_reward_is_asked_only_about_the_items_it_applies_to():
     assert scores["text"].applies.tolist() == [True, False, True, False]
     (media, prompts, metadata) = quotes.asked[0]
     assert torch.equal(media, MEDIA[[0, 2]]) and prompts == PROMPTS[::2] and metadata == ROWS[::2]
+
+
+def flip(media, prompts, metadata):
+    shown = media.numpy()
+    shown[:] = shown[..., ::-1].copy()
+
+
+SPOILERS = {
+    "by torch": lambda media, prompts, metadata: media.mul_(0.5),
+    "by numpy": lambda media, prompts, metadata: np.multiply(media.numpy(), 0.5, out=media.numpy()),
+    "the data alone": lambda media, prompts, metadata: media.data.zero_(),
+    "pixels in another order": flip,
+    "prompts": lambda media, prompts, metadata: prompts.reverse(),
+    "metadata": lambda media, prompts, metadata: metadata[0]["include"].clear(),
+    "rows": lambda media, prompts, metadata: [row.clear() for row in metadata],
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
+def test_a_reward_that_writes_into_what_it_gets_spoils_nothing_for_the_next(spoil):
+    media = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    prompts, rows = [*PROMPTS], [{"tag": "shape", "include": [{"class": "cat"}]} for _ in PROMPTS]
+    seen = []
+
+    def first(media, prompts, metadata):
+        spoil(media, prompts, metadata)
+        return [0.0] * len(media)
+
+    def second(media, prompts, metadata):
+        seen.extend(deepcopy([media, prompts, metadata]))
+        return [0.0] * len(media)
+
+    wanted = deepcopy([media, prompts, rows])
+    score_all({"first": as_reward(first), "second": as_reward(second)}, media, prompts, rows)
+    for found in (seen, [media, prompts, rows]):
+        assert torch.equal(found[0], wanted[0]) and found[1:] == wanted[1:]
 
 
 def test_a_total_is_the_weighted_mean_of_the_scores_that_apply():

@@ -63,7 +63,7 @@ def test_a_reward_gets_media_prompts_and_metadata_as_they_are():
 
     rows = [{"tag": str(index)} for index in range(4)]
     scores = score(as_reward(look), MEDIA, PROMPTS, rows)
-    assert seen[0].data_ptr() == MEDIA.data_ptr() and seen[1] is PROMPTS and seen[2] is rows
+    assert torch.equal(seen[0], MEDIA) and seen[1] == PROMPTS and seen[2] == rows
     torch.testing.assert_close(scores, MEDIA.mean((1, 2, 3)))
 
 
