@@ -236,7 +236,7 @@ class Trainer:
         )
         groups = torch.arange(self.recipe.train.prompts_per_step, device=own.total.device)
         groups = groups.repeat_interleave(self.recipe.train.group_size)
-        teaches = algorithm.teaches(everyone, groups)
+        teaches, differs = algorithm.teaches(everyone, groups), algorithm.differs(everyone, groups)
         part = slice(self.rank * len(samples), (self.rank + 1) * len(samples))
         try:
             advantages = algorithm.advantages(everyone, groups)[part].to(own.total.device)
@@ -249,7 +249,7 @@ class Trainer:
         for name, values, applies in zip(own.names, measured, everyone.applies, strict=True):
             if applies.sum() > 1:
                 means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
-        figures = {"reward": means, "reward_std": stds, "zero_spread": 1 - teaches.float().mean().item()}
+        figures = {"reward": means, "reward_std": stds, "zero_spread": 1 - differs.float().mean().item()}
         if everyone.trust is not None:
             figures["trust"] = everyone.trust.mean().item()
         return figures

@@ -103,6 +103,11 @@ class Algorithm(Section, ABC):
         return self.advantage == "summed"
 
     @property
+    def learns_from_equal(self) -> bool:
+        """Whether groups of equal rewards say where to go too."""
+        return False
+
+    @property
     def keep(self) -> frozenset[Keep]:
         """What a rollout must keep beside the finished samples."""
         return frozenset({"trajectory"}) if self.needs == "trajectory" else frozenset()
@@ -129,13 +134,19 @@ class Algorithm(Section, ABC):
             return summed_advantages(scored, groups, self.advantage_std)
         return advantages(scored.total, groups, self.advantage_std)
 
+    def differs(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+        """(N,) bool: the samples in whose group the rewards differ, as far as the algorithm learns from them."""
+        if scored.previews is not None:
+            learnt = scored.previews.T
+        else:
+            learnt = scored.values[scored.weights > 0] if self.parts_rewards else scored.total[None]
+        return torch.stack([has_spread(values, groups) for values in learnt]).any(0)
+
     def teaches(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
         """(N,) bool: the samples to learn from."""
-        if self.equal_groups == "keep":
+        if self.equal_groups == "keep" or self.learns_from_equal:
             return torch.ones_like(scored.total, dtype=torch.bool)
-        if self.advantage == "total":
-            return has_spread(scored.total, groups)
-        return torch.stack([has_spread(values, groups) for values in scored.values]).any(0)
+        return self.differs(scored, groups)
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:

@@ -88,6 +88,11 @@ class FlowGRPO(Algorithm):
             more.append("previews")
         return frozenset(more)
 
+    @property
+    def learns_from_equal(self) -> bool:
+        """With the absolute term."""
+        return self.absolute > 0
+
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """What belongs to a variant is refused without it."""
         if self.ratio == "guard" and rollout.dynamics == "cps":
@@ -104,10 +109,6 @@ class FlowGRPO(Algorithm):
         if scored.previews is None:
             return super().advantages(scored, groups)
         return value_advantages(scored.previews, groups, discount=self.discount, absolute=self.absolute)
-
-    def teaches(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
-        """With the absolute term all groups."""
-        return torch.ones_like(groups, dtype=torch.bool) if self.absolute else super().teaches(scored, groups)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: ratio, clipped share, KL."""

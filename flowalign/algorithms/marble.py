@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PrivateAttr
 
-from flowalign.advantages import Scored, has_spread, reward_advantages
+from flowalign.advantages import Scored, reward_advantages
 from flowalign.algorithms.base import Batch, Figures
 from flowalign.algorithms.forward import Level, noised, predictions, reward_level, squared_error
 from flowalign.algorithms.nft import NFT, contrast
@@ -123,12 +123,6 @@ class Marble(NFT):
         if self.balance == "fixed":
             columns = torch.cat([columns, super().advantages(scored, groups)[:, None]], dim=1)
         return columns
-
-    def teaches(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
-        """Groups in which any reward differs."""
-        if self.equal_groups == "keep":
-            return super().teaches(scored, groups)
-        return torch.stack([has_spread(values, groups) for values in scored.values]).any(0)
 
     def mean_weights(self, update: int) -> torch.Tensor:
         """The weights (K,) of an update with a single backward pass."""

@@ -27,7 +27,7 @@ _TITLES = {
     "clipped": "Share clipped",
     "ratio_distance": "Distance of the ratio from 1",
     "learning_rate": "Learning rate",
-    "zero_spread": "Share of groups left out (no spread)",
+    "zero_spread": "Share of groups whose rewards are all equal",
 }
 _STYLE: Any = {
     "font.size": 9,
