@@ -191,8 +191,9 @@ class Recipe(Section):
         """The batch arithmetic, as rows of a quantity and how it comes about."""
         train, sampler, draws = self.train, self.rollout, self.algorithm.draws(self.rollout)
         first, end = sampler.sde_window
-        within = f"{draws} of steps {first} to {end - 1}" if sampler.window_size else f"{first} to {end - 1}"
-        trained = f"steps {within} of {sampler.steps}" if self.algorithm.needs == "trajectory" else f"{draws} levels"
+        within = f"steps {first} to {end - 1} of {sampler.steps}"
+        within = f"{draws} at a time, from {within}" if sampler.window_size else within
+        trained = within if self.algorithm.needs == "trajectory" else f"{draws} levels"
         until = f"as many as {self.run.max_minutes:g} minutes hold" if self.run.max_minutes else f"{train.steps}"
         items = math.ceil(self.items_per_step / train.updates_per_step)
         passes = math.ceil(items / processes / train.micro_batch)

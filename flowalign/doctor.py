@@ -24,7 +24,13 @@ from flowalign.toyworld.render import Scene, render
 Row = tuple[str, bool, str]  # part, whether it works, and how or why not
 
 TOKENS, HEADS, HEAD_SIZE = 1024, 24, 64  # of a picture of 512 pixels in Stable Diffusion 3.5 medium
-EXTRAS = ("xformers", "bitsandbytes", "tensorboard", "wandb")
+EXTRAS = {  # and the packages that each of them brings
+    "xformers": ("xformers",),
+    "bitsandbytes": ("bitsandbytes",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "serve": ("fastapi", "uvicorn"),
+}
 WORD = "HELLO"
 ROOMY = 5  # GiB that a run with a few checkpoints of a large model's adapters may take
 _GIB = 2**30
@@ -155,10 +161,10 @@ def _disk() -> Row:
 
 def _extra(name: str) -> Row:
     try:
-        version = importlib.metadata.version(name)
+        found = [f"{package} {importlib.metadata.version(package)}" for package in EXTRAS[name]]
     except importlib.metadata.PackageNotFoundError:
         return f"extra {name}", False, f"not installed; add it with pip install 'flowalign[{name}]'"
-    return f"extra {name}", True, version
+    return f"extra {name}", True, ", ".join(found)
 
 
 def _first_line(error: Exception) -> str:

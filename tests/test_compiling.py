@@ -1,6 +1,7 @@
 """Compiled blocks and the choice of an attention backend."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -18,8 +19,16 @@ CPU = torch.device("cpu")
 SHAPE = (512, 2, 32)
 
 
-def policy_of(folder: Path, compiled: bool) -> PipelinePolicy:
-    settings = Model(path=str(folder), height=64, width=64, max_sequence_length=0, compile=compiled, lora=Lora(rank=4))
+def policy_of(folder: Path, compiled: bool, dtype: Literal["fp32", "bf16"] = "fp32") -> PipelinePolicy:
+    settings = Model(
+        path=str(folder),
+        height=64,
+        width=64,
+        max_sequence_length=0,
+        dtype=dtype,
+        compile=compiled,
+        lora=Lora(rank=4),
+    )
     policy = load_policy(settings)
     generator = counted_generator(1)
     with torch.no_grad():
@@ -65,6 +74,18 @@ def test_compiled_blocks_compute_what_plain_ones_do_with_every_set_of_weights(ti
     assert compiled.trainable_parameters().keys() == plain.trainable_parameters().keys()
 
 
+@pytest.mark.slow
+def test_compiled_blocks_in_bf16_are_no_further_from_fp32_than_plain_ones(tiny_model: Path) -> None:
+    """Compiled ones round in other places, which bf16 shows; neither is the other's measure."""
+    exact = passes(policy_of(tiny_model, compiled=False), 2)
+    plain = passes(policy_of(tiny_model, compiled=False, dtype="bf16"), 2)
+    compiled = passes(policy_of(tiny_model, compiled=True, dtype="bf16"), 2)
+    for name, values in exact.items():
+        error = (plain[name].float() - values).norm() / values.norm()
+        assert 0 < error < 0.05
+        assert (compiled[name].float() - values).norm() / values.norm() < 1.5 * error, name
+
+
 def test_compiling_without_a_compiler_is_one_sentence(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match=r"^model\.compile: there is no C\+\+ compiler no-such-compiler; install it"):
@@ -101,8 +122,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[st
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
-        ({"native": 1.0, "flash": 0.9}, "flash"),
-        ({"native": 1.0, "flash": 0.97}, "native"),
+        ({"native": 1.0, "flash": 0.949}, "flash"),
+        ({"native": 1.0, "flash": 0.951}, "native"),  # a saving of a twentieth or nothing
         ({"native": 1.0, "flash": 0.9, "xformers": 0.8}, "xformers"),
         ({"native": 1.0}, "native"),
     ],
@@ -128,17 +149,14 @@ def test_a_cache_that_cannot_be_written_to_does_not_stop_anybody(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    timed(monkeypatch, {"native": 1.0})
-    assert fastest_backend(SHAPE, CPU, torch.float32) == "native"
+    asked = timed(monkeypatch, {"native": 1.0, "flash": 0.5})
+    for _ in range(2):  # timed at every start
+        asked.clear()
+        assert fastest_backend(SHAPE, CPU, torch.float32) == "flash" and "flash" in asked
 
 
-def test_backends_are_timed_for_real(cache: Path) -> None:
-    assert fastest_backend(SHAPE, CPU, torch.float32, ("native", "_native_math", "xformers", "flash")) in (
-        "native",
-        "_native_math",
-    )
-    few, many = (attention_seconds("native", (tokens, 2, 32), CPU, torch.float32) for tokens in (64, 1024))
-    assert many > few
+def test_a_backend_that_a_processor_cannot_run_is_never_chosen(cache: Path) -> None:
+    assert fastest_backend(SHAPE, CPU, torch.float32, ("flash", "xformers", "native")) == "native"
 
 
 def test_a_backend_without_its_library_says_so_before_it_is_timed() -> None:

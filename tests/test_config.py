@@ -2,6 +2,7 @@
 
 import re
 import string
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,20 +12,23 @@ from hypothesis import strategies as st
 from flowalign.algorithms import ALGORITHMS
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.config import (
+    Combine,
     Evaluation,
+    Guard,
     Lora,
     Model,
     Recipe,
     RewardSettings,
     Rollout,
     Run,
+    Shaping,
     Train,
     bundled_recipes,
     dump_recipe,
     load_recipe,
     recipe_from_dict,
 )
-from flowalign.settings import UserError
+from flowalign.settings import Section, UserError
 
 GOOD = """\
 name: demo
@@ -146,9 +150,26 @@ def test_a_recipe_never_changes(write):
 
 
 def test_every_setting_is_described_where_it_is_held():
-    for section in (Lora, Model, Rollout, RewardSettings, Train, Evaluation, Run, *ALGORITHMS.values()):
-        silent = [key for key, field in section.model_fields.items() if not field.description and key != "name"]
+    sections, seen = [Recipe, *ALGORITHMS.values()], set()
+    while sections:
+        section = sections.pop()
+        if section in seen:
+            continue
+        seen.add(section)
+        own = {key for key, field in section.model_fields.items() if not field.description}
+        held = {key: _sections_in(field.annotation) for key, field in section.model_fields.items()}
+        # A section describes itself, and so does an algorithm's name.
+        silent = {key for key in own if key != "name" and not any(part.__doc__ for part in held[key])}
         assert not silent, section
+        sections += [part for parts in held.values() for part in parts]
+    assert {Lora, Rollout, RewardSettings, Guard, Combine, Shaping} < seen
+
+
+def _sections_in(annotation) -> list[type[Section]]:
+    """The sections that a field holds, however deep in unions and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]
 
 
 # What a mistake is answered with

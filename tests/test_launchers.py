@@ -74,7 +74,18 @@ def test_rows_are_scored_once_and_drawn_by_as_many_processes_as_wait(count: int,
     shares = [rows_of_process(rows, rank, world, True) for rank in range(world)]
     assert sorted(row.index for own, _ in shares for row in own) == list(range(count))
     assert len({len(own) + len(spare) for own, spare in shares}) == 1
-    assert all(not rows_of_process(rows, rank, world, False)[1] for rank in range(world))
+
+
+def test_a_process_without_a_row_of_its_own_draws_one_for_company() -> None:
+    rows = [Row(index, f"prompt {index}", {}) for index in range(4)]
+    shares = [rows_of_process(rows, rank, 3, True) for rank in range(3)]
+    assert [([row.index for row in own], [row.index for row in spare]) for own, spare in shares] == [
+        ([0, 3], []),
+        ([1], [0]),
+        ([2], [0]),
+    ]
+    assert rows_of_process(rows[:1], 2, 3, True) == ([], rows[:1])
+    assert not rows_of_process(rows[:1], 2, 3, False)[1]  # where nobody waits for it, it draws nothing
 
 
 def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,10 @@ def test_auto_precision_is_the_one_that_the_processor_computes_itself(monkeypatc
     cpu = torch.device("cpu")
     for able, wanted in (({"avx2": True}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        monkeypatch.delenv("FLOWALIGN_AUTO_DTYPE", raising=False)
         assert forward_dtype("auto", cpu) == wanted
+        monkeypatch.setenv("FLOWALIGN_AUTO_DTYPE", "fp16")
+        assert forward_dtype("auto", cpu) == torch.float16
         assert forward_dtype("bf16", cpu) == torch.bfloat16
         assert forward_dtype("fp32", cpu) == torch.float32
 

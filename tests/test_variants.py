@@ -55,7 +55,7 @@ def test_the_arithmetic_counts_the_steps_that_are_trained_at_a_time():
     values = {**BASE, "rollout": {"steps": 10, "window": [0, 6], "window_size": 2}}
     recipe = recipe_from_dict(values)
     assert recipe.items_per_step == 8 * 2
-    assert dict(recipe.arithmetic())["trained noise levels"] == "steps 2 of steps 0 to 5 of 10"
+    assert dict(recipe.arithmetic())["trained noise levels"] == "2 at a time, from steps 0 to 5 of 10"
 
 
 # What does not go together

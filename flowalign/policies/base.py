@@ -4,6 +4,7 @@ Trainable weights are float32; the forward passes run in the policy's dtype. Sna
 trainable weights alone, so that an old policy or an average costs no second model.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from flowalign.settings import UserError
 
 Grid = Literal["model", "uniform"]
 
@@ -43,13 +46,22 @@ class Condition:
         return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
 
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
 def forward_dtype(setting: str, device: torch.device) -> torch.dtype:
     """The dtype that model.dtype asks for; auto is bfloat16 where the device has instructions for its products.
 
-    A processor without them computes bfloat16 ten to forty times slower than float32.
+    A processor without them computes bfloat16 ten to forty times slower than float32. The variable
+    FLOWALIGN_AUTO_DTYPE says what auto is on any machine, so that tests can run in either precision on each.
+    Raises UserError where it holds none of bf16, fp16 and fp32.
     """
+    if setting == "auto":
+        setting = os.environ.get("FLOWALIGN_AUTO_DTYPE", setting)
+    if setting in _DTYPES:
+        return _DTYPES[setting]
     if setting != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[setting]
+        raise UserError(f"FLOWALIGN_AUTO_DTYPE is {setting!r}; it must be one of {', '.join(_DTYPES)}, or unset")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
