@@ -186,7 +186,7 @@ def audit(
         target, against=against, adapter=adapter, recipe=recipe, overrides=overrides or [], device=_device()
     )
     console.print(audit_table(title, found))
-    console.print("\n".join(f"ALARM: {alarm}" for alarm in found.alarms) or "all inside the base model's bands")
+    console.print(f"{'ALARM: ' if found.alarms else ''}{found.verdict}", markup=False, soft_wrap=True)
     if found.alarms:
         raise typer.Exit(1)
 

@@ -113,8 +113,8 @@ class Display:
     def audit(self, step: int, audit: "Audit") -> None:
         """What an evaluation's audit found."""
         panel = "" if audit.panel is None else f"held-out rewards {audit.panel:+.2f} seed deviations, "
-        found = "; ".join(audit.alarms) or "all inside the base model's bands"
-        self.say(f"{'ALARM' if audit.alarms else 'audit'} at step {step}: {found}  [{panel}KL {audit.kl:.1f} nats]")
+        kind = "ALARM" if audit.alarms else "audit"
+        self.say(f"{kind} at step {step}: {audit.verdict}  [{panel}KL {audit.kl:.1f} nats]")
 
     def finished(self, folder: Path, report: Path) -> None:
         """Where to look."""

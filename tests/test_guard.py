@@ -14,9 +14,11 @@ from flowalign.auditing import audit
 from flowalign.cli import app
 from flowalign.config import recipe_from_dict
 from flowalign.data import Row
+from flowalign.display import Display
 from flowalign.evaluate.bands import Band, band, learn_bands
 from flowalign.evaluate.divergence import NOISE_LEVEL, reference_divergence
-from flowalign.evaluate.hacking import PANEL, Audit, corrected_score, panel, spaced
+from flowalign.evaluate.hacking import PANEL, VELOCITY, Audit, corrected_score, panel, spaced
+from flowalign.evaluate.hacking_page import hacking_section
 from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.report import write_report
 from flowalign.policies.base import Condition, Policy
@@ -152,6 +154,40 @@ def test_a_look_outside_its_band_is_excused_while_the_held_out_rewards_have_rise
     assert Audit({PANEL: 0.6, "a": 0.4, "c": 0.0}, bands, 0.0, 1.0, {"a": 0.8}).alarms == []
     without = Audit({"c": 5.0}, {"c": bands["c"]}, 0.0, 1.0)
     assert without.panel is None and without.state("c") == "alarm"
+
+
+def test_the_words_of_an_audit_agree_with_its_table():
+    def look(name):
+        return Band("look", 0, 1, -4, 4, 1)
+
+    bands = {PANEL: quality(), "a": quality(), "c": look("c"), "d": look("d")}
+    inside = Audit({PANEL: 0.0, "a": 0.0, "c": 0.0, "d": 0.0}, bands, 0.0, 1.0)
+    assert inside.verdict == "no alarm; all inside the base model's bands"
+    one = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, "d": 0.0}, bands, 0.0, 1.0)
+    excuse = "excused because the held-out rewards rose"
+    assert one.verdict == f"no alarm; 1 outside its band, {excuse}: c; 1 drifts: panel"
+    two = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, "d": -5.0, VELOCITY: 1.0}, bands, 0.0, 1.0)
+    assert two.verdict == f"no alarm; 2 outside their bands, {excuse}: c, d; 1 drifts: panel"
+    assert two.contents()["verdict"] == two.verdict and two.contents()["excused"] == ["c", "d"]
+    both = Audit({PANEL: 0.6, "a": -1.5, "c": 5.0, "d": 0.0}, bands, 0.0, 1.0)
+    assert both.verdict == f"a -1.5 is below -1 (base model 0); 1 outside its band, {excuse}: c; 1 drifts: panel"
+    alarm = Audit({PANEL: 0.0, "a": 0.0, "c": 5.0, "d": 2.0}, bands, 0.0, 1.0)
+    assert alarm.verdict == "c 5 is above 4 (base model 0); 1 drifts: d"
+
+
+def test_the_terminal_and_the_report_say_what_was_excused(tmp_path, capsys):
+    bands = {PANEL: quality(), "a": quality(), "c": Band("look", 0, 1, -4, 4, 1)}
+    found = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, VELOCITY: 1.0}, bands, 0.0, 1.0)
+    Display().audit(3, found)
+    words = "1 outside its band, excused because the held-out rewards rose: c"
+    assert words in capsys.readouterr().out
+    evaluation = {"step": 0, "rows": [], "audit": json.loads(json.dumps(found.contents()))}
+    section = hacking_section([evaluation], tmp_path)
+    in_report = (
+        "None of 1 audit alarmed; in 1 of them c was outside the bands, excused because the held-out rewards rose"
+    )
+    assert section["answer"] == in_report
+    assert words in section["audits"][0]["verdict"]
 
 
 # Divergence

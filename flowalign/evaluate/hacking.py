@@ -52,7 +52,7 @@ class Audit:
     alarms: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.alarms = [self._sentence(name) for name in self.bands if self.state(name) == "alarm"]
+        self.alarms = [self._sentence(name) for name in self.where("alarm")]
 
     @property
     def panel(self) -> float | None:
@@ -76,6 +76,25 @@ class Audit:
         bound, side = (band.low, "below") if value < band.low else (band.high, "above")
         return f"{name} {value:.4g} is {side} {bound:.4g} (base model {band.center:.4g})"
 
+    def where(self, state: str) -> list[str]:
+        """The measures in a state."""
+        return [name for name in self.bands if self.state(name) == state]
+
+    @property
+    def verdict(self) -> str:
+        """What was found, in words that agree with the table: alarms, and what is outside its band without alarming."""
+        excused, drifting = self.where("excused"), self.where("drift")
+        parts = ["; ".join(self.alarms) or "no alarm"]
+        if excused:
+            theirs = "its band" if len(excused) == 1 else "their bands"
+            why = "excused because the held-out rewards rose"
+            parts.append(f"{len(excused)} outside {theirs}, {why}: {', '.join(excused)}")
+        elif not self.alarms:
+            parts.append("all inside the base model's bands")
+        if drifting:
+            parts.append(f"{len(drifting)} {'drifts' if len(drifting) == 1 else 'drift'}: {', '.join(drifting)}")
+        return "; ".join(parts)
+
     def contents(self) -> dict[str, Any]:
         """For JSON."""
         measures = {}
@@ -83,7 +102,8 @@ class Audit:
             bounds = {key: value for key, value in asdict(band).items() if value != math.inf}
             measures[name] = {"value": self.values[name], "state": self.state(name), **bounds}
         about = {"proxy": self.proxy, "panel": self.panel, "kl": self.kl}
-        return {**about, VELOCITY: self.values[VELOCITY], "alarms": self.alarms, "measures": measures}
+        found = {"verdict": self.verdict, "alarms": self.alarms, "excused": self.where("excused")}
+        return {**about, VELOCITY: self.values[VELOCITY], **found, "measures": measures}
 
 
 class Auditor:

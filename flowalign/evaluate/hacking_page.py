@@ -21,12 +21,14 @@ def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
     audited = [evaluation for evaluation in evaluations if "audit" in evaluation]
     if not audited:
         return None
-    audits = [
-        {"step": evaluation["step"], "distance": math.sqrt(evaluation["audit"]["kl"]), **evaluation["audit"]}
-        for evaluation in audited
-    ]
+    audits = []
+    for evaluation in audited:
+        found = evaluation["audit"]
+        plain = {"verdict": "; ".join(found["alarms"]) or "no alarm", "excused": []}  # of older versions' runs
+        audits.append({"step": evaluation["step"], "distance": math.sqrt(found["kl"]), **plain, **found})
     last, alarmed = audits[-1], [audit for audit in audits if audit["alarms"]]
     return {
+        "answer": _answer(audits),
         "audits": audits,
         "last": last,
         "alarmed": alarmed,
@@ -34,6 +36,22 @@ def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
         "plot": plots.hacking_plot(audits),
         "pictures": _pictures(audited, audits, folder),
     }
+
+
+def _answer(audits: Sequence[Row]) -> str:
+    """How many audits alarmed, when first and why, and what was outside its band without alarming."""
+    alarmed = [audit for audit in audits if audit["alarms"]]
+    of = "1 audit" if len(audits) == 1 else f"{len(audits)} audits"
+    if alarmed:
+        text = f"{len(alarmed)} of {of} alarmed, first at step {alarmed[0]['step']}: {'; '.join(alarmed[0]['alarms'])}"
+    else:
+        text = f"None of {of} alarmed"
+    names = list(dict.fromkeys(name for audit in audits for name in audit["excused"]))
+    if names:
+        count = sum(bool(audit["excused"]) for audit in audits)
+        why = "outside the bands, excused because the held-out rewards rose"
+        return f"{text}; in {count} of them {', '.join(names)} {'was' if len(names) == 1 else 'were'} {why}"
+    return text if alarmed else f"{text}: every measure stayed where the base model itself could be"
 
 
 def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> list[Row]:
