@@ -186,7 +186,8 @@ def audit(
         target, against=against, adapter=adapter, recipe=recipe, overrides=overrides or [], device=_device()
     )
     console.print(audit_table(title, found))
-    console.print(f"{'ALARM: ' if found.alarms else ''}{found.verdict}", markup=False, soft_wrap=True)
+    for line in (*(f"ALARM: {alarm}" for alarm in found.alarms), found.remark):
+        console.print(line, markup=False, soft_wrap=True, end="\n" if line else "")
     if found.alarms:
         raise typer.Exit(1)
 

@@ -11,3 +11,8 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change, a field's docstring is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 prompt`, `2 prompts`, `1,000 pictures`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -22,7 +22,13 @@ from flowalign.config import Sampler
 from flowalign.data import Row
 from flowalign.evaluate.drawing import Drawing, draw, listed
 from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
-from flowalign.evaluate.intervals import mean_interval, stratified_interval
+from flowalign.evaluate.intervals import (
+    clustered_error,
+    combined_interval,
+    difference_interval,
+    mean_interval,
+    proportion_interval,
+)
 from flowalign.evaluate.results import Stopwatch, continued
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy, model_settings
@@ -146,10 +152,23 @@ def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures() -> None:
     assert found["overall"]["score"] == pytest.approx((0.75 + 0.25) / 2)
     assert found["image_mean"]["score"] == pytest.approx(6 / 16)
     assert found["any_success"]["score"] == 1
-    assert found["tasks"]["counting"] == {"score": 0.25, "interval": (0.25, 0.25), "prompts": 3}
-    assert (
-        found["tasks"]["single_object"]["interval"] is found["overall"]["interval"] is None
-    )  # one prompt is no spread
+    counting = found["tasks"]["counting"]
+    assert counting == {"score": 0.25, "interval": proportion_interval([[1, 0, 0, 0]] * 3), "prompts": 3}
+    assert found["tasks"]["single_object"]["interval"] == proportion_interval([[1, 1, 1, 0]])
+    low, high = found["overall"]["interval"]
+    assert low < 0.5 < high
+    # 3 prompts that each have some success: Wilson's interval of 4 of 4
+    assert found["any_success"]["interval"] == pytest.approx((4 / (4 + 1.96**2), 1), abs=1e-4)
+
+
+def test_a_task_that_is_always_right_or_wrong_has_a_width_in_the_overall() -> None:
+    tags = ["single_object"] * 2 + ["counting"] * 2
+    found = summarise([{"tag": t, "correct": t == "single_object"} for t in tags], 1)
+    one, none = found["tasks"]["single_object"]["interval"], found["tasks"]["counting"]["interval"]
+    assert one == pytest.approx((2 / (2 + 1.96**2), 1), abs=1e-4)
+    assert none == pytest.approx((0, 1.96**2 / (2 + 1.96**2)), abs=1e-4)
+    half = (1 - one[0]) / 2  # each task weighs a half
+    assert found["overall"] == {"score": 0.5, "interval": pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)}
 
 
 def test_a_picture_of_something_else_is_judged_wrong_with_its_reason(shapes, tmp_path: Path) -> None:
@@ -405,28 +424,78 @@ def test_a_run_folder_stands_for_its_model_with_its_adapter(tmp_path: Path) -> N
 # Intervals
 
 
-def test_intervals_hold_the_true_mean_about_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("prompts", "mean", "alike"), [(3, 0.5, 0.3), (10, 0.9, 0.3), (60, 0.4, 0), (60, 0.95, 0.8)])
+def test_intervals_of_proportions_hold_the_truth_as_often_as_they_say(prompts: int, mean: float, alike: float) -> None:
+    rng = np.random.default_rng(1)
+    held = []
+    for _ in range(400):
+        own = rng.beta(mean * (1 / alike - 1), (1 - mean) * (1 / alike - 1), prompts) if alike else [mean] * prompts
+        low, high = proportion_interval([rng.binomial(1, share, 4).tolist() for share in own])
+        assert 0 <= low < high <= 1
+        held.append(low <= mean <= high)
+    assert np.mean(held) >= 0.92
+
+
+def test_intervals_of_gains_in_proportions_hold_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(2)
+    held = []
+    for prompts in (5, 40) * 200:
+        first, last = (rng.binomial(1, share, (prompts, 2)).tolist() for share in (0.6, 0.9))
+        low, high = difference_interval(first, last)
+        held.append(low <= 0.3 <= high)
+    assert np.mean(held) >= 0.92
+
+
+def test_intervals_of_soft_scores_hold_the_truth_about_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flowalign.evaluate.intervals.RESAMPLES", 999)
     rng = np.random.default_rng(1)
-    held = 0
-    for _ in range(200):
-        low, high = mean_interval(rng.binomial(4, 0.4, size=60) / 4)
-        held += low <= 0.4 <= high
-    assert 180 <= held <= 198  # 190 expected
+    for prompts in (4, 60):
+        held = 0
+        for _ in range(200):
+            low, high = mean_interval(0.5 * rng.uniform(size=(prompts, 2)) + 0.5 * rng.uniform(size=(prompts, 1)))
+            held += low <= 0.5 <= high
+        assert 180 <= held <= 198  # 190 expected
 
 
-def test_intervals_are_of_prompts_strata_and_pairs() -> None:
+def test_intervals_are_of_prompts_and_pairs() -> None:
+    assert mean_interval([[1.0]] * 2) == pytest.approx((2 / (2 + 1.96**2), 1), abs=1e-4)  # Wilson's
+    assert mean_interval([[1.0]] * 9) == pytest.approx((9 / (9 + 1.96**2), 1), abs=1e-4)
+    # Wilson 1927: 8 of 20
+    assert mean_interval([[1.0]] * 8 + [[0.0]] * 12) == pytest.approx((0.2188, 0.6134), abs=1e-4)
+    # ten pictures of one prompt that are all alike say no more than one
+    repeated = [[1.0] * 10] * 8 + [[0.0] * 10] * 12
+    assert mean_interval(repeated) == pytest.approx((0.2188, 0.6134), abs=1e-4)
+    # Student's t of two prompts, within the bounds of the score
+    assert mean_interval([[0.8], [0.9]]) == pytest.approx((0.85 - 12.706 * 0.05, 0.85 + 12.706 * 0.05), abs=1e-3)
+    assert mean_interval([[0.8], [0.9]], (0, 1)) == (pytest.approx(0.2147, abs=1e-3), 1)
+    assert mean_interval([[0.5]]) is mean_interval([]) is mean_interval([[0.3]] * 9) is None
+    # MOVER of two alike is one by the square root of 2
+    assert combined_interval([0.5, 0.5], [(0.3, 0.6), (0.3, 0.6)]) == pytest.approx(
+        (0.5 - 0.2 / 2**0.5, 0.5 + 0.1 / 2**0.5)
+    )
+    assert combined_interval([0.2, 0.6], [(0.1, 0.3), (0.5, 0.9)], [3, 1]) == pytest.approx(
+        (0.3 - (0.075**2 + 0.025**2) ** 0.5, 0.3 + (0.075**2 + 0.075**2) ** 0.5)
+    )
+    assert combined_interval([0.5, 0.5], [(0.3, 0.6), None]) is None
+    # Agresti and Min 2005: 1 prompt lost, 5 won and 4 unchanged, with half of one more in each of the four cells
+    pairs = [(1, 0), *[(0, 1)] * 5, *[(1, 1)] * 4]
+    first, last = ([[float(pair[end])] for pair in pairs] for end in (0, 1))
+    low, high = difference_interval(first, last)
+    half = 1.96 * ((6.0 + 1) / 12 - (4 / 12) ** 2) ** 0.5 / 12**0.5
+    assert (low, high) == pytest.approx((4 / 12 - half, 4 / 12 + half), abs=1e-4)
     rng = np.random.default_rng(2)
-    easy, hard = rng.uniform(0.8, 1, 50).tolist(), rng.uniform(0, 0.2, 50).tolist()
-    low, high = stratified_interval([easy, hard])
-    assert high - low < 0.03 < np.subtract(*reversed(mean_interval(easy + hard)))  # tasks differ, prompts of one do not
-    assert stratified_interval([easy, hard], [3, 1]) == pytest.approx(np.array([low, high]) + 0.2, abs=0.01)
-    before = rng.uniform(0, 1, 50)
-    low, high = mean_interval((before + 0.01) - before)
-    assert low == pytest.approx(0.01) and high == pytest.approx(0.01)
-    assert mean_interval([0.5]) is None and mean_interval([]) is None
-    assert stratified_interval([easy, [1.0]]) is None
-    assert mean_interval([1.0] * 9) == (1.0, 1.0)
+    before = rng.uniform(0, 5, (50, 1))
+    moved = before + 0.01 + 0.001 * rng.uniform(size=(50, 1))
+    low, high = difference_interval(before, moved)  # prompts differ, their differences do not
+    assert 0.01 < low < high < 0.011
+    assert difference_interval(before, before) is None
+
+
+def test_the_error_of_a_mean_is_over_prompts() -> None:
+    assert clustered_error([[0.2], [0.5], [0.9]]) == pytest.approx(np.std([0.2, 0.5, 0.9], ddof=1) / 3**0.5)
+    alike = clustered_error([[0.2] * 7, [0.5] * 7, [0.9] * 7])
+    assert alike == pytest.approx(np.std([0.2, 0.5, 0.9], ddof=1) / 3**0.5)
+    assert clustered_error([[0.2, 0.4]]) is None
 
 
 # OCR and panels
@@ -521,4 +590,5 @@ def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_m
     differences = {(row["guidance"], row["reward"]): row for row in summary["differences"]}
     found = differences[1.0, "level"]
     assert found["mean"] == pytest.approx(np.mean(scores[1, 1] - scores[0, 1])) and found["mean"] != 0
-    assert found["interval"] == pytest.approx(mean_interval(scores[1, 1] - scores[0, 1]))
+    expected = mean_interval([[difference] for difference in scores[1, 1] - scores[0, 1]])
+    assert found["interval"] == pytest.approx(expected)

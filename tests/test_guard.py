@@ -165,14 +165,14 @@ def test_the_words_of_an_audit_agree_with_its_table():
     assert inside.verdict == "no alarm; all inside the base model's bands"
     one = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, "d": 0.0}, bands, 0.0, 1.0)
     excuse = "excused because the held-out rewards rose"
-    assert one.verdict == f"no alarm; 1 outside its band, {excuse}: c; 1 drifts: panel"
+    assert one.verdict == f"no alarm; 1 outside its band, {excuse}: c"
     two = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, "d": -5.0, VELOCITY: 1.0}, bands, 0.0, 1.0)
-    assert two.verdict == f"no alarm; 2 outside their bands, {excuse}: c, d; 1 drifts: panel"
+    assert two.verdict == f"no alarm; 2 outside their bands, {excuse}: c, d"
     assert two.contents()["verdict"] == two.verdict and two.contents()["excused"] == ["c", "d"]
     both = Audit({PANEL: 0.6, "a": -1.5, "c": 5.0, "d": 0.0}, bands, 0.0, 1.0)
-    assert both.verdict == f"a -1.5 is below -1 (base model 0); 1 outside its band, {excuse}: c; 1 drifts: panel"
+    assert both.verdict == f"a -1.5 is below -1 (base model 0); 1 outside its band, {excuse}: c"
     alarm = Audit({PANEL: 0.0, "a": 0.0, "c": 5.0, "d": 2.0}, bands, 0.0, 1.0)
-    assert alarm.verdict == "c 5 is above 4 (base model 0); 1 drifts: d"
+    assert alarm.verdict == "c 5 is above 4 (base model 0)"
 
 
 def test_the_terminal_and_the_report_say_what_was_excused(tmp_path, capsys):
@@ -183,10 +183,8 @@ def test_the_terminal_and_the_report_say_what_was_excused(tmp_path, capsys):
     assert words in capsys.readouterr().out
     evaluation = {"step": 0, "rows": [], "audit": json.loads(json.dumps(found.contents()))}
     section = hacking_section([evaluation], tmp_path)
-    in_report = (
-        "None of 1 audit alarmed; in 1 of them c was outside the bands, excused because the held-out rewards rose"
-    )
-    assert section["answer"] == in_report
+    excuse = "outside the bands, excused because the held-out rewards rose"
+    assert section["answer"] == f"None of 1 audit alarmed; in 1 of them c was {excuse}"
     assert words in section["audits"][0]["verdict"]
 
 

@@ -20,7 +20,7 @@ from flowalign.settings import UserError
 
 PROMPTS = ("a red circle", 'a sign "CAT"', "a blue ring", "two stars")
 TAGS = ("colors", None, "colors", "counting")
-BEFORE, AFTER = (0.2, 0.5, 0.9, 0.4), (0.6, 0.5, 1.0, 0.7)
+BEFORE, AFTER = (0.2, 0.5, 0.7, 0.4), (0.6, 0.7, 0.8, 0.7)
 
 
 def rows_of(scores, reward="ocr", prompts=PROMPTS):
@@ -120,11 +120,28 @@ class Page(HTMLParser):
 
 def test_paired_error_is_that_of_the_differences():
     change = paired_change(rows_of(BEFORE), rows_of(AFTER), "ocr")
-    # the differences are 0.4, 0, 0.1 and 0.3: mean 0.2, sum of squared deviations 0.1
-    assert change.gain == pytest.approx(0.2)
-    assert change.standard_error == pytest.approx(math.sqrt(0.1 / 3 / 4))
-    assert (change.before, change.after, change.count) == (pytest.approx(0.5), pytest.approx(0.7), 4)
-    assert change.words == "better by 0.200 ± 0.091 (paired standard error; 4 pictures, same noise)"
+    # the differences are 0.4, 0.2, 0.1 and 0.3: mean 0.25, sum of squared deviations 0.05; t of 3 is 3.182
+    assert change.gain == pytest.approx(0.25)
+    assert change.standard_error == pytest.approx(math.sqrt(0.05 / 3 / 4))
+    assert (change.before, change.after, change.count) == (pytest.approx(0.45), pytest.approx(0.7), 4)
+    assert change.interval == pytest.approx((0.25 - 3.1824 * 0.06455, 0.25 + 3.1824 * 0.06455), abs=1e-4)
+    error = "paired standard error; 95 %: +0.045 to +0.455; 4 pictures, same noise, few: under 20 prompts"
+    assert change.words == f"better by 0.250 ± 0.065 ({error})"
+
+
+def test_pictures_of_one_prompt_count_as_one_in_the_error_of_a_gain():
+    before = [{"prompt": f"{n % 4}", "scores": {"r": 0.0}} for n in range(40)]
+    after = [{"prompt": f"{n % 4}", "scores": {"r": [0.1, 0.2, 0.4, 0.5][n % 4]}} for n in range(40)]
+    change = paired_change(before, after, "r")
+    assert (change.count, change.prompts) == (40, 4)
+    assert change.standard_error == pytest.approx(np.std([0.1, 0.2, 0.4, 0.5], ddof=1) / 2)
+
+
+@pytest.mark.parametrize(("prompts", "verdict"), [(2, "same"), (6, "better")])
+def test_two_prompts_that_came_right_are_not_yet_a_gain(prompts, verdict):
+    before, after = ([{"prompt": f"{n}", "scores": {"ok": value}} for n in range(prompts)] for value in (0.0, 1.0))
+    change = paired_change(before, after, "ok")
+    assert change.verdict == verdict and change.interval[0] < change.gain == 1 >= change.interval[1]
 
 
 def test_rows_without_the_reward_are_left_out():
@@ -148,15 +165,16 @@ def test_overall_weighs_tasks_alike():
     assert colors.standard_error == pytest.approx(0.15)
     overall = overall_change([colors, colors, colors, colors])
     assert (overall.gain, overall.standard_error) == (pytest.approx(0.25), pytest.approx(0.15 / 2))
+    assert overall.interval == pytest.approx((0.25 - 12.706 * 0.15 / 2, 0.25 + 12.706 * 0.15 / 2), abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("after", "words"),
     [
-        ((0.1, 0.4, 0.8, 0.2), "worse by 0.125 ± 0.025 (paired"),
-        ((0.3, 0.4, 1.0, 0.3), "no significant change: +0.000 ± 0.058 (paired"),
-        (BEFORE, "no significant change: +0.000 ± 0.000 (paired"),
-        ((0.5, None, None, None), "changed by +0.300; too few pictures"),
+        ((0.1, 0.4, 0.6, 0.2), "worse by 0.125 ± 0.025 (paired"),
+        ((0.3, 0.4, 0.8, 0.3), "no significant change: +0.000 ± 0.058 (paired"),
+        (BEFORE, "changed by +0.000; too few prompts for an interval (4 pictures"),
+        ((0.5, None, None, None), "changed by +0.300; too few prompts for an interval (1 picture,"),
     ],
 )
 def test_words_say_what_the_error_allows(after, words):
@@ -177,8 +195,8 @@ def test_report_is_one_file_that_needs_nothing_else(run):
 def test_report_answers_whether_training_helped(run):
     page = Page(write_report(run))
     # overall of colors (+0.25 ± 0.15) and counting (one picture): no standard error, so no claim
-    assert "Too few pictures to say whether training helped" in page.text
-    assert "0.500 → 0.700, better by 0.200 ± 0.091" in page.text
+    assert "Too few prompts to say whether training helped" in page.text
+    assert "0.450 → 0.700, better by 0.250 ± 0.065" in page.text
     assert "1 of the start-up self-tests failed" in page.text
     for prompt in PROMPTS:
         assert prompt in page.text

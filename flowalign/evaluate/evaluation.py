@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 import rewards as zoo
 from flowalign.config import Evaluation, RewardSettings
 from flowalign.data import Row
+from flowalign.evaluate.intervals import clustered_error
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, rollout
 from flowalign.sampling.noise import EVALUATION
@@ -47,21 +48,22 @@ class Evaluated:
         return {name: self._summarise(name) for name in names}
 
     def _summarise(self, name: str) -> dict[str, Any]:
-        values = [scores.get(name) for scores in self.scores]
-        result = _mean([value for value in values if value is not None])
-        tags: dict[str, list[float]] = {}
-        for row, value in zip(self.rows, values, strict=True):
-            if value is not None and "tag" in row.metadata:
-                tags.setdefault(row.metadata["tag"], []).append(value)
+        judged = [(row, scores[name]) for row, scores in zip(self.rows, self.scores, strict=True) if name in scores]
+        result = _mean(judged)
+        tags = dict.fromkeys(row.metadata["tag"] for row, _ in judged if "tag" in row.metadata)
         if tags:
-            result["tasks"] = {tag: _mean(tagged) for tag, tagged in tags.items()}
+            result["tasks"] = {tag: _mean([one for one in judged if one[0].metadata.get("tag") == tag]) for tag in tags}
             result["overall"] = float(np.mean([task["mean"] for task in result["tasks"].values()]))
         return result
 
 
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "standard_error": error, "count": len(values)}
+def _mean(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
+    """Of scores with their rows. The standard error is over prompts, whose pictures succeed and fail together."""
+    groups: dict[str, list[float]] = {}
+    for row, value in judged:
+        groups.setdefault(row.prompt, []).append(value)
+    mean = float(np.mean([value for _, value in judged]))
+    return {"mean": mean, "standard_error": clustered_error(list(groups.values())), "count": len(judged)}
 
 
 def load_rewards(settings: Mapping[str, RewardSettings]) -> dict[str, zoo.Reward]:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
-from flowalign.evaluate.intervals import mean_interval, stratified_interval
+from flowalign.evaluate.intervals import combined_interval, mean_interval
 from flowalign.evaluate.results import RESULTS, Line, write_summary
 from flowalign.settings import UserError
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
@@ -174,27 +174,19 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
     for group in prompts:
         by_task.setdefault(group[0]["tag"], []).append([float(line["correct"]) for line in group])
     order = sorted(by_task, key=lambda tag: (TASKS.index(tag) if tag in TASKS else len(TASKS), tag))
-    means = {tag: np.mean(by_task[tag], axis=1).tolist() for tag in order}
-    anys = {tag: np.max(by_task[tag], axis=1).tolist() for tag in order}
-    sizes = [float(len(means[tag])) for tag in order]
-    scores = {tag: float(np.mean(means[tag])) for tag in order}
+    groups = [by_task[tag] for tag in order]
+    sizes = [float(len(own)) for own in groups]
+    scores, intervals = [float(np.mean(own)) for own in groups], [mean_interval(own) for own in groups]
+    tasks = zip(order, scores, intervals, groups, strict=True)
+    any_success = [[max(group)] for own in groups for group in own]
     return {
-        "tasks": {
-            tag: {"score": scores[tag], "interval": mean_interval(means[tag]), "prompts": len(means[tag])}
-            for tag in order
-        },
-        "overall": {
-            "score": float(np.mean(list(scores.values()))),
-            "interval": stratified_interval([means[tag] for tag in order]),
-        },
+        "tasks": {tag: {"score": s, "interval": interval, "prompts": len(own)} for tag, s, interval, own in tasks},
+        "overall": {"score": float(np.mean(scores)), "interval": combined_interval(scores, intervals)},
         "image_mean": {
-            "score": float(np.average(list(scores.values()), weights=sizes)),
-            "interval": stratified_interval([means[tag] for tag in order], sizes),
+            "score": float(np.average(scores, weights=sizes)),
+            "interval": combined_interval(scores, intervals, sizes),
         },
-        "any_success": {
-            "score": float(np.average([np.mean(anys[tag]) for tag in order], weights=sizes)),
-            "interval": stratified_interval([anys[tag] for tag in order], sizes),
-        },
+        "any_success": {"score": float(np.mean(any_success)), "interval": mean_interval(any_success)},
         "prompts": len(prompts),
         "images": len(lines),
         "images_per_prompt": images,

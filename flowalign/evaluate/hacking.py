@@ -81,19 +81,19 @@ class Audit:
         return [name for name in self.bands if self.state(name) == state]
 
     @property
+    def remark(self) -> str:
+        """What is to be said beside the alarms, in words that agree with the table; may be nothing where it alarms."""
+        excused, calm = self.where("excused"), "" if self.alarms else "no alarm; "
+        if not excused:
+            return calm and f"{calm}all inside the base model's bands"
+        theirs = "its band" if len(excused) == 1 else "their bands"
+        why = "excused because the held-out rewards rose"
+        return f"{calm}{len(excused)} outside {theirs}, {why}: {', '.join(excused)}"
+
+    @property
     def verdict(self) -> str:
-        """What was found, in words that agree with the table: alarms, and what is outside its band without alarming."""
-        excused, drifting = self.where("excused"), self.where("drift")
-        parts = ["; ".join(self.alarms) or "no alarm"]
-        if excused:
-            theirs = "its band" if len(excused) == 1 else "their bands"
-            why = "excused because the held-out rewards rose"
-            parts.append(f"{len(excused)} outside {theirs}, {why}: {', '.join(excused)}")
-        elif not self.alarms:
-            parts.append("all inside the base model's bands")
-        if drifting:
-            parts.append(f"{len(drifting)} {'drifts' if len(drifting) == 1 else 'drift'}: {', '.join(drifting)}")
-        return "; ".join(parts)
+        """The alarms and the remark, in one line."""
+        return "; ".join([*self.alarms, *([self.remark] if self.remark else [])])
 
     def contents(self) -> dict[str, Any]:
         """For JSON."""

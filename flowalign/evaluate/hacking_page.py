@@ -10,6 +10,7 @@ import numpy as np
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.pages import parsed, picture
+from flowalign.settings import counted
 
 Row = dict[str, Any]
 SHOWN = 4  # prompts of which pictures are shown
@@ -41,7 +42,7 @@ def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
 def _answer(audits: Sequence[Row]) -> str:
     """How many audits alarmed, when first and why, and what was outside its band without alarming."""
     alarmed = [audit for audit in audits if audit["alarms"]]
-    of = "1 audit" if len(audits) == 1 else f"{len(audits)} audits"
+    of = counted(len(audits), "audit")
     if alarmed:
         text = f"{len(alarmed)} of {of} alarmed, first at step {alarmed[0]['step']}: {'; '.join(alarmed[0]['alarms'])}"
     else:

@@ -12,7 +12,7 @@ import numpy as np
 
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
-from flowalign.evaluate.intervals import mean_interval
+from flowalign.evaluate.intervals import Groups, mean_interval
 from flowalign.evaluate.results import RESULTS, Line, write_summary
 from flowalign.settings import UserError
 from rewards.ocr import OCR, quoted_text, text_score
@@ -53,7 +53,7 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
     """Means and 95 % intervals of the lines of consecutive prompts, `images` pictures each; by length of the target."""
     prompts = [lines[start : start + images] for start in range(0, len(lines), images)]
     bins = [length_bin(group[0]["target"]) for group in prompts]
-    values = {name: [float(np.mean([line[name] for line in group])) for group in prompts] for name in SCORES}
+    values = {name: [[float(line[name]) for line in group] for group in prompts] for name in SCORES}
     targets = sorted((group[0]["target"] for group in prompts), key=lambda target: len(target.replace(" ", "")))
     return {
         **{name: _score(values[name]) for name in SCORES},
@@ -73,8 +73,8 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
     }
 
 
-def _score(values: Sequence[float]) -> dict[str, Any]:
-    return {"score": float(np.mean(values)), "interval": mean_interval(values)}
+def _score(groups: Groups) -> dict[str, Any]:
+    return {"score": float(np.mean(groups)), "interval": mean_interval(groups, bounds=(0, 1))}
 
 
 def evaluate_ocr(benchmark: Benchmark, mode: str) -> dict[str, Any]:

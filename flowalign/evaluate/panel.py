@@ -20,7 +20,7 @@ from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
 from flowalign.evaluate.evaluation import check_prompts
-from flowalign.evaluate.intervals import mean_interval
+from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval
 from flowalign.evaluate.results import (
     EVALUATION,
     RESULTS,
@@ -43,11 +43,11 @@ BASE, TUNED = "base", "tuned"
 
 
 class Part(NamedTuple):
-    """One row of the panel: a model with a guidance; `scores` are a prompt's means, NaN where a reward says nothing."""
+    """One row of the panel: a model with a guidance, and its scores, NaN where a reward says nothing."""
 
     model: str
     guidance: float
-    scores: Mapping[str, np.ndarray]  # of each reward, (N,)
+    scores: Mapping[str, np.ndarray]  # of each reward, (N, pictures of a prompt)
 
 
 def evaluate_panel(
@@ -86,8 +86,9 @@ def evaluate_panel(
         with Display().evaluating(len(pictures), f"judging {model}") as progress:
             lines = _scored(folder / RESULTS, pictures, drawing, rewards, stopwatch, progress)
         parts.append(Part(model, guidance, _by_prompt(lines, drawing.images, list(rewards))))
+    bounds = {name: reward.range for name, reward in rewards.items()}
     replace_text(output / "panel.csv", _table(parts, rows))
-    summary = {"benchmark": "panel", **settings, **summarise(parts), "prompts": len(rows)}
+    summary = {"benchmark": "panel", **settings, **summarise(parts, bounds), "prompts": len(rows)}
     write_summary(output, summary)
     return summary
 
@@ -123,34 +124,43 @@ def _scored(
 
 
 def _by_prompt(lines: Sequence[Line], images: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Means over a prompt's pictures, (N,) of each reward; NaN where it does not apply to the prompt."""
-    groups = [lines[start : start + images] for start in range(0, len(lines), images)]
-    return {
-        name: np.array([np.mean([line["scores"].get(name, np.nan) for line in group]) for group in groups])
-        for name in names
-    }
+    """The scores of a prompt's pictures, (N, images) of each reward; NaN where it does not apply to the prompt."""
+    return {name: np.array([line["scores"].get(name, np.nan) for line in lines]).reshape(-1, images) for name in names}
 
 
-def summarise(parts: Sequence[Part]) -> dict[str, Any]:
-    """Means of every part, and where there are both models the differences tuned - base, with 95 % intervals."""
+def summarise(parts: Sequence[Part], bounds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    """Means of every part, and where there are both models the differences tuned - base, with 95 % intervals.
+
+    `bounds` are the lowest and highest score of each reward.
+    """
     means = [
-        {"model": part.model, "guidance": part.guidance, "reward": name, **_mean(values)}
+        {"model": part.model, "guidance": part.guidance, "reward": name, **_mean(values, bounds[name])}
         for part in parts
         for name, values in part.scores.items()
     ]
     base, tuned = ({p.guidance: p for p in parts if p.model == model} for model in (BASE, TUNED))
     differences = [
-        {"guidance": guidance, "reward": name, **_mean(values - base[guidance].scores[name])}
+        {"guidance": guidance, "reward": name, **_difference(base[guidance].scores[name], values)}
         for guidance, part in tuned.items()
         for name, values in part.scores.items()
     ]
     return {"means": means, "differences": differences}
 
 
-def _mean(values: np.ndarray) -> dict[str, Any]:
+def _mean(values: np.ndarray, bounds: tuple[float, float]) -> dict[str, Any]:
     """Of the prompts to which a reward applies, of which `evaluate_panel` has seen one at least."""
-    known = values[~np.isnan(values)].tolist()
-    return {"mean": float(np.mean(known)), "interval": mean_interval(known), "prompts": len(known)}
+    known = values[~np.isnan(values).any(1)].tolist()
+    return _row(float(np.mean(known)), mean_interval(known, bounds), known)
+
+
+def _difference(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
+    known = ~np.isnan(base).any(1)
+    before, after = base[known].tolist(), tuned[known].tolist()
+    return _row(float(np.mean(after) - np.mean(before)), difference_interval(before, after), before)
+
+
+def _row(mean: float, interval: Interval, groups: Groups) -> dict[str, Any]:
+    return {"mean": mean, "interval": interval, "prompts": len(groups)}
 
 
 def _table(parts: Sequence[Part], rows: Sequence[Row]) -> str:
@@ -161,7 +171,7 @@ def _table(parts: Sequence[Part], rows: Sequence[Row]) -> str:
     writer.writerow(["model", "guidance", "index", "prompt", *names])
     for part in parts:
         for place, row in enumerate(rows):
-            scores = [part.scores[name][place] for name in names]
+            scores = [part.scores[name][place].mean() for name in names]
             cells = ["" if np.isnan(score) else repr(float(score)) for score in scores]
             writer.writerow([part.model, f"{part.guidance:g}", row.index, row.prompt, *cells])
     return buffer.getvalue()

@@ -1,7 +1,7 @@
 """The page that shows whether a run helped: one self-contained HTML file, made from the run folder alone.
 
 Before is the first evaluation, after the last. Both score the same prompts drawn from the same noise, so a gain is
-judged by its paired differences, whose standard error is smaller than the two means would suggest.
+judged by its paired differences, which are surer than the two means would suggest.
 """
 
 import json
@@ -17,9 +17,10 @@ import yaml
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.hacking_page import hacking_section
+from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combined_interval, difference_interval
 from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
 from flowalign.runs import MAP
-from flowalign.settings import UserError
+from flowalign.settings import UserError, counted
 
 Row = dict[str, Any]
 PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger pictures are shrunk to these
@@ -29,13 +30,17 @@ LARGEST = 5  # rows shown of those that fell and of those that rose
 
 @dataclass(frozen=True)
 class Change:
-    """A score before and after training over the same rows; the standard error is that of the paired differences."""
+    """A score before and after training over the same rows, drawn from the same noise."""
 
     before: float
     after: float
     standard_error: float
-    """nan for fewer than two rows."""
+    """Of the paired differences, over prompts; nan for fewer than two prompts."""
+    interval: Interval
+    """95 % of the gain, as `difference_interval` has it."""
     count: int
+    """Pictures."""
+    prompts: int
 
     @property
     def gain(self) -> float:
@@ -44,12 +49,11 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """better or worse from two standard errors on, else same; unknown without a standard error."""
-        if math.isnan(self.standard_error):
-            return "unknown"
-        if self.gain == 0 or abs(self.gain) < 2 * self.standard_error:
-            return "same"
-        return "better" if self.gain > 0 else "worse"
+        """better or worse where the interval leaves 0 out, else same; unknown without one."""
+        if self.interval is None:
+            return "same" if self.gain == 0 and self.prompts >= FEW else "unknown"
+        low, high = self.interval
+        return "better" if low > 0 else "worse" if high < 0 else "same"
 
     @property
     def decimals(self) -> int:
@@ -58,12 +62,21 @@ class Change:
         return min(max(1 - math.floor(math.log10(error)), 0), 6) if error > 0 else 3
 
     @property
+    def range(self) -> str:
+        """The interval in words; nothing without one."""
+        return "" if self.interval is None else " to ".join(f"{end:+.{self.decimals}f}" for end in self.interval)
+
+    @property
     def words(self) -> str:
         """The gain as a person would say it."""
-        if self.verdict == "unknown":
-            return f"changed by {self.gain:+.3f}; too few pictures for a standard error"
+        several = f" of {counted(self.prompts, 'prompt')}" if self.count > self.prompts else ""
+        of = f"{counted(self.count, 'picture')}{several}, same noise"
+        if self.interval is None:
+            why = "too few prompts" if self.prompts < FEW else "no prompt differs from another"
+            return f"changed by {self.gain:+.{self.decimals}f}; {why} for an interval ({of})"
         error = f"± {self.standard_error:.{self.decimals}f}"
-        how = f"(paired standard error; {self.count:,} pictures, same noise)"
+        few = f", few: under {FEW} prompts" if self.prompts < FEW else ""
+        how = f"(paired standard error; 95 %: {self.range}; {of}{few})"
         if self.verdict == "same":
             return f"no significant change: {self.gain:+.{self.decimals}f} {error} {how}"
         return f"{self.verdict} by {abs(self.gain):.{self.decimals}f} {error} {how}"
@@ -72,21 +85,30 @@ class Change:
 def paired_change(before: Sequence[Row], after: Sequence[Row], reward: str, tag: str | None = None) -> Change | None:
     """The change of a reward over the rows (of one tag) that have it in both evaluations; None without such a row.
 
-    The rows are in the same order, drawn from the same noise: se = std(after - before) / sqrt(n), with n - 1 in std.
+    The rows are in the same order, drawn from the same noise; those of one prompt are its pictures.
     """
-    rows = [row for row in _scored(before, after, reward) if tag is None or row["tag"] == tag]
-    if not rows:
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for row in _scored(before, after, reward):
+        if tag is None or row["tag"] == tag:
+            groups.setdefault(row["prompt"], []).append((row["before"], row["after"]))
+    if not groups:
         return None
-    scores = np.array([(row["before"], row["after"]) for row in rows], dtype=np.float64)
-    error = (scores[:, 1] - scores[:, 0]).std(ddof=1) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
-    return Change(float(scores[:, 0].mean()), float(scores[:, 1].mean()), float(error), len(rows))
+    first, last = ([[pair[end] for pair in pairs] for pairs in groups.values()] for end in (0, 1))
+    error = clustered_error([[b - a for a, b in pairs] for pairs in groups.values()])
+    means = (float(np.mean([score for own in scores for score in own])) for scores in (first, last))
+    count = sum(len(own) for own in first)
+    error = math.nan if error is None else error
+    return Change(*means, error, difference_interval(first, last), count, len(groups))
 
 
 def overall_change(tasks: Sequence[Change]) -> Change:
     """The unweighted mean of the tasks, as GenEval reports it: se = sqrt(sum of squared se) / tasks."""
     before, after = (float(np.mean([getattr(task, end) for task in tasks])) for end in ("before", "after"))
     error = math.hypot(*(task.standard_error for task in tasks)) / len(tasks)
-    return Change(before, after, error, sum(task.count for task in tasks))
+    interval = combined_interval([task.gain for task in tasks], [task.interval for task in tasks])
+    return Change(
+        before, after, error, interval, sum(task.count for task in tasks), sum(task.prompts for task in tasks)
+    )
 
 
 def write_report(folder: Path) -> Path:
