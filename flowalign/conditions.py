@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.assets import asset
 from flowalign.config import Model
+from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Condition, Policy, forward_dtype
 from flowalign.policies.loading import EMBEDDED, load_policy
 from flowalign.runs import replace_text
@@ -159,6 +160,6 @@ def identity(model: Model, dtype: torch.dtype) -> dict[str, object]:
         folder = Path(index).parent if isinstance(index, str) else folder
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in found if path.relative_to(folder).parts[0] not in _NO_TEXT]
-    adapter = sorted(Path(model.adapter).glob("*.safetensors")) if model.adapter else []
+    adapter = adapter_files(model.adapter) if model.adapter else []
     seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, *adapter)]
     return {"path": model.path, "files": seen, "max_sequence_length": model.max_sequence_length, "dtype": str(dtype)}

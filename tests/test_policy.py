@@ -185,7 +185,7 @@ def test_an_explicit_backend_equals_the_default(tiny_model: Path) -> None:
         ({"attention": "fast"}, "unknown backend 'fast'"),
         ({"lora": Lora(targets=("nothing",))}, "no module of the transformer ends in nothing"),
         ({"path": "/no/such/folder"}, "does not exist"),
-        ({"adapter": "/no/such/lora"}, "no folder '/no/such/lora'"),
+        ({"adapter": "/no/such/lora"}, "'/no/such/lora' does not exist"),
     ],
 )
 def test_a_wrong_model_setting_is_one_sentence(tiny_model: Path, changes: dict[str, object], message: str) -> None:

@@ -14,10 +14,12 @@ from diffusers import (
 )
 
 from flowalign.config import Lora, Model
+from flowalign.policies.adapters import module_places
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
 from flowalign.policies.sd3 import SD3Policy
+from flowalign.policies.weights import target_modules
 
 SD35: dict[str, Any] = {
     "attention_head_dim": 64,
@@ -117,3 +119,23 @@ def test_a_published_model_has_its_size_shapes_and_lora_modules(name: str) -> No
     if name == "flux":  # 4096 tokens, where the shift ends
         even, shift = torch.linspace(1, 0.25, 4), torch.tensor(1.15).exp()
         torch.testing.assert_close(policy.sigmas(4)[:-1], shift / (shift + 1 / even - 1))
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_module_that_a_lora_can_have_has_rows_of_its_own_in_the_original_code(name: str) -> None:
+    """ComfyUI and kohya know the original names: what is exported has one, and joined weights are filled exactly."""
+    family: type[PipelinePolicy] = FluxPolicy if name == "flux" else SD3Policy
+    transformer = pipeline(name).transformer
+    names = {known.replace("*", str(block)).replace(".", "_") for known in family.native for block in range(40)}
+    places = {known: found for known, found in module_places(transformer, family.native).items() if known in names}
+    covered: dict[str, int] = {}
+    for found in places.values():
+        rows = sorted((piece.start, piece.stop) for place in found for piece in place.rows)
+        ends = [0, *(stop for _, stop in rows)]
+        assert [start for start, _ in rows] == ends[:-1]
+        for place in found:
+            covered[place.module] = sum(piece.stop - piece.start for piece in place.rows)
+    modules = dict(transformer.named_modules())
+    wanted = [found for group in family.targets for found in target_modules(modules, group, family.targets)]
+    assert len(wanted) == sum(MODELS[name][1].values())
+    assert all(covered[module] == len(modules[module].weight) for module in wanted)

@@ -23,6 +23,7 @@ from PIL import Image
 from flowalign.config import Model, Sampler
 from flowalign.data import Row, load_prompts
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
+from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.loading import EMBEDDED, load_policy
 from flowalign.rollout import Progress, rollout
@@ -70,7 +71,7 @@ class Drawing:
         dtype = forward_dtype(model.dtype, torch.device(self.device))
         return {
             "model": str(place.resolve()) if local else model.path,
-            "adapter": _checksum(Path(model.adapter)) if model.adapter else None,
+            "adapter": _checksum(model.adapter) if model.adapter else None,
             **self.sampler.model_dump(include=set(Sampler.model_fields)),
             **model.model_dump(mode="json", exclude=_NOT_PICTURES),
             "seed": self.seed,
@@ -206,9 +207,9 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _checksum(adapter: Path) -> str:
-    """Of the safetensors files of an adapter's folder; nothing for one that is missing, which loading will say."""
+def _checksum(adapter: str) -> str:
+    """Of an adapter's weights and of what says their scale."""
     digest = hashlib.sha256()
-    for file in sorted(adapter.glob("*.safetensors")):
+    for file in adapter_files(adapter):
         digest.update(file.read_bytes())
     return digest.hexdigest()

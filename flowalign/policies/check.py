@@ -12,10 +12,11 @@ import torch
 
 from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.data import Row
+from flowalign.policies.adapters import merge_adapter
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import find_family
-from flowalign.policies.weights import merge_adapter, target_modules
+from flowalign.policies.weights import target_modules
 from flowalign.rollout import rollout
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import EVALUATION
@@ -80,7 +81,7 @@ def check_model(model: Model, device: torch.device | str, *, steps: int = 4, gui
         del policy
         plain = family.load_pipeline(path, torch.float32).to(device)
         if model.adapter:
-            merge_adapter(plain, model.adapter)
+            merge_adapter(plain, model.adapter, family.native)
         traces = [_trace(plain, one.arguments, size, steps) for one in drawn]
         exported = _exported(plain, folder, trained, drawn[0], size, steps)
     return [

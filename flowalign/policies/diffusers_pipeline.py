@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from diffusers.training_utils import _collate_lora_metadata
-from peft import get_peft_model_state_dict
 
 from flowalign.config import Model
+from flowalign.policies.adapters import Native, export_lora, merge_adapter
 from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, Policy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
-from flowalign.policies.weights import merge_adapter, train_lora_or_all
+from flowalign.policies.weights import train_lora_or_all
 from flowalign.settings import UserError
 
 
@@ -30,6 +29,7 @@ class PipelinePolicy(Policy):
 
     pipeline_class: ClassVar[Any]
     targets: ClassVar[Mapping[str, Sequence[str]]]  # named groups of endings of module names, for model.lora.targets
+    native: ClassVar[Native] = {}  # the original code's names of weights, as the LoRA files of other trainers have them
     optional_parts: ClassVar[Sequence[str]] = ()  # components that a saved pipeline may lack
     t5: ClassVar[str]  # the component that max_sequence_length is for
     even_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler evenly spaced sigmas
@@ -42,11 +42,12 @@ class PipelinePolicy(Policy):
         super().__init__()
         self.device, self.dtype = device, forward_dtype(model.dtype, device)
         self.pipeline, self.transformer = pipeline, pipeline.transformer
+        self._base = None if Path(model.path).exists() else model.path
         self.max_sequence_length = model.max_sequence_length
         self.size = (model.height, model.width)
         self._check(model)
         if model.adapter:
-            merge_adapter(pipeline, model.adapter)
+            merge_adapter(pipeline, model.adapter, self.native)
         texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
         for part in (pipeline.vae, pipeline.transformer, *texts):
             part.requires_grad_(False).eval()
@@ -168,7 +169,4 @@ class PipelinePolicy(Policy):
             transformer.save_pretrained(folder / "transformer")
             return
         state = self.trainable_state()  # its own state_dict() would have one process take shared-out weights apart
-        weights = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(transformer, state).items()}
-        self.pipeline_class.save_lora_weights(
-            folder, transformer_lora_layers=weights, **_collate_lora_metadata({"transformer": transformer})
-        )
+        export_lora(self.pipeline_class, transformer, state, self._base, folder)

@@ -7,11 +7,51 @@ import torch
 from diffusers import FluxPipeline
 
 from flowalign.config import Model
+from flowalign.policies.adapters import in_blocks
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.settings import UserError
 
 EMBEDDED_GUIDANCE = 3.5  # of the pipeline and of the field's training recipes, in rollouts and losses alike
+
+# The names of Black Forest Labs' own code, which ComfyUI and kohya's LoRA files have.
+NATIVE = {
+    **in_blocks(
+        "double_blocks.*",
+        "transformer_blocks.*",
+        {
+            "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "img_attn.proj": ("attn.to_out.0",),
+            "img_mlp.0": ("ff.net.0.proj",),
+            "img_mlp.2": ("ff.net.2",),
+            "img_mod.lin": ("norm1.linear",),
+            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "txt_attn.proj": ("attn.to_add_out",),
+            "txt_mlp.0": ("ff_context.net.0.proj",),
+            "txt_mlp.2": ("ff_context.net.2",),
+            "txt_mod.lin": ("norm1_context.linear",),
+        },
+    ),
+    **in_blocks(
+        "single_blocks.*",
+        "single_transformer_blocks.*",
+        {
+            "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+            "linear2": ("proj_out",),
+            "modulation.lin": ("norm.linear",),
+        },
+    ),
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
 
 
 class FluxPolicy(PipelinePolicy):
@@ -29,6 +69,7 @@ class FluxPolicy(PipelinePolicy):
             *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
         ),
     }
+    native = NATIVE
     t5 = "text_encoder_2"
     even_sigmas = True
     patch = 2

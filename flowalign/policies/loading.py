@@ -8,6 +8,7 @@ import torch
 
 from flowalign.assets import asset
 from flowalign.config import Model, load_recipe
+from flowalign.policies.adapters import adapter_files
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
 from flowalign.policies.sd3 import SD3Policy
@@ -50,8 +51,8 @@ def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
     plugins = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in FAMILIES | plugins:
         raise UserError(f"model.path {model.path!r} is a {name}; supported are {', '.join(FAMILIES | plugins)}")
-    if model.adapter and not Path(model.adapter).exists():
-        raise UserError(f"model.adapter: no folder {model.adapter!r}")
+    if model.adapter:
+        adapter_files(model.adapter)
     return FAMILIES.get(name) or _plugin(plugins[name]), path
 
 
