@@ -129,9 +129,12 @@ def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")]
 def score(
     reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name or package.module:Name")],
     images: Annotated[
-        Path | None, typer.Option(help="folder of PNG or JPEG files, in the order of their names")
+        Path | None, typer.Option(help="folder of pictures, in the order of their names as people count: 9 before 10")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help=".txt or .jsonl, a line for each image")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE[#COLUMN]", help="a row for each image; left out, the folder's metadata.jsonl says"),
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="in place of images: a store of groups, which keeps them")] = None,
     name: Annotated[str | None, typer.Option(help="the reward's name in the store; the default is its own")] = None,
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
@@ -150,8 +153,8 @@ def score(
         values = rescore_store(store, reward, option or [], name)
         console.print(f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} pictures, now in {store}")
         return
-    if images is None or prompts is None:
-        raise UserError("give --images and --prompts, or --store")
+    if images is None:
+        raise UserError("give --images, or --store")
     if name is not None:
         raise UserError("--name is the reward's name in a store; give --store with it")
     rows, paths = read_images(images, prompts)
@@ -250,15 +253,20 @@ def list_rewards(context: typer.Context) -> None:
 def check_reward(
     reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name, package.module:Name or http://...")],
     images: Annotated[Path | None, typer.Option(help="folder of pictures to try it on; by default drawn ones")] = None,
-    prompts: Annotated[Path | None, typer.Option(help=".txt or .jsonl, a line for each picture")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[#COLUMN]", help="a row for each picture; left out, the folder's metadata.jsonl says"
+        ),
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
 ) -> None:
     """Try a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
     quiet_libraries()
     from flowalign.scoring import check_reward as findings_of
 
-    if (images is None) is not (prompts is None):
-        raise UserError("--images and --prompts go together")
+    if images is None and prompts is not None:
+        raise UserError("--prompts are of --images; give these too")
     findings = findings_of(reward, option or [], images, prompts)
     table = Table("check", "result", "detail", title=reward, title_justify="left")
     for check, passed, detail in findings:

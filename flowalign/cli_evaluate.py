@@ -32,7 +32,7 @@ Images = Annotated[
     Path | None, typer.Option(help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png")
 ]
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="pictures of a prompt")]
-Prompts = Annotated[str | None, typer.Option(help="a prompt list; the default fits the model")]
+Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]
 Count = Annotated[int | None, typer.Option(min=1, help="only the first prompts of the list")]
 Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps; 50, for toyworld 12")]
 Guidance = Annotated[
@@ -159,7 +159,7 @@ def evaluate_ocr(
 @eval_app.command("panel")
 def evaluate_panel(
     model: ModelArgument,
-    prompts: Annotated[str, typer.Option(help="a .txt or .jsonl file, or a bundled name")],
+    prompts: Annotated[str, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list, or a bundled name")],
     reward: Annotated[list[str], typer.Option(help="a built-in name, file.py:Name, ...; repeatable")],
     option: Annotated[
         list[str] | None, typer.Option(metavar="REWARD.KEY=VALUE", help="passed to a reward; repeatable")

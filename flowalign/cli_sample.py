@@ -62,7 +62,7 @@ def sample(
     policy, pixels = load_policy(settings, device()), (settings.height, settings.width)
     if best_of is None:
         drawn = rollout(policy, rows, images, sampler, pixels, key, batch=16)
-        written = list(zip(save_pictures(output, drawn.media), drawn.prompts, strict=True))
+        written = list(zip(save_pictures(output, drawn.media, drawn.rows), drawn.prompts, strict=True))
     else:
         found = scaling.best_of(
             policy, rows, judges, best_of, sampler, pixels, key, batch=16, schedule=schedule, kept=images

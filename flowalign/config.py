@@ -56,7 +56,8 @@ class Recipe(Section):
     """The run's name, and its folder's."""
     model: Model = Model()
     prompts: str | tuple[str, ...]
-    """Prompt list(s) to train on: bundled names, .txt or .jsonl files."""
+    """Prompt list(s) to train on: bundled names, or files .txt, .csv, .tsv, .json, .jsonl, with #COLUMN where it is not
+    found by its name."""
     rewards: Rewards
     combine: Combine = Combine()
     algorithm: SerializeAsAny[Algorithm]

@@ -1,6 +1,5 @@
-"""Prompt lists: .txt with a prompt a line, .jsonl in GenEval's metadata format, or a bundled name."""
+"""Prompt lists: files as `flowalign.prompt_files` reads them, FILE or FILE#COLUMN, or a bundled name."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 
 from flowalign.assets import asset
+from flowalign.prompt_files import READERS, read_prompt_file
 from flowalign.sampling.noise import PROMPTS, counted_generator
 from flowalign.settings import UserError
 
@@ -37,38 +37,24 @@ def load_prompts(sources: str | Sequence[str], count: int | None = None) -> list
     """
     rows: list[Row] = []
     for source in [sources] if isinstance(sources, str) else sources:
-        path = asset(BUNDLED[source]) if source in BUNDLED else Path(source)
-        for prompt, metadata in _read(path)[:count]:
+        for prompt, metadata in _read(source)[:count]:
             rows.append(Row(len(rows), prompt, metadata))
     return rows
 
 
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(f"prompts {str(path)!r}: use a .txt or .jsonl file, or one of {', '.join(BUNDLED)}")
-    try:
-        # Not splitlines(): a JSON text may hold U+2028 and its like, which are no line's end.
-        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts {str(path)!r} cannot be read: {error}") from error
-    if not any(line.strip() for line in lines):
-        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt a line")
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1)]
+def _read(source: str) -> list[tuple[str, dict[str, Any]]]:
+    path, column = (asset(BUNDLED[source]), None) if source in BUNDLED else split_column(source)
+    if path.suffix.lower() not in READERS:
+        kinds = ", ".join(READERS)
+        raise UserError(f"prompts {str(path)!r}: use a file of {kinds}, or one of {', '.join(BUNDLED)}")
+    return read_prompt_file(path, column)
 
 
-def _parse(line: str, path: Path, number: int) -> tuple[str, dict[str, Any]]:
-    where = f"{path}, line {number}"
-    if not line.strip():
-        raise UserError(f"{where}: the line is empty; remove it or write a prompt")
-    if path.suffix == ".txt":
-        return line.strip(), {}
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
-        raise UserError(f'{where}: needs a mapping with a "prompt" of text')
-    return row["prompt"], {key: value for key, value in row.items() if key != "prompt"}
+def split_column(source: str) -> tuple[Path, str | None]:
+    """The file of a prompt list FILE or FILE#COLUMN, and the column; a file whose own name holds "#" is one."""
+    path = Path(source).expanduser()
+    file, mark, column = source.rpartition("#")
+    return (path, None) if not mark or path.exists() else (Path(file).expanduser(), column)
 
 
 def step_rows(rows: Sequence[Row], count: int, seed: int, step: int) -> list[Row]:

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 
 from flowalign.config import Recipe, dump_recipe, load_recipe
+from flowalign.data import Row
 from flowalign.evaluate.evaluation import Evaluated
 from flowalign.settings import UserError
 
 _PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
+MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # of pictures with their prompts
 MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
@@ -114,12 +116,11 @@ class RunFolder:
         summary = evaluated.summary()
         if len(evaluated.pictures):
             folder = self.path / "samples" / name
-            save_pictures(folder, evaluated.pictures)
+            shown = list({row.index: row for row in evaluated.rows}.values())[: len(evaluated.pictures)]
+            save_pictures(folder, evaluated.pictures, shown)
             for reward, found in evaluated.maps.items():
                 save_pictures(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.pictures, found))
-            shown = list(dict.fromkeys(row.index for row in evaluated.rows))[: len(evaluated.pictures)]
-            prompts = {row.index: row.prompt for row in evaluated.rows}
-            replace_text(self.path / "samples" / name / "prompts.json", json.dumps([prompts[i] for i in shown]) + "\n")
+            replace_text(folder / "prompts.json", json.dumps([row.prompt for row in shown]) + "\n")
         (self.path / "evaluations").mkdir(exist_ok=True)
         contents = {**about, "rows": rows, "summary": summary}
         replace_text(self.evaluation(name), json.dumps(contents) + "\n")
@@ -193,13 +194,27 @@ def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return grey + 0.8 * maps[:, None] * (red - grey)
 
 
-def save_pictures(folder: Path, images: torch.Tensor) -> list[Path]:
-    """The PNG files 00.png, 01.png, ... of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole."""
+def save_pictures(folder: Path, images: torch.Tensor, rows: Sequence[Row] = ()) -> list[Path]:
+    """The PNG files `picture_names` of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole.
+
+    With the images' B rows the folder says whose each is, in MANIFEST: a line {"file_name": ..., "prompt": ...} each,
+    as folders of pictures are described to https://huggingface.co/docs/datasets/image_dataset#imagefolder.
+    """
+    names = picture_names(len(images))
     with replaced_folder(folder) as partial:
-        names = [f"{index:02d}.png" for index in range(len(images))]
         for name, picture in zip(names, to_uint8(images), strict=True):
             Image.fromarray(picture).save(partial / name)
+        if rows:
+            about = [{FILE_NAME: name, "prompt": row.prompt} for name, row in zip(names, rows, strict=True)]
+            lines = [json.dumps(own | row.metadata | own) + "\n" for own, row in zip(about, rows, strict=True)]
+            replace_text(partial / MANIFEST, "".join(lines))
     return [folder / name for name in names]
+
+
+def picture_names(count: int) -> list[str]:
+    """00.png, 01.png, ..., all as wide as the last needs, so that any order of names is that of the pictures."""
+    width = max(2, len(str(count - 1)))
+    return [f"{index:0{width}d}.png" for index in range(count)]
 
 
 @contextmanager

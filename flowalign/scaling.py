@@ -241,16 +241,15 @@ def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:
 
     A candidate's `step` is the number of denoising steps after which it was judged; `picture` is null unless chosen.
     """
-    save_pictures(folder, found.media)
     prompts, kept = found.chosen.shape
-    lines, written = [], {}
+    rows = [one.row for one in found.judged[:: len(found.judged) // prompts] for _ in range(kept)]
+    paths = save_pictures(folder, found.media, rows)
+    lines = []
     for place, one in enumerate(found.judged):
         picture = None
         if one.rank is not None:
-            number = place * prompts // len(found.judged) * kept + one.rank
-            picture = f"{number:02d}.png"
-            written[number] = (folder / picture, one.row.prompt)
+            picture = paths[place * prompts // len(found.judged) * kept + one.rank].name
         about = {"prompt": one.row.prompt, "candidate": one.candidate, "step": one.step}
         lines.append({**about, "scores": one.scores, "picture": picture})
     replace_text(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return [written[number] for number in sorted(written)]
+    return [(path, row.prompt) for path, row in zip(paths, rows, strict=True)]

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,60 @@ from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.judging import learning, load_learnt, refuse_learning
 from flowalign.offline import GroupStore, collect
-from flowalign.runs import RunFolder, replace_text
+from flowalign.runs import FILE_NAME, MANIFEST, RunFolder, replace_text
 from flowalign.settings import UserError
-from rewards.pictures import SUFFIXES, read_picture
+from rewards.pictures import pictures_in, read_picture
 
 _BATCH = 16
 
 
-def read_images(folder: Path, prompts: Path) -> tuple[list[Row], list[Path]]:
-    """The prompts and the images that belong to them; UserError when their numbers differ."""
+def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path]]:
+    """The prompts and the images that belong to them.
+
+    Rows that name files (as those of the folder's own MANIFEST, which serves where there is no list) are of those;
+    others are of the images in natural order. Raises UserError for images and rows that do not belong together.
+    """
     if not folder.is_dir():
         raise UserError(f"--images {folder} is no folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    rows = load_prompts(str(prompts))
+    paths = pictures_in(folder)
+    manifest = folder / MANIFEST
+    if prompts is None:
+        if not manifest.is_file():
+            raise UserError(f"--images {folder} has no {MANIFEST} that says what its images show; give --prompts")
+        return _by_file(folder, str(manifest), paths)
+    rows = load_prompts(prompts)
+    if any(FILE_NAME in row.metadata for row in rows):
+        return _by_file(folder, prompts, paths)
     if len(paths) != len(rows):
         raise UserError(f"{folder} holds {len(paths)} images, {prompts} {len(rows)} prompts; each image needs its own")
+    given = {path.name: row.prompt for path, row in zip(paths, rows, strict=True)}
+    for row in load_prompts(str(manifest)) if manifest.is_file() else ():
+        name = str(row.metadata.get(FILE_NAME))
+        if given.get(name, row.prompt) != row.prompt:
+            raise UserError(
+                f"{folder / name} is of {row.prompt!r}, as {manifest} says, and {prompts} has {given[name]!r} for it; "
+                f"leave --prompts out, or remove {MANIFEST}"
+            )
     return rows, paths
+
+
+def _by_file(folder: Path, source: str, paths: Sequence[Path]) -> tuple[list[Row], list[Path]]:
+    """The rows of a list that names files, without the names, and the files; each of `paths` must be one of them."""
+    rows: list[Row] = []
+    named: list[Path] = []
+    for row in load_prompts(source):
+        name = row.metadata.get(FILE_NAME)
+        if not isinstance(name, str) or not name:
+            raise UserError(f"{source}: prompt {row.index + 1} ({row.prompt!r}) has no {FILE_NAME}, as others have")
+        if not (folder / name).is_file():
+            raise UserError(f"{source}: prompt {row.index + 1} is of {name}, which {folder} does not hold")
+        if folder / name in named:
+            raise UserError(f"{source}: two prompts are of {name}; each image has one")
+        named.append(folder / name)
+        rows.append(replace(row, metadata={key: value for key, value in row.metadata.items() if key != FILE_NAME}))
+    if left := [path for path in paths if path not in set(named)]:
+        raise UserError(f"{left[0]} is in no row of {source}; remove it, or add a row with its {FILE_NAME}")
+    return rows, named
 
 
 def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths: Sequence[Path]) -> list[float]:
@@ -88,10 +127,10 @@ def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | N
         return store.rescore(name or judge.name, judge, progress)
 
 
-def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: Path | None) -> list[zoo.Finding]:
+def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: str | None) -> list[zoo.Finding]:
     """The findings of `rewards.check`, on a folder's pictures or on drawn ones."""
     judge = zoo.load(reward, **options_of(options))
-    if images is None or prompts is None:
+    if images is None:
         return zoo.check(judge)
     rows, paths = read_images(images, prompts)
     pictures = [read_picture(path) for path in paths]

@@ -4,7 +4,8 @@ A request for scores is one of
 
 - `application/safetensors`: one tensor "media", (B, 3, H, W) or (B, F, 3, H, W), of F16, BF16 or F32 in [0, 1] or of
   U8 (which counts levels of 255); the file's metadata holds "prompts" and "metadata", each a JSON list of B entries.
-- `application/json`: a list of {"png": base64, "prompt": text, "metadata": {}}, the pictures all of one size.
+- `application/json`: a list of {"png": base64, "prompt": text, "metadata": {}}, the pictures all of one size, read as
+  `rewards.pictures` reads files.
 
 The format of safetensors: https://github.com/huggingface/safetensors#format.
 """
@@ -18,11 +19,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save
 
 from rewards.base import RewardError, reason
+from rewards.pictures import as_viewed
 
 PROTOCOL = 1
 SAFETENSORS, JSON = "application/safetensors", "application/json"
@@ -159,12 +162,14 @@ def _from_pictures(body: bytearray, limits: Limits) -> Request:
         if not isinstance(row, dict) or not {"png", "prompt"} <= set(row) <= {"png", "prompt", "metadata"}:
             raise RewardError(f"item {index} must be an object with 'png', 'prompt' and, if wanted, 'metadata'")
         picture = _opened(row["png"], index)
-        size = (3, picture.height, picture.width)
-        _check_size((len(rows), *size), limits)  # by the size that its header states, before anything is decoded
-        if levels and levels[0].shape != size:
-            first = f"{levels[0].shape[2]} x {levels[0].shape[1]}"
-            raise RewardError(f"item {index} is {size[2]} x {size[1]}, the first {first}; one request has one size")
+        stated = (3, picture.height, picture.width)
+        _check_size((len(rows), *stated), limits)  # before anything is decoded
         levels.append(_decoded(picture, index))
+        (_, height, width), first = levels[-1].shape, levels[0].shape
+        if (3, height, width) != first:
+            raise RewardError(
+                f"item {index} is {width} x {height}, the first {first[2]} x {first[1]}; one request has one size"
+            )
     media = torch.stack(levels).float() / 255
     return Request(media, [row["prompt"] for row in rows], [row.get("metadata", {}) for row in rows])
 
@@ -178,15 +183,12 @@ def _opened(text: Any, index: int) -> Image.Image:
         raise TooLarge(f"item {index}: its png is refused for its size: {reason(error)}") from error
     except Exception as error:  # damaged files end in many ways, and none of them is a picture
         raise RewardError(f"item {index}: its png cannot be read: {reason(error)}") from error
-    if picture.mode.startswith("I"):
-        raise RewardError(f"item {index}: its png is grey of 16 bits, which 8 bits cannot hold")
     return picture
 
 
 def _decoded(picture: Image.Image, index: int) -> torch.Tensor:
     try:
-        pixels = picture.convert("RGB").tobytes()
+        pixels = np.array(as_viewed(picture))
     except Exception as error:  # as above
         raise RewardError(f"item {index}: its png cannot be read: {reason(error)}") from error
-    levels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-    return levels.reshape(picture.height, picture.width, 3).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rewards.base import RewardError, shown
 from rewards.frames import mean_of_frames
+from rewards.pictures import open_picture
 from rewards.vlm import VLM, VLMReward, yes_probability
 
 QUESTION = 'Does this image show exactly what the caption "{prompt}" says, in good quality? Answer Yes or No.'
@@ -65,8 +66,7 @@ class YesNo(VLMReward):
         if path is None:
             return []
         try:
-            with Image.open(Path(path)) as image:
-                return [image.convert("RGB")]
-        except (OSError, TypeError) as error:
+            return [open_picture(Path(path))]
+        except (RewardError, TypeError) as error:
             where = f"reward {self.name!r}: {shown(index, prompts)}"
-            raise RewardError(f"{where} has the reference {path!r}, which is no picture that can be read") from error
+            raise RewardError(f"{where} has the reference {path!r}, which is no picture: {error}") from error

@@ -147,7 +147,9 @@ def test_true_pictures_score_1_on_every_task(shapes, tmp_path: Path, capsys: pyt
 def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures() -> None:
     tags = ["single_object"] * 4 + ["counting"] * 12
     correct = [1, 1, 1, 0] + [1, 0, 0, 0] * 3
-    found = summarise([{"tag": t, "correct": bool(c)} for t, c in zip(tags, correct, strict=True)], 4)
+    rows = [json.dumps({"tag": tag, "prompt": f"prompt {place // 4}"}) for place, tag in enumerate(tags)]
+    lines = [{"tag": t, "correct": bool(c), "metadata": row} for t, c, row in zip(tags, correct, rows, strict=True)]
+    found = summarise(lines, 4)
     assert found["overall"]["score"] == pytest.approx((0.75 + 0.25) / 2)
     assert found["image_mean"]["score"] == pytest.approx(6 / 16)
     assert found["any_success"]["score"] == 1
@@ -162,12 +164,37 @@ def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures() -> None:
 
 def test_a_task_that_is_always_right_or_wrong_has_a_width_in_the_overall() -> None:
     tags = ["single_object"] * 2 + ["counting"] * 2
-    found = summarise([{"tag": t, "correct": t == "single_object"} for t in tags], 1)
+    rows = [{"tag": tag, "prompt": f"prompt {place}"} for place, tag in enumerate(tags)]
+    found = summarise(
+        [{"tag": row["tag"], "correct": row["tag"] == "single_object", "metadata": json.dumps(row)} for row in rows], 1
+    )
     one, none = found["tasks"]["single_object"]["interval"], found["tasks"]["counting"]["interval"]
     assert one == pytest.approx((2 / (2 + 1.96**2), 1), abs=1e-4)
     assert none == pytest.approx((0, 1.96**2 / (2 + 1.96**2)), abs=1e-4)
     half = (1 - one[0]) / 2  # each task weighs a half
     assert found["overall"] == {"score": 0.5, "interval": pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)}
+
+
+def test_rows_that_are_alike_are_one_prompt_however_a_list_repeats_them() -> None:
+    """The published scripts group by metadata: a file may repeat a row where others draw several pictures of it."""
+    rng = np.random.default_rng(0)
+    right = rng.random((40, 4)) < 0.4
+
+    def line(prompt: int, correct: bool, turned: bool = False) -> dict[str, Any]:
+        row = {"prompt": f"prompt {prompt}", "tag": "colors", "include": [{"class": "star", "count": 1}]}
+        return {
+            "tag": "colors",
+            "correct": bool(correct),
+            "metadata": json.dumps(dict(reversed(row.items())) if turned else row),
+        }
+
+    together = [line(prompt, one) for prompt in range(40) for one in right[prompt]]
+    repeated = [line(prompt, right[prompt, turn], bool(turn % 2)) for turn in range(4) for prompt in range(40)]
+    once, apart = summarise(together, 4), summarise(repeated, 1)
+    assert {**apart, "images_per_prompt": 4} == once
+    assert once["any_success"]["score"] == right.any(1).mean() > once["image_mean"]["score"] == right.mean()
+    more = summarise([*together, line(0, True), line(0, True)], 4)  # and pictures count alike where prompts have more
+    assert more["overall"]["score"] == pytest.approx((right.sum() + 2) / 162) and more["prompts"] == 40
 
 
 def test_a_picture_of_something_else_is_judged_wrong_with_its_reason(shapes, tmp_path: Path) -> None:
@@ -325,7 +352,7 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
     picture = folder / "00011" / "samples" / "0001.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:100])
-    assert f"{picture} is not a readable PNG" in failing(*command, "--prompts", prompts)
+    assert f"{picture} is not a readable picture" in failing(*command, "--prompts", prompts)
     picture.write_bytes(whole)
     metadata = folder / "00002" / "metadata.jsonl"
     text = metadata.read_text()

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flowalign.cli import main
+from flowalign.data import Row
+from flowalign.runs import save_pictures
 
 
 @pytest.fixture
@@ -88,8 +91,82 @@ def test_samples_are_drawn_into_an_empty_folder(tiny_model: Path, tmp_path: Path
     command = ["sample", str(tiny_model), "a red star", "a ring", "--steps", "2", "--size", "64", "--images", "2"]
     command += ["--max-sequence-length", "0", "--output", str(tmp_path / "drawn")]
     succeed(*command)
-    assert [path.name for path in sorted((tmp_path / "drawn").iterdir())] == ["00.png", "01.png", "02.png", "03.png"]
+    written = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert written == ["00.png", "01.png", "02.png", "03.png", "metadata.jsonl"]
     assert "is not an empty folder" in failing(*command)
+    succeed("score", "colorfulness", "--images", str(tmp_path / "drawn"), "--output", str(tmp_path / "scores.csv"))
+    lines = (tmp_path / "scores.csv").read_text().splitlines()[1:]
+    assert [line.rpartition(",")[0] for line in lines] == [
+        *("00.png,a red star", "01.png,a red star", "02.png,a ring", "03.png,a ring")
+    ]
+
+
+def scored(tmp_path: Path, *arguments: str) -> list[tuple[str, str, int]]:
+    """File, prompt and grey level of every picture of the folder `many`, as `score` finds them."""
+    output = tmp_path / "scores.jsonl"
+    succeed(
+        "score",
+        f"{tmp_path / 'judge.py'}:level",
+        "--images",
+        str(tmp_path / "many"),
+        "--output",
+        str(output),
+        *arguments,
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    return [(row["image"], row["prompt"], round(row["score"] * 255)) for row in rows]
+
+
+def test_pictures_and_prompts_are_paired_as_people_count(tmp_path: Path, pictures: Path, failing) -> None:
+    (tmp_path / "many").mkdir()
+    for number in range(1, 13):
+        Image.new("RGB", (4, 4), (number, number, number)).save(tmp_path / "many" / f"{number}.png")
+    (tmp_path / "many" / "._1.png").write_bytes(b"of a Mac")
+    (tmp_path / "list.tsv").write_text("id\tPrompt\n" + "".join(f"{n}\tnumber {n}\n" for n in range(1, 13)))
+    expected = [(f"{n}.png", f"number {n}", n) for n in range(1, 13)]
+    assert scored(tmp_path, "--prompts", str(tmp_path / "list.tsv")) == expected
+    assert [line[1] for line in scored(tmp_path, "--prompts", f"{tmp_path}/list.tsv#id")] == [
+        str(n) for n in range(1, 13)
+    ]
+    rows = [{"file_name": f"{n}.png", "prompt": f"number {n}"} for n in reversed(range(1, 13))]
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert scored(tmp_path, "--prompts", str(tmp_path / "named.jsonl")) == expected[::-1]
+
+
+@pytest.mark.parametrize("count", [100, 101, 1001])
+def test_what_was_drawn_is_named_wide_enough_and_says_its_prompts(tmp_path: Path, pictures: Path, count: int) -> None:
+    rows = [Row(index, f"prompt {index}", {"tag": "colors", "file_name": "x"}) for index in range(count)]
+    media = (torch.arange(count) % 256)[:, None, None, None].expand(-1, 3, 1, 1) / 255
+    paths = save_pictures(tmp_path / "many", media, rows)
+    assert sorted(path.name for path in paths) == [path.name for path in paths]
+    assert scored(tmp_path) == [(path.name, f"prompt {n}", n % 256) for n, path in enumerate(paths)]
+
+
+def test_pictures_and_rows_that_do_not_belong_together_are_one_sentence(
+    tmp_path: Path, pictures: Path, failing
+) -> None:
+    rows = [Row(index, prompt) for index, prompt in enumerate(("one", "two", "three"))]
+    folder, command = tmp_path / "drawn", ["score", "colorfulness", "--images", str(tmp_path / "drawn")]
+    save_pictures(folder, torch.zeros(3, 3, 8, 8), rows)
+    manifest = folder / "metadata.jsonl"
+    succeed(*command)
+    succeed(*command, "--prompts", str(tmp_path / "prompts.txt"))
+    (tmp_path / "other.txt").write_text("one\nthree\ntwo\n")
+    error = failing(*command, "--prompts", str(tmp_path / "other.txt"))
+    assert f"{folder}/01.png is of 'two', as {manifest} says, and {tmp_path}/other.txt has 'three' for it" in error
+    Image.new("RGB", (8, 8)).save(folder / "extra.png")
+    assert f"{folder}/extra.png is in no row of {manifest}" in failing(*command)
+    (folder / "extra.png").unlink()
+    (folder / "01.png").unlink()
+    assert f"{manifest}: prompt 2 is of 01.png, which {folder} does not hold" in failing(*command)
+    manifest.write_text('{"file_name": "00.png", "text": "a"}\n{"file_name": "00.png", "text": "b"}\n')
+    assert "two prompts are of 00.png" in failing(*command)
+    manifest.write_text('{"file_name": "00.png", "text": "a"}\n{"text": "b"}\n')
+    assert "prompt 2 ('b') has no file_name" in failing(*command)
+    manifest.unlink()
+    assert f"--images {folder} has no metadata.jsonl that says what its images show; give --prompts" in failing(
+        *command
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,7 +177,7 @@ def test_samples_are_drawn_into_an_empty_folder(tiny_model: Path, tmp_path: Path
         (["train", "toyworld_ocr", "train.group_size=1"], "train.group_size should be greater than or equal to 2"),
         (["train", "toyworld_ocr", "model.path=/no/model"], "'/no/model' does not exist"),
         (["train", "toyworld_ocr", "prompts=/no/prompts.txt"], "'/no/prompts.txt' cannot be read"),
-        (["train", "toyworld_ocr", "prompts=list.csv"], "use a .txt or .jsonl file"),
+        (["train", "toyworld_ocr", "prompts=list.xls"], "use a file of .txt"),
         (["train", "toyworld_ocr", "rewards.ocr.options.mod=page"], "mod"),
         (["train", "toyworld_ocr", "rewards={orc: 1}"], "orc"),
         (["eval", "recipe", "toyworld_ocr", "evaluation.prompts=null"], "has no evaluation.prompts"),
@@ -166,7 +243,8 @@ def test_a_reward_that_breaks_the_contract_ends_with_exit_code_1(
 
 
 def test_mistakes_in_checking_and_serving_are_one_sentence(tmp_path: Path, pictures: Path, failing) -> None:
-    assert "--images and --prompts go together" in failing("rewards", "check", "ocr", "--images", str(pictures))
+    assert "has no metadata.jsonl that says" in failing("rewards", "check", "ocr", "--images", str(pictures))
+    assert "--prompts are of --images" in failing("rewards", "check", "ocr", "--prompts", str(tmp_path / "prompts.txt"))
     assert "did you mean 'ocr'" in failing("rewards", "check", "orc")
     assert "must be written REWARD.KEY=VALUE" in failing("serve", "compressibility", "--option", "quality=3")
     assert "has no option 'qualty'" in failing("serve", "compressibility", "--option", "compressibility.qualty=3")

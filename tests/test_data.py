@@ -84,6 +84,72 @@ def test_bundled_lists_load_by_name(name):
     assert all("include" in row.metadata for row in loaded) == ("shapes" in name or name == "geneval")
 
 
+# Tables, JSON, columns
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "PartiPrompts.tsv",
+            'Prompt\tCategory\tNote\n"THE CAT"\tArts\t\nsays "a, b" here\tX\ty\n',
+            ['"THE CAT"', 'says "a, b" here'],
+        ),
+        ("quoted.tsv", 'prompt\ttag\n"a ""b"""\t1\n"two\nlines"\t2\n', ['a "b"', "two\nlines"]),
+        ("spreadsheet.tsv", 'prompt\ttag\n"a, b"\t1\nc\t2\n', ["a, b", "c"]),
+        ("all.tsv", '"prompt"\t"tag"\n"a"\t"1"\n', ["a"]),
+        ("DrawBench.csv", 'Prompts,Category\r\n"A, ""b""\r\nc",X\r\nd,Y\r\n\r\n', ['A, "b"\nc', "d"]),
+        ("european.csv", "prompt;tag\na, b;1\n", ["a, b"]),
+        ("spaced.csv", 'tag, prompt\n1, "a, b"\n', ["a, b"]),
+        ("unigenbench.csv", 'index,prompt_en,sub_dims_en\n0,a cat,"{""Testpoints"": []}"\n', ["a cat"]),
+        ("wise.json", '[{"Prompt": "a", "prompt_id": 1}]', ["a"]),
+        ("hpd.json", '["a",\n "b"]', ["a", "b"]),
+        ("columns.json", '{"caption": ["a", "b"], "n": [1, 2]}', ["a", "b"]),
+        ("wrapped.json", '{"data": [{"text": "a"}]}', ["a"]),
+        ("keyed.json", '{"1": {"prompt": "a"}, "2": {"prompt": "b"}}', ["a", "b"]),
+        ("one.json", '{"prompt": "a", "include": [1, 2]}', ["a"]),
+        ("lines.json", '{"prompt": "a"}\n{"prompt": "b"}\n', ["a", "b"]),
+        ("list.jsonl", '["a",\n "b"]', ["a", "b"]),
+        ("texts.jsonl", '"a"\n"b"\n\n', ["a", "b"]),
+        ("both.jsonl", '{"text": "TEXT", "prompt": "a"}\n', ["a"]),
+        ("trailing.txt", "a\nb\n\n  \n", ["a", "b"]),
+        ("old_mac.txt", "a\rb\r", ["a", "b"]),
+        ("BIG.TXT", "a\n", ["a"]),
+        ("a#b.txt", "a\n", ["a"]),
+        ("utf16.csv", "prompt,tag\né,1\n".encode("utf-16"), ["é"]),
+        ("utf32.txt", "é\n".encode("utf-32"), ["é"]),
+        ("marked.json", b'\xef\xbb\xbf["a"]', ["a"]),
+    ],
+)
+def test_prompt_lists_of_the_field_are_read_as_they_are_published(write, name, text, expected):
+    assert [row.prompt for row in load_prompts(write(name, text))] == expected
+
+
+def test_a_column_is_said_after_the_file_and_the_others_are_metadata(write):
+    path = write("tiif.jsonl", '{"type": "t", "short_description": "s", "long_description": "l"}\n')
+    with pytest.raises(UserError, match=r"short_description, long_description may all hold the prompts"):
+        load_prompts(path)
+    assert load_prompts(f"{path}#long_description") == [Row(0, "l", {"type": "t", "short_description": "s"})]
+    with pytest.raises(UserError, match=r"has no column 'long'; its columns are type, short_description, long_descr"):
+        load_prompts([f"{path}#long"])
+    table = write("a.csv", ",prompt,tag,empty\n0,a,x,\n")
+    assert load_prompts(table) == [Row(0, "a", {"tag": "x"})]  # cells without a name or a value say nothing
+    with pytest.raises(UserError, match="has no column 'x'; it has no columns"):
+        load_prompts(write("a.txt", "a\n") + "#x")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["image", "images", "source_image", "input_image", "init_img", "image_path", "reference_image", "video", "source"],
+)
+def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked_for(write, key):
+    path = write("edits.jsonl", json.dumps({"prompt": "make it red", key: "a/1.PNG"}) + "\n")
+    with pytest.raises(UserError, match=rf"line 1: the row names a picture \({key} 'a/1.PNG'\), as editing sets do"):
+        load_prompts(path)
+    assert load_prompts(f"{path}#prompt")[0].prompt == "make it red"
+    assert load_prompts(write("none.jsonl", json.dumps({"prompt": "red", key: None, "source": "coco"}) + "\n"))
+
+
 # Mistakes
 
 
@@ -93,17 +159,34 @@ def test_bundled_lists_load_by_name(name):
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"a\.jsonl, line 2: not JSON: .* at column \d+"),
         ("a.jsonl", '{"prompt": "a"}\nplain text\n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"}\n', r"a\.jsonl, line 2: the line is empty"),
-        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r'a\.jsonl, line 2: needs a mapping with a "prompt" of text'),
-        ("a.jsonl", '{"prompt": 3}\n', r'a\.jsonl, line 1: needs a mapping with a "prompt" of text'),
-        ("a.jsonl", '{"prompt": "  "}\n', r'a\.jsonl, line 1: needs a mapping with a "prompt" of text'),
-        ("a.jsonl", '["a"]\n', r'a\.jsonl, line 1: needs a mapping with a "prompt" of text'),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r'a\.jsonl, line 2: needs a text as its "prompt"'),
+        ("a.jsonl", '{"prompt": 3}\n', r'a\.jsonl, line 1: needs a text as its "prompt"'),
+        ("a.jsonl", '{"prompt": "  "}\n', r'a\.jsonl, line 1: needs a text as its "prompt"'),
+        ("a.jsonl", "7\n", r'a\.jsonl, line 1: needs a text as its "prompt"'),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', r"a\.jsonl, line 1: the prompt holds half a character"),
         ("a.txt", "a\n\nb\n", r"a\.txt, line 2: the line is empty; remove it or write a prompt"),
-        ("a.txt", "a\nb\n  \n", r"a\.txt, line 3: the line is empty"),
+        ("a.csv", "prompt,tag\na,1\n\nb,2\n", r"a\.csv, line 3: the line is empty"),
+        ("a.tsv", "prompt\ttag\na\t1\n\t2\n", r'a\.tsv, line 3: needs a text as its "prompt"'),
+        ("a.csv", 'prompt\n"a\nb\n', r"a\.csv, line 2: unexpected end of data; a field that holds quotes is written"),
+        ("a.csv", "prompt\na, b\n", r"a\.csv, line 2: 2 fields for 1 columns; one that holds commas needs quotes"),
+        ("a.csv", "prompt,tag,tag\na,1,2\n", r"a\.csv: two columns are called 'tag'"),
+        ("a.csv", ",,\n", r"a\.csv' is empty"),
+        ("a.json", "[]", r"a\.json' is empty"),
+        ("a.json", '["a",\n "b"', r"a\.json, line 2: not JSON"),
+        ("a.json", '{"prompt": ["a"], "tag": []}', r"a\.json: its lists differ in length \(prompt 1, tag 0\)"),
+        (
+            "a.json",
+            '{"0": "a", "1": "b"}',
+            r"none of its columns \(0, 1\) is called prompt, text or caption; .*a\.json#0$",
+        ),
+        ("a.csv", "a cat\na dog\n", r"none of its columns \(a cat\) is called prompt, text or caption"),
+        ("a.csv", "text,caption\na,b\n", r"text, caption may all hold the prompts; say which, as .*a\.csv#text$"),
         ("a.txt", "", r"a\.txt' is empty; it needs a prompt a line"),
         ("a.txt", "\n \n", r"a\.txt' is empty"),
         ("a.jsonl", "", r"a\.jsonl' is empty"),
-        ("a.csv", "a\n", r"a\.csv': use a \.txt or \.jsonl file, or one of toyworld/words_train"),
-        ("a.txt", b"\xff\xfe\x00\x01", r"a\.txt' cannot be read"),
+        ("a.xlsx", "a\n", r"a\.xlsx': use a file of \.txt, .*, or one of toyworld/words_train"),
+        ("a.txt", b"a\nb\ncaf\xe9\n", r"a\.txt' cannot be read: line 3 is not UTF-8; save the file as UTF-8"),
+        ("a.txt", "ab\n".encode("utf-16-le"), r"a\.txt' cannot be read: it holds bytes of 0"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_sentence_with_its_place(write, name, text, sentence):

@@ -409,7 +409,7 @@ def test_the_command_line_collects_and_scores(
         (["score", "judge.py:brightness", "--store", "store"], "has a reward 'brightness' already"),
         (["score", "judge.py:darkness", "--store", "."], ". is no store of groups"),
         (["score", "judge.py:darkness", "--store", "store", "--images", "."], "leave --images, --prompts"),
-        (["score", "judge.py:darkness", "--name", "dark"], "give --images and --prompts, or --store"),
+        (["score", "judge.py:darkness", "--name", "dark"], "give --images, or --store"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_loses_nothing(

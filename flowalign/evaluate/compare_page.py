@@ -9,6 +9,7 @@ import numpy as np
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.pages import parsed, picture, read_metrics, write_page
+from flowalign.runs import picture_names
 
 Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -189,8 +190,8 @@ def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, A
         shown += [("before", steps[0])] * (not shown) + [(of["name"], steps[-1])]
     prompts = min((parsed(step / "prompts.json", json.loads) for _, step in shown), key=len)
     return [
-        (prompt, [(label, picture(step / f"{index:02d}.png", PICTURE_SIDE)) for label, step in shown])
-        for index, prompt in enumerate(prompts)
+        (prompt, [(label, picture(step / name, PICTURE_SIDE)) for label, step in shown])
+        for prompt, name in zip(prompts, picture_names(len(prompts)), strict=True)
     ]
 
 

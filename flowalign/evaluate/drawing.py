@@ -11,7 +11,6 @@ so a resumed drawing gives the very bytes of one that was never stopped (on the 
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from flowalign.rollout import Progress, rollout
 from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling.noise import EVALUATION
 from flowalign.settings import UserError
-from rewards.pictures import read_picture
+from rewards.pictures import FORMATS, natural, pictures_in, read_picture
 
 # Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
 _NOT_PICTURES = {"path", "adapter", "dtype", "attention", "compile", "lora", "gradient_checkpointing"}
@@ -136,7 +135,8 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
     With `rows` the folders 00000, 00001, ... must be those of the rows; without, the folders say what the rows are.
     Raises UserError, with the path, for anything missing, unreadable or too much.
     """
-    folders = sorted(place for place in folder.glob("*") if place.is_dir() and place.name.isdigit())
+    numbered = (place for place in folder.glob("*") if place.is_dir() and place.name.isdecimal())
+    folders = sorted(numbered, key=lambda place: natural(place.name))
     if not folders:
         raise UserError(f"{folder} holds no pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png")
     if rows is not None:
@@ -168,13 +168,13 @@ def _metadata_row(folder: Path) -> Row:
 
 
 def _pictures(folder: Path, row: Row, images: int) -> list[Picture]:
-    named = [path for path in (folder / "samples").glob("*.png") if re.fullmatch(r"\d+\.png", path.name)]
-    paths = sorted(named, key=lambda path: int(path.stem))
+    samples = folder / "samples"
+    paths = [path for path in pictures_in(samples) if path.stem.isdecimal()] if samples.is_dir() else []
     if len(paths) != images:
         raise UserError(f"{folder}/samples holds {len(paths)} pictures NNNN.png, not {images}; see --images-per-prompt")
     for path in paths:
-        if not _is_whole(path):
-            raise UserError(f"{path} is not a readable PNG; make it again")
+        if not _is_whole(path, FORMATS):
+            raise UserError(f"{path} is not a readable picture; make it again")
     return [Picture(path, path.relative_to(folder.parent).as_posix(), row) for path in paths]
 
 
@@ -197,10 +197,10 @@ def _write_picture(path: Path, image: Image.Image) -> None:
     os.replace(partial, path)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a PNG is there, to its end and with the right checksums."""
+def _is_whole(path: Path, formats: tuple[str, ...] = ("PNG",)) -> bool:
+    """Whether a picture is there, a PNG to its end and with the right checksums."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(path, formats=formats) as image:
             image.verify()
     except (OSError, SyntaxError, Image.DecompressionBombError):
         return False

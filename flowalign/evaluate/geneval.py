@@ -17,8 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
-from flowalign.evaluate.intervals import combined_interval, mean_interval
-from flowalign.evaluate.results import RESULTS, Line, write_summary
+from flowalign.evaluate.intervals import combined_interval, mean_interval, mean_of
+from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from flowalign.settings import UserError
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
 from rewards.base import RewardError, import_object
@@ -164,19 +164,20 @@ def verdicts(judging: Judge, pictures: Sequence[Picture]) -> list[Line]:
 
 
 def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
-    """Scores with 95 % intervals of the lines of consecutive prompts, `images` pictures each.
+    """Scores with 95 % intervals of lines, a picture each, of a list with `images` pictures for every row.
 
-    `overall` is GenEval's, the unweighted mean of the tasks; `image_mean` is over all pictures; `any_success` is the
-    share of prompts of which at least one picture is correct.
+    Rows that are alike are one prompt, as the published scripts group them. `overall` is GenEval's, the unweighted mean
+    of the tasks; `image_mean` is over all pictures; `any_success` is the share of prompts
+    of which at least one picture is correct.
     """
-    prompts = [lines[start : start + images] for start in range(0, len(lines), images)]
+    prompts = by_prompt(lines, _asked)
     by_task: dict[str, list[list[float]]] = {}
     for group in prompts:
         by_task.setdefault(group[0]["tag"], []).append([float(line["correct"]) for line in group])
     order = sorted(by_task, key=lambda tag: (TASKS.index(tag) if tag in TASKS else len(TASKS), tag))
     groups = [by_task[tag] for tag in order]
-    sizes = [float(len(own)) for own in groups]
-    scores, intervals = [float(np.mean(own)) for own in groups], [mean_interval(own) for own in groups]
+    sizes = [float(sum(map(len, own))) for own in groups]
+    scores, intervals = [mean_of(own) for own in groups], [mean_interval(own) for own in groups]
     tasks = zip(order, scores, intervals, groups, strict=True)
     any_success = [[max(group)] for own in groups for group in own]
     return {
@@ -191,6 +192,12 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
         "images": len(lines),
         "images_per_prompt": images,
     }
+
+
+def _asked(line: Line) -> str:
+    """What a line's prompt asks for, in whatever order its row says it."""
+    row = json.loads(line["metadata"])
+    return json.dumps([row.get(key) for key in ("prompt", "tag", "include", "exclude")], sort_keys=True)
 
 
 def evaluate_geneval(benchmark: Benchmark, judging: Judge, *, check_detector: bool = True) -> dict[str, Any]:

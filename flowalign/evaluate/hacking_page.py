@@ -10,6 +10,7 @@ import numpy as np
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.pages import parsed, picture
+from flowalign.runs import picture_names
 from flowalign.settings import counted
 
 Row = dict[str, Any]
@@ -73,6 +74,7 @@ def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> li
     steps[worst] = f"{steps[worst]}; {kind}" if worst in steps else f"step {worst}, {kind}"
     prompts = parsed(folder / "samples" / f"step_{worst:06d}" / "prompts.json", json.loads) or []
     falls = _falls(audited[0], next(one for one in audited if one["step"] == worst), prompts)
+    names = picture_names(len(prompts))
     order = sorted(range(len(prompts)), key=lambda place: falls[place])[:SHOWN]
     return [
         {
@@ -80,7 +82,7 @@ def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> li
             "images": [
                 (title, picture(path, _SIDE))
                 for step, title in sorted(steps.items())
-                if (path := folder / "samples" / f"step_{step:06d}" / f"{place:02d}.png").is_file()
+                if (path := folder / "samples" / f"step_{step:06d}" / names[place]).is_file()
             ],
         }
         for place in order

@@ -30,13 +30,19 @@ Groups = Sequence[Sequence[float]]
 _Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 
+def mean_of(groups: Groups) -> float:
+    """Of all pictures' scores, a group for each prompt; one with more pictures weighs more."""
+    return float(np.mean(list(chain.from_iterable(groups))))
+
+
 def mean_interval(groups: Groups, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
     """Of the mean of scores, a group for each prompt; None without any. No score lies outside the bounds."""
     if len(groups) == 0:
         return None
     if _binary(groups):
         return proportion_interval(groups)
-    found = _interval([float(np.mean(group)) for group in groups])
+    usual = sum(map(len, groups)) / len(groups)
+    found = _interval([math.fsum(group) / usual for group in groups])  # whose mean is that of all pictures
     return found and (max(found[0], bounds[0]), min(found[1], bounds[1]))
 
 

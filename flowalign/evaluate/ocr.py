@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
-from flowalign.evaluate.intervals import Groups, mean_interval
-from flowalign.evaluate.results import RESULTS, Line, write_summary
+from flowalign.evaluate.intervals import Groups, mean_interval, mean_of
+from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from flowalign.settings import UserError
 from rewards.ocr import OCR, quoted_text, text_score
 
@@ -50,8 +48,11 @@ def readings(reader: OCR, pictures: Sequence[Picture]) -> list[Line]:
 
 
 def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
-    """Means and 95 % intervals of the lines of consecutive prompts, `images` pictures each; by length of the target."""
-    prompts = [lines[start : start + images] for start in range(0, len(lines), images)]
+    """Means and 95 % intervals of lines, a picture each, with `images` of every row; by length of the target.
+
+    Rows that are alike are one prompt.
+    """
+    prompts = by_prompt(lines, lambda line: line["prompt"])
     bins = [length_bin(group[0]["target"]) for group in prompts]
     values = {name: [[float(line[name]) for line in group] for group in prompts] for name in SCORES}
     targets = sorted((group[0]["target"] for group in prompts), key=lambda target: len(target.replace(" ", "")))
@@ -74,7 +75,7 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
 
 
 def _score(groups: Groups) -> dict[str, Any]:
-    return {"score": float(np.mean(groups)), "interval": mean_interval(groups, bounds=(0, 1))}
+    return {"score": mean_of(groups), "interval": mean_interval(groups, bounds=(0, 1))}
 
 
 def evaluate_ocr(benchmark: Benchmark, mode: str) -> dict[str, Any]:

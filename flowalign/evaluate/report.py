@@ -19,7 +19,7 @@ from flowalign.evaluate import plots
 from flowalign.evaluate.hacking_page import hacking_section
 from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combined_interval, difference_interval
 from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
-from flowalign.runs import MAP
+from flowalign.runs import MAP, picture_names
 from flowalign.settings import UserError, counted
 
 Row = dict[str, Any]
@@ -188,7 +188,7 @@ def _samples(folder: Path) -> Row:
     steps = sorted(path.parent for path in folder.glob("step_*/prompts.json"))
     prompts = parsed(steps[0] / "prompts.json", json.loads) if steps else []
     ends = dict.fromkeys([*steps[:1], *steps[-1:]])
-    named = [(prompt, f"{index:02d}.png") for index, prompt in enumerate(prompts)]
+    named = list(zip(prompts, picture_names(len(prompts)), strict=True))
     return {
         "pairs": [(prompt, [picture(step / name, PAIR_SIDE) for step in ends]) for prompt, name in named],
         "strips": [

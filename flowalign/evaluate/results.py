@@ -86,6 +86,14 @@ def continued(
     return done
 
 
+def by_prompt(lines: Sequence[Line], prompt_of: Callable[[Line], Any]) -> list[list[Line]]:
+    """The lines of each prompt, in the order of the first ones: rows of a list that are alike are one prompt."""
+    groups: dict[Any, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(prompt_of(line), []).append(line)
+    return list(groups.values())
+
+
 def _whole_lines(path: Path) -> list[Line]:
     """The lines that end, parsed; what follows the last of them is cut off."""
     if not path.exists():

@@ -1,0 +1,259 @@
+"""What prompt files look like: a line each, JSON by lines or whole, and tables, in any Unicode encoding.
+
+Every reader gives entries: where one stands ("line 3"), and a text or a mapping from columns to values. Which column
+holds the prompts is found by its name, or said as FILE#COLUMN.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowalign.settings import UserError
+from rewards.pictures import SUFFIXES
+
+Entry = tuple[str, Any]
+# The first of these rows in which a name fits decides: PartiPrompts has Prompt, DrawBench Prompts, Pick-a-Pic caption,
+# UniGenBench prompt_en, TIIF both descriptions.
+_NAMES = (
+    ("prompt", "prompts"),
+    ("text", "texts", "caption", "captions"),
+    ("prompt_en", "prompt_zh", "short_description", "long_description"),
+)
+# What editing sets call the picture that is to be changed: image, images, source_image, input_img, image_path, ...
+_PICTURE = re.compile(
+    r"((source|src|input|init|initial|original|orig|cond|condition|conditioning|control|ref|reference|before|base)[_-]?)?"
+    r"(image|img|picture|video)s?([_-]?(path|file|filename|url|name)s?)?"
+)
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",  # after UTF-32, whose mark begins alike
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def read_prompt_file(path: Path, column: str | None = None) -> list[tuple[str, dict[str, Any]]]:
+    """The prompts of a file and what else its rows say, in their order.
+
+    Raises UserError for a file that cannot be read, for a column that is not there or not certain, for rows that name a
+    picture to be edited (unless the column was said), and with its place for a row without a prompt.
+    """
+    text = _text(path)
+    if not text.strip():
+        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt a line")
+    entries = READERS[path.suffix.lower()](text, path)
+    if not entries:
+        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt a line")
+    columns = list(dict.fromkeys(key for _, value in entries if isinstance(value, dict) for key in value))
+    if column is not None and column not in columns:
+        known = f"its columns are {_listed(columns)}" if columns else "it has no columns"
+        raise UserError(f"prompts {str(path)!r} has no column {column!r}; {known}")
+    chosen = column or (_prompt_column(columns, path) if columns else "prompt")
+    return [_prompt(f"{path}, {place}", value, chosen, said=column is not None) for place, value in entries]
+
+
+def _prompt(where: str, value: Any, column: str, *, said: bool) -> tuple[str, dict[str, Any]]:
+    row = {column: value} if isinstance(value, str) else value
+    if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
+        raise UserError(f'{where}: needs a text as its "{column}"')
+    for key, named in row.items():
+        if not said and key != column and _is_picture(key, named):
+            raise UserError(
+                f"{where}: the row names a picture ({key} {named!r}), as editing sets do, and pictures are drawn from "
+                f"text alone; to use the text nevertheless, say its column as {where.rpartition(', ')[0]}#{column}"
+            )
+    try:
+        row[column].encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: the prompt holds half a character ({error.reason}); write it anew") from error
+    return row[column], {key: other for key, other in row.items() if key != column}
+
+
+def _is_picture(key: str, value: Any) -> bool:
+    """Whether a column and what a row has in it name the picture that is to be edited."""
+    name = key.casefold()
+    by_file = name in ("source", "src", "input", "original", "before") and str(value).lower().endswith(SUFFIXES)
+    return bool(value) and (by_file or _PICTURE.fullmatch(name) is not None)
+
+
+def _prompt_column(columns: Sequence[str], path: Path) -> str:
+    for names in _NAMES:
+        fitting = [name for name in columns if name.strip().casefold() in names]
+        if len(fitting) == 1:
+            return fitting[0]
+        if fitting:
+            raise UserError(
+                f"prompts {path}: {_listed(fitting)} may all hold the prompts; say which, as {path}#{fitting[0]}"
+            )
+    raise UserError(
+        f"prompts {path}: none of its columns ({_listed(columns)}) is called prompt, text or caption; "
+        f"say which holds the prompts, as {path}#{columns[0]}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [name if len(name) <= 40 else name[:37] + "..." for name in names]
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "")
+
+
+def _text(path: Path) -> str:
+    """A file's text with line ends "\\n"; UserError for one that cannot be read as the encoding its first bytes say."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"prompts {str(path)!r} cannot be read: {error.strerror or error}") from error
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"prompts {str(path)!r} cannot be read: line {line} is not {encoding.removesuffix('-sig').upper()}; "
+            "save the file as UTF-8"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"prompts {str(path)!r} cannot be read: it holds bytes of 0; save the file as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(text: str) -> list[str]:
+    # Not splitlines(): a JSON text may hold U+2028 and its like, which are no line's end.
+    return text.rstrip().split("\n")
+
+
+def _from_lines(text: str, path: Path) -> list[Entry]:
+    return [(f"line {number}", line.strip()) for number, line in _filled(_lines(text), path)]
+
+
+def _filled(lines: Sequence[str], path: Path) -> list[tuple[int, str]]:
+    """The lines with their numbers; UserError for an empty one."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise UserError(f"{path}, line {number}: the line is empty; remove it or write a prompt")
+    return list(enumerate(lines, start=1))
+
+
+def _from_json_lines(text: str, path: Path) -> list[Entry]:
+    if text.lstrip().startswith("["):  # one list, whatever the file is called
+        return _from_json(text, path)
+    return [(f"line {number}", _parsed(line, path, number)) for number, line in _filled(_lines(text), path)]
+
+
+def _from_json(text: str, path: Path) -> list[Entry]:
+    """Of a list, a table of lists, a mapping of rows, or a row; a row a line is read too, called as it may."""
+    if not text.lstrip().startswith("["):
+        try:
+            json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg == "Extra data":
+                return _from_json_lines(text, path)
+    return _entries(_parsed(text, path, 1), path)
+
+
+def _parsed(text: str, path: Path, first: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
+        what = getattr(error, "msg", str(error))
+        raise UserError(f"{path}, line {first + line - 1}: not JSON: {what} at column {column}") from error
+
+
+def _entries(content: Any, path: Path) -> list[Entry]:
+    if isinstance(content, dict) and not any(
+        key.casefold() in names and isinstance(value, str) for key, value in content.items() for names in _NAMES
+    ):
+        lists = {key: value for key, value in content.items() if isinstance(value, list)}
+        if len({len(values) for values in lists.values()}) > 1:
+            lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
+            raise UserError(f"prompts {path}: its lists differ in length ({lengths})")
+        if lists:
+            rows = [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+            whole = len(lists) == 1 and all(isinstance(next(iter(row.values())), dict) for row in rows)
+            content = [value for row in rows for value in row.values()] if whole else rows
+        elif content and all(isinstance(value, dict) for value in content.values()):
+            content = list(content.values())
+    listed = content if isinstance(content, list) else [content]
+    return [(f"entry {number}", value) for number, value in enumerate(listed, start=1)]
+
+
+def _from_table(text: str, path: Path) -> list[Entry]:
+    """Of a table whose first line names its columns: commas, semicolons or tabs between fields that may be quoted."""
+    head = text.lstrip("\n").split("\n")[0]
+    mark = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
+    quoted = mark != "\t" or _is_quoted(text)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=mark,
+        skipinitialspace=True,
+        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        strict=True,
+    )
+    rows: list[tuple[int, list[str]]] = []
+    begins = 1
+    try:
+        for fields in reader:
+            rows.append((begins, [field.strip() for field in fields]))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {begins}: {error}; a field that holds quotes is written in quotes, with its own ones doubled"
+        ) from error
+    while rows and not any(rows[-1][1]):
+        rows.pop()
+    while rows and not any(rows[0][1]):
+        rows.pop(0)
+    if not rows:
+        return []
+    (_, columns), *body = rows
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise UserError(f"{path}: two columns are called {twice[0]!r}; rename one")
+    return [(f"line {number}", _row(fields, columns, f"{path}, line {number}")) for number, fields in body]
+
+
+def _row(fields: Sequence[str], columns: Sequence[str], where: str) -> dict[str, str]:
+    """The filled fields by their columns; a row may end before the last."""
+    if not any(fields):
+        raise UserError(f"{where}: the line is empty; remove it or write a prompt")
+    if len(fields) > len(columns):
+        raise UserError(f"{where}: {len(fields)} fields for {len(columns)} columns; one that holds commas needs quotes")
+    return {name: field for name, field in zip(columns, fields, strict=False) if name and field}
+
+
+def _is_quoted(text: str) -> bool:
+    """Whether quotes in a table with tabs are its syntax: whether csv, a spreadsheet or a careful hand writes it so.
+
+    By the format's registration there are none, and PartiPrompts.tsv has bare ones in its prompts.
+    """
+    lines = text.strip("\n")
+    try:
+        rows = list(csv.reader(io.StringIO(lines, newline=""), delimiter="\t", strict=True))
+    except csv.Error:
+        return False
+
+    def written(marks: str | None) -> str:
+        return "\n".join("\t".join(_quoted(field, marks) for field in row) for row in rows)
+
+    return lines in (written('\t\n"'), written('\t\n",'), written(None))
+
+
+def _quoted(field: str, marks: str | None) -> str:
+    """A field in quotes where it holds one of the marks; in any case for None."""
+    needs = marks is None or any(mark in field for mark in marks)
+    return '"' + field.replace('"', '""') + '"' if needs else field
+
+
+READERS: Mapping[str, Callable[[str, Path], list[Entry]]] = {
+    ".txt": _from_lines,
+    ".jsonl": _from_json_lines,
+    ".ndjson": _from_json_lines,
+    ".json": _from_json,
+    ".csv": _from_table,
+    ".tsv": _from_table,
+}
