@@ -181,6 +181,31 @@ def test_crd_does_not_see_a_constant_of_a_prompt(first, second, temperature):
     torch.testing.assert_close(centered_reward_loss(implicit + shift, reward, groups, **settings), plain)
 
 
+@pytest.mark.parametrize("kind", ["mse", "bce"])
+@pytest.mark.parametrize("level", [-0.3, 0.0, 0.4])
+@pytest.mark.parametrize("constant", [2.0, -7.0])
+def test_crd_has_nothing_to_say_of_equal_rewards_and_equal_implicit_rewards(level, constant, kind):
+    """One pool of temperature 0 is empty, or both are: its centre is the mean, since log Z cancels with no other."""
+    implicit = torch.full((6,), constant, dtype=torch.float64, requires_grad=True)
+    groups = torch.tensor([0, 0, 0, 4, 4, 4])
+    settings = {"beta": 1.0, "weight_temperature": 0.0, "kind": kind}
+    loss = centered_reward_loss(implicit, torch.full((6,), level, dtype=torch.float64), groups, **settings)
+    assert loss.item() == pytest.approx(0 if kind == "mse" else np.log(2), abs=1e-12)
+    (grad,) = torch.autograd.grad(loss, implicit)
+    assert grad.abs().max() < 1e-12
+
+
+@given(st.floats(-5, 5), st.lists(st.floats(-0.5, 0.5), min_size=4, max_size=4), st.integers(0, 99))
+def test_crd_with_hard_pools_does_not_see_a_constant_of_a_prompt_whichever_pools_are_empty(shift, rewards, seed):
+    implicit, reward, groups = drawn(8, seed=seed), drawn(8, seed=1), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    reward[:4] = torch.tensor(rewards, dtype=torch.float64)
+    moved = implicit + torch.tensor([shift] * 4 + [0.0] * 4, dtype=torch.float64)
+    plain, shifted = (
+        centered_reward_loss(s, reward, groups, beta=0.5, weight_temperature=0.0) for s in (implicit, moved)
+    )
+    torch.testing.assert_close(shifted, plain)
+
+
 # GDRO
 
 

@@ -40,16 +40,16 @@ LOWEST_KL = 1e-4  # what is left of the KL's weight at reward 0
 
 
 def _weighted_means(values: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Each item's weighted mean over its group, (n,); 0 where all weights are."""
+    """Each item's weighted mean over its group, (n,)."""
     count = int(index.max()) + 1
     sums = torch.zeros(2, count, dtype=values.dtype, device=values.device)
     sums[0].index_add_(0, index, weights * values)
     sums[1].index_add_(0, index, weights.to(values.dtype))
-    return (sums[0] / torch.where(sums[1] > 0, sums[1], torch.ones_like(sums[1])))[index]
+    return (sums[0] / sums[1])[index]
 
 
 def _pools(reward: torch.Tensor, index: torch.Tensor, temperature: float | None) -> list[torch.Tensor]:
-    """The weights that a mean is taken with, one or two sets of (n,), not normalised."""
+    """The weights that a mean is taken with, one or two sets of (n,), not normalised and never all 0 in a group."""
     if temperature is None:
         return [torch.ones_like(reward)]
     count = int(index.max()) + 1
@@ -57,7 +57,9 @@ def _pools(reward: torch.Tensor, index: torch.Tensor, temperature: float | None)
     pools = []
     for signed in (reward, -reward):
         if temperature == 0:
-            pools.append(torch.where(signed > 0, reward.exp(), torch.zeros_like(signed)))
+            inside = signed > 0
+            filled = torch.zeros(count, dtype=torch.bool, device=reward.device).index_fill(0, index[inside], True)[index]
+            pools.append(torch.where(inside, reward.exp(), (~filled).to(reward)))
         else:
             top = highest.scatter_reduce(0, index, signed, "amax")[index]
             pools.append(((signed - top) / temperature).exp())
@@ -77,6 +79,8 @@ def centered_reward_loss(
 
     `weight_temperature` None: plain means; above 0: the mean of two losses, centred with softmax(reward / temperature)
     and with softmax(-reward / temperature); 0: softmax(reward) over the positive and over the negative rewards alone.
+    A group that has none of one sign takes the plain mean in its place: log Z cancels only where the weights of a mean
+    sum to 1, and a centre of 0 would pull the implicit rewards themselves, which mean nothing, to the rewards.
     """
     _, index = torch.unique(groups, return_inverse=True)
     losses = []
