@@ -21,13 +21,22 @@ class Scored(NamedTuple):
     measured: torch.Tensor | None = None  # (K, N), each reward as it was before shaping
     trust: torch.Tensor | None = None  # (N,) in (0, 1], what a sample's advantage is multiplied by
 
+    def trained(self) -> "Scored":
+        """Without the monitors, the rewards of weight 0: they are scored and logged, and never learnt from."""
+        kept = self.weights > 0
+        names = tuple(name for name, of in zip(self.names, kept.tolist(), strict=True) if of)
+        return self._replace(
+            values=self.values[kept], applies=self.applies[kept], weights=self.weights[kept], names=names, measured=None
+        )
+
     def shares(self, teaches: torch.Tensor) -> torch.Tensor:
         """(K, N): 0 where a reward does not apply, elsewhere 1 / the share of the samples that teach to which it does.
 
-        The mean of share times loss over those samples is then a reward's mean loss where it applies.
+        The mean of share times loss over those samples is then a reward's mean loss where it applies. 0 everywhere for
+        a reward that applies to none of them.
         """
-        fractions = self.applies[:, teaches].float().mean(1, keepdim=True)
-        return torch.where(self.applies, 1 / fractions, torch.zeros_like(fractions))
+        fractions = self.applies[:, teaches].float().mean(1, keepdim=True)  # NaN where nothing teaches
+        return torch.where(self.applies & (fractions > 0), 1 / fractions, torch.zeros_like(fractions))
 
 
 def _group_sums(values: torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:

@@ -111,7 +111,8 @@ def _score(samples: Samples, recipe: Recipe, step: int) -> None:
     values = torch.rand(len(names), count, generator=generator)
     previews: Any = None if samples.previews is None else torch.rand(samples.previews.shape[:2], generator=generator)
     weights = torch.tensor([entry.weight for entry in recipe.rewards.values()])
-    scored = Scored(values.mean(0), values, torch.ones_like(values, dtype=torch.bool), weights, names, previews)
+    every = torch.ones_like(values, dtype=torch.bool)
+    scored = Scored(values.mean(0), values, every, weights, names, previews).trained()
     samples.scored, samples.teaches = scored, recipe.algorithm.teaches(scored, samples.groups)
     samples.advantages = recipe.algorithm.advantages(scored, samples.groups)
     samples.shares = scored.shares(samples.teaches).T

@@ -195,7 +195,7 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     if gpus > 1:
         parts.append(Part("gradients sent", min(weights, MESSAGE) * 8, "8 B a weight of a message"))
     if recipe.algorithm.apart(0):  # rows, their sum and their stack in float32, and twice in float64 for the products
-        losses = len(recipe.rewards)
+        losses = len(recipe.trained_rewards)
         parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
     parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} pictures and paths"))
     parts.append(Part("runtime", RUNTIME, "assumed"))

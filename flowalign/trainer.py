@@ -236,15 +236,16 @@ class Trainer:
         )
         groups = torch.arange(self.recipe.train.prompts_per_step, device=own.total.device)
         groups = groups.repeat_interleave(self.recipe.train.group_size)
-        teaches, differs = algorithm.teaches(everyone, groups), algorithm.differs(everyone, groups)
+        learnt = everyone.trained()
+        teaches, differs = algorithm.teaches(learnt, groups), algorithm.differs(learnt, groups)
         part = slice(self.rank * len(samples), (self.rank + 1) * len(samples))
         try:
-            advantages = algorithm.advantages(everyone, groups)[part].to(own.total.device)
+            advantages = algorithm.advantages(learnt, groups)[part].to(own.total.device)
         except ValueError as error:
             raise UserError(f"step {self.step + 1}: {error}") from error
         samples.advantages = advantages if own.trust is None else (advantages.T * own.trust).T
         samples.teaches = teaches[part]
-        samples.shares = everyone.shares(teaches).T[part]
+        samples.shares = learnt.shares(teaches).T[part]
         means, stds = {"total": everyone.total.mean().item()}, {"total": everyone.total.std().item()}
         for name, values, applies in zip(own.names, measured, everyone.applies, strict=True):
             if applies.sum() > 1:

@@ -10,7 +10,18 @@ g_k are taken apart:
 and in between one backward pass is enough, since l_k is affine in A_k: with A = sum_k mean_alpha_k A_k,
 grad l(A) = sum_k mean_alpha_k grad l_k wherever no reward level is clipped. The KL stays outside of the balance.
 
-Beyond the paper: a reward may apply to some prompts only. Its loss is then the mean over those, and the amortised step
+The recipe's weights w_k are a preference, which the paper does not have (its rewards weigh alike):
+
+    alpha ~ argmin over alpha >= 0 with sum_k w_k alpha_k = 1 of || sum_k alpha_k g_k / ||g_k|| ||^2
+
+the min-norm point of the gradients g_k / (||g_k|| w_k), MGDA with scaled gradients (Desideri 2012). Its optimality says
+<step, g_k> / ||g_k|| = c w_k where alpha_k > 0, and more elsewhere, with one c > 0: along their own gradients rewards
+gain in proportion to their weights, and none falls. So it is the direction of the largest least gain by weight, min_k
+<step, g_k> / (||g_k|| w_k). Of two rewards at cosine c, alpha ~ (w_1 - c w_2, w_2 - c w_1), at least 0: at a right angle
+their weights themselves, from which the mean weights start. A scaled loss would do nothing, since gradients are taken at
+unit length. A weight of 0 is a monitor: scored and logged, never learnt from.
+
+Beyond the paper too: a reward may apply to some prompts only. Its loss is then the mean over those, and the amortised step
 weighs each item by the weights of the rewards that apply to it, so that it stays exact. `balance` also gives what
 MARBLE is compared with: the plain sum (`fixed`, of `advantage: total` or `summed`), whose conflicts are measured alike,
 and RACO (2602.02495), which turns the fixed sum away from conflicts: with g0 = sum_k w_k g_k, G_p = sum_k p_k g_k,
@@ -39,8 +50,17 @@ if TYPE_CHECKING:
 
 def min_norm_weights(gram: torch.Tensor) -> torch.Tensor:
     """(K,) on the simplex: the weights of the shortest convex combination of K vectors of inner products (K, K)."""
+    return preferred_weights(gram, torch.ones(len(gram)))
+
+
+def preferred_weights(gram: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
+    """(K,) on the simplex: the weights of K unit vectors, of inner products (K, K), in a step along each in proportion.
+
+    `preference` (K,) is positive, and says in which; see the module. Equal ones give `min_norm_weights`.
+    """
     inner = gram.detach().cpu().double().numpy()
-    return _on_simplex(2 * inner, np.zeros(len(inner)), None).to(gram)
+    prices = preference.detach().cpu().double().numpy()
+    return _cheapest(2 * inner, np.zeros(len(inner)), None, prices / prices.max()).to(gram)
 
 
 def conflict_averse_weights(gram: torch.Tensor, weights: torch.Tensor, radius: float) -> torch.Tensor:
@@ -49,17 +69,19 @@ def conflict_averse_weights(gram: torch.Tensor, weights: torch.Tensor, radius: f
     length = radius * np.sqrt(max(fixed @ inner @ fixed, 0.0))
     values, vectors = np.linalg.eigh(inner)
     root = vectors * np.sqrt(values.clip(min=0))  # root @ root.T = inner
-    chosen = _on_simplex(np.zeros_like(inner), inner @ fixed, length * root.T).numpy()
+    chosen = _cheapest(np.zeros_like(inner), inner @ fixed, length * root.T, np.ones(len(inner))).numpy()
     clipped = np.minimum(chosen, fixed)
     norm = np.sqrt(max(clipped @ inner @ clipped, 0.0))
     return torch.from_numpy(fixed + (length * clipped / norm if norm > 0 else 0)).to(gram)
 
 
-def _on_simplex(quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None) -> torch.Tensor:
-    """argmin of p Q p / 2 + q p (+ |cone p|) over the simplex, by Clarabel; float64."""
+def _cheapest(
+    quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None, prices: np.ndarray
+) -> torch.Tensor:
+    """argmin of p Q p / 2 + q p (+ |cone p|) over p >= 0 with prices p = 1, by Clarabel, made to sum to 1; float64."""
     size = len(linear)
     tops = 0 if cone is None else 1  # one more unknown, at least |cone p|
-    rows = [np.append(np.ones(size), np.zeros(tops))[None], np.hstack([-np.eye(size), np.zeros((size, tops))])]
+    rows = [np.append(prices, np.zeros(tops))[None], np.hstack([-np.eye(size), np.zeros((size, tops))])]
     cones = [clarabel.ZeroConeT(1), clarabel.NonnegativeConeT(size)]
     if cone is not None:
         rows += [np.append(np.zeros(size), -1.0)[None], np.hstack([-cone, np.zeros((len(cone), 1))])]
@@ -85,18 +107,18 @@ class Marble(NFT):
     advantage_std: Literal["global", "group", "none"] = "group"
     """Divide advantages by the standard deviation of the whole step's rewards, of the group's, or by none."""
     balance: Literal["min_norm", "raco", "fixed"] = "min_norm"
-    """How the rewards' gradients are joined: MARBLE's, RACO's, or as the recipe's weights say."""
+    """How the rewards' gradients are joined: MARBLE's, with the recipe's weights as a preference, RACO's, or summed."""
     every: Annotated[int, Field(gt=0)] = 10
     """Updates from one balancing, with a backward pass for each reward, to the next."""
     ema: Level = 0.7
     """How much of the mean weights a balancing keeps."""
     uniform_from: Annotated[int, Field(ge=0)] | None = None
-    """The update from which all rewards weigh alike, for the paper's last stage; null: never."""
+    """The update from which only the recipe's weights count, for the paper's last, uniform stage; null: never."""
     radius: Annotated[float, Field(ge=0)] = 0.4
     """RACO's c: how far it may turn from the fixed sum."""
 
     _names: tuple[str, ...] = PrivateAttr(default=())
-    _fixed: tuple[float, ...] = PrivateAttr(default=())
+    _shares: torch.Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))
 
     @property
     def parts_rewards(self) -> bool:
@@ -107,7 +129,7 @@ class Marble(NFT):
         """There must be something to balance."""
         super().check(rollout, train, rewards)
         if rewards < 2:
-            raise ValueError("algorithm: marble balances two rewards or more; with one, use nft")
+            raise ValueError("algorithm: marble balances two rewards of positive weight or more; with one, use nft")
         if self.balance != "raco":
             self.refuse("belongs to balance: raco", "radius")
         if self.balance == "fixed":
@@ -118,7 +140,7 @@ class Marble(NFT):
     def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
         """One column a reward, and a last one of the sum where that is what is trained on."""
         self._names = scored.names
-        self._fixed = tuple((scored.weights / scored.weights.sum()).tolist())
+        self._shares = (scored.weights / scored.weights.sum()).cpu()
         columns = reward_advantages(scored, groups, self.advantage_std)
         if self.balance == "fixed":
             columns = torch.cat([columns, super().advantages(scored, groups)[:, None]], dim=1)
@@ -126,10 +148,7 @@ class Marble(NFT):
 
     def mean_weights(self, update: int) -> torch.Tensor:
         """The weights (K,) of an update with a single backward pass."""
-        count = len(self._names)
-        if self._uniform(update):
-            return torch.full((count,), 1 / count)
-        return self.state.get("weights", torch.full((count,), 1 / count))
+        return self._shares if self._uniform(update) else self.state.get("weights", self._shares)
 
     def apart(self, update: int) -> bool:
         """Every so many updates, but not in the last stage, whose weights are known."""
@@ -182,13 +201,13 @@ class Marble(NFT):
             part = gram[:count, :count][alive][:, alive]
             if self.balance == "min_norm":
                 alpha = torch.zeros(count, dtype=gram.dtype)
-                alpha[alive] = min_norm_weights(part / lengths[alive].outer(lengths[alive]))
+                unit = part / lengths[alive].outer(lengths[alive])
+                alpha[alive] = preferred_weights(unit, self._shares[alive])
                 weights[:count][alive] = alpha[alive] / lengths[alive] * lengths.mean()
             else:
-                fixed = torch.tensor(self._fixed, dtype=gram.dtype)[alive]
-                weights[:count][alive] = conflict_averse_weights(part, fixed, self.radius)
+                weights[:count][alive] = conflict_averse_weights(part, self._shares[alive], self.radius)
                 alpha = weights[:count]
-            kept = self.state.get("weights", torch.full((count,), 1 / count)).to(alpha)
+            kept = self.state.get("weights", self._shares).to(alpha)
             self.state["weights"] = self.ema * kept + (1 - self.ema) * alpha
         step = gram[:count] @ weights
         length = (weights @ gram @ weights).clamp(min=0).sqrt()
