@@ -21,7 +21,7 @@ class Scored(NamedTuple):
     measured: torch.Tensor | None = None  # (K, N), each reward as it was before shaping
     trust: torch.Tensor | None = None  # (N,) in (0, 1], what a sample's advantage is multiplied by
 
-    def trained(self) -> "Scored":
+    def trained(self) -> Scored:
         """Without the monitors, the rewards of weight 0: they are scored and logged, and never learnt from."""
         kept = self.weights > 0
         names = tuple(name for name, of in zip(self.names, kept.tolist(), strict=True) if of)

@@ -125,9 +125,35 @@ class Recipe(Section):
             raise ValueError(f"combine.form {self.combine.form}: {self.algorithm.name} takes each reward by itself")
         if self.combine.disagreement and not self.algorithm.has_advantages:
             raise ValueError(f"combine.disagreement weighs advantages; {self.algorithm.name} has none")
-        if self.combine.disagreement and len(self.rewards) < 2:
+        if self.combine.disagreement and len(self.trained_rewards) < 2:
             raise ValueError("combine.disagreement needs two rewards or more")
-        self.algorithm.check(self.rollout, self.train, len(self.rewards))
+        self.algorithm.check(self.rollout, self.train, len(self.trained_rewards))
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_weighed(self) -> "Recipe":
+        trained, form = self.trained_rewards, self.combine.form
+        if not trained:
+            raise ValueError("rewards: every weight is 0, so nothing is learnt from; give one a weight above 0")
+        for name, entry in self.rewards.items():
+            if form == "bonus" and entry.weight != (name in (self.combine.base, self.combine.bonus)):
+                raise ValueError(
+                    f"rewards.{name}.weight: combine.form bonus takes 1 of base and bonus, 0 of all others"
+                )
+            if name in trained and entry.weight != 1 and (len(trained) == 1 or form == "worst"):
+                why = "combine.form worst weighs" if form == "worst" else "one reward alone is weighed against"
+                raise ValueError(f"rewards.{name}.weight: {why} nothing; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_happens(self) -> "Recipe":
+        settings, guard = self.evaluation, self.guard
+        if settings.prompts is None:
+            name = settings.changed(*type(settings).model_fields)
+            if name and "prompts" not in settings.model_fields_set:  # null says that there is to be none
+                raise ValueError(f"evaluation.{name}: without evaluation.prompts nothing is evaluated; name a list")
+            if guard and guard.stop:
+                raise ValueError("guard.stop: without evaluation.prompts nothing is audited; name a list")
         return self
 
     @model_validator(mode="after")
@@ -172,6 +198,11 @@ class Recipe(Section):
                 f"{self.items_per_step} items of a step"
             )
         return self
+
+    @property
+    def trained_rewards(self) -> dict[str, RewardSettings]:
+        """Those that are learnt from; a reward of weight 0 is scored and logged alone."""
+        return {name: entry for name, entry in self.rewards.items() if entry.weight > 0}
 
     @property
     def samples_per_step(self) -> int:

@@ -58,7 +58,11 @@ class Judging:
         self._pending: list[Future[dict[str, Scores]]] = []
 
     def check_prompts(self, rows: Sequence[Row]) -> None:
-        """Raises UserError for the first prompt that the recipe's shaping or combination cannot be made for."""
+        """Raises UserError for the first prompt that the recipe's shaping or combination cannot be made for.
+
+        So it does for a weight that these prompts never weigh against another.
+        """
+        self._refuse_unweighed(rows)
         for name in (self.recipe.combine.base, self.recipe.combine.bonus):
             if name is not None and name in self.rewards:
                 for row in rows:
@@ -74,6 +78,29 @@ class Judging:
                         f"rewards.{name}.shaping: store {self.shaping[name].reference} has no reference scores "
                         f"of {row.prompt!r}; collect it for all prompts"
                     )
+
+    @property
+    def trained(self) -> dict[str, Reward]:
+        """Those that are learnt from; the others, of weight 0, are scored and logged alone."""
+        return {name: reward for name, reward in self.rewards.items() if self.weights[name] > 0}
+
+    def _refuse_unweighed(self, rows: Sequence[Row]) -> None:
+        """A prompt's total is the weighted mean of the rewards that apply to it: of one alone, whatever its weight."""
+        trained = self.trained
+        if self.recipe.algorithm.parts_rewards or len({self.weights[name] for name in trained}) < 2:
+            return
+        met: set[str] = set()
+        for row in rows:
+            own = [
+                name for name, reward in trained.items() if reward.applies_to({**row.metadata, "prompt": row.prompt})
+            ]
+            met.update(own if len(own) > 1 else ())
+        for name in trained:
+            if name not in met and self.weights[name] != 1:
+                raise UserError(
+                    f"rewards.{name}.weight {self.weights[name]:g}: no prompt that it judges is judged by another "
+                    "reward, so it is weighed against nothing; leave it out"
+                )
 
     def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> None:
         """Begin to score finished pictures of a rollout, in their order; `score` waits for the result."""

@@ -121,9 +121,10 @@ class Learner:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.weights_changed()
+        decay = train.ema_decay_at(self.update)
         self.update += 1
-        if train.ema_decay:
-            self.policy.blend("ema", train.ema_decay)
+        if decay is not None:
+            self.policy.blend("ema", decay)
         return norm
 
     def _each_gradient(self, losses: torch.Tensor) -> torch.Tensor:

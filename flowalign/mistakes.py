@@ -11,7 +11,7 @@ from rapidfuzz.distance import OSA, Indel
 from flowalign.algorithms import ALGORITHMS
 
 Keys = tuple[str, ...]
-_TYPE_TAGS = {"str", "tuple[str, ...]"}  # pydantic names the branch of a union in an error's place
+_TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[float, ...]"}  # pydantic names a union's branch in an error's place
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -42,6 +42,12 @@ def explain(
     """One sentence for the first mistake: where it stands, what is wrong, what would be right."""
     # An unknown key first: it is often why another one is missing.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+    if first["loc"] and first["loc"][-1] in _TYPE_TAGS:  # of a union's branches the one that was come furthest in
+        within = first["loc"][:-1]
+        first = max(
+            (found for found in error.errors() if found["loc"][: len(within)] == within),
+            key=lambda found: len(found["loc"]),
+        )
     location = tuple(str(part) for part in first["loc"])
     keys = tuple(part for part in location if part not in _TYPE_TAGS)
     shown = ".".join(keys) or "the recipe"

@@ -104,7 +104,7 @@ class GroupStore:
                     f"store {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)} "
                     f"(`flowalign score {name} --store {self.path}` adds it)"
                 )
-        taught = [name for name, settings in recipe.rewards.items() if settings.weight > 0]
+        taught = list(recipe.trained_rewards)
         judged = np.any([np.isfinite(self.rewards[name]) for name in taught] or [[False]], axis=0)
         if not judged.all():
             row = self.rows[int(np.argwhere(~judged)[0][0])]

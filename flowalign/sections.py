@@ -14,7 +14,7 @@ from flowalign.settings import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
@@ -119,6 +119,18 @@ class Rollout(Sampler):
             raise ValueError(f"solver {self.solver} follows the ODE; it cannot take stochastic steps ({self.dynamics})")
         return self
 
+    @model_validator(mode="after")
+    def _window_is_used(self) -> Rollout:
+        if self.dynamics == "ode" and (
+            name := self.changed("window", "window_size", "window_moves", "window_interval")
+        ):
+            raise ValueError(f"{name} is of stochastic steps, and dynamics ode takes none; leave it out")
+        if self.window_size is None and (name := self.changed("window_moves", "window_interval")):
+            raise ValueError(f"{name} is of a window_size, which moves within the window; give one")
+        if self.window_moves == "random" and self.changed("window_interval"):
+            raise ValueError("window_interval belongs to window_moves sliding; a random window moves at every step")
+        return self
+
     @property
     def sde_window(self) -> tuple[int, int]:
         """The steps that may be stochastic, as [first, end)."""
@@ -198,7 +210,8 @@ class RewardSettings(Section):
     """One reward of a recipe."""
 
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """Its weight in the total that the advantages are made of."""
+    """Its part in the total that is learnt from, beside the other weights: ratios count, not sizes, so one reward alone
+    has 1. Of 0: scored and logged, never learnt from."""
     load: str | None = None
     """A built-in name, "file.py:Name" or "package.module:Name"; left out, the reward's key is its name."""
     options: dict[str, Any] = {}
@@ -219,10 +232,10 @@ Rewards = Annotated[dict[str, RewardSettings], Field(min_length=1)]
 
 
 def unshaped(rewards: dict[str, RewardSettings] | None) -> dict[str, RewardSettings] | None:
-    """Rewards to measure by; ValueError for one with a shaping."""
+    """Rewards to measure by; ValueError for one with a shaping or a weight."""
     for name, entry in (rewards or {}).items():
-        if entry.shaping is not None:
-            raise ValueError(f"{name}.shaping: an evaluation measures rewards as they are; leave it out")
+        if key := entry.changed("shaping", "weight"):
+            raise ValueError(f"{name}.{key}: an evaluation measures rewards as they are; leave it out")
     return rewards
 
 
@@ -258,7 +271,26 @@ class Train(Section):
     reference_guidance: Annotated[float, Field(ge=1)] | None = None
     """Guidance of the reference in the KL; null: as in training."""
     ema_decay: Decay | None = None
-    """Keep an exponential average of the weights, for evaluation and export."""
+    """Keep an exponential average of the weights, for evaluation and export: average <- d average + (1 - d) weights."""
+    ema_interval: Positive = 1
+    """Updates from one step of the average to the next (Flow-GRPO: 8)."""
+    ema_warmup: bool = False
+    """After update u, from 0, the decay is at most (1 + u) / (10 + u), so that the start is forgotten (Flow-GRPO)."""
+
+    @model_validator(mode="after")
+    def _average_is_kept(self) -> Train:
+        if self.ema_decay is None and (name := self.changed("ema_interval", "ema_warmup")):
+            raise ValueError(f"{name}: no average is kept without ema_decay; give one or leave it out")
+        return self
+
+    def ema_decay_at(self, update: int) -> float | None:
+        """The average's decay after update number `update`, from 0; None where it does not move.
+
+        Source: Flow-GRPO's ema.py, whose loop calls it once a micro-batch, where it should once an update.
+        """
+        if self.ema_decay is None or (update + 1) % self.ema_interval:
+            return None
+        return min((1 + update) / (10 + update), self.ema_decay) if self.ema_warmup else self.ema_decay
 
 
 class Evaluation(Sampler):
@@ -351,7 +383,8 @@ class Guard(Section):
     corrected: Corrected | None = None
     """Also audit GDRO's corrected score."""
     features: Features | None = None
-    """For the diversity of a prompt's pictures; null: the pictures themselves, shrunk to 16 x 16 pixels."""
+    """For the diversity of a prompt's pictures, where evaluation.images_per_prompt gives it several; null: the pictures
+    themselves, shrunk to 16 x 16 pixels."""
     count: Annotated[int, Field(ge=2)] = 64
     """So many of the evaluation prompts, evenly spaced, are audited."""
     seeds: Annotated[int, Field(ge=2)] = 3

@@ -65,7 +65,7 @@ class Trainer:
             self.judging.check_prompts(self.store.rows)
         else:
             self.rows = load_prompts(recipe.prompts)
-            check_prompts(self.rows, self.judging.rewards, recipe.prompts)
+            check_prompts(self.rows, self.judging.trained, recipe.prompts)
             self.judging.check_prompts(self.rows)
             step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
         settings = recipe.evaluation

@@ -184,6 +184,19 @@ def test_shares_make_the_mean_over_all_samples_a_rewards_mean_where_it_applies()
     torch.testing.assert_close(means, torch.tensor([2.0, 5.0]))
 
 
+def test_a_share_is_never_infinite():
+    """Where a reward applies to no sample that teaches, another process may wait with one to which it applies."""
+    both = scored([[1.0, 2.0, 3.0, 3.0], [0.0, 0.0, 5.0, 5.0]], [[True] * 4, [False, False, True, True]], [1.0, 1.0])
+    assert both.shares(torch.tensor([True, True, False, False])).tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    assert both.shares(torch.zeros(4, dtype=torch.bool)).tolist() == [[0] * 4, [0] * 4]
+
+
+def test_monitors_are_no_part_of_what_is_trained_on():
+    both = scored([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]], [[True, True]] * 3, [1.0, 0.0, 2.0]).trained()
+    assert both.names == ("a", "c") and both.weights.tolist() == [1, 2]
+    assert both.values.tolist() == [[1, 2], [5, 7]] and both.applies.shape == (2, 2)
+
+
 def test_the_share_of_a_reward_that_applies_to_no_teaching_sample_is_zero_there():
     both = scored([[1.0] * 4, [2.0] * 4], [[True] * 4, [False, False, True, True]], [1.0, 1.0])
     teaches = torch.tensor([True, True, False, False])

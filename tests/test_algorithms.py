@@ -34,6 +34,14 @@ class Redness(Reward):
         return media[:, 0].flatten(1).mean(1) - media[:, 1].flatten(1).mean(1)
 def constant(media, prompts, metadata):
     return torch.ones(len(media))
+class FlatRedness(Redness):
+    def __call__(self, media, prompts, metadata):
+        return torch.ones(len(media))
+class OthersBrightness(Reward):
+    def applies_to(self, row):
+        return not Redness().applies_to(row)
+    def __call__(self, media, prompts, metadata):
+        return media.flatten(1).mean(1)
 """
 
 # What each run is told beside the tiny recipe; two steps of guided groups of 4 for all.
@@ -43,7 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "algorithm": {
             "name": "crd",
             "old_decay": {"start": 2, "slope": 0.1},
-            "sampling_decay": {"first": 0.5, "last": 0.9},
+            "sampling_decay": {"first": 0.5},
         }
     },
     "gdro": {"algorithm": {"name": "gdro", "beta": 10}},
@@ -195,6 +203,25 @@ def test_a_process_without_units_has_a_finite_loss_to_wait_with(run: str, make: 
     loss, _ = trainer.recipe.algorithm.loss(trainer.policy, items.batch(nothing, 0))
     gradients = torch.autograd.grad(loss, trainer.learner.parameters, allow_unused=True)
     assert loss.isfinite() and all(gradient is None or gradient.isfinite().all() for gradient in gradients)
+
+
+def test_an_idle_process_waits_with_a_finite_loss_where_a_reward_teaches_nobody(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """Its own groups are those to which the reward applies and that do not teach: infinity times 0 is NaN."""
+    judge = tmp_path / "judge.py"
+    rewards = {"flat": {"load": f"{judge}:FlatRedness"}, "others": {"load": f"{judge}:OthersBrightness"}}
+    more = {"algorithm": {"equal_groups": "skip"}, "train": {"prompts_per_step": 4}}
+    trainer = Trainer(make("marble", rewards=rewards, **more), display=Display(quiet=True))
+    samples = trainer._samples()
+    trainer._score(samples)
+    flat = torch.tensor([int(not teaches) for teaches in samples.teaches]).argmax().item()
+    assert samples.teaches.any() and not samples.teaches.all()
+    items = Items(samples, trainer.recipe, 0, 0)
+    for update in (0, 1):  # several gradients, and one
+        loss, _ = trainer.recipe.algorithm.loss(trainer.policy, items.batch(torch.tensor([[[flat, 0]]]), update))
+        gradients = torch.autograd.grad((loss * 0).sum(), trainer.learner.parameters, allow_unused=True)
+        assert loss.isfinite().all() and all(gradient is None or (gradient == 0).all() for gradient in gradients)
 
 
 def test_dense_values_of_negative_rewards_are_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -358,6 +385,69 @@ def test_the_mean_weights_of_the_balance_are_kept_in_checkpoints(make: Callable[
     weights = kept(folder, 1)["algorithm/weights"].tolist()
     assert weights == pytest.approx([logged["weight/brightness"], logged["weight/redness"]])
     assert weights != pytest.approx([0.5, 0.5])
+
+
+SUMMED = {"name": "flow_grpo", "advantage": "summed", "clip_range": 1e-2}
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"balance": "raco"}, {"balance": "fixed"}, SUMMED])
+def test_a_reward_of_weight_0_is_watched_and_changes_nothing(
+    algorithm: dict[str, Any], make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge.py"
+    two = {"brightness": {"load": f"{judge}:brightness"}, "redness": {"load": f"{judge}:Redness", "weight": 2.0}}
+    watched = {**two, "watched": {"load": f"{judge}:negative", "weight": 0}}
+    run = "sliding_window" if algorithm is SUMMED else "marble"
+    plain, more = (
+        metrics(quiet_train(make(run, f"of{len(rewards)}", rewards=rewards, algorithm=algorithm, train={"steps": 2})))
+        for rewards in (two, watched)
+    )
+    for line in more:
+        assert line["reward"].pop("watched") < 0 < line["reward_std"].pop("watched")
+    assert more == plain
+
+
+@pytest.mark.parametrize("balance", ["min_norm", "raco", "fixed"])
+def test_weights_are_felt_by_every_balance(balance: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    steps = []
+    for weight in (1.0, 100.0):
+        rewards = {
+            "brightness": {"load": f"{judge}:brightness", "weight": weight},
+            "redness": {"load": f"{judge}:Redness"},
+        }
+        folder = f"of{weight:g}"
+        algorithm = {"balance": balance, "every": 1}
+        steps.append(metrics(quiet_train(make("marble", folder, rewards=rewards, algorithm=algorithm)))[0]["figures"])
+    even, uneven = steps
+    assert uneven["cosine/brightness"] > even["cosine/brightness"] + 0.01
+    if balance == "min_norm":  # rewards gain as they weigh, and none is harmed
+        assert even["weight/brightness"] == pytest.approx(0.5, abs=1e-4) and uneven["weight/brightness"] > 0.55
+        assert even["cosine/brightness"] == pytest.approx(even["cosine/redness"], rel=1e-2)
+        gains = uneven["cosine/brightness"], 100 * uneven["cosine/redness"]
+        assert gains[0] == pytest.approx(gains[1], rel=0.05) or gains[0] < gains[1]
+        assert uneven["worst_cosine"] > 0
+
+
+def test_a_weight_that_no_prompt_weighs_is_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Each prompt has one reward: its total is that reward, whatever it weighs."""
+    judge = tmp_path / "judge.py"
+    rewards = {"others": {"load": f"{judge}:OthersBrightness"}, "redness": {"load": f"{judge}:Redness", "weight": 2}}
+    with pytest.raises(UserError, match=r"rewards\.redness\.weight 2: no prompt that it judges is judged by another"):
+        Trainer(make("nft", rewards=rewards), display=Display(quiet=True))
+    assert Trainer(make("marble", rewards=rewards), display=Display(quiet=True))
+
+
+def test_prompts_that_only_a_monitor_judges_are_refused_before_a_model_loads(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    rewards = {
+        "redness": {"load": f"{tmp_path / 'judge.py'}:Redness"},
+        "brightness": {"load": "colorfulness", "weight": 0},
+    }
+    recipe = make("nft", rewards=rewards, model={"path": str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"cannot be judged by redness"):
+        Trainer(recipe, display=Display(quiet=True))
 
 
 def test_a_reward_that_applies_to_some_prompts_is_reported_over_those(make: Callable[..., Recipe]) -> None:

@@ -1,5 +1,8 @@
 """Recipes: what loads, what a mistake is answered with, and the batch arithmetic."""
 
+import copy
+import json
+import math
 import re
 import string
 from typing import get_args
@@ -96,13 +99,14 @@ rates = st.floats(1e-12, 1e3)
 
 
 settings_of_a_reward = st.fixed_dictionaries(
-    {"weight": st.floats(0, 10)}, optional={"options": st.dictionaries(st.text(), plain_values, max_size=2)}
+    {"weight": st.sampled_from([0.25, 1.0, 7.5])},
+    optional={"options": st.dictionaries(st.text(), plain_values, max_size=2)},
 )
 
 
 @given(
     rewards=st.dictionaries(
-        st.from_regex(r"[a-z_]{1,8}", fullmatch=True), settings_of_a_reward, min_size=1, max_size=3
+        st.from_regex(r"[a-z_]{1,8}", fullmatch=True), settings_of_a_reward, min_size=2, max_size=3
     ),
     learning_rate=rates,
     clip_range=rates,
@@ -129,9 +133,11 @@ def test_a_dumped_recipe_loads_as_it_was(tmp_path_factory, rewards, learning_rat
 
 
 def test_a_number_is_short_for_a_rewards_weight(write):
-    recipe = load_recipe(write(GOOD + "evaluation:\n  rewards: {ocr: 2, strict: {load: ocr}}\n"))
-    assert recipe.rewards == {"ocr": RewardSettings(weight=1.0)}
-    assert recipe.evaluation.rewards == {"ocr": RewardSettings(weight=2.0), "strict": RewardSettings(load="ocr")}
+    text = GOOD.replace("ocr: 1.0", "ocr: 2\n  clip: 0.5")
+    recipe = load_recipe(write(text + "evaluation:\n  prompts: a.txt\n  rewards: {ocr: 1, strict: {load: ocr}}\n"))
+    assert recipe.rewards == {"ocr": RewardSettings(weight=2.0), "clip": RewardSettings(weight=0.5)}
+    assert list(recipe.trained_rewards) == ["ocr", "clip"]
+    assert recipe.evaluation.rewards == {"ocr": RewardSettings(weight=1.0), "strict": RewardSettings(load="ocr")}
 
 
 def test_overrides_are_read_as_yaml_and_the_last_one_wins(write):
@@ -203,7 +209,7 @@ def _sections_in(annotation) -> list[type[Section]]:
         ("steps: 10", "steps: 1.5", "demo.yaml, line 13: rollout.steps should be a valid integer.*, not 1.5"),
         ("rank: 8", "rank: 0", "demo.yaml, line 6: model.lora.rank should be greater than 0, not 0"),
         ("1.0e-3", "-1", "demo.yaml, line 11: algorithm.clip_range should be greater than 0, not -1"),
-        ("1.0e-3", ".nan", "demo.yaml, line 11: algorithm.clip_range should be greater than 0, not nan"),
+        ("1.0e-3", ".nan", "demo.yaml, line 11: algorithm.clip_range should be a finite number, not nan"),
         ("ocr: 1.0", "ocr: -1", "demo.yaml, line 8: rewards.ocr.weight should be greater than or equal to 0, not -1"),
         (
             "  steps: 5",
@@ -314,6 +320,210 @@ def test_a_file_that_is_no_text_is_a_sentence_too(tmp_path):
 def test_plain_values_are_answered_in_the_same_way():
     with pytest.raises(UserError, match=r"resumed: unknown key 'train\.stps'; did you mean 'steps'"):
         recipe_from_dict({**yaml.safe_load(GOOD), "train": {"stps": 3}}, where="resumed")
+
+
+# Numbers, truth and what is ignored
+
+
+def whole_recipe(**algorithm):
+    """The values of a recipe that holds every section, as plain data."""
+    values = {
+        "name": "demo",
+        "prompts": "a.txt",
+        "rewards": {"ocr": {"shaping": {"form": "sigmoid", "reference": [0.25]}}},
+        "algorithm": algorithm,
+        "train": {"micro_batch": 1000, "ema_decay": 0.9},
+        "evaluation": {"prompts": "b.txt"},
+        "guard": {
+            "rewards": {"imagereward": 1},
+            "corrected": {"reward": "ocr", "quality": "imagereward"},
+            "features": {"model": "a_model"},
+        },
+        "run": {"max_minutes": 5.0},
+    }
+    return recipe_from_dict(values).model_dump(mode="json")
+
+
+def places(section, values, prefix=()):
+    """Every setting of a recipe that holds such a number or a truth: its keys and its kinds."""
+    for key, field in section.model_fields.items():
+        value = values[key]
+        if key == "algorithm":
+            yield from places(ALGORITHMS[value["name"]], value, (*prefix, key))
+        elif key == "rewards" and value is not None:
+            for name, entry in value.items():
+                yield from places(RewardSettings, entry, (*prefix, key, name))
+        elif isinstance(value, dict) and key != "options":
+            inner = next(
+                kind for kind in leaves(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)
+            )
+            yield from places(inner, value, (*prefix, key))
+        else:
+            yield (*prefix, key), set(leaves(field.annotation))
+
+
+def leaves(annotation):
+    parts = get_args(annotation)
+    return [kind for part in parts for kind in leaves(part)] if parts else [annotation]
+
+
+def put(values, keys, wrong):
+    """A copy of the values with `wrong` at a place, or in the first of the numbers that stand there."""
+    changed = section = copy.deepcopy(values)
+    for key in keys[:-1]:
+        section = section[key]
+    there = section[keys[-1]]
+    section[keys[-1]] = [wrong, *there[1:]] if isinstance(there, list) else wrong
+    return changed
+
+
+def with_all_set(name):
+    """A recipe of an algorithm in which every number has a value."""
+    values = whole_recipe(name=name if name != "marble" else "nft")
+    if name == "marble":
+        values["rewards"]["clip"] = copy.deepcopy(values["rewards"]["ocr"])
+        values["algorithm"] = json.loads(ALGORITHMS[name]().model_dump_json())
+    if ALGORITHMS[name].needs == "trajectory":
+        values["rollout"]["window"] = [0, 2]
+    return values
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_no_number_is_infinite_or_a_truth_and_no_truth_a_number(name):
+    values = with_all_set(name)
+    assert recipe_from_dict(values)
+    found = list(places(Recipe, values))
+    numbers = [keys for keys, kinds in found if kinds & {int, float}]
+    truths = [keys for keys, kinds in found if bool in kinds]
+    assert len(numbers) > 50 and len(truths) > 4
+    if ALGORITHMS[name].needs == "final":
+        numbers.remove(("rollout", "window"))  # null, since there is no stochastic step
+    for keys in numbers:
+        for wrong in (math.inf, -math.inf, math.nan, True, False):
+            with pytest.raises(UserError, match=re.escape(".".join(keys))) as caught:
+                recipe_from_dict(put(values, keys, wrong))
+            assert "number" in str(caught.value) and "\n" not in str(caught.value)
+    for keys in truths:
+        for wrong in (1, 0, "yes", "true", 1.0):
+            with pytest.raises(UserError, match=re.escape(f"{'.'.join(keys)} should be true or false")):
+                recipe_from_dict(put(values, keys, wrong))
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        # Weights
+        ({"rewards": {"ocr": 0}}, "rewards: every weight is 0, so nothing is learnt from; give one a weight above 0"),
+        ({"rewards": {"ocr": 0, "clip": 0.0}}, "rewards: every weight is 0"),
+        ({"rewards": {"ocr": 2}}, "rewards.ocr.weight: one reward alone is weighed against nothing; leave it out"),
+        ({"rewards": {"ocr": 0, "clip": 0.5}}, "rewards.clip.weight: one reward alone is weighed against nothing"),
+        (
+            {"rewards": {"ocr": 2, "clip": 1}, "combine": {"form": "worst"}},
+            "rewards.ocr.weight: combine.form worst weighs nothing; leave it out",
+        ),
+        (
+            {"rewards": {"ocr": 1, "clip": 2}, "combine": {"form": "bonus", "base": "ocr", "bonus": "clip"}},
+            "rewards.clip.weight: combine.form bonus takes 1 of base and bonus, 0 of all others",
+        ),
+        (
+            {"rewards": {"ocr": 1, "clip": 1, "x": 1}, "combine": {"form": "bonus", "base": "ocr", "bonus": "clip"}},
+            "rewards.x.weight: combine.form bonus takes 1 of base and bonus, 0 of all others",
+        ),
+        ({"rewards": {"ocr": 1, "clip": 0}, "combine": {"disagreement": 1}}, "combine.disagreement needs two rewards"),
+        ({"rewards": {"ocr": 1, "clip": 0}, "algorithm": {"name": "marble"}}, "marble balances two rewards or more"),
+        (
+            {"evaluation": {"prompts": "b.txt", "rewards": {"ocr": 2}}},
+            "evaluation.rewards: ocr.weight: an evaluation measures rewards as they are; leave it out",
+        ),
+        ({"guard": {"rewards": {"clip": 2}}}, "guard.rewards: clip.weight: an evaluation measures rewards as they are"),
+        # What needs a KL
+        ({"algorithm": {"name": "flow_grpo", "kl": "flow_grpo"}}, "algorithm.kl: there is no KL with kl_weight 0"),
+        (
+            {
+                "algorithm": {"name": "flow_grpo", "kl": "flow_grpo", "kl_weight": 1},
+                "rollout": {"dynamics": "memoryless"},
+            },
+            "algorithm.kl flow_grpo: nothing is published for rollout.dynamics memoryless; use exact",
+        ),
+        (
+            {"algorithm": {"name": "crd", "kl_weight": 0, "adaptive_kl": True}},
+            "algorithm.adaptive_kl: there is no KL to weigh with kl_weight 0; leave it out",
+        ),
+        (
+            {"algorithm": {"name": "crd", "kl_weight": 0.0, "adaptive_kl": False}},
+            "algorithm.adaptive_kl: there is no KL",
+        ),
+        *(
+            (
+                {"algorithm": {"name": name, "kl_weight": 0}, "train": {"reference_guidance": 1.0}},
+                "train.reference_guidance: with algorithm.kl_weight 0 no reference takes part; leave it out",
+            )
+            for name in ("flow_grpo", "nft", "crd")
+        ),
+        # Stochastic steps
+        *(
+            (
+                {"algorithm": {"name": "nft"}, "rollout": rollout},
+                f"rollout: {next(iter(rollout))} is of stochastic steps",
+            )
+            for rollout in ({"window": [0, 2]}, {"window_size": 3}, {"window_moves": "sliding"}, {"window_interval": 2})
+        ),
+        ({"rollout": {"window_moves": "sliding"}}, "rollout: window_moves is of a window_size, which moves within"),
+        ({"rollout": {"window_interval": 4}}, "rollout: window_interval is of a window_size, which moves within"),
+        (
+            {"rollout": {"window_size": 2, "window_interval": 4}},
+            "rollout: window_interval belongs to window_moves sliding; a random window moves at every step",
+        ),
+        # Averages and decays
+        ({"train": {"ema_interval": 8}}, "train: ema_interval: no average is kept without ema_decay"),
+        ({"train": {"ema_warmup": True}}, "train: ema_warmup: no average is kept without ema_decay"),
+        (
+            {"algorithm": {"name": "nft", "old_decay": {"first": 0.5, "last": 0.9}}},
+            "algorithm.old_decay: last belongs to a decay that rises; give a slope or leave it out",
+        ),
+        ({"algorithm": {"name": "crd", "old_decay": {"start": 3}}}, "algorithm.old_decay: start belongs to a decay"),
+        (
+            {"rewards": {"a": 1, "b": 1}, "algorithm": {"name": "marble", "uniform_from": 0, "every": 3}},
+            "algorithm.every: nothing is balanced with uniform_from 0; leave it out",
+        ),
+        # Evaluation
+        (
+            {"evaluation": {"every": 2}},
+            "evaluation.every: without evaluation.prompts nothing is evaluated; name a list",
+        ),
+        (
+            {"evaluation": {"prompts": None}, "guard": {"stop": True}},
+            "guard.stop: without evaluation.prompts nothing is audited; name a list",
+        ),
+        # Guided rollouts
+        *(
+            (
+                {"algorithm": {"name": name}, "rollout": {"guidance": 4.5}},
+                f"train.guidance must be said where rollouts are guided (rollout.guidance 4.5): 1 trains the model's "
+                f"own velocity, as published for {name}, more than 1 the guided one",
+            )
+            for name in ("nft", "crd", "gdro")
+        ),
+    ],
+)
+def test_what_would_be_ignored_is_refused(sections, sentence):
+    values = {"name": "demo", "prompts": "a.txt", "rewards": {"ocr": 1}, "algorithm": {"name": "flow_grpo"}}
+    with pytest.raises(UserError, match=re.escape(sentence)) as caught:
+        recipe_from_dict({**values, **sections})
+    assert "\n" not in str(caught.value)
+
+
+def test_objects_of_a_script_are_checked_as_a_file_is():
+    values = {"name": "demo", "prompts": "a.txt", "rewards": {"ocr": RewardSettings()}}
+    with pytest.raises(UserError, match=r"algorithm\.kl: there is no KL"):
+        recipe_from_dict({**values, "algorithm": FlowGRPO(kl="flow_grpo")})
+    with pytest.raises(UserError, match=r"train\.guidance must be said"):
+        recipe_from_dict({**values, "algorithm": ALGORITHMS["nft"](), "rollout": Rollout(guidance=2, dynamics="ode")})
+    for wrong in ({"learning_rate": math.inf}, {"steps": True}, {"betas": (0.9, math.nan)}):
+        with pytest.raises(ValueError, match="number"):
+            Train(**wrong)
+    with pytest.raises(ValueError, match="number"):
+        FlowGRPO(clip_range=math.inf)
 
 
 SECTIONS = {

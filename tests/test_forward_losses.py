@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flowalign.algorithms.crd import centered_reward_loss
 from flowalign.algorithms.forward import Decay, adaptive_error, reward_level
 from flowalign.algorithms.gdro import GDRO, best_of_each, group_loss
-from flowalign.algorithms.marble import Marble, conflict_averse_weights, min_norm_weights
+from flowalign.algorithms.marble import Marble, conflict_averse_weights, min_norm_weights, preferred_weights
 from flowalign.algorithms.nft import NFT, nft_loss
 from flowalign.algorithms.prdp import PRDP, pair_loss
 from flowalign.config import Rollout, Train
@@ -315,6 +315,36 @@ def test_the_min_norm_step_helps_every_reward():
     assert (gram @ weights >= (weights @ gram @ weights) - 1e-6).all()
 
 
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (100, 1), (1, 3), (2.5, 2.5), (1e4, 1)])
+@given(cosine=st.floats(-0.95, 0.95))
+def test_two_weighted_gradients_share_the_step_as_in_closed_form(first, second, cosine):
+    """alpha ~ (w1 - c w2, w2 - c w1), at least 0: at a right angle the weights themselves."""
+    gram = torch.tensor([[1.0, cosine], [cosine, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([first - cosine * second, second - cosine * first], dtype=torch.float64).clamp(min=0)
+    found = preferred_weights(gram, torch.tensor([first, second]))
+    torch.testing.assert_close(found, expected / expected.sum(), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_reward_gains_in_proportion_to_its_weight_or_more(seed):
+    vectors, preference = drawn(4, 50, seed=seed), torch.tensor([8.0, 1.0, 0.5, 3.0], dtype=torch.float64)
+    vectors = vectors / vectors.norm(dim=1, keepdim=True)
+    gram = vectors @ vectors.T
+    weights = preferred_weights(gram, preference)
+    gains = gram @ weights / preference
+    assert weights.sum().item() == pytest.approx(1) and (gains > 0).all()
+    least = gains[weights > 1e-6]
+    torch.testing.assert_close(least, least[:1].expand(len(least)), rtol=1e-4, atol=0)
+    assert (gains >= least.min() - 1e-6).all()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.1, 3.0])
+def test_equal_weights_give_the_shortest_combination_bit_for_bit(weight):
+    vectors = drawn(3, 5, seed=1)
+    gram = vectors @ vectors.T
+    assert torch.equal(preferred_weights(gram, torch.full((3,), weight)), min_norm_weights(gram))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_conflict_averse_weights_solve_racos_problem(seed):
     """The unclipped part is checked against a grid search, the clip and the joining against the paper's formula."""
@@ -383,7 +413,7 @@ def test_a_setting_that_would_be_ignored_is_refused(algorithm, words):
 def test_marbles_last_stage_weighs_all_rewards_alike_and_takes_no_gradient_apart():
     marble = Marble(every=2, uniform_from=5)
     assert [marble.apart(update) for update in range(8)] == [True, False, True, False, True, False, False, False]
-    marble._names = ("a", "b")
+    marble._names, marble._fixed = ("a", "b"), (0.5, 0.5)
     marble.state["weights"] = torch.tensor([0.9, 0.1])
     assert marble.mean_weights(4).tolist() == pytest.approx([0.9, 0.1])
     assert marble.mean_weights(5).tolist() == [0.5, 0.5]

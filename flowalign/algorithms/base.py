@@ -113,13 +113,19 @@ class Algorithm(Section, ABC):
         return frozenset({"trajectory"}) if self.needs == "trajectory" else frozenset()
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """Raises ValueError, in one sentence, for settings that do not go together; `rewards` is their number."""
+        """Raises ValueError, in one sentence, for settings that do not go together.
+
+        `rewards` is the number of those that are learnt from.
+        """
+        if not self.kl_weight and self.has_advantages and train.reference_guidance is not None:
+            raise ValueError(
+                "train.reference_guidance: with algorithm.kl_weight 0 no reference takes part; leave it out"
+            )
 
     def refuse(self, why: str, *settings: str) -> None:
         """Raises ValueError for the first of the settings that is not at its default: it would be ignored."""
-        for name in settings:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"algorithm.{name}: {why}")
+        if name := self.changed(*settings):
+            raise ValueError(f"algorithm.{name}: {why}")
 
     def draws(self, rollout: Rollout) -> int:
         """Items that each sample makes."""

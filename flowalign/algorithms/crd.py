@@ -34,6 +34,7 @@ from flowalign.lazy import torch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
+    from flowalign.sections import Rollout, Train
 
 Kind = Literal["mse", "bce"]
 LOWEST_KL = 1e-4  # what is left of the KL's weight at reward 0
@@ -58,7 +59,9 @@ def _pools(reward: torch.Tensor, index: torch.Tensor, temperature: float | None)
     for signed in (reward, -reward):
         if temperature == 0:
             inside = signed > 0
-            filled = torch.zeros(count, dtype=torch.bool, device=reward.device).index_fill(0, index[inside], True)[index]
+            filled = torch.zeros(count, dtype=torch.bool, device=reward.device).index_fill(0, index[inside], True)[
+                index
+            ]
             pools.append(torch.where(inside, reward.exp(), (~filled).to(reward)))
         else:
             top = highest.scatter_reduce(0, index, signed, "amax")[index]
@@ -113,12 +116,18 @@ class CRD(ForwardAlgorithm):
     """Means within a prompt are plain (null), soft (above 0) or over the good and the bad alone (0)."""
     adaptive: bool = True
     """Divide errors by their own mean absolute value."""
-    adaptive_kl: bool = True
-    """Weigh the KL by the reward, so that bad samples leave the reference freely."""
+    adaptive_kl: bool | None = None
+    """Weigh the KL by the reward, so that bad samples leave the reference freely; null: wherever there is a KL."""
     old_decay: Decay = Decay(first=0.25, slope=5e-3, last=0.999)
     """How the policy of the implicit reward follows the trained one."""
     sampling_decay: Decay = Decay(start=75, slope=7.5e-3, last=0.999)
     """How the policy that draws the rollouts follows the trained one."""
+
+    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
+        """What weighs the KL needs one."""
+        super().check(rollout, train, rewards)
+        if not self.kl_weight:
+            self.refuse("there is no KL to weigh with kl_weight 0; leave it out", "adaptive_kl")
 
     def begin(self, policy: Policy) -> None:
         """Both snapshots start as the trained policy."""
@@ -147,7 +156,7 @@ class CRD(ForwardAlgorithm):
         figures = {"policy_loss": loss.detach(), "implicit_reward_std": implicit.detach().std()}
         if seen.reference is not None:
             kl = squared_error(seen.policy, seen.reference)
-            lowest = min(1.0, LOWEST_KL / self.kl_weight) if self.adaptive_kl else 1.0
+            lowest = min(1.0, LOWEST_KL / self.kl_weight) if self.adaptive_kl is not False else 1.0
             loss = loss + self.kl_weight * ((lowest + level * (1 - lowest)) * kl).mean()
             figures["kl"] = kl.detach()
         return loss, figures

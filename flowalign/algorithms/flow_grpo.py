@@ -95,6 +95,11 @@ class FlowGRPO(Algorithm):
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """What belongs to a variant is refused without it."""
+        super().check(rollout, train, rewards)
+        if not self.kl_weight:
+            self.refuse("there is no KL with kl_weight 0; leave it out", "kl")
+        elif self.kl == "flow_grpo" and rollout.dynamics == "memoryless":
+            raise ValueError("algorithm.kl flow_grpo: nothing is published for rollout.dynamics memoryless; use exact")
         if self.ratio == "guard" and rollout.dynamics == "cps":
             raise ValueError("algorithm.ratio guard needs true log-probabilities, which rollout.dynamics cps has not")
         if self.values == "final":

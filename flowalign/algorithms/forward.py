@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowalign.sections import Rollout, Train
 
 Level = Annotated[float, Field(ge=0, le=1)]
+TimestepSampling = Literal["grid", "grid_strata", "uniform", "logit_normal"]
 
 
 class Decay(Section):
@@ -42,6 +43,8 @@ class Decay(Section):
             raise ValueError("a decay that begins at 1 never moves the snapshot; begin below 1")
         if self.last < self.first:
             raise ValueError(f"last ({self.last:g}) must not lie below first ({self.first:g})")
+        if not self.slope and self.last != self.first and (name := self.changed("start", "last")):
+            raise ValueError(f"{name} belongs to a decay that rises; give a slope or leave it out")
         return self
 
     def at(self, update: int) -> float:
@@ -63,8 +66,9 @@ class ForwardAlgorithm(Algorithm):
     needs: ClassVar = "final"
     timesteps: Annotated[int, Field(gt=0)] = 2
     """Noise levels that each sample is trained at."""
-    timestep_sampling: Literal["grid", "uniform", "logit_normal"] = "grid"
-    """Drawn from the rollout's own sigmas without repeating, or from a density, one from each of equal strata."""
+    timestep_sampling: TimestepSampling = "grid"
+    """Drawn from the rollout's own sigmas without repeating; one from each of as many equal parts of them, so that more
+    draws than sigmas repeat some (grid_strata); or from a density, one from each of equal strata."""
     timestep_range: tuple[Level, Level] = (0.0, 1.0)
     """The lowest and the highest sigma trained at."""
 
@@ -80,10 +84,17 @@ class ForwardAlgorithm(Algorithm):
         return self.timesteps
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """The grid must hold enough sigmas, and micro-batches whole groups."""
+        """The grid must hold enough sigmas, micro-batches whole groups, and the guidance of the loss be said."""
+        super().check(rollout, train, rewards)
+        if rollout.guidance > 1 and train.guidance is None:
+            raise ValueError(
+                f"train.guidance must be said where rollouts are guided (rollout.guidance {rollout.guidance:g}): 1 "
+                f"trains the model's own velocity, as published for {self.name}, more than 1 the guided one"
+            )
         if self.timestep_sampling == "grid" and self.timesteps > rollout.steps:
             raise ValueError(
-                f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's grid"
+                f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's grid; "
+                "timestep_sampling grid_strata repeats them"
             )
         if self.unit == "group" and train.micro_batch < train.group_size:
             raise ValueError(
@@ -96,8 +107,8 @@ class ForwardAlgorithm(Algorithm):
         Raises ValueError when the grid has too few sigmas in the range.
         """
         low, high = self.timestep_range
+        inside = grid[(grid >= low) & (grid <= high) & (grid > 0)]
         if self.timestep_sampling == "grid":
-            inside = grid[(grid >= low) & (grid <= high) & (grid > 0)]
             if len(inside) < self.timesteps:
                 raise ValueError(
                     f"algorithm.timestep_range [{low:g}, {high:g}] holds {len(inside)} sigmas of the rollout's grid; "
@@ -106,6 +117,10 @@ class ForwardAlgorithm(Algorithm):
             return inside[torch.randperm(len(inside), generator=generator)[: self.timesteps]]
         strata = torch.randperm(self.timesteps, generator=generator)
         uniform = (strata + torch.rand(self.timesteps, generator=generator)) / self.timesteps
+        if self.timestep_sampling == "grid_strata":
+            if not len(inside):
+                raise ValueError(f"algorithm.timestep_range [{low:g}, {high:g}] holds no sigma of the rollout's grid")
+            return inside[(uniform * len(inside)).long().clamp(max=len(inside) - 1)]  # 1 - 1e-8 rounds to 1
         if self.timestep_sampling == "uniform":
             return (low + (high - low) * uniform).clamp(1e-3, 1 - 1e-3)
         ends = torch.tensor([low, high], dtype=torch.float64).logit(eps=1e-9)

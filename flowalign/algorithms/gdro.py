@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from flowalign.algorithms.base import Batch, Figures
-from flowalign.algorithms.forward import ForwardAlgorithm, noised, predictions, squared_error
+from flowalign.algorithms.forward import ForwardAlgorithm, TimestepSampling, noised, predictions, squared_error
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ class GDRO(ForwardAlgorithm):
     offline: ClassVar = True
     has_advantages: ClassVar = False
     name: Literal["gdro"] = "gdro"
-    timestep_sampling: Literal["grid", "uniform", "logit_normal"] = "uniform"
-    """Drawn from the rollout's own sigmas without repeating, or from a density, one from each of equal strata."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """As of every algorithm of the forward process, but from the whole range unless the grid is asked for."""
     beta: Annotated[float, Field(gt=0)] = 1000.0
     """Scale of the implicit reward, whose errors are means over dimensions."""
     temperature: Annotated[float, Field(ge=0)] = 0.05

@@ -14,15 +14,15 @@ The recipe's weights w_k are a preference, which the paper does not have (its re
 
     alpha ~ argmin over alpha >= 0 with sum_k w_k alpha_k = 1 of || sum_k alpha_k g_k / ||g_k|| ||^2
 
-the min-norm point of the gradients g_k / (||g_k|| w_k), MGDA with scaled gradients (Desideri 2012). Its optimality says
-<step, g_k> / ||g_k|| = c w_k where alpha_k > 0, and more elsewhere, with one c > 0: along their own gradients rewards
-gain in proportion to their weights, and none falls. So it is the direction of the largest least gain by weight, min_k
-<step, g_k> / (||g_k|| w_k). Of two rewards at cosine c, alpha ~ (w_1 - c w_2, w_2 - c w_1), at least 0: at a right angle
-their weights themselves, from which the mean weights start. A scaled loss would do nothing, since gradients are taken at
-unit length. A weight of 0 is a monitor: scored and logged, never learnt from.
+the min-norm point of the gradients g_k / (||g_k|| w_k), MGDA with scaled gradients (Desideri 2012). Its optimality
+says <step, g_k> / ||g_k|| = c w_k where alpha_k > 0, and more elsewhere, with one c > 0: along their own gradients
+rewards gain in proportion to their weights, and none falls. So it is the direction of the largest least gain by weight,
+min_k <step, g_k> / (||g_k|| w_k). Of two rewards at cosine c, alpha ~ (w_1 - c w_2, w_2 - c w_1), at least 0: at a
+right angle their weights themselves, from which the mean weights start. A scaled loss would do nothing, since gradients
+are taken at unit length. A weight of 0 is a monitor: scored and logged, never learnt from.
 
-Beyond the paper too: a reward may apply to some prompts only. Its loss is then the mean over those, and the amortised step
-weighs each item by the weights of the rewards that apply to it, so that it stays exact. `balance` also gives what
+Beyond the paper too: a reward may apply to some prompts only. Its loss is then the mean over those, and the amortised
+step weighs each item by the weights of the rewards that apply to it, so that it stays exact. `balance` also gives what
 MARBLE is compared with: the plain sum (`fixed`, of `advantage: total` or `summed`), whose conflicts are measured alike,
 and RACO (2602.02495), which turns the fixed sum away from conflicts: with g0 = sum_k w_k g_k, G_p = sum_k p_k g_k,
 
@@ -75,9 +75,7 @@ def conflict_averse_weights(gram: torch.Tensor, weights: torch.Tensor, radius: f
     return torch.from_numpy(fixed + (length * clipped / norm if norm > 0 else 0)).to(gram)
 
 
-def _cheapest(
-    quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None, prices: np.ndarray
-) -> torch.Tensor:
+def _cheapest(quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None, prices: np.ndarray) -> torch.Tensor:
     """argmin of p Q p / 2 + q p (+ |cone p|) over p >= 0 with prices p = 1, by Clarabel, made to sum to 1; float64."""
     size = len(linear)
     tops = 0 if cone is None else 1  # one more unknown, at least |cone p|
@@ -118,7 +116,7 @@ class Marble(NFT):
     """RACO's c: how far it may turn from the fixed sum."""
 
     _names: tuple[str, ...] = PrivateAttr(default=())
-    _shares: torch.Tensor = PrivateAttr(default_factory=lambda: torch.empty(0))
+    _fixed: tuple[float, ...] = PrivateAttr(default=())
 
     @property
     def parts_rewards(self) -> bool:
@@ -129,9 +127,13 @@ class Marble(NFT):
         """There must be something to balance."""
         super().check(rollout, train, rewards)
         if rewards < 2:
-            raise ValueError("algorithm: marble balances two rewards of positive weight or more; with one, use nft")
+            raise ValueError(
+                "algorithm: marble balances two rewards or more; with one, use nft (one of weight 0 does not count)"
+            )
         if self.balance != "raco":
             self.refuse("belongs to balance: raco", "radius")
+        if self.uniform_from == 0:
+            self.refuse("nothing is balanced with uniform_from 0; leave it out", "every", "ema", "balance", "radius")
         if self.balance == "fixed":
             self.refuse("a fixed balance has no weights to move", "ema", "uniform_from")
         else:
@@ -140,7 +142,7 @@ class Marble(NFT):
     def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
         """One column a reward, and a last one of the sum where that is what is trained on."""
         self._names = scored.names
-        self._shares = (scored.weights / scored.weights.sum()).cpu()
+        self._fixed = tuple((scored.weights / scored.weights.sum()).tolist())
         columns = reward_advantages(scored, groups, self.advantage_std)
         if self.balance == "fixed":
             columns = torch.cat([columns, super().advantages(scored, groups)[:, None]], dim=1)
@@ -148,7 +150,8 @@ class Marble(NFT):
 
     def mean_weights(self, update: int) -> torch.Tensor:
         """The weights (K,) of an update with a single backward pass."""
-        return self._shares if self._uniform(update) else self.state.get("weights", self._shares)
+        fixed = torch.tensor(self._fixed)
+        return fixed if self._uniform(update) else self.state.get("weights", fixed)
 
     def apart(self, update: int) -> bool:
         """Every so many updates, but not in the last stage, whose weights are known."""
@@ -198,16 +201,16 @@ class Marble(NFT):
         if self.balance == "fixed":
             weights[count] = 1
         elif alive.any():
-            part = gram[:count, :count][alive][:, alive]
+            part, fixed = gram[:count, :count][alive][:, alive], torch.tensor(self._fixed, dtype=gram.dtype)
             if self.balance == "min_norm":
                 alpha = torch.zeros(count, dtype=gram.dtype)
                 unit = part / lengths[alive].outer(lengths[alive])
-                alpha[alive] = preferred_weights(unit, self._shares[alive])
+                alpha[alive] = preferred_weights(unit, fixed[alive])
                 weights[:count][alive] = alpha[alive] / lengths[alive] * lengths.mean()
             else:
-                weights[:count][alive] = conflict_averse_weights(part, self._shares[alive], self.radius)
+                weights[:count][alive] = conflict_averse_weights(part, fixed[alive], self.radius)
                 alpha = weights[:count]
-            kept = self.state.get("weights", self._shares).to(alpha)
+            kept = self.state.get("weights", fixed).to(alpha)
             self.state["weights"] = self.ema * kept + (1 - self.ema) * alpha
         step = gram[:count] @ weights
         length = (weights @ gram @ weights).clamp(min=0).sqrt()

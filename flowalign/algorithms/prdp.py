@@ -55,6 +55,7 @@ class PRDP(Algorithm):
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """Needs true log-probabilities, and whole groups in a micro-batch."""
+        super().check(rollout, train, rewards)
         if rollout.dynamics == "cps":
             raise ValueError("rollout.dynamics cps has no true log-probabilities; use another one with prdp")
         self.refuse("prdp has no KL of its own, beta is its pull to the reference", "kl_weight")
