@@ -125,7 +125,7 @@ class Rollout(Sampler):
             name := self.changed("window", "window_size", "window_moves", "window_interval")
         ):
             raise ValueError(f"{name} is of stochastic steps, and dynamics ode takes none; leave it out")
-        if self.window_size is None and (name := self.changed("window_moves", "window_interval")):
+        if not self.window_size and (name := self.changed("window_moves", "window_interval")):
             raise ValueError(f"{name} is of a window_size, which moves within the window; give one")
         if self.window_moves == "random" and self.changed("window_interval"):
             raise ValueError("window_interval belongs to window_moves sliding; a random window moves at every step")
@@ -284,10 +284,7 @@ class Train(Section):
         return self
 
     def ema_decay_at(self, update: int) -> float | None:
-        """The average's decay after update number `update`, from 0; None where it does not move.
-
-        Source: Flow-GRPO's ema.py, whose loop calls it once a micro-batch, where it should once an update.
-        """
+        """The average's decay after update number `update`, from 0; None where it stays. Source: Flow-GRPO's ema.py."""
         if self.ema_decay is None or (update + 1) % self.ema_interval:
             return None
         return min((1 + update) / (10 + update), self.ema_decay) if self.ema_warmup else self.ema_decay
