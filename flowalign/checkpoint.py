@@ -148,7 +148,7 @@ def _sum(path: Path) -> str:
 
 
 def _load_policy_state(path: Path, policy: Policy) -> None:
-    policy.load_trainable_state(load_file(path / "weights.safetensors"))
+    policy.load_trainable_state(load_file(path / "weights.safetensors"), begins=False)
     policy.snapshots = {}
     for name, tensor in load_file(path / "snapshots.safetensors").items():
         snapshot, key = name.split(_SEPARATOR, 1)

@@ -45,7 +45,10 @@ class Display:
         """What is about to be trained, and the batch arithmetic."""
         self._max_minutes = recipe.run.max_minutes
         share = f"{parameters['trainable'] / 1e6:.2f} of {parameters['all'] / 1e6:.2f} million weights"
-        self.say(f"{recipe.name}: {recipe.algorithm.name} on {', '.join(recipe.rewards)}, {share}, into {folder}")
+        trained = ", ".join(name for name, entry in recipe.rewards.items() if entry.weight > 0)
+        beside = ", ".join(name for name, entry in recipe.rewards.items() if entry.weight == 0)
+        trained += f" (measured beside: {beside})" if beside else ""
+        self.say(f"{recipe.name}: {recipe.algorithm.name} on {trained}, {share}, into {folder}")
         self.console.print(arithmetic_table(recipe, processes))
 
     def self_test(self, checks: "Sequence[Check]") -> None:

@@ -32,9 +32,10 @@ def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Rewa
     measured, names = recipe.measured()
     if recipe.evaluation.rewards is None:  # a script's rewards may stand in for the recipe's
         held_out = {name: entry for name, entry in measured.items() if name not in recipe.rewards}
-        return {**judging.rewards, **load_rewards(held_out)}, dict(judging.weights)
+        return {**judging.rewards, **load_rewards(held_out, judging.held_out)}, dict(judging.weights)
     own = {names[name]: reward for name, reward in judging.rewards.items() if name in names}
-    others = load_rewards({name: entry for name, entry in measured.items() if name not in own})
+    rest = {name: entry for name, entry in measured.items() if name not in own}
+    others = load_rewards(rest, judging.held_out)
     weights = {names[name]: weight for name, weight in judging.weights.items() if name in names}
     return {name: own[name] if name in own else others[name] for name in measured}, weights
 

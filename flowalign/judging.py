@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from flowalign.advantages import Scored
-from flowalign.config import Combine, Recipe, RewardSettings
+from flowalign.config import Combine, Recipe
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import load_rewards
+from flowalign.mistakes import nearest
 from flowalign.offline import GroupStore
 from flowalign.rollout import Samples
 from flowalign.settings import UserError
@@ -35,23 +36,23 @@ _SEPARATOR = "/"
 
 
 class Judging:
-    """The rewards of a run. One way for rollouts and stores; `rewards` take the place of the recipe's own."""
+    """The rewards of a run, the recipe's or those that a script gives for them; one way for rollouts and stores."""
 
     def __init__(self, recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]] | None):
         self.recipe = recipe
-        if rewards is None:
-            self.rewards = load_rewards(recipe.rewards)
-        else:
-            self.rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
-        settings = {name: recipe.rewards.get(name, RewardSettings()) for name in self.rewards}
-        self.weights = {name: entry.weight for name, entry in settings.items()}
-        self.shaping = {name: entry.shaping for name, entry in settings.items() if entry.shaping is not None}
+        given = {} if rewards is None else given_rewards(recipe, rewards)
+        self.rewards = load_rewards(recipe.rewards, given)
+        self.held_out = {name: reward for name, reward in given.items() if name not in recipe.rewards}
+        self.weights = {name: entry.weight for name, entry in recipe.rewards.items()}
+        self.shaping = {name: entry.shaping for name, entry in recipe.rewards.items() if entry.shaping is not None}
         self.references = {
             name: GroupStore.open(Path(shaping.reference)).references(name)
             for name, shaping in self.shaping.items()
             if isinstance(shaping.reference, str)
         }
         self.trainable = learning(self.rewards)
+        for reward in self.trainable.values():
+            reward.begin()
         if recipe.store is not None:
             refuse_learning(self.rewards, "a store has fixed scores; train it with rollouts")
         self._thread = ThreadPoolExecutor(1, "rewards")
@@ -207,6 +208,29 @@ class Judging:
         else:
             values[asked] = centred_log_sigmoid(values[asked], reference, shaping.quantile)
         return Scores(values, asked)
+
+
+def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]]) -> dict[str, Reward]:
+    """The rewards that a script gives a run of the recipe, under the names that the recipe has for them.
+
+    They are all that it trains on and any that it measures besides. Raises UserError for another name, one that lacks,
+    and a reward that is both trained on and held out.
+    """
+    held_out = (recipe.guard and recipe.guard.rewards) or {}
+    known = recipe.rewards | (recipe.evaluation.rewards or {}) | held_out
+    for name in rewards:
+        if name not in known:
+            raise UserError(f"a reward is given as {name!r}, which recipe {recipe.name} has not{nearest(name, known)}")
+    for name in recipe.rewards:
+        if name not in rewards:
+            raise UserError(
+                f"recipe {recipe.name} trains on {name!r}, which is not among the rewards given "
+                f"({', '.join(rewards) or 'none'}); give it too, or take it out of the recipe"
+            )
+    for name in held_out.keys() & rewards.keys():
+        if any(rewards[name] is rewards[trained] for trained in recipe.rewards):
+            raise UserError(f"the reward given as {name!r} for guard.rewards is trained on; an audit needs others")
+    return {name: as_reward(reward, name) for name, reward in rewards.items()}
 
 
 def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:

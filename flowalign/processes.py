@@ -110,7 +110,7 @@ def prepare(accelerator: Accelerator, transformer: nn.Module) -> None:
     """
     if accelerator.num_processes > 1:
         _refuse_different(accelerator, transformer)
-    if shares_out():
+    if shares_out() and not is_shared_out(transformer):  # as a script's policy is in its second run
         share_out(transformer, accelerator.device, accelerator.num_processes)
 
 

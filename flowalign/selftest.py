@@ -63,7 +63,7 @@ def _kl_gradient(policy: "Policy", algorithm: Algorithm, batch: Batch) -> Check:
         without, _ = algorithm.model_copy(update={"kl_weight": 0.0}).loss(policy, batch)
         gradients = torch.autograd.grad(with_kl.sum() - without.sum(), list(weights.values()), allow_unused=True)
     finally:
-        policy.load_trainable_state(kept)
+        policy.load_trainable_state(kept, begins=False)
     norm = sum(float(gradient.norm()) ** 2 for gradient in gradients if gradient is not None) ** 0.5
     return Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} beside the reference")
 

@@ -13,6 +13,7 @@ import torch
 from flowalign import processes
 from flowalign.algorithms import Batch
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
+from flowalign.claims import Claims
 from flowalign.conditions import cached_policy
 from flowalign.config import Evaluation, Recipe
 from flowalign.data import Row, load_prompts, step_rows
@@ -52,6 +53,7 @@ class Trainer:
     ):
         """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards.
 
+        What they learnt in an earlier run is forgotten first. Rewards bear the names that the recipe gives them.
         `profile` writes a trace of the second step that is trained, when the first has warmed everything up.
         """
         self.recipe, self.profile = recipe, profile
@@ -88,12 +90,15 @@ class Trainer:
         if self.store is not None:
             self.store.check_model(self.policy)
         check_levels(recipe, self.policy)
+        if self.policy.begin():
+            self.display.say("the policy was trained before; this run begins with the weights that it had before that")
         processes.prepare(self.accelerator, self.policy.transformer)
         self.learner = Learner(recipe, self.policy, self.accelerator)
         if recipe.train.ema_decay:
             self.policy.snapshot("ema")
         recipe.algorithm.state.clear()  # of an earlier run of the same recipe
         recipe.algorithm.begin(self.policy)
+        self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm} | self.judging.trainable)
         self.step = 0
         self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
@@ -121,6 +126,7 @@ class Trainer:
         Raises Interrupted after Ctrl-C or SIGTERM, when the step in progress is finished and saved.
         """
         recipe, train = self.recipe, self.recipe.train
+        self.claimed.check()
         self._begin()
         first = self.step
         training, disk = self.display.training(train.steps, self.step), disk_explained(self.run_folder.path)

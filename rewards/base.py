@@ -86,6 +86,15 @@ class TrainableReward(Reward):
     alarm: str | None = None
     learns: bool = True
     """False for one whose options leave nothing to learn."""
+    _beginning: dict[str, torch.Tensor] | None = None
+
+    def begin(self) -> None:
+        """Make it as it was before its first run, for another."""
+        if self._beginning is None:
+            self._beginning = {key: value.clone() for key, value in self.state_dict().items()}
+            return
+        self.load_state_dict({key: value.clone() for key, value in self._beginning.items()})
+        self.alarm = None
 
     @abstractmethod
     def update(

@@ -87,7 +87,8 @@ def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 def trained(values: dict[str, Any], rewards: Mapping[str, Reward], *, resume: bool = False, **train: Any) -> Trainer:
-    recipe = recipe_from_dict({**values, "train": {**values["train"], **train}})
+    named = {name: values["rewards"].get(name, 1.0) for name in rewards}
+    recipe = recipe_from_dict({**values, "rewards": named, "train": {**values["train"], **train}})
     trainer = Trainer(recipe, resume=resume, display=Display(quiet=True), rewards=rewards)
     trainer.run()
     return trainer

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,9 +67,14 @@ def _mean(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
     return {"mean": mean, "standard_error": clustered_error(list(groups.values())), "count": len(judged)}
 
 
-def load_rewards(settings: Mapping[str, RewardSettings]) -> dict[str, zoo.Reward]:
-    """The rewards of a recipe, by the name it gives them."""
-    return {name: zoo.load(entry.load or name, **entry.options) for name, entry in settings.items()}
+def load_rewards(
+    settings: Mapping[str, RewardSettings], given: Mapping[str, zoo.Reward] = MappingProxyType({})
+) -> dict[str, zoo.Reward]:
+    """The rewards of a recipe, by the name it gives them; those `given` are there already."""
+    return {
+        name: given[name] if name in given else zoo.load(entry.loads(name), **entry.options)
+        for name, entry in settings.items()
+    }
 
 
 def check_prompts(rows: Sequence[Row], rewards: Mapping[str, zoo.Reward], source: object) -> None:

@@ -82,6 +82,8 @@ class Policy(ABC):
     def __init__(self) -> None:
         self.snapshots: dict[str, dict[str, torch.Tensor]] = {}
         self._current: set[str] = set()
+        self._beginning: dict[str, torch.Tensor] | None = None
+        self._has_begun = False
         self._empty: Condition | None = None
         self._adapters_off = False
         self._unscaled = False
@@ -171,11 +173,31 @@ class Policy(ABC):
         return {name: p.detach().clone() for name, p in self.trainable_parameters().items()}
 
     @torch.no_grad()
-    def load_trainable_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Raises KeyError when a weight is missing from `state`."""
+    def load_trainable_state(self, state: dict[str, torch.Tensor], *, begins: bool = True) -> None:
+        """Put weights in place of the trained ones; the policy's next run then `begins` with them.
+
+        Raises KeyError when a weight is missing from `state`.
+        """
         for name, parameter in self.trainable_parameters().items():
             parameter.copy_(state[name])
         self.find_current()
+        self._has_begun = self._has_begun and not begins
+
+    def begin(self) -> bool:
+        """Make it as it was before its first run, for another: its weights, and no snapshot but the reference.
+
+        Returns whether there was an earlier run since its weights were loaded.
+        """
+        self.snapshots = {name: kept for name, kept in self.snapshots.items() if name == "reference"}
+        for parameter in self.trainable_parameters().values():
+            parameter.grad = None  # of a run that ended within a step
+        self.find_current()
+        earlier, self._has_begun = self._has_begun, True
+        if earlier:
+            self.load_trainable_state(self._beginning or self.snapshots["reference"], begins=False)
+        else:  # with all weights trained the reference is a copy already
+            self._beginning = None if self.is_current("reference") else self.trainable_state()
+        return earlier
 
     def weights_changed(self) -> None:
         """To be said after every change of the trained weights: no snapshot equals them any more."""
