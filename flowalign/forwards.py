@@ -100,7 +100,7 @@ def _step(recipe: Recipe, policy: _Pixel, learner: Learner, step: int) -> Forwar
     drawn = 0 if recipe.store else policy.forwards
     policy.forwards = 0
     _score(samples, recipe, step)
-    learner.learn(samples, step, None)
+    learner.learn(samples, step)
     return Forwards(drawn, policy.with_gradient, policy.forwards - policy.with_gradient)
 
 

@@ -2,20 +2,21 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 
-from flowalign.algorithms import Batch
 from flowalign.config import Recipe
+from flowalign.finite import what_to_lower
 from flowalign.items import Items
 from flowalign.policies.base import Policy
-from flowalign.processes import Share, is_shared_out, shared_out, sum_gradients
+from flowalign.processes import Share, is_shared_out, shared_out, sum_gradients, summed
 from flowalign.rollout import Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
+from flowalign.selftest import LOWEST_SCALE, SelfTest
 from flowalign.settings import UserError
 
 
@@ -43,17 +44,20 @@ class Learner:
         self.optimizer = optimizer_class(train.optimizer)(
             self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
+        # Below 6e-8 a gradient of half precision is 0, above 65504 infinite (Micikevicius et al. 2018, section 3.2).
+        self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         self.update = 0
         self.in_lockstep = is_shared_out(policy.transformer)
 
-    def learn(self, samples: Samples, step: int, before_first: Callable[[Batch], None] | None) -> dict[str, Any]:
-        """The updates of training step `step`; returns the figures to log.
+    def learn(self, samples: Samples, step: int, test: SelfTest | None = None) -> dict[str, Any]:
+        """The updates of training step `step`, which a test may look at; returns the figures to log.
 
-        `before_first` sees the first micro-batch before anything is learnt from it.
+        Raises UserError for a loss or a gradient that is not finite; in half precision an update whose gradient
+        overflows is skipped, and the scale of the losses halved.
         """
         recipe, train, algorithm = self.recipe, self.recipe.train, self.recipe.algorithm
         figures = Figures()
-        norms: list[float] = []
+        norms: list[float | None] = []
         for turn in range(train.passes):
             items = Items(samples, recipe, step, turn)
             units = items.units()
@@ -64,19 +68,24 @@ class Learner:
                 if share.total == 0:
                     continue
                 chunks = self._chunks(units, share)
-                if before_first:
-                    before_first(items.batch(chunks[0][0], self.update))
-                    before_first = None
-                norms.append(self._update(items, chunks, share.total, step, figures))
-        if norms:
+                if test and not norms:
+                    test.begin(items.batch(chunks[0][0], self.update), self.scaler.get_scale())
+                norms.append(self._update(items, chunks, share.total, step, figures, test))
+        taken = [norm for norm in norms if norm is not None]
+        if taken:
             algorithm.after_update(self.policy, self.update)
+        if test:
+            test.end()
         means = figures.means(self.accelerator)
-        return {
+        seen = {
             "loss": means.pop("loss", 0.0),
             "figures": means,
-            "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+            "grad_norm": sum(taken) / len(taken) if taken else 0.0,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
+        if self.scaler.is_enabled():
+            seen |= {"skipped_updates": len(norms) - len(taken), "gradient_scale": self.scaler.get_scale()}
+        return seen
 
     def _chunks(self, units: torch.Tensor, share: Share) -> list[tuple[torch.Tensor, int]]:
         """Micro-batches of whole units, each with how many units it counts for.
@@ -93,32 +102,46 @@ class Learner:
         return chunks + [(own[:1] if len(own) else spare, 0)] * (wanted - len(chunks))
 
     def _update(
-        self, items: Items, chunks: list[tuple[torch.Tensor, int]], total: int, step: int, figures: "Figures"
-    ) -> float:
-        """One optimizer update on chunks of `total` units over all processes; returns the gradient norm."""
+        self,
+        items: Items,
+        chunks: Sequence[tuple[torch.Tensor, int]],
+        total: int,
+        step: int,
+        figures: "Figures",
+        test: SelfTest | None,
+    ) -> float | None:
+        """One optimizer update on chunks of `total` units over all processes; the gradient norm, or None if skipped."""
         algorithm, train = self.recipe.algorithm, self.recipe.train
         apart = algorithm.apart(self.update)
         gradients: torch.Tensor | float = 0.0
+        finite = True
         for chunk, counted in chunks:
             loss, seen = algorithm.loss(self.policy, items.batch(chunk, self.update))
+            share = self.scaler.scale(loss * (counted / total))
             if apart:
-                gradients = gradients + self._each_gradient(loss * (counted / total))
+                gradients = gradients + self._each_gradient(share)
             else:
-                (loss * (counted / total)).backward()
+                share.backward()
+            finite = finite and bool(loss.isfinite().all())
             figures.add({"loss": loss.detach(), **seen}, counted)
+            if test:
+                test.saw(chunk, counted, seen)
         if isinstance(gradients, torch.Tensor):
             self._join(gradients, figures)
         else:
             sum_gradients(self.accelerator, self.parameters)
+        self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm))
         if not math.isfinite(norm):
-            raise UserError(
-                f"step {step + 1}: the gradient is {norm}; lower train.learning_rate or set model.dtype=fp32"
-            )
+            self._skip(norm, finite, step)
+            return None
+        if test:
+            test.before_step()
         rise = min(1.0, (self.update + 1) / max(train.warmup_updates, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = train.learning_rate * rise
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.policy.weights_changed()
         decay = train.ema_decay_at(self.update)
@@ -126,6 +149,30 @@ class Learner:
         if decay is not None:
             self.policy.blend("ema", decay)
         return norm
+
+    def _skip(self, norm: float, finite: bool, step: int) -> None:
+        """Leave out an update of this gradient norm, the same in all processes, and halve the scale of the losses.
+
+        Raises UserError where that is no way out; `finite` says whether this process's losses are.
+        """
+        (broken,) = summed(self.accelerator, not finite)
+        if broken:
+            raise UserError(
+                f"step {step + 1}: the loss is not finite, though the pictures are; {what_to_lower(self.recipe)}"
+            )
+        scale = self.scaler.get_scale()
+        if not self.scaler.is_enabled():
+            raise UserError(
+                f"step {step + 1}: the gradient is {norm}, though loss and pictures are finite; "
+                f"{what_to_lower(self.recipe)}"
+            )
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.get_scale() == scale or scale <= LOWEST_SCALE:
+            raise UserError(
+                f"step {step + 1}: the gradient overflows in half precision however its scale is lowered, now "
+                f"{scale:g}; {what_to_lower(self.recipe)}"
+            )
 
     def _each_gradient(self, losses: torch.Tensor) -> torch.Tensor:
         """The gradients (L, P) of losses (L,) on one graph."""
@@ -140,8 +187,10 @@ class Learner:
     def _join(self, gradients: torch.Tensor, figures: "Figures") -> None:
         """Write the algorithm's combination of the gradients (L, P) where the optimizer looks for it."""
         gradients = self.accelerator.reduce(gradients, "sum")
-        gram = gradients.double() @ gradients.double().T
-        weights, seen = self.recipe.algorithm.gradient_weights(gram.cpu())
+        weights, seen = torch.ones(len(gradients)), {}  # of gradients that are not finite, which is then found out
+        if gradients.isfinite().all():
+            gram = gradients.double() @ gradients.double().T / self.scaler.get_scale() ** 2
+            weights, seen = self.recipe.algorithm.gradient_weights(gram.cpu())
         joined = weights.to(gradients) @ gradients
         parts = joined.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):

@@ -13,6 +13,7 @@ from flowalign.advantages import Scored
 from flowalign.algorithms.base import Keep
 from flowalign.config import Rollout, Sampler
 from flowalign.data import Row
+from flowalign.finite import refuse_not_finite
 from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
 from flowalign.sampling.steps import Dynamics
 from rewards.combine import Scores
@@ -57,6 +58,7 @@ class Samples:
     shares: torch.Tensor | None = None  # (B, K), see Scored.shares
     advantages: torch.Tensor | None = None  # (B,), or (B, K) or (B, T) as the algorithm has them
     teaches: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: the samples to learn from
+    differs: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: whose group's rewards differ
 
     @property
     def prompts(self) -> list[str]:
@@ -97,6 +99,7 @@ def rollout(
     `finished` is called with each batch's media and rows.
     `survivors` are asked, after as many steps as their key says, which samples go on; they see whole groups, and only
     what goes on to the end is returned. ValueError with a `keep` or a solver that remembers the others.
+    NotFinite for latents or pictures that are NaN or infinite.
     """
     if survivors and (keep or sampler.solver != "euler"):
         raise ValueError("samples can be dropped on the way only with solver euler and nothing else kept")
@@ -115,6 +118,7 @@ def rollout(
         part = _denoise(policy, text, own, sampler, window, size, keep, batch, survivors or {})
         parts.append(part)
         media.append(policy.decode(part.latents))
+        refuse_not_finite([samples[place].prompt for place in part.places], part.latents, media[-1])
         if "previews" in keep:
             shown = [policy.decode(preview) for preview in part.previews]
             previews.append(torch.stack([*shown, media[-1]], dim=1))

@@ -270,6 +270,8 @@ class Train(Section):
     """Guidance of the trained policy in the loss; null: the rollout's."""
     reference_guidance: Annotated[float, Field(ge=1)] | None = None
     """Guidance of the reference in the KL; null: as in training."""
+    idle_steps: NotNegative = 10
+    """End after so many steps in a row that teach nothing: rewards do not differ, or the gradient is 0. 0: never."""
     ema_decay: Decay | None = None
     """Keep an exponential average of the weights, for evaluation and export: average <- d average + (1 - d) weights."""
     ema_interval: Positive = 1

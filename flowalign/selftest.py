@@ -1,14 +1,23 @@
-"""What must hold before training is worth its time, checked on the first rollout and said in plain words."""
+"""What must hold before training is worth its time, checked at the first step that can teach and said in plain words.
 
+It looks at that step's first updates before the optimizer takes them, so it needs no passes and no memory of its own
+but for the KL's. What is checked must hold over the units of all processes: one without any takes part all the same.
+"""
+
+import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from accelerate import Accelerator
 
 from flowalign.algorithms import Algorithm, Batch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
     from flowalign.rollout import Samples
+
+LOWEST_SCALE = 2.0**-10  # of losses in half precision; below it their gradients vanish
 
 
 class Check(NamedTuple):
@@ -19,55 +28,106 @@ class Check(NamedTuple):
     detail: str
 
 
-def self_test(policy: "Policy", algorithm: Algorithm, batch: Batch, samples: "Samples") -> list[Check]:
-    """All checks, on a micro-batch of the first rollout; the weights are left as they were."""
-    loss, figures = algorithm.loss(policy, batch)
-    checks = [_gradient(policy, loss.sum())]
-    if "ratio_distance" in figures:
-        checks.insert(0, _ratio(algorithm, figures["ratio_distance"].max().item()))
-    if getattr(algorithm, "kl_weight", 0):
-        checks.append(_kl_gradient(policy, algorithm, batch))
-    checks.append(_distinct_noise(samples))
-    with_spread = samples.teaches.float().mean().item()
-    checks.append(Check("rewards differ within prompts", with_spread > 0, f"in {with_spread:.0%} of the groups"))
-    return checks
+class SelfTest:
+    """The checks of one training step, which a learner takes through them; all processes call it alike."""
 
+    def __init__(
+        self,
+        policy: "Policy",
+        algorithm: Algorithm,
+        samples: "Samples",
+        accelerator: Accelerator,
+        conclude: Callable[[list[Check]], None],
+    ):
+        """`conclude` is given the checks, once; not at all where no update held a unit whose group's rewards differ."""
+        self.policy, self.algorithm, self.samples, self.accelerator = policy, algorithm, samples, accelerator
+        self.conclude = conclude
+        self.done = False
+        self._checks: list[Check] = []
+        self._distances: list[float] = []  # of ratios from 1, while the weights are those of the rollout
+        self._moved = self._teaching = self._taught = False
 
-def _ratio(algorithm: Algorithm, distance: float) -> Check:
-    limit = 0.5 * getattr(algorithm, "clip_range", 1e-4)
-    detail = f"largest distance {distance:.1e}, allowed {limit:.1e} (half the clip range)"
-    return Check("the first ratio is 1", distance <= limit, detail)
+    def begin(self, batch: Batch, scale: float) -> None:
+        """Before the first update, with its first micro-batch; losses are multiplied by `scale` in half precision."""
+        if self.algorithm.kl_weight:
+            norm = self._kl_gradient(batch, scale)
+            while not math.isfinite(norm) and scale > LOWEST_SCALE and self.policy.dtype == torch.float16:
+                scale /= 16
+                norm = self._kl_gradient(batch, scale)
+            self._checks.append(Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} beside the reference"))
+        count, differs = len(self.samples), self.samples.differs.float().mean().item()
+        distinct = self._over_all(len(torch.unique(self.samples.latents.flatten(1), dim=0))).sum().item()
+        count, share = self._over_all(count).sum().item(), self._over_all(differs).mean().item()
+        noise = Check("every sample has noise of its own", distinct == count, f"{distinct:.0f} of {count:.0f}")
+        spread = share > 0 or self.algorithm.learns_from_equal
+        self._checks += [noise, Check("rewards differ within prompts", spread, f"in {share:.0%} of the groups")]
 
+    def saw(self, units: torch.Tensor, counted: int, figures: dict[str, torch.Tensor]) -> None:
+        """A micro-batch's units (u, m, 2), how many of them count, and what its loss showed."""
+        if self.done:
+            return
+        differs = self.algorithm.learns_from_equal or self.samples.differs[units[..., 0].flatten()].any()
+        self._teaching |= counted > 0 and bool(differs)
+        if not self._moved and "ratio_distance" in figures:
+            self._distances.append(figures["ratio_distance"].max().item())
 
-def _gradient(policy: "Policy", loss: torch.Tensor) -> Check:
-    """Adapters start with a zero factor, so the other factor's gradient is zero at first: half of all is enough."""
-    weights = policy.trainable_parameters()
-    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
-    reached = sum(gradient is not None and bool(gradient.any()) for gradient in gradients)
-    finite = all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients)
-    detail = f"{reached} of {len(weights)} weight tensors" + ("" if finite else ", but not all are finite")
-    return Check("gradients reach the trainable weights", finite and reached > 0, detail)
+    def before_step(self) -> None:
+        """Before an optimizer step, with the gradients of all processes in place."""
+        if self.done:
+            return
+        teaching, self._teaching, self._moved = bool(self._over_all(self._teaching).any()), False, True
+        self._taught |= teaching
+        reached = sum(p.grad is not None and bool(p.grad.any()) for p in self.policy.trainable_parameters().values())
+        if teaching and reached:  # none is reached by an update of samples whose advantage happens to be 0
+            self._end(reached)
 
+    def end(self) -> None:
+        """After the step's last update."""
+        if self._taught and not self.done:
+            self._end(0)
 
-def _kl_gradient(policy: "Policy", algorithm: Algorithm, batch: Batch) -> Check:
-    """At the reference the KL's gradient is zero by nature, so it is looked at beside it."""
-    weights = policy.trainable_parameters()
-    kept = policy.trainable_state()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in weights.values():
-            weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight.device))
-    policy.weights_changed()
-    try:
-        with_kl, _ = algorithm.loss(policy, batch)
-        without, _ = algorithm.model_copy(update={"kl_weight": 0.0}).loss(policy, batch)
-        gradients = torch.autograd.grad(with_kl.sum() - without.sum(), list(weights.values()), allow_unused=True)
-    finally:
-        policy.load_trainable_state(kept, begins=False)
-    norm = sum(float(gradient.norm()) ** 2 for gradient in gradients if gradient is not None) ** 0.5
-    return Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} beside the reference")
+    def _end(self, reached: int) -> None:
+        """Adapters start with a zero factor, so the other factor's gradient is zero at first: half of all is enough."""
+        self.done = True
+        detail = f"{reached} of {len(self.policy.trainable_parameters())} weight tensors"
+        checks = [Check("gradients reach the trainable weights", reached > 0, detail)]
+        if self._distances:
+            distance, limit = self._over_all(max(self._distances)).max().item(), self._allowed()
+            detail = f"largest distance {distance:.1e}, allowed {limit:.1e} (half the clip range)"
+            checks.insert(0, Check("the first ratio is 1", distance <= limit, detail))
+        self.conclude(checks + self._checks)
 
+    def _allowed(self) -> float:
+        return 0.5 * float(getattr(self.algorithm, "clip_range", 1e-4))
 
-def _distinct_noise(samples: "Samples") -> Check:
-    distinct = len(torch.unique(samples.latents.flatten(1), dim=0))
-    return Check("every sample has noise of its own", distinct == len(samples), f"{distinct} of {len(samples)}")
+    def _over_all(self, value: float) -> torch.Tensor:
+        """The value of each process (W,)."""
+        own = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
+        found: torch.Tensor = self.accelerator.gather(own)
+        return found
+
+    def _kl_gradient(self, batch: Batch, scale: float) -> float:
+        """At the reference the KL's gradient is zero by nature, so it is looked at beside it: one pass after another.
+
+        Their gradients are added up in place, and the weights are kept beside the device: it holds no more than in an
+        update. Returns the norm over all processes.
+        """
+        weights, forwards = self.policy.trainable_parameters(), self.policy.forwards
+        kept = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in weights.values():
+                weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight.device))
+        self.policy.weights_changed()
+        try:
+            without = self.algorithm.model_copy(update={"kl_weight": 0.0})
+            for factor, algorithm in ((scale, self.algorithm), (-scale, without)):
+                loss, _ = algorithm.loss(self.policy, batch)
+                (factor * loss.sum()).backward()
+            norms = [float(weight.grad.norm()) for weight in weights.values() if weight.grad is not None]
+        finally:
+            for weight in weights.values():
+                weight.grad = None
+            self.policy.load_trainable_state(kept, begins=False)
+            self.policy.forwards = forwards
+        return self._over_all(math.hypot(*norms) / scale).max().item()

@@ -6,7 +6,17 @@ from typing import Any
 
 from flowalign.settings import UserError
 
-_STEP = ("loss", "grad_norm", "learning_rate", "zero_spread", "trust", "forwards", "minutes")
+_STEP = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "zero_spread",
+    "trust",
+    "skipped_updates",
+    "gradient_scale",
+    "forwards",
+    "minutes",
+)
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from flowalign import processes
-from flowalign.algorithms import Batch
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.claims import Claims
 from flowalign.conditions import cached_policy
@@ -20,7 +19,9 @@ from flowalign.data import Row, load_prompts, step_rows
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, evaluated_by_all
 from flowalign.evaluate.report import write_report
+from flowalign.finite import not_finite_explained
 from flowalign.guard import Guarding, evaluation_rewards
+from flowalign.idle import Idle, flat_rewards
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.items import check_levels
 from flowalign.judging import Judging
@@ -31,7 +32,7 @@ from flowalign.policies.base import Policy
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, disk_explained, now, versions
 from flowalign.sampling.noise import ROLLOUT
-from flowalign.selftest import self_test
+from flowalign.selftest import Check, SelfTest
 from flowalign.settings import UserError
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
@@ -103,6 +104,7 @@ class Trainer:
         self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
         self.tested = False
+        self.idle = Idle(recipe, self.accelerator)
         self.evaluated_at: int | None = None
         if self.main:
             self.run_folder = RunFolder.create(recipe, resume=resume)
@@ -145,6 +147,8 @@ class Trainer:
                 if asked:
                     self._report(stopped="asked to stop")
                     raise Interrupted(f"stopped after step {self.step} of {train.steps}; go on with --resume")
+                if self.idle.over:
+                    self._give_up()
             if self.evaluated_at != self.step:
                 self._evaluate()
             self._checkpoint()
@@ -157,6 +161,12 @@ class Trainer:
             self.accelerator.end_training()
         return self.run_folder.path
 
+    def _give_up(self) -> None:
+        why = f"the last {self.idle.in_a_row} steps taught nothing: {self.idle.reason}"
+        self._checkpoint()
+        self._report(stopped=why)
+        raise UserError(f"stopped after step {self.step}, {why}; train.idle_steps=0 would go on all the same")
+
     def averaged(self) -> AbstractContextManager[None]:
         """The weights to evaluate and export: the average where one is kept."""
         return self.policy.using("ema") if "ema" in self.policy.snapshots else nullcontext()
@@ -167,16 +177,18 @@ class Trainer:
         started = time.perf_counter()
         self.seconds.clear()
         self.policy.forwards = 0
-        with self._phase("rollout"):
+        with self._phase("rollout"), not_finite_explained(self.recipe, self.step + 1, self.step > 0):
             samples = self._samples()
         with self._phase("reward"):
             figures = self._score(samples)
             learnt, alarms = self.judging.learn(samples, self.step, self.accelerator)
+        test = None
+        if not self.tested and (figures["zero_spread"] < 1 or self.recipe.algorithm.learns_from_equal):
+            test = SelfTest(self.policy, self.recipe.algorithm, samples, self.accelerator, self._self_tested)
         with self._phase("train"):
-            figures |= self.learner.learn(
-                samples, self.step, None if self.tested else partial(self._self_test, samples)
-            )
+            figures |= self.learner.learn(samples, self.step, test)
         self.step += 1
+        sentences = self.idle.step(self.step, samples, figures, self.tested)
         self._spend((time.perf_counter() - started) / 60)
         line = {
             "step": self.step,
@@ -191,8 +203,8 @@ class Trainer:
             self.run_folder.log_step(line)
             self.accelerator.log(step_values(line), step=self.step)
         self.display.step(line)
-        for alarm in alarms:
-            self.display.say(f"alarm at step {self.step}: {alarm}")
+        for sentence in (*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms)):
+            self.display.say(sentence)
 
     def _spend(self, minutes: float) -> None:
         """Count a step's minutes and forwards, over all processes: they must agree on when the time is over."""
@@ -250,7 +262,7 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"step {self.step + 1}: {error}") from error
         samples.advantages = advantages if own.trust is None else (advantages.T * own.trust).T
-        samples.teaches = teaches[part]
+        samples.teaches, samples.differs = teaches[part], differs[part]
         samples.shares = learnt.shares(teaches).T[part]
         means, stds = {"total": everyone.total.mean().item()}, {"total": everyone.total.std().item()}
         for name, values, applies in zip(own.names, measured, everyone.applies, strict=True):
@@ -259,6 +271,8 @@ class Trainer:
         figures = {"reward": means, "reward_std": stds, "zero_spread": 1 - differs.float().mean().item()}
         if everyone.trust is not None:
             figures["trust"] = everyone.trust.mean().item()
+        if flat := flat_rewards(everyone._replace(measured=measured), groups):
+            figures["flat"] = flat
         return figures
 
     # What surrounds the steps.
@@ -287,15 +301,12 @@ class Trainer:
             self.run_folder.update_info(**about, **started, parameters=counts, finished=None, stopped=None)
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
 
-    def _self_test(self, samples: Samples, batch: Batch) -> None:
+    def _self_tested(self, checks: list[Check]) -> None:
         self.tested = True
-        forwards = self.policy.forwards
-        results = self_test(self.policy, self.recipe.algorithm, batch, samples)
-        self.policy.forwards = forwards
-        self.display.self_test(results)
+        self.display.self_test(checks)
         if self.main:
-            self.run_folder.update_info(self_test=[result._asdict() for result in results])
-        failed = [result for result in results if not result.passed]
+            self.run_folder.update_info(self_test=[check._asdict() for check in checks])
+        failed = [check for check in checks if not check.passed]
         if failed:
             raise UserError(f"self-test failed: {failed[0].check}: {failed[0].detail}")
 
@@ -304,7 +315,8 @@ class Trainer:
         if not self.evaluation_rows:
             return
         started = time.perf_counter()
-        with out_of_memory_explained("evaluation", self.recipe), self.averaged():
+        diverged = not_finite_explained(self.recipe, self.step, self.step > 0)
+        with out_of_memory_explained("evaluation", self.recipe), diverged, self.averaged():
             evaluated = self._measure(self.evaluation_rows, settings)
             audit = None
             if self.guarding:
@@ -352,7 +364,7 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.main:
             counted = {"step": self.step, "update": self.learner.update, "forwards": self.forwards}
-            counters = {**counted, "minutes": self.minutes}
+            counters = {**counted, "minutes": self.minutes, "scaler": self.learner.scaler.state_dict()}
             keep = self.recipe.run.keep_checkpoints
             memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
@@ -369,6 +381,8 @@ class Trainer:
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, memory)
             self.step, self.learner.update = counters["step"], counters["update"]
             self.minutes, self.forwards = counters["minutes"], counters["forwards"]
+            if counters.get("scaler"):
+                self.learner.scaler.load_state_dict(counters["scaler"])
         if self.main:
             self.run_folder.forget_after(self.step)
         self.accelerator.wait_for_everyone()

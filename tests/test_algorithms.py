@@ -190,6 +190,23 @@ def test_groups_without_spread_teach_nothing_and_break_nothing(
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("run", ["nft", "crd", "marble", "gdro", "prdp", "guard", "dense", "sliding_window"])
+@pytest.mark.parametrize("equal_groups", ["skip", "keep"])
+def test_the_spread_is_said_of_what_differs_whoever_is_kept(
+    run: str, equal_groups: str, make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    judge = "def half(media, prompts, metadata):\n"
+    judge += "    return [float(m.mean()) if 'two' in p else 1.0 for m, p in zip(media, prompts)]\n"
+    (tmp_path / "half.py").write_text(judge)
+    half = {"load": f"{tmp_path / 'half.py'}:half"}
+    rewards = {"half": half, **({"again": half} if "rewards" in RUNS[run] else {})}
+    more = {"steps": 1, "prompts_per_step": 4}
+    recipe = make(run, rewards=rewards, train=more, algorithm={"equal_groups": equal_groups})
+    (line,) = metrics(quiet_train(recipe))
+    assert line["zero_spread"] == 0.75
+    assert line["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("run", ["gdro", "prdp", "nft"])
 def test_a_process_without_units_has_a_finite_loss_to_wait_with(run: str, make: Callable[..., Recipe]) -> None:
     """Its gradient counts for nothing, but 0 times NaN would not."""

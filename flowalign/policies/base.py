@@ -19,10 +19,6 @@ from flowalign.settings import UserError
 
 Grid = Literal["model", "uniform"]
 
-# Below 6e-8 a gradient of half precision is 0, and those of a mean over a latent are. A constant factor keeps them
-# (Micikevicius et al. 2018, section 3.2); it goes on behind the loss and comes off at the weights, so nobody sees it.
-GRADIENT_SCALE = 2.0**16
-
 
 @dataclass(frozen=True)
 class Condition:
@@ -86,7 +82,6 @@ class Policy(ABC):
         self._has_begun = False
         self._empty: Condition | None = None
         self._adapters_off = False
-        self._unscaled = False
 
     @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
@@ -113,23 +108,14 @@ class Policy(ABC):
         """Write the trained weights as diffusers loads them: a LoRA, or the whole transformer."""
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """v = eps - x0 at states x (B, ...) and noise levels sigma (B,), float32, without guidance."""
+        """v = eps - x0 at states x (B, ...) and noise levels sigma (B,), float32, without guidance.
+
+        In half precision its gradients are: who trains with it scales losses, as the learner does.
+        """
         self.forwards += len(x)
         autocast = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-            velocity = self._forward(x.to(self.dtype), sigma, condition).float()
-        if self.dtype == torch.float16 and velocity.requires_grad:
-            self._unscale_gradients()
-            velocity.register_hook(lambda gradient: gradient * GRADIENT_SCALE)
-        return velocity
-
-    def _unscale_gradients(self) -> None:
-        """Once: from here on every trained weight divides its gradient by the scale."""
-        if self._unscaled:
-            return
-        for parameter in self.trainable_parameters().values():
-            parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
-        self._unscaled = True
+            return self._forward(x.to(self.dtype), sigma, condition).float()
 
     def guided_velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float

@@ -1,0 +1,59 @@
+"""Numbers that are not finite: whose they are, since when, and which settings to lower."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from flowalign.config import Recipe
+from flowalign.settings import UserError
+
+
+class NotFinite(UserError):
+    """The pictures of a model are NaN or infinite; `what` is the sentence without whose they are."""
+
+    def __init__(self, what: str):
+        super().__init__(f"the model's {what}; its weights are not finite, or its precision is too small for it")
+        self.what = what
+
+
+def refuse_not_finite(prompts: Sequence[str], *drawn: torch.Tensor) -> None:
+    """Raises NotFinite where latents or pictures (B, ...) of B prompts hold NaN or infinity."""
+    finite = torch.stack([part.flatten(1).isfinite().all(1) for part in drawn]).all(0)
+    if finite.all():
+        return
+    kind = "NaN" if any(part.isnan().any() for part in drawn) else "infinite"
+    bad = (~finite).nonzero().flatten().tolist()
+    raise NotFinite(f"pictures are {kind} ({len(bad)} of {len(finite)}, first for {prompts[bad[0]]!r})")
+
+
+@contextmanager
+def not_finite_explained(recipe: Recipe, step: int, trained: bool) -> Iterator[None]:
+    """Turn NotFinite into one that says since which step of a run, and what to lower; before training, what to set."""
+    try:
+        yield
+    except NotFinite as error:
+        if not trained:
+            noise = recipe.rollout.noise_level
+            ways = [f"lower rollout.noise_level ({noise:g})"] if noise else []
+            ways += ["set model.dtype=fp32"] if recipe.model.dtype != "fp32" else []
+            ways = " or ".join([*ways, "look whether the model's files are whole"])
+            raise UserError(f"the model's {error.what} before any training; {ways}") from error
+        raise UserError(
+            f"the policy has diverged: its {error.what} from step {step} on, and no reward is at fault; "
+            f"{what_to_lower(recipe)}, and begin anew or from an older checkpoint"
+        ) from error
+
+
+def what_to_lower(recipe: Recipe) -> str:
+    """The settings that make updates smaller, as they are; in half precision also the way out of it."""
+    train, algorithm = recipe.train, recipe.algorithm
+    settings = {"train.learning_rate": train.learning_rate, "train.max_grad_norm": train.max_grad_norm}
+    if hasattr(algorithm, "clip_range"):
+        settings["algorithm.clip_range"] = algorithm.clip_range
+    if algorithm.name == "gdro":
+        settings["algorithm.beta"] = getattr(algorithm, "beta")  # noqa: B009
+    if recipe.rollout.guidance > 1:
+        settings["rollout.guidance"] = recipe.rollout.guidance
+    lower = " or ".join(f"{name} ({value:g})" for name, value in settings.items())
+    return f"lower {lower}" + (", or set model.dtype=bf16" if recipe.model.dtype == "fp16" else "")
