@@ -4,8 +4,8 @@ Jobs come one after another; each has a `world`, as many processes forked from t
 `cases` that they train in turn; with `sharded` they share out the frozen weights. What each process drew, learnt and
 scored is written beside the case's run folder. A case without a `dtype` trains its recipe's own model, with `adapters`
 a small network that has some. A case may go on from a copy `of` another's run folder; with `asked` the second process
-is asked to stop in its first step, one that is `refused` does not begin, with `clocks` every process has one of its
-own speed.
+is asked to stop in its first step, one that is `refused` does not begin, one that is `idle` ends itself, with `clocks`
+every process has one of its own speed.
 """
 
 import itertools
@@ -153,6 +153,11 @@ def run(case: dict[str, Any], rank: int) -> None:
         (folder / f"refused_{rank}").write_text(str(caught.value))
         return
     trainer = begin(resume="of" in case)
+    if case.get("idle"):
+        with pytest.raises(UserError) as caught:
+            trainer.run()
+        (folder / f"idle_{rank}").write_text(str(caught.value))
+        return
     drawn: dict[str, torch.Tensor] = {}
     learn = trainer.learner.learn
 

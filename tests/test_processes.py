@@ -47,6 +47,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "marble": {"algorithm": {"name": "marble", "kl_weight": 1e-2, "every": 3}},
     "gdro": {"algorithm": {"name": "gdro", "beta": 10}},
 }
+LONE = ("flow_grpo", "nft", "crd", "marble", "prdp")
 WORLDS = (1, 2, 3)
 SHARED_OUT = ("flow_grpo", "nft", "marble")
 ONE_DEVICE = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -96,6 +97,13 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
     measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "pictures": 3}
     guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
     add("guarded", "nft", more={"evaluation": measured, "guard": guard})
+    # In one process alone a group teaches, if any: the others' are all equal, left out or kept.
+    alone = [f"prompt {index}" for index in range(7) if index != 4]
+    for name in LONE:
+        more = {"algorithm": {**ALGORITHMS[name]["algorithm"], "equal_groups": "keep"}, "train": {"steps": 4}}
+        add(f"lone_{name}", name, more=more, flat=alone)
+    add("lone_skip", "flow_grpo", more={"train": {"steps": 4}}, flat=alone)
+    add("none", "nft", more={"train": {"idle_steps": 1}}, flat=[*alone, "prompt 4"], idle=True)
     # With three processes one has no picture to evaluate.
     add("few", "nft", more={"evaluation": {**measured, "count": 2}, "guard": guard})
     add("asked", "nft", asked=True)
@@ -104,6 +112,8 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
         add("resumed", "crd", more={"train": {"steps": 1}})
     else:
         add("resumed", "crd", of=str(folder / "resumed_1"))
+        more = {"train": {"steps": 6}}
+        add("lone_resumed", "flow_grpo", more=more, flat=alone, of=str(folder / "lone_skip_1"))
         add("refused", "nft", refused=True, more={"train": {"prompts_per_step": 5}})
     return found
 
@@ -139,6 +149,9 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
         kept = {"cache_conditions": str(folder / "conditions")}
         add("pipeline_nft", "nft", {"model": {"gradient_checkpointing": True, **kept}}, base)
         add("pipeline_marble", "marble", {}, base)
+        # The KL's gradient, 0 in the first update, overflows in the next: no process takes it.
+        half = {"model": {"dtype": "fp16"}, "algorithm": {"name": "nft", "kl_weight": 1e5}, "train": {"steps": 4}}
+        add("pipeline_half", "nft", half, base)
         add("half", "nft", {"train": {"steps": 1}, "model": kept}, base)
     return found
 
@@ -243,6 +256,32 @@ def test_rewards_learn_alike_everywhere_and_groups_may_teach_in_one_process_alon
 
 @pytest.mark.slow
 @several
+@pytest.mark.parametrize("name", [*(f"lone_{name}" for name in LONE), "lone_skip", "lone_resumed"])
+def test_the_self_test_passes_where_one_process_alone_has_groups_that_teach(runs: Path, name: str, world: int) -> None:
+    for count in (1, world) if name != "lone_resumed" else (world,):
+        spread = [line["zero_spread"] for line in lines(runs, name, count)]
+        assert pytest.approx(5 / 6) in spread  # of a step's six groups one differs
+        checks = json.loads((runs / f"{name}_{count}" / "run.json").read_text())["self_test"]
+        assert all(check["passed"] for check in checks)
+        assert checks[-1] == {
+            "check": "rewards differ within prompts",
+            "passed": True,
+            "detail": "in 17% of the groups",
+        }
+    if name != "lone_resumed":
+        assert moved_apart(runs, name, world) < 1e-6
+
+
+@pytest.mark.slow
+@several
+def test_all_processes_end_a_run_that_teaches_nothing(runs: Path, world: int) -> None:
+    said = {(runs / f"none_{world}_seen" / f"idle_{rank}").read_text() for rank in range(world)}
+    (sentence,) = said
+    assert "stopped after step 1, the last 1 steps taught nothing: reward 'red' is 0.5 for every picture" in sentence
+
+
+@pytest.mark.slow
+@several
 def test_every_process_scores_its_own_pictures(runs: Path, world: int) -> None:
     for rank in range(world):
         scored = json.loads((runs / f"nft_float64_{world}_seen" / f"scored_{rank}.json").read_text())
@@ -314,6 +353,16 @@ def test_a_process_holds_its_share_of_the_frozen_weights(runs: Path, name: str, 
     total = sum(whole for _, whole in alone.values())
     for share in shares:
         assert sum(held for held, _ in share.values()) == pytest.approx(total / world, rel=0.1)
+
+
+@pytest.mark.slow
+def test_all_processes_skip_the_same_updates_in_half_precision(runs: Path) -> None:
+    for label in ("1", "2s"):
+        found = lines(runs, "pipeline_half", label)
+        skipped = [line["skipped_updates"] for line in found]
+        assert 0 < sum(skipped) < 4 * 2
+        assert found[-1]["gradient_scale"] == 2.0 ** (16 - sum(skipped))
+    assert torch.equal(weights(runs, "pipeline_half", "2s", 0), weights(runs, "pipeline_half", "2s", 1))
 
 
 @pytest.mark.slow
