@@ -151,6 +151,7 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
         add("pipeline_marble", "marble", {}, base)
         # The KL's gradient, 0 in the first update, overflows in the next: no process takes it.
         half = {"model": {"dtype": "fp16"}, "algorithm": {"name": "nft", "kl_weight": 1e5}, "train": {"steps": 4}}
+        half["rollout"] = {"window": None}
         add("pipeline_half", "nft", half, base)
         add("half", "nft", {"train": {"steps": 1}, "model": kept}, base)
     return found
