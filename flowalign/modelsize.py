@@ -12,10 +12,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 import torch.utils.checkpoint
-import transformers
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,6 +23,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from flowalign.config import Model
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.folders import loading, part_class
 from flowalign.policies.loading import find_family
 from flowalign.settings import UserError
 
@@ -87,16 +86,14 @@ def _part(folder: Path, library: str | None, kind: str | None, dtype: torch.dtyp
     """A part of a pipeline: modules on the meta device, the scheduler as it is, nothing for tokenizers."""
     if library is None or kind is None or folder.name.startswith(("tokenizer", "feature_extractor")):
         return None
-    source: Any = getattr(diffusers if library == "diffusers" else transformers, kind)
-    try:
+    source = part_class(folder.name, library, kind)
+    with loading(folder.parent, folder.name):
         if folder.name == "scheduler":
             return source.from_pretrained(folder)
         with torch.device("meta"), _default_dtype(dtype):
             if library == "diffusers":
                 return source.from_config(source.load_config(folder))
             return source(source.config_class.from_pretrained(folder))
-    except OSError as error:
-        raise UserError(f"model.path: {folder} holds no configuration of a {kind}") from error
 
 
 @contextmanager

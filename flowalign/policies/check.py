@@ -16,6 +16,7 @@ from flowalign.policies.adapters import merge_adapter
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import find_family
+from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import target_modules
 from flowalign.rollout import rollout
 from flowalign.sampling import counted_generator, counted_noise
@@ -80,6 +81,7 @@ def check_model(model: Model, device: torch.device | str, *, steps: int = 4, gui
         size = policy.size
         del policy
         plain = family.load_pipeline(path, torch.float32).to(device)
+        plain.scheduler = euler_scheduler(plain.scheduler)
         if model.adapter:
             merge_adapter(plain, model.adapter, family.native)
         traces = [_trace(plain, one.arguments, size, steps) for one in drawn]

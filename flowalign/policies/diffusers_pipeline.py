@@ -6,7 +6,6 @@ An adapter names its pipeline class and LoRA targets and fills in `patch`, `enco
 
 import copy
 import inspect
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from flowalign.policies.adapters import Native, export_lora, merge_adapter
 from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, Policy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
+from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
+from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
 from flowalign.settings import UserError
 
@@ -42,6 +43,7 @@ class PipelinePolicy(Policy):
         super().__init__()
         self.device, self.dtype = device, forward_dtype(model.dtype, device)
         self.pipeline, self.transformer = pipeline, pipeline.transformer
+        pipeline.scheduler = euler_scheduler(pipeline.scheduler)
         self._base = None if Path(model.path).exists() else model.path
         self.max_sequence_length = model.max_sequence_length
         self.size = (model.height, model.width)
@@ -78,14 +80,32 @@ class PipelinePolicy(Policy):
 
     @classmethod
     def load_pipeline(cls, path: Path | str, dtype: torch.dtype, *, text_encoders: bool = True) -> Any:
-        """The plain pipeline; its autoencoder is float32, since half precision shows in the pictures."""
-        index = Path(path) / "model_index.json"
-        present = json.loads(index.read_text()) if index.is_file() and cls.optional_parts else {}
-        absent = {name: None for name in cls.optional_parts if present and not present.get(name, [None])[0]}
+        """The plain pipeline; its autoencoder is float32, since half precision shows in the pictures.
+
+        Raises UserError, with the part, for files that are missing, damaged, or not all of a network.
+        """
+        index, known = pipeline_index(path), inspect.signature(cls.pipeline_class).parameters
+        named = {name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+        parts: dict[str, Any] = {name: None for name in cls.optional_parts if name not in named}
         if not text_encoders:
-            parts = inspect.signature(cls.pipeline_class).parameters
-            absent |= {name: None for name in parts if name.startswith(("text_encoder", "tokenizer"))}
-        return cls.pipeline_class.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype}, **absent)
+            parts |= {name: None for name in known if name.startswith(("text_encoder", "tokenizer"))}
+        for name, parameter in known.items():
+            if parameter.default is parameter.empty and name not in (*named, *parts):
+                raise UserError(f"model.path: the model_index.json of {str(path)!r} names no {name}; fetch it again")
+        if not Path(path).exists():
+            with loading(path, "files"):
+                path = cls.pipeline_class.download(path, **parts)
+        for name in sorted(named & set(known) - set(parts)):
+            if not (Path(path) / name).is_dir():
+                without = ", or [null, null] there to go without" if name in cls.optional_parts else ""
+                raise UserError(
+                    f"model.path: {Path(path) / name} is missing, which model_index.json names; fetch it again{without}"
+                )
+            kind = part_class(name, *index[name])
+            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+                parts[name] = load_part(Path(path), name, kind, torch.float32 if name == "vae" else dtype)
+        with loading(path, "scheduler or tokenizer"):
+            return cls.pipeline_class.from_pretrained(path, **parts)
 
     @property
     @abstractmethod

@@ -1,6 +1,5 @@
 """From a model's path to a policy."""
 
-import json
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import torch
 
 from flowalign.assets import asset
 from flowalign.config import Model, load_recipe
+from flowalign.paths import expanded
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
+from flowalign.policies.folders import pipeline_index
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.settings import UserError
 
@@ -46,8 +47,8 @@ def load_policy(
 
 def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
     """The adapter for a model's settings, and the pipeline's folder or hub id; UserError as load_policy says."""
-    path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else model.path
-    name = _pipeline_class(path)
+    path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else expanded(model.path)
+    name = pipeline_index(path)["_class_name"]
     plugins = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in FAMILIES | plugins:
         raise UserError(f"model.path {model.path!r} is a {name}; supported are {', '.join(FAMILIES | plugins)}")
@@ -103,22 +104,3 @@ def _run_model(run: Path, adapter: Path | None) -> Model:
     if not (run / "lora").is_dir():
         raise UserError(f"{run} has no lora/ yet; it appears when the run ends")
     return settings.model_copy(update={"adapter": str(run / "lora")})
-
-
-def _pipeline_class(path: Path | str) -> str:
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        if Path(path).exists() or isinstance(path, Path) or str(path).count("/") != 1:
-            what = "holds no model_index.json" if Path(path).exists() else "does not exist"
-            raise UserError(f"model.path: {str(path)!r} {what}; give a diffusers pipeline folder or a hub id")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            index = Path(hf_hub_download(str(path), "model_index.json"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-            raise UserError(
-                f"model.path: {str(path)!r} is no local folder, and the hub did not give it ({type(error).__name__}); "
-                "check the name, log in for gated models, or give a folder"
-            ) from error
-    return str(json.loads(index.read_text())["_class_name"])
