@@ -16,6 +16,7 @@ from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate
 from flowalign.evaluate.hacking import Audit, spaced
 from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.judging import Judging, load_learnt
+from flowalign.paths import expanded
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy, model_settings
 from flowalign.runs import RunFolder
@@ -26,7 +27,7 @@ def audit(
     target: str,
     *,
     against: str | None = None,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     device: torch.device | str = "cpu",
@@ -36,7 +37,7 @@ def audit(
     A run is audited by its own recipe, its last checkpoint against the model it began as. A model needs one to be
     audited `against`, and a `recipe` whose evaluation and guard say how. Raises UserError for what is missing.
     """
-    run = None
+    run, target = None, expanded(target)
     if (Path(target) / "recipe.yaml").is_file():
         if recipe or adapter:
             raise UserError(

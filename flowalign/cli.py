@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from flowalign.cli_evaluate import data_app, eval_app
 from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
-from flowalign.command import console, quiet_libraries
+from flowalign.command import console, quiet_libraries, with_homes
 from flowalign.command import device as _device
 from flowalign.settings import UserError
 from rewards.errors import RewardError
@@ -177,7 +178,7 @@ def audit(
     against: Annotated[
         str | None, typer.Option(metavar="BASE", help="the base model; the default is the one a run began as")
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="a LoRA folder for the model")] = None,
+    adapter: Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id for the model")] = None,
     recipe: Annotated[str | None, typer.Option(help="for a model: whose evaluation and guard say how")] = None,
 ) -> None:
     """Ask whether a model bought its reward with what the reward does not see. Exit code 1 if anything alarms."""
@@ -354,7 +355,7 @@ def _print_gain(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: a person's mistake is one sentence and exit code 1."""
     try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+        app(args=with_homes(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
     except (UserError, RewardError) as error:
         Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
         raise SystemExit(1) from None

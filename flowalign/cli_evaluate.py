@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from flowalign.command import console, device, quiet_libraries
+from flowalign.paths import expanded
 from flowalign.settings import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ ModelArgument = Annotated[
 OptionalModel = Annotated[
     str | None, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
 ]
-Adapter = Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")]
+Adapter = Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")]
 Images = Annotated[
     Path | None, typer.Option(help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png")
 ]
@@ -58,6 +59,7 @@ def evaluate_recipe(
     from flowalign.runs import RunFolder
     from flowalign.scoring import evaluate_recipe as evaluate
 
+    target = expanded(target)
     if Path(target).is_dir():
         run, _ = RunFolder.open(Path(target))
         recipe = load_recipe(run.path / "recipe.yaml", overrides or [])
@@ -240,7 +242,7 @@ def _drawing(
     model: str | None,
     images: Path | None,
     images_per_prompt: int,
-    adapter: Path | None,
+    adapter: str | None,
     size: int | None,
     max_sequence_length: int | None,
     steps: int | None,

@@ -12,7 +12,7 @@ from flowalign.settings import UserError
 def sample(
     model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
-    adapter: Annotated[Path | None, typer.Option(help="a LoRA folder, such as a run's lora/")] = None,
+    adapter: Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")] = None,
     output: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
     steps: Annotated[int, typer.Option(min=1)] = 20,
     guidance: Annotated[float, typer.Option(min=1)] = 3.0,

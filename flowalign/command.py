@@ -1,8 +1,12 @@
 """What the commands share: where they print, on what they compute, and quiet libraries."""
 
 import os
+import re
+from collections.abc import Sequence
 
 from rich.console import Console
+
+from flowalign.paths import expanded
 
 console = Console(highlight=False)
 
@@ -23,3 +27,12 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def with_homes(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line with ~/ as the home folder also where shells leave it, as in --output=~/x."""
+    parted = [re.fullmatch(r"(--[\w-]+=)?(~/.*)", argument, re.DOTALL) for argument in arguments]
+    return [
+        (found[1] or "") + expanded(found[2]) if found else argument
+        for found, argument in zip(parted, arguments, strict=True)
+    ]

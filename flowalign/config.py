@@ -10,7 +10,8 @@ import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from flowalign.algorithms import ALGORITHMS, Algorithm
-from flowalign.mistakes import Keys, explain, key_lines, nearest
+from flowalign.mistakes import explain, key_lines, nearest
+from flowalign.paths import Keys, expanded, located
 from flowalign.sections import (
     Collect,
     Combine,
@@ -258,7 +259,8 @@ def bundled_recipes() -> dict[str, Path]:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a bundled name or a YAML file, with `key.sub=value` overrides.
 
-    A recipe may name a `base`, another one whose sections it takes wherever it has none of its own. Raises UserError
+    A recipe may name a `base`, another one whose sections it takes wherever it has none of its own. Files that it names
+    are looked for beside it, then in the working folder; those of an override the other way round. Raises UserError
     with the file, the line and the key of the first mistake.
     """
     values, origins = _read_recipe(source, ())
@@ -267,8 +269,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         keys, value = _parse_override(override)
         _set(values, keys, value, override)
         given[keys] = override
+
+    def places(keys: Keys) -> list[Path]:
+        folder = origins[keys[0]][0].parent if keys[0] in origins else Path()
+        return [Path(), folder] if any(keys[: len(one)] == one for one in given) else [folder, Path()]
+
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(located(values, places))
     except ValidationError as error:
         section = str(next((found["loc"][0] for found in error.errors() if found["loc"]), ""))
         path, lines = origins.get(section, origins["name"] if "name" in origins else next(iter(origins.values())))
@@ -280,7 +287,7 @@ Origins = dict[str, tuple[Path, dict[Keys, int]]]
 
 def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     """A recipe's values with those of its base, and where each section stands: the file and the lines of its keys."""
-    path = bundled_recipes().get(str(source), Path(source))
+    path = bundled_recipes().get(str(source), Path(expanded(str(source))))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -308,7 +315,7 @@ def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str,
         return values, origins
     if not isinstance(base, str):
         raise UserError(f"{path}, line {lines[('base',)]}: base must be a recipe's name or file, not {base!r}")
-    beside = path.parent / base
+    beside = path.parent / expanded(base)
     below, places = _read_recipe(beside if beside.is_file() else base, (*above, path))
     return {**below, **values}, {**places, **origins}
 
@@ -316,7 +323,7 @@ def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str,
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain values; raises UserError as `load_recipe` does."""
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate(located(dict(values), lambda _: [Path()]))
     except ValidationError as error:
         raise UserError(explain(error, Recipe, Path(where), {}, {})) from None
 

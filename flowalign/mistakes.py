@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from rapidfuzz.distance import OSA, Indel
 
 from flowalign.algorithms import ALGORITHMS
+from flowalign.paths import Keys
 
-Keys = tuple[str, ...]
 _TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[float, ...]"}  # pydantic names a union's branch in an error's place
 
 

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.config import Recipe
 from flowalign.data import Row, step_rows
+from flowalign.paths import sought
 from flowalign.policies.base import Policy
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import replace_text, to_uint8
@@ -362,7 +363,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no store of groups: its manifest.json cannot be read ({error})") from error
+        where = "" if path.exists() else sought(str(path))
+        raise UserError(f"{path} is no store of groups{where}: its manifest.json cannot be read ({error})") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(f"store {path} has format {found}; this version reads {FORMAT}")

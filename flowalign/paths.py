@@ -1,8 +1,23 @@
 """Paths that a person gives: ~ is the home folder, and a recipe's files may lie beside it."""
 
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-_looked: dict[str, Path] = {}  # what was found nowhere, and the recipe's folder in which it was looked for as well
+Keys = tuple[str, ...]
+
+_OURS = {"toyworld", "geneval"}  # what a bundled name begins with
+_looked: dict[str, Path] = {}  # what was in neither place, and the folder of the recipe that named it
+
+# Where a recipe names what is read, and what is written; between slashes the keys.
+_READ = re.compile(
+    r"model/(path|adapter)|prompts|store|evaluation/prompts|guard/features/model"
+    r"|((evaluation|guard)/)?rewards/[^/]+/(load|shaping/reference)"
+)
+_OPTION = re.compile(r"((evaluation|guard)/)?rewards/[^/]+/options/.+")
+_WRITTEN = re.compile(r"run/folder|model/cache_conditions")
 
 
 def expanded(value: str) -> str:
@@ -13,27 +28,46 @@ def expanded(value: str) -> str:
         return value
 
 
-def located(value: str, folder: Path | None) -> str:
-    """The absolute path of a file or folder: beside a recipe in `folder`, else in the working folder.
+def located(values: Any, places: Callable[[Keys], Sequence[Path]], keys: Keys = ()) -> Any:
+    """A recipe's plain values with the files and folders that it names as absolute paths.
 
-    What is in neither place comes back as it was, for whoever opens it to refuse with `sought`.
+    `places` are the folders to look in, for each key. What is in none of them stays as it was, for whoever opens it to
+    refuse, with `sought`; so do bundled names and hub ids.
     """
+    if isinstance(values, dict):
+        return {key: located(value, places, (*keys, str(key))) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return type(values)(located(value, places, keys) for value in values)
+    where = "/".join(key.replace("/", " ") for key in keys)
+    if not isinstance(values, str) or not values or values.partition("/")[0] in _OURS:
+        return values
+    if _WRITTEN.fullmatch(where):
+        return expanded(values)
+    if _READ.fullmatch(where) or (_OPTION.fullmatch(where) and _is_like_a_path(values)):
+        return _absolute(values, places(keys))
+    return values
+
+
+def _is_like_a_path(value: str) -> bool:
+    return value.startswith("~") or os.sep in value or bool(re.fullmatch(r"[^\s:]+\.[A-Za-z]\w*", value))
+
+
+def _absolute(value: str, places: Sequence[Path]) -> str:
+    """Of FILE, of FILE.py:NAME, or of FILE#COLUMN."""
     value = expanded(value)
-    for place in (folder, Path()):
-        if place is not None and (place / value).exists():
-            return str((place / value).absolute())
-    if folder is not None and not Path(value).is_absolute():
-        _looked[value] = folder.absolute()
+    file, behind, name = re.fullmatch(r"(.*?)(?:(\.py:|#)(.*))?", value, re.DOTALL).groups("")  # type: ignore[union-attr]
+    for place in places:
+        for known, rest in ((value, ""), (f"{file}{behind[:-1]}", f"{behind[-1:]}{name}")):
+            if os.path.exists(place / known):  # unlike Path's, not over a text of a thousand letters
+                return f"{(place / known).absolute()}{rest}"
+    if not Path(value).is_absolute() and places[0] != Path():
+        _looked[f"{file}{behind[:-1]}"] = places[0].absolute()
     return value
 
 
 def sought(value: str) -> str:
-    """Where a relative path was looked for, to be put behind it in an error; nothing for an absolute one."""
+    """Where a relative path was looked for, to stand behind it in an error; nothing for an absolute one."""
     if Path(value).is_absolute():
         return ""
-    here = f"the working folder {Path.cwd()}"
-    return (
-        f" (looked beside the recipe in {_looked[value]}, then in {here})"
-        if value in _looked
-        else f" (looked in {here})"
-    )
+    beside = f"beside the recipe in {_looked[value]}, then in " if value in _looked else "in "
+    return f" (looked {beside}the working folder {Path.cwd()})"

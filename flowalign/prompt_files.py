@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowalign.paths import sought
 from flowalign.settings import UserError
 from rewards.pictures import SUFFIXES
 
@@ -107,7 +108,8 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"prompts {str(path)!r} cannot be read: {error.strerror or error}") from error
+        where = "" if path.exists() else sought(str(path))
+        raise UserError(f"prompts {str(path)!r} cannot be read{where}: {error.strerror or error}") from error
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)

@@ -22,6 +22,7 @@ from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.judging import learning, load_learnt, refuse_learning
 from flowalign.offline import GroupStore, collect
+from flowalign.paths import expanded
 from flowalign.runs import FILE_NAME, MANIFEST, RunFolder, replace_text
 from flowalign.settings import UserError
 from rewards.pictures import pictures_in, read_picture
@@ -168,7 +169,8 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--option {text!r} must be written KEY=VALUE")
-    return key, yaml.safe_load(value)
+    parsed = yaml.safe_load(value)
+    return key, expanded(parsed) if isinstance(parsed, str) else parsed
 
 
 def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float]) -> None:

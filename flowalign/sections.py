@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from flowalign.lazy import torch
+from flowalign.paths import expanded
 from flowalign.sampling.noise import WINDOW, counted_generator
 from flowalign.sampling.steps import Dynamics
 from flowalign.settings import Section
@@ -36,7 +37,7 @@ class Model(Section):
     path: str = "toyworld"
     """A diffusers pipeline folder, a hub id, or toyworld, the embedded model."""
     adapter: str | None = None
-    """A LoRA folder in diffusers format to start from; it is merged into the weights."""
+    """A LoRA's file, folder or hub id to start from, of diffusers, PEFT, kohya or ComfyUI; merged into the weights."""
     height: Positive = 512
     """Pixels."""
     width: Positive = 512
@@ -59,6 +60,11 @@ class Model(Section):
     null: they stay, and encode at every step."""
     lora: Lora | None = Lora()
     """The adapters to train; null trains all weights of the transformer."""
+
+    @field_validator("path", "adapter", "cache_conditions")
+    @classmethod
+    def _home(cls, path: str | None) -> str | None:
+        return path and expanded(path)
 
 
 class Sampler(Section):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import rewards as zoo
 from flowalign.config import Evaluation, RewardSettings
 from flowalign.data import Row
 from flowalign.evaluate.intervals import clustered_error
+from flowalign.paths import sought
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, rollout
 from flowalign.sampling.noise import EVALUATION
@@ -71,6 +73,10 @@ def load_rewards(
     settings: Mapping[str, RewardSettings], given: Mapping[str, zoo.Reward] = MappingProxyType({})
 ) -> dict[str, zoo.Reward]:
     """The rewards of a recipe, by the name it gives them; those `given` are there already."""
+    for name, entry in settings.items():
+        file = entry.loads(name).rpartition(":")[0]
+        if name not in given and file.endswith(".py") and not Path(file).is_file():
+            raise UserError(f"rewards.{name}.load: there is no file {file}{sought(file)}")
     return {
         name: given[name] if name in given else zoo.load(entry.loads(name), **entry.options)
         for name, entry in settings.items()

@@ -23,6 +23,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
+from flowalign.paths import expanded, sought
 from flowalign.policies.weightfiles import PICKLES, damage
 from flowalign.settings import UserError
 
@@ -67,11 +68,14 @@ def adapter_files(adapter: str) -> list[Path]:
     `adapter` is a file, a folder that holds one, or on the hub OWNER/NAME or OWNER/NAME/FILE. Raises UserError for
     anything else, in a sentence that says what is there.
     """
-    path = Path(adapter).expanduser()
+    path = Path(expanded(adapter))
     if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", adapter):
         path = _from_hub(adapter)
     if not path.exists():
-        _refuse(adapter, "does not exist; give a LoRA's file or folder, such as a run's lora/, or a hub id")
+        _refuse(
+            adapter,
+            f"does not exist{sought(adapter)}; give a LoRA's file or folder, such as a run's lora/, or a hub id",
+        )
     file = path if path.is_file() else _only_file(adapter, path)
     if file.suffix in PICKLES or file.suffix != ".safetensors":
         _refuse(adapter, damage(file) if file.suffix in PICKLES else "is no .safetensors file")

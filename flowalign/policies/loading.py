@@ -47,7 +47,7 @@ def load_policy(
 
 def find_family(model: Model) -> tuple[type[PipelinePolicy], Path | str]:
     """The adapter for a model's settings, and the pipeline's folder or hub id; UserError as load_policy says."""
-    path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else expanded(model.path)
+    path: Path | str = asset("toyworld/model") if model.path == EMBEDDED else model.path
     name = pipeline_index(path)["_class_name"]
     plugins = {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
     if name not in FAMILIES | plugins:
@@ -74,13 +74,14 @@ def toyworld_model() -> Model:
 
 
 def model_settings(
-    model: str, adapter: Path | None = None, size: int | None = None, max_sequence_length: int | None = None
+    model: str, adapter: str | Path | None = None, size: int | None = None, max_sequence_length: int | None = None
 ) -> Model:
     """The settings of a model by what a person calls it: toyworld, a pipeline folder, a hub id or a run folder.
 
     A run folder stands for its recipe's model with its lora/. size: pixels of a side; None keeps the model's defaults.
     Raises UserError for a run folder whose trained weights are no single adapter, or with an `adapter` beside it.
     """
+    model = expanded(model)
     if (Path(model) / "recipe.yaml").is_file():
         settings = _run_model(Path(model), adapter)
     else:
@@ -92,7 +93,7 @@ def model_settings(
     return settings.model_copy(update=changes)
 
 
-def _run_model(run: Path, adapter: Path | None) -> Model:
+def _run_model(run: Path, adapter: str | Path | None) -> Model:
     settings = load_recipe(run / "recipe.yaml").model
     if adapter is not None:
         raise UserError(
