@@ -39,7 +39,8 @@ def located(values: Any, places: Callable[[Keys], Sequence[Path]], keys: Keys = 
     if isinstance(values, list | tuple):
         return type(values)(located(value, places, keys) for value in values)
     where = "/".join(key.replace("/", " ") for key in keys)
-    if not isinstance(values, str) or not values or values.partition("/")[0] in _OURS:
+    is_name = keys[-1:] == ("load",) and isinstance(values, str) and ".py:" not in values
+    if not isinstance(values, str) or not values or is_name or values.partition("/")[0] in _OURS:
         return values
     if _WRITTEN.fullmatch(where):
         return expanded(values)

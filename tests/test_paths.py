@@ -24,7 +24,10 @@ VALUES: dict[str, Any] = {
     "store": "groups",
     "rewards": {
         "mine": {"load": "judge.py:brightness", "shaping": {"form": "standardise", "reference": "groups"}},
-        "ocr": {"options": {"mode": "lines", "head": "heads/x.safetensors", "model": "openai/clip", "url": "http://a/b"}},
+        "ocr": {
+            "load": "ocr",
+            "options": {"mode": "lines", "head": "heads/x.safetensors", "model": "openai/clip", "url": "http://a/b"},
+        },
     },
     "algorithm": {"name": "gdro"},
     "rollout": {"dynamics": "ode"},
@@ -43,6 +46,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path,
     for file in FILES:
         (beside / file).write_text("def brightness(media, prompts, metadata): return media.flatten(1).mean(1)")
     (beside / "my.yaml").write_text(yaml.safe_dump(VALUES))
+    for name in ("ocr", "lines", "toyworld"):  # of the names of a reward, of an option, and of what is bundled
+        (beside / name).mkdir()
     monkeypatch.chdir(working)
     monkeypatch.setenv("HOME", str(home))
     return beside, working, home
@@ -85,6 +90,7 @@ def test_files_are_found_beside_the_recipe_from_anywhere_and_stay_so_in_the_dump
         "features": str(beside / "models/own"),
     }
     assert recipe.prompts[1:] == ("toyworld/words_train", f"{beside / 'test.txt'}#text")
+    assert recipe.rewards["ocr"].load == "ocr"
     assert recipe.rewards["ocr"].options == {**VALUES["rewards"]["ocr"]["options"], "head": str(beside / FILES[3])}
     assert recipe.run.folder == str(home / "runs/x") and recipe.model.cache_conditions == str(home / "cache")
     (working / "recipe.yaml").write_text(dump_recipe(recipe))
