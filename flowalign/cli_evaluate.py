@@ -130,6 +130,10 @@ def evaluate_ocr(
     count: Count = None,
     images_per_prompt: ImagesPerPrompt = 4,
     mode: Annotated[str | None, typer.Option(help="page, or for toyworld lines: see the reward ocr")] = None,
+    recogniser: Annotated[
+        str | None, typer.Option(metavar="NAME", help="a language, such as cyrillic, or an .onnx file")
+    ] = None,
+    keys: Annotated[str | None, typer.Option(metavar="FILE", help="the recogniser's characters, one a line")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
@@ -138,7 +142,7 @@ def evaluate_ocr(
     batch: Batch = None,
     output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/ocr"),
 ) -> None:
-    """Draw prompts that quote a text in double quotes and read the pictures; what is done already is kept."""
+    """Draw prompts that quote a text and read the pictures; what is done already is kept."""
     quiet_libraries()
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
@@ -149,7 +153,7 @@ def evaluate_ocr(
     embedded = drawing is not None and drawing.embedded
     listed = prompts or ("toyworld/words_test" if embedded else None)
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
-    summary = evaluate(benchmark, mode or ("lines" if embedded else "page"))
+    summary = evaluate(benchmark, mode or ("lines" if embedded else "page"), recogniser, keys)
     table = _table(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
     for length, row in {"all": summary, **summary["lengths"]}.items():
         for place, name in enumerate(SCORES):

@@ -66,7 +66,8 @@ class Reward(ABC):
     def applies_to(self, row: Mapping[str, Any]) -> bool:
         """Whether the reward can judge an item, from its metadata with its prompt under the key "prompt".
 
-        Asked only where several rewards share a batch (`rewards.combine`).
+        RewardError for an item that is meant for it and that it would judge wrongly. Asked before a run, and where
+        several rewards share a batch (`rewards.combine`).
         """
         return True
 

@@ -2,10 +2,10 @@
 
 Source: Flow-GRPO (Liu et al., 2025), `ocr.py`. What differs: a failed engine is an error and not a score of 0; the
 engine is RapidOCR, whose models lie inside its wheel; a video's score is the mean over all frames that are read, also
-those that score 0; full-width forms count as their ASCII twins, since the engine's dictionary holds both.
+those that score 0. A prompt that quotes several texts wants all of them, where the published score is the first one's;
+quotes are those of `rewards.quotes`, and what reads alike is alike: full-width forms, curly apostrophes, ligatures.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,51 +13,64 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
+from rapidfuzz.fuzz import partial_ratio_alignment
 
 from rewards.base import Golden, Reward, RewardError, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
-
-TO_ASCII = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+from rewards.quotes import plain, quoted_texts, unwrapped
 
 
 def quoted_text(prompt: str) -> str | None:
-    """The text in the prompt's first pair of straight double quotes; None if there is none or it is blank."""
-    found = re.search(r'"([^"]*)"', prompt)
-    return found[1] if found and found[1].strip(" ") else None
+    """All texts that the prompt quotes, a space between them; None if there are none."""
+    return " ".join(quoted_texts(prompt)) or None
 
 
-def _wanted(prompt: str) -> str:
-    text = quoted_text(prompt)
-    if text is None:
-        raise RewardError(f"reward 'ocr': no text stands in straight double quotes in the prompt {prompt!r}")
-    return _plain(text)
+def _wanted(prompt: str) -> list[str]:
+    """The plain texts that a picture of the prompt must show; a prompt that is one quotation wants that."""
+    texts = quoted_texts(prompt) or (unwrapped(prompt) or "",)
+    if not plain(texts[0]):
+        raise RewardError(f"reward 'ocr': no text stands in quotes in the prompt {prompt!r}")
+    return [plain(text) for text in texts]
 
 
 def text_score(prompt: str, recognised_lines: Sequence[str], *, strict: bool = False) -> float:
     """The share in [0, 1] of the quoted text that was read: 1 - edit distance / length, at least 0.
 
     The lines are joined in their order; spaces and case do not count. Unless `strict`, text that holds the wanted text
-    scores 1 whatever stands around it, as published. RewardError for a prompt that quotes no text.
+    scores 1 whatever stands around it, as published. Of several quoted texts, in any order, those that were read whole
+    are taken out, the longest first, and the others are compared with what is left. RewardError for a prompt that
+    quotes no text.
     """
-    wanted, found = _wanted(prompt), _plain("".join(recognised_lines))
-    if wanted in found and not strict:
-        return 1.0
-    return 1 - min(Levenshtein.distance(found, wanted), len(wanted)) / len(wanted)
-
-
-def _plain(text: str) -> str:
-    return text.translate(TO_ASCII).replace(" ", "").lower()
+    wanted, found = _wanted(prompt), plain("".join(recognised_lines))
+    length = sum(map(len, wanted))
+    missing = []
+    for text in sorted(wanted, key=len, reverse=True):
+        before, hit, after = found.partition(text)
+        if hit:
+            found = before + after
+        else:
+            missing.append(text)
+    if len(missing) > 1:  # in the order in which they seem to stand
+        missing.sort(key=lambda text: partial_ratio_alignment(text, found).dest_start)
+    left = "".join(missing)
+    return 1 - min(Levenshtein.distance(found, left), length if strict else len(left)) / length
 
 
 class OCR(Reward):
     """`text_score` of what RapidOCR reads in each image, or the mean of it over a video's frames.
 
     mode: "page" finds the text first and reads photographs, about 0.3 s each on two cores. "lines" only reads:
-        fast, for small pictures that hold nothing but lines of text on a plain background, like the embedded world's.
+        fast, for small pictures that hold nothing but lines of upright text on a plain background, like the embedded
+        world's. In photographs it reads rubbish, and says so once.
     strict: text around the wanted text lowers the score.
     batch_size: how many lines of text the recogniser reads at once.
     threads: cores that the engine uses, all of them if None.
     frames: how many of a video's frames are read, the middles of as many equal spans.
+    recogniser: another one than RapidOCR's own, which knows Latin, Chinese and Japanese letters: a language
+        (`rewards.ocr_engine.languages`, such as "cyrillic" or "korean"), whose model RapidOCR downloads, or the .onnx
+        file of a PP-OCR recogniser. keys: the file of its characters, one a line, in place of those in the model.
+
+    A text with letters that the recogniser does not know is an error: its score would be low whatever is drawn.
     """
 
     name = "ocr"
@@ -71,13 +84,16 @@ class OCR(Reward):
         batch_size: int = 16,
         threads: int | None = None,
         frames: int = 4,
+        recogniser: str | None = None,
+        keys: str | None = None,
     ):
         at_least_one(self.name, batch_size=batch_size, threads=threads, frames=frames)
-        from rewards.ocr_engine import READERS  # here, so that text_score needs no engine
+        from rewards.ocr_engine import READERS, Settings, alphabet  # here, so that text_score needs no engine
 
         if mode not in READERS:
             raise RewardError(f"reward 'ocr': mode must be one of {', '.join(READERS)}, not {mode!r}")
-        self.reader = READERS[mode](batch_size, threads)
+        self.reader = READERS[mode](Settings(batch_size, threads, recogniser, keys))
+        self.alphabet = alphabet(self.reader.recogniser)
         self.strict = strict
         self.frames = frames
 
@@ -90,8 +106,20 @@ class OCR(Reward):
         return Golden(media, ['the word "STONE"'] * 2, [{}, {}], [1.0, 0.0])
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
-        """True for prompts that quote a text."""
-        return quoted_text(row["prompt"]) is not None
+        """True for prompts that quote a text; RewardError where the text holds letters that cannot be read."""
+        if not quoted_texts(row["prompt"]):
+            return False
+        self._check(row["prompt"])
+        return True
+
+    def _check(self, prompt: str) -> None:
+        unknown = dict.fromkeys(letter for text in _wanted(prompt) for letter in text if letter not in self.alphabet)
+        if unknown:
+            raise RewardError(
+                f"reward 'ocr': the recogniser has no {' '.join(unknown)} in its dictionary and could not read the "
+                f"text in the prompt {prompt!r}, whatever is drawn; leave the prompt out, or set the option recogniser "
+                "to a language or model that knows them"
+            )
 
     def read(self, images: torch.Tensor) -> list[list[str]]:
         """The lines of text in each of images (B, 3, H, W) in [0, 1], from top to bottom; [] where there is none.
@@ -107,9 +135,9 @@ class OCR(Reward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) in [0, 1]; RewardError for a prompt that quotes no text, before anything is read."""
+        """Scores (B,) in [0, 1]; RewardError, before anything is read, for a prompt whose text cannot be."""
         for prompt in prompts:
-            _wanted(prompt)
+            self._check(prompt)
         frames, count = chosen_frames(media, self.frames)
         lines = self.read(frames)
         scores = [text_score(prompts[i // count], found, strict=self.strict) for i, found in enumerate(lines)]

@@ -3,19 +3,26 @@
 Images are uint8 arrays (N, H, W, 3), blue, green, red.
 """
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from rapidocr import RapidOCR
+from rapidocr import ModelType, OCRVersion, RapidOCR
+from rapidocr.ch_ppocr_rec.utils import CTCLabelDecode
+from rapidocr.utils.model_resolver import list_supported_langs
+from rapidocr.utils.typings import TaskType
 
-from rewards.base import RewardError, reason
+from rewards.base import RewardError, nearest, reason
+from rewards.quotes import plain
+from rewards.reading_order import reading_order
 
 INK = 45  # levels of 255 in any channel by which ink differs from the background
 MARGIN = 3  # pixels of background kept around a line
@@ -25,40 +32,108 @@ NARROWING = 0.6
 # Widths go up in steps, so that lines share batches while none's width depends on its neighbours in the batch.
 WIDTH_STEP, LEAST_WIDTH, MOST_WIDTH = 32, 96, 1280
 
+# Shares of a small picture's border and of all its pixels that differ from its background: words on a plain one stay
+# far below both, photographs do not.
+BUSY_BORDER, BUSY_PICTURE = 0.25, 0.5
+
 MOST_ENGINES = 8  # each holds the models once more, about 100 MB
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, as of a slice
 
 
-def _engine(batch_size: int, threads: int | None) -> Any:
-    """A RapidOCR; untyped, since it declares its results as a union over its modes."""
+class Settings(NamedTuple):
+    """How an engine reads; see `rewards.ocr.OCR`."""
+
+    batch_size: int
+    threads: int | None
+    recogniser: str | None = None
+    keys: str | None = None
+
+
+def languages() -> dict[str, OCRVersion]:
+    """The languages for which RapidOCR has recognisers of their own, by the newest models that know them."""
+    versions = (OCRVersion.PPOCRV4, OCRVersion.PPOCRV5)
+    return {name: one for one in versions for name in list_supported_langs(TaskType.REC, one, ModelType.MOBILE)}
+
+
+def _engine(settings: Settings, threads: int | None) -> Any:
+    """A RapidOCR with its recogniser loaded; untyped, since it declares its results as a union over its modes."""
     params: dict[str, Any] = {
         "Global.log_level": "error",  # it would warn of every image without text
         "Global.use_cls": False,  # text is upright, as in the published reward
-        "Rec.rec_batch_num": batch_size,
+        "Rec.rec_batch_num": settings.batch_size,
         # As PaddleOCR, with which the published reward reads: pictures are never enlarged for the detector. The
         # engine's own default brings the shorter side to 736, at twice the time for 512 pixels.
         "Det.limit_type": "max",
         "Det.limit_side_len": 960,
+        **_recogniser(settings),
     }
     if threads is not None:  # RapidOCR ignores a number above the cores there are
         params["EngineConfig.onnxruntime.intra_op_num_threads"] = min(threads, os.cpu_count() or 1)
-    return RapidOCR(params=params)
+    try:
+        engine: Any = RapidOCR(params=params)
+        # One blank line makes the engine load its recogniser, which its call would feed at width 320 at least.
+        engine(np.full((HEIGHT, LEAST_WIDTH, 3), 255, np.uint8), use_det=False)
+        if settings.keys is not None:
+            engine.text_rec.postprocess_op = CTCLabelDecode(character_path=Path(settings.keys).expanduser())
+            known, count = len(engine.text_rec.postprocess_op.character), _classes(engine.text_rec)
+            if known != count:
+                raise RewardError(
+                    f"reward 'ocr': keys {settings.keys} has {known - 2} lines; its recogniser tells {count - 2} "
+                    "characters apart, and each needs a line"
+                )
+    except RewardError:
+        raise
+    except Exception as error:
+        what = " with keys ".join(filter(None, (settings.recogniser or "as installed", settings.keys)))
+        raise RewardError(f"reward 'ocr': recogniser {what} cannot be loaded: {_cause(error)}") from error
+    return engine
+
+
+def _recogniser(settings: Settings) -> dict[str, Any]:
+    """RapidOCR's parameters for a recogniser of one's own."""
+    name = settings.recogniser
+    if name is None:
+        return {}
+    known = languages()
+    if name in known:
+        return {"Rec.lang_type": name, "Rec.ocr_version": known[name], "Rec.model_type": ModelType.MOBILE}
+    path = Path(name).expanduser()
+    if not path.is_file():
+        hint = "there is no such file" if path.suffix else f"did you mean {nearest(name, known)!r}?"
+        raise RewardError(
+            f"reward 'ocr': recogniser {name!r} is neither an .onnx file nor one of RapidOCR's languages; {hint} "
+            f"(known: {', '.join(sorted(known))})"
+        )
+    return {"Rec.model_path": str(path)}
+
+
+def _classes(recogniser: Any) -> int:
+    """How many characters, the blank and the space among them, a recogniser tells apart."""
+    return int(recogniser.session(np.zeros((1, 3, HEIGHT, LEAST_WIDTH), np.float32)).shape[-1])
+
+
+def alphabet(recogniser: Any) -> frozenset[str]:
+    """The plain characters that a recogniser can read."""
+    return frozenset("".join(map(plain.__wrapped__, recogniser.postprocess_op.character[1:])))
 
 
 class PageReader:
     """Detector and recogniser, an image for each core at a time; lines under a confidence of 0.5 are left out.
 
-    One core an image reads nearly twice as fast as all cores on one image after the other.
+    One core an image reads nearly twice as fast as all cores on one image after the other. The engine's own order is
+    not kept: it takes boxes for one row whose upper left corners lie within 10 pixels, at any size and tilt.
     """
 
-    def __init__(self, batch_size: int, threads: int | None):
-        count = min(threads or MOST_ENGINES, os.cpu_count() or 1, MOST_ENGINES)
-        self.engines = [_engine(batch_size, 1) for _ in range(count)]
+    def __init__(self, settings: Settings):
+        count = min(settings.threads or MOST_ENGINES, os.cpu_count() or 1, MOST_ENGINES)
+        self.pool = ThreadPoolExecutor(count, "ocr")
+        first = _engine(settings, 1)  # alone, since it may download its model
+        self.engines = [first, *self.pool.map(lambda _: _engine(settings, 1), range(count - 1))]
         self.free: SimpleQueue[Any] = SimpleQueue()
         for engine in self.engines:
             self.free.put(engine)
-        self.pool = ThreadPoolExecutor(count, "ocr")
+        self.recogniser = first.text_rec
 
     def __call__(self, images: np.ndarray) -> list[list[str]]:
         return list(self.pool.map(self._read, range(len(images)), images))
@@ -66,7 +141,8 @@ class PageReader:
     def _read(self, index: int, image: np.ndarray) -> list[str]:
         engine = self.free.get()
         try:
-            return list(engine(image).txts or ())
+            found = engine(image, use_det=True)
+            return [found.txts[place] for place in reading_order(found.boxes)] if found.txts else []
         except Exception as error:
             raise _failure(f"image {index}", error) from error
         finally:
@@ -76,15 +152,21 @@ class PageReader:
 class LineReader:
     """The recogniser alone, on the lines that `ink_lines` finds, those of all images together in batches."""
 
-    def __init__(self, batch_size: int, threads: int | None):
-        engine = _engine(batch_size, threads)
-        # One blank line makes the engine load its recogniser, which its call would feed at width 320 at least.
-        engine(np.full((HEIGHT, LEAST_WIDTH, 3), 255, np.uint8), use_det=False)
-        self.recogniser = engine.text_rec
-        self.batch_size = batch_size
+    def __init__(self, settings: Settings):
+        self.recogniser = _engine(settings, settings.threads).text_rec
+        self.batch_size = settings.batch_size
+        self.warned = False
 
     def __call__(self, images: np.ndarray) -> list[list[str]]:
-        owners, crops = line_crops(images)
+        owners, crops, busy = line_crops(images)
+        if busy.mean() > 0.5 and not self.warned:
+            self.warned = True
+            logging.getLogger(__name__).warning(
+                "reward 'ocr': mode lines reads words on a plain background and nothing else; %d of %d pictures have "
+                "no such background, as photographs have none, and what is read in them is chance: use mode page",
+                busy.sum(),
+                len(busy),
+            )
         widths = defaultdict(list)
         for number, crop in enumerate(crops):
             widths[crop.shape[1]].append(number)
@@ -113,10 +195,11 @@ class LineReader:
         return [text for text, _ in self.recogniser.postprocess_op.decode(best, remove_duplicate=True)[0]]
 
 
-def line_crops(images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+def line_crops(images: np.ndarray) -> tuple[list[int], list[np.ndarray], np.ndarray]:
     """Every line of text in images (N, H, W, 3): the image it is from, and its pixels ready for the recogniser.
 
-    An image's background is the median of its outermost pixels; what differs from it is ink.
+    An image's background is the median of its outermost pixels; what differs from it is ink. Third are the images
+    (N,), bool, that are no text on a plain background.
     """
     edges = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]
     colours = np.median(np.concatenate(edges, axis=1), axis=1).astype(np.uint8)
@@ -126,12 +209,16 @@ def line_crops(images: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
     canvas[:] = backgrounds
     canvas[:, MARGIN:-MARGIN, MARGIN:-MARGIN] = images
     contrast = (np.maximum(canvas, backgrounds) - np.minimum(canvas, backgrounds)).max(-1)
+    ink = contrast > INK
+    inside = ink[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+    border = np.concatenate([inside[:, 0], inside[:, -1], inside[:, 1:-1, 0], inside[:, 1:-1, -1]], axis=1)
+    busy = (border.mean(1) > BUSY_BORDER) | (inside.mean((1, 2)) > BUSY_PICTURE)
     owners, crops = [], []
     for index in range(count):
-        for top, bottom, left, right in ink_lines(contrast[index] > INK):
+        for top, bottom, left, right in ink_lines(ink[index]):
             owners.append(index)
             crops.append(line_crop(canvas[index, top:bottom, left:right], colours[index]))
-    return owners, crops
+    return owners, crops, busy
 
 
 def ink_lines(ink: np.ndarray) -> list[Box]:
@@ -174,11 +261,12 @@ def line_crop(crop: np.ndarray, background: np.ndarray) -> np.ndarray:
 
 
 def _failure(where: str, error: Exception) -> RewardError:
+    return RewardError(f"reward 'ocr': the engine failed on {where}: {_cause(error)}")
+
+
+def _cause(error: Exception) -> str:
     # RapidOCR puts a whole traceback into its message; the exception it came from says what happened.
-    return RewardError(f"reward 'ocr': the engine failed on {where}: {reason(error.__cause__ or error)}")
+    return reason(error.__cause__ or error)
 
 
-READERS: dict[str, Callable[[int, int | None], Callable[[np.ndarray], list[list[str]]]]] = {
-    "page": PageReader,
-    "lines": LineReader,
-}
+READERS: dict[str, Callable[[Settings], PageReader | LineReader]] = {"page": PageReader, "lines": LineReader}

@@ -413,7 +413,11 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, tiny, tiny_model: Path
     assert "reward 'ocr' can judge none of the prompts" in failing(*panel, "ocr", *out)
     assert "there is a reward 'colorfulness' already" in failing(*panel, "colorfulness", *out)
     assert "--prompts is missing" in failing("eval", "ocr", tiny_model, *out)
-    assert "has no text in straight double quotes" in failing("eval", "ocr", *tiny, *out)
+    assert "has no text in quotes to be read" in failing("eval", "ocr", *tiny, *out)
+    (tmp_path / "russian.txt").write_text("a sign that says «\u0414\u0430»\n", "utf-8")
+    russian = ["eval", "ocr", tiny_model, "--prompts", tmp_path / "russian.txt", "--mode", "lines", *out]
+    assert "has no \u0434 \u0430 in its dictionary" in failing(*russian)
+    assert "did you mean 'cyrillic'" in failing(*russian, "--recogniser", "cyrilic")
     assert "is neither an empty folder nor one of an evaluation" in failing("eval", "geneval", *tiny, "--detector",
                                                 f"{tmp_path}/eyes.py:Eyes", "--output", tmp_path)  # fmt: skip
     assert not (tmp_path / "out").exists()

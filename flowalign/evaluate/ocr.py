@@ -21,7 +21,7 @@ LENGTHS = (4, 8, 16, 32)  # longest target of each bin but the last, in characte
 
 def length_bin(target: str) -> str:
     """The bin of a target's length, such as "5-8"."""
-    length = len(target.replace(" ", ""))
+    length = len("".join(target.split()))
     for low, high in zip((1, *(bound + 1 for bound in LENGTHS)), LENGTHS, strict=False):
         if length <= high:
             return f"{low}-{high}"
@@ -55,7 +55,7 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
     prompts = by_prompt(lines, lambda line: line["prompt"])
     bins = [length_bin(group[0]["target"]) for group in prompts]
     values = {name: [[float(line[name]) for line in group] for group in prompts] for name in SCORES}
-    targets = sorted((group[0]["target"] for group in prompts), key=lambda target: len(target.replace(" ", "")))
+    targets = sorted((group[0]["target"] for group in prompts), key=lambda target: len("".join(target.split())))
     return {
         **{name: _score(values[name]) for name in SCORES},
         "lengths": {
@@ -78,19 +78,26 @@ def _score(groups: Groups) -> dict[str, Any]:
     return {"score": mean_of(groups), "interval": mean_interval(groups, bounds=(0, 1))}
 
 
-def evaluate_ocr(benchmark: Benchmark, mode: str) -> dict[str, Any]:
+def evaluate_ocr(
+    benchmark: Benchmark, mode: str, recogniser: str | None = None, keys: str | None = None
+) -> dict[str, Any]:
     """Draw what is missing, read what is not read yet, and write the summary, which is returned.
 
     mode: "page" finds text in photographs, "lines" reads small pictures of nothing but text, as `rewards.ocr.OCR` says.
+    recogniser, keys: those of `rewards.ocr.OCR`.
 
     Raises UserError for prompts, pictures or a folder that do not fit, and where nothing could be read at all.
     """
     rows = benchmark.rows()
     for row in rows:
         if quoted_text(row.prompt) is None:
-            raise UserError(f"{benchmark.where(row)}: {row.prompt!r} has no text in straight double quotes to be read")
-    about = {"benchmark": "ocr", "mode": mode}
-    lines = benchmark.judged(rows, about, partial(readings, OCR(mode)))
+            raise UserError(f"{benchmark.where(row)}: {row.prompt!r} has no text in quotes to be read")
+    reader = OCR(mode, recogniser=recogniser, keys=keys)
+    for row in rows:
+        reader.applies_to({"prompt": row.prompt})  # refuses letters that it cannot read
+    own = {"recogniser": recogniser, "keys": keys}
+    about = {"benchmark": "ocr", "mode": mode, **{key: value for key, value in own.items() if value is not None}}
+    lines = benchmark.judged(rows, about, partial(readings, reader))
     if not any(line["accuracy"] for line in lines):
         raise UserError(
             f"every score is 0: in none of the {len(lines)} pictures is a letter of its text read; look at them and at "

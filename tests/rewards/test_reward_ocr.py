@@ -4,18 +4,27 @@ import json
 import logging
 import random
 from itertools import pairwise
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+import rapidocr
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw, ImageFont
 
 import rewards
+from flowalign.data import Row
+from flowalign.evaluate.evaluation import check_prompts
 from rewards import RewardError
 from rewards.combine import score_all
 from rewards.ocr import OCR, quoted_text, text_score
 from rewards.ocr_engine import ink_lines
+from rewards.quotes import plain
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
 
 # Without words that the engine's model mistakes in this font and spacing: O for 0 and I for 1 in some of them.
 WORDS = [
@@ -35,9 +44,10 @@ WORDS = [
     "WATER",
 ]
 
-# Without the one letter whose lower case depends on what follows it.
-plain = st.text(st.characters(exclude_characters='"Σ', exclude_categories=["Cs"]), max_size=12)
-quotable = plain.filter(lambda text: text.strip(" "))
+# Without what joins the letter before it, and without the marks of inches and backslashes before a quote.
+letters = st.characters(max_codepoint=0x10FF, exclude_characters='"\\', exclude_categories=["Cs", "M"])
+texts = st.text(letters, max_size=12)
+quotable = texts.filter(plain)
 
 
 # The score of what was read
@@ -53,7 +63,7 @@ def test_every_published_prompt_quotes_a_text(shared):
     assert all(quoted_text(prompt) for prompt in prompts)
 
 
-@given(quotable, st.lists(plain, max_size=4), st.booleans())
+@given(quotable, st.lists(texts, max_size=4), st.booleans())
 def test_a_score_lies_between_zero_and_one(target, lines, strict):
     assert 0 <= text_score(f'a sign that says "{target}"', lines, strict=strict) <= 1
 
@@ -65,11 +75,11 @@ def test_the_exact_text_scores_one_however_it_is_broken_into_lines(target, break
     assert text_score(f'"{target}" on a wall', lines, strict=strict) == 1
 
 
-@given(quotable, plain, plain)
+@given(quotable, texts, texts)
 def test_text_around_the_wanted_text_costs_only_when_strict(target, before, after):
     prompt, lines = f'a sign that says "{target}"', [before, target, after]
     assert text_score(prompt, lines) == 1
-    wanted, extra = (len(text.replace(" ", "").lower()) for text in (target, before + after))
+    wanted, extra = (len(plain(text)) for text in (target, before + after))
     assert text_score(prompt, lines, strict=True) == pytest.approx(1 - min(extra, wanted) / wanted)
 
 
@@ -81,16 +91,41 @@ def test_text_around_the_wanted_text_costs_only_when_strict(target, before, afte
         ('"SALE"', ["\uff33\uff21\uff2c\uff25"], 1),
         ('"SALE"', ["SALT"], 0.75),
         ('"SALE"', ["ZZZZZZZZZZ"], 0),
-        ('"SALE" and "OFF"', ["SALE"], 1),
+        ("a “SALE”", ["sale"], 1),
+        ("a “don’t walk”", ["DON'T", "WALK"], 1),
+        ("a “Cafe\u0301\u00a0Noir”", ["Café\u3000noir"], 1),
     ],
 )
-def test_the_first_quoted_text_is_compared_without_spaces_case_and_width(prompt, lines, score):
+def test_the_quoted_text_is_compared_as_it_is_read(prompt, lines, score):
     assert text_score(prompt, lines) == score
 
 
-@pytest.mark.parametrize("prompt", ["a sign", "", 'a sign that says "CAT', '""', 'a sign that says "  "', "a “CAT”"])
+@pytest.mark.parametrize(
+    ("lines", "loose", "strict"),
+    [
+        (["SALE", "OFF"], 1, 1),
+        (["OFF", "SALE"], 1, 1),
+        (["SALE"], 4 / 7, 4 / 7),
+        (["OFF"], 3 / 7, 3 / 7),
+        (["SALE", "OF"], 6 / 7, 6 / 7),
+        (["OX", "SALT"], 4 / 7, 4 / 7),
+        (["SALE", "NOW", "OFF"], 1, 4 / 7),
+        ([], 0, 0),
+    ],
+)
+def test_all_quoted_texts_are_wanted_in_any_order(lines, loose, strict):
+    prompt = 'one sign says "SALE", one says "OFF"'
+    assert text_score(prompt, lines) == pytest.approx(loose)
+    assert text_score(prompt, lines, strict=True) == pytest.approx(strict)
+
+
+def test_a_letter_counts_for_one_text_only():
+    assert text_score('a "CATALOG" about a "CAT"', ["CATALOG"]) == pytest.approx(7 / 10)
+
+
+@pytest.mark.parametrize("prompt", ["a sign", "", 'a sign that says "CAT', '""', 'a sign that says "  "', 'a 12" disc'])
 def test_a_prompt_that_quotes_no_text_is_an_error_that_names_it(prompt):
-    with pytest.raises(RewardError, match=r"'ocr'.*straight double quotes") as caught:
+    with pytest.raises(RewardError, match=r"'ocr': no text stands in quotes") as caught:
         text_score(prompt, ["CAT"])
     assert repr(prompt) in str(caught.value)
 
@@ -201,6 +236,32 @@ def test_whole_pages_are_read_from_top_to_bottom(page_reward, page):
     assert page_reward.read(media) == [["NO PARKING"], ["Mind the", "Gap 2026"], []]
 
 
+@pytest.mark.parametrize(("side", "tilt"), [(384, 8), (768, -4)])
+def test_tilted_words_are_read_in_order(page_reward, side, tilt):
+    picture, size = Image.new("RGB", (side, side), (235, 230, 220)), side // 14
+    font = ImageFont.truetype(FONT, size)
+    for row, (left, right) in enumerate([("LEFT", "RIGHT"), ("UP", "DOWN")]):
+        for word, place in ((left, 0.25), (right, 0.75)):
+            at = (place * side, side / 2 + (1.5 * row - 0.75) * size)
+            ImageDraw.Draw(picture).text(at, word, (20, 30, 90), font, anchor="mm")
+    turned = np.array(picture.rotate(tilt, Image.Resampling.BICUBIC, fillcolor=(235, 230, 220)))
+    media = torch.from_numpy(turned).permute(2, 0, 1)[None] / 255
+    assert page_reward.read(media) == [["LEFT", "RIGHT", "UP", "DOWN"]]
+
+
+def test_lines_mode_says_once_that_it_cannot_read_photographs(lines_reward, sign, caplog):
+    noisy = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    lines_reward.reader.warned = False
+    lines_reward.read(torch.stack([sign(["CAT", "APPLE"]), sign([]), 1 - sign(["WATER"])]))
+    assert not caplog.records
+    lines_reward.read(noisy)
+    lines_reward.read(noisy)
+    assert [record.getMessage() for record in caplog.records] == [
+        "reward 'ocr': mode lines reads words on a plain background and nothing else; 3 of 3 pictures have no such "
+        "background, as photographs have none, and what is read in them is chance: use mode page"
+    ]
+
+
 def test_strict_makes_extra_text_cost(sign):
     media = torch.stack([sign(["OPEN", "SALE"])])
     loose, strict = (rewards.load("ocr", mode="lines", strict=strict) for strict in (False, True))
@@ -216,6 +277,47 @@ def test_a_video_scores_the_mean_over_evenly_spaced_frames(sign, frames, score):
     reward = rewards.load("ocr", mode="lines", frames=frames)
     scores = rewards.score(reward, torch.stack([video, blank.expand_as(video)]), ['"CAT"', '"CAT"'])
     assert scores.tolist() == pytest.approx([score, 0])
+
+
+# Letters that the recogniser does not know
+
+
+CYRILLIC = str.maketrans("STOP", "\u0421\u0422\u041e\u041f")
+
+
+@pytest.fixture(scope="module")
+def cyrillic_reward(tmp_path_factory):
+    """A recogniser of one's own: a model and a list of its characters, in which four letters are Cyrillic ones."""
+    folder = tmp_path_factory.mktemp("recogniser")
+    model = next((Path(rapidocr.__file__).parent / "models").glob("*rec*.onnx"))
+    (folder / "mine.onnx").symlink_to(model)
+    known = OCR("lines", threads=1).reader.recogniser.postprocess_op.character[1:-1]
+    (folder / "keys.txt").write_text("".join(f"{letter.translate(CYRILLIC)}\n" for letter in known), "utf-8")
+    return rewards.load("ocr", mode="lines", recogniser=str(folder / "mine.onnx"), keys=str(folder / "keys.txt"))
+
+
+def test_a_text_that_could_never_be_read_is_refused_by_name_before_anything_is_read(lines_reward, sign):
+    prompt = f'a sign that says "{"STOP".translate(CYRILLIC)}"'
+    words = r"has no \u0441 \u0442 \u043e \u043f in its dictionary.*option recogniser"
+    for ask in (
+        lambda: lines_reward.applies_to({"prompt": prompt}),
+        lambda: rewards.score(lines_reward, sign(["STOP"])[None], [prompt]),
+        lambda: check_prompts([Row(0, prompt)], {"ocr": lines_reward, "other": lines_reward}, "mine.txt"),
+    ):
+        with pytest.raises(RewardError, match=words) as caught:
+            ask()
+        assert repr(prompt) in str(caught.value)
+
+
+def test_another_recogniser_reads_what_its_characters_are(cyrillic_reward, sign):
+    prompt = f'a sign that says "{"STOP".translate(CYRILLIC)}"'
+    assert cyrillic_reward.applies_to({"prompt": prompt})
+    assert rewards.score(cyrillic_reward, sign(["STOP"])[None], [prompt]).item() == 1
+
+
+def test_whole_quoted_prompts_have_no_text_to_be_read(lines_reward):
+    assert not lines_reward.applies_to({"prompt": '"a cat on a mat"'})
+    assert lines_reward.applies_to({"prompt": '"a sign that says ""OPEN"""'})
 
 
 # What goes wrong
@@ -257,6 +359,11 @@ def test_a_failing_engine_is_an_error_that_names_the_image(sign, monkeypatch):
         ({"threads": 0}, "threads must be at least 1"),
         ({"threads": -1}, "threads must be at least 1"),
         ({"frames": 0}, "frames must be at least 1"),
+        ({"recogniser": "cyrilic"}, r"'cyrilic' is neither .* did you mean 'cyrillic'\? \(known: arabic, .*korean"),
+        ({"recogniser": "none.onnx"}, r"'none.onnx' is neither .*; there is no such file"),
+        ({"recogniser": __file__}, r"recogniser .*test_reward_ocr.py cannot be loaded: "),
+        ({"keys": "none.txt"}, "keys none.txt cannot be loaded: FileNotFoundError"),
+        ({"keys": __file__}, r"keys .* has \d+ lines; its recogniser tells 18708 characters apart"),
     ],
 )
 def test_a_wrong_setting_is_named(options, words):
