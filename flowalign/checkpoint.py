@@ -70,9 +70,11 @@ def save_checkpoint(
         save_file(state, partial / "optimizer.safetensors")
         for name, tensors in memory.items():
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps({"counters": dict(counters), "optimizer": groups}))
+        (partial / "state.json").write_text(
+            json.dumps({"counters": dict(counters), "optimizer": groups}), encoding="utf-8"
+        )
         sums = [f"{_sum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
-        (partial / SUMS).write_text("".join(sums))
+        (partial / SUMS).write_text("".join(sums), encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             _sync(path)
         partial.rename(target)
@@ -100,7 +102,7 @@ def load_checkpoint(
     """
     with _explained(path):
         _verify(path, "weights", "snapshots", "optimizer", *memory)
-        contents = json.loads((path / "state.json").read_text())
+        contents = json.loads((path / "state.json").read_text(encoding="utf-8"))
         _load_policy_state(path, policy)
         _restore_optimizer(optimizer, load_file(path / "optimizer.safetensors"), contents["optimizer"])
         for name, restore in memory.items():
@@ -135,7 +137,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def _verify(path: Path, *names: str) -> None:
     """Raises ValueError unless the counters and these files of tensors are as they were written, before any is used."""
-    lines = (path / SUMS).read_text(errors="replace").splitlines()
+    lines = (path / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {file: written for written, _, file in (line.partition("  ") for line in lines)}
     for file in ("state.json", *(f"{name}.safetensors" for name in names)):
         if _sum(path / file) != sums.get(file):

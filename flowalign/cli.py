@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flowalign.cli_evaluate import data_app, eval_app
 from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
-from flowalign.command import console, quiet_libraries, with_homes
+from flowalign.command import console, plain_console, quiet_libraries, tolerate, verdict, with_homes
 from flowalign.command import device as _device
 from flowalign.settings import UserError
 from rewards.errors import RewardError
@@ -46,7 +46,7 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
-        console.print(dump_recipe(resolved), markup=False)
+        console.print(dump_recipe(resolved))
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     quiet_libraries()
@@ -102,7 +102,7 @@ def compare(
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     console.print(table)
-    console.print(f"{legend(result)}\nwrote comparison.json, .md and .html into {output}", markup=False, soft_wrap=True)
+    console.print(f"{legend(result)}\nwrote comparison.json, .md and .html into {output}", soft_wrap=True)
 
 
 app.command()(sample)
@@ -191,7 +191,7 @@ def audit(
     )
     console.print(audit_table(title, found))
     for line in (*(f"ALARM: {alarm}" for alarm in found.alarms), found.remark):
-        console.print(line, markup=False, soft_wrap=True, end="\n" if line else "")
+        console.print(line, soft_wrap=True, end="\n" if line else "")
     if found.alarms:
         raise typer.Exit(1)
 
@@ -207,7 +207,7 @@ def report(
     for folder in runs:
         compared = (folder / "comparison.json").is_file()
         written = rewrite_comparison_page(folder) if compared else write_report(folder)
-        console.print(f"wrote {written}", markup=False, soft_wrap=True)
+        console.print(f"wrote {written}", soft_wrap=True)
 
 
 @app.command()
@@ -271,8 +271,7 @@ def check_reward(
     findings = findings_of(reward, option or [], images, prompts)
     table = Table("check", "result", "detail", title=reward, title_justify="left")
     for check, passed, detail in findings:
-        mark = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "-"}[passed]
-        table.add_row(check, mark, detail)
+        table.add_row(check, verdict(passed), detail)
     console.print(table)
     if any(finding.passed is False for finding in findings):
         raise typer.Exit(1)
@@ -290,7 +289,7 @@ def recipes(context: typer.Context) -> None:
 
         table = Table("recipe", "what it does")
         for name, path in bundled_recipes().items():
-            table.add_row(name, path.read_text().splitlines()[0].removeprefix("# "))
+            table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
         console.print(table)
 
 
@@ -317,13 +316,11 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to 
 def doctor() -> None:
     """Say what works on this machine, and why not."""
     quiet_libraries()
-    from rich.markup import escape
-
     from flowalign.doctor import diagnose
 
     table = Table("part", "state", "detail")
     for part, works, detail in diagnose():
-        table.add_row(part, "[green]works[/]" if works else "[yellow]not here[/]", escape(detail))
+        table.add_row(part, Text("works", "green") if works else Text("not here", "yellow"), detail)
     console.print(table)
 
 
@@ -344,7 +341,7 @@ def _print_gain(folder: Path) -> None:
     files = sorted((folder / "evaluations").glob("step_*.json")) if (folder / "evaluations").is_dir() else []
     if len(files) < 2:
         return
-    before, after = (json.loads(file.read_text())["summary"] for file in (files[0], files[-1]))
+    before, after = (json.loads(file.read_text(encoding="utf-8"))["summary"] for file in (files[0], files[-1]))
     table = Table("held-out reward", "before", "after", "gain", title="same prompts, same noise", title_justify="left")
     for name in before:
         first, last = before[name]["mean"], after[name]["mean"]
@@ -354,16 +351,18 @@ def _print_gain(folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The entry point: a person's mistake is one sentence and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        tolerate(stream)
     try:
         app(args=with_homes(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
     except (UserError, RewardError) as error:
-        Console(stderr=True, highlight=False).print(f"error: {error}", markup=False, soft_wrap=True)
+        plain_console(stderr=True).print(f"error: {error}", soft_wrap=True)
         raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         text = f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}; mend that, then use --resume"
-        Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+        plain_console(stderr=True).print(text, soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -228,7 +228,7 @@ def write_geneval_prompts(
     if output.exists():
         raise UserError(f"{output} exists; choose another name")
     write_training_prompts(output, count, seed, exclude, PUBLISHED_MIX if mix is None else _mix(mix))
-    console.print(f"wrote {count} prompts to {output}", markup=False)
+    console.print(f"wrote {count} prompts to {output}")
 
 
 def _mix(text: str) -> dict[str, float]:
@@ -330,4 +330,4 @@ def _finish(table: Table, output: Path, note: str) -> None:
 
     seconds = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in Stopwatch(output).seconds.items())
     console.print(table)
-    console.print(f"{note}\n{seconds}; all of it is in {output}", markup=False, soft_wrap=True)
+    console.print(f"{note}\n{seconds}; all of it is in {output}", soft_wrap=True)

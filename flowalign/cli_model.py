@@ -3,10 +3,9 @@
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from flowalign.command import console, device, quiet_libraries
+from flowalign.command import console, device, quiet_libraries, verdict
 
 model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_help=True)
 
@@ -38,10 +37,9 @@ def check(
         settings = settings.model_copy(update={"height": 256, "width": 256})
     findings = check_model(settings, device(), steps=steps, guidance=guidance)
     sides = f"{settings.height} x {settings.width} pixels, {steps} steps, float32"
-    table = Table("check", "result", "detail", title=escape(f"{path}: {sides}"), title_justify="left")
+    table = Table("check", "result", "detail", title=f"{path}: {sides}", title_justify="left")
     for line, passed, detail in findings:
-        mark = {True: "[green]pass[/]", False: "[red]FAIL[/]", None: "-"}[passed]
-        table.add_row(line, mark, escape(detail))
+        table.add_row(line, verdict(passed), detail)
     console.print(table)
     if any(finding.passed is False for finding in findings):
         raise typer.Exit(1)

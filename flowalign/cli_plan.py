@@ -41,7 +41,7 @@ def plan(
     found = planned(resolved, gpus, vram * GIB, tflops or TFLOPS, costs)
     console.print(_memory_table(found))
     console.print(arithmetic_table(found.recipe, gpus))
-    console.print("\n".join(_sentences(found, assumed=tflops is None)), markup=False, soft_wrap=True)
+    console.print("\n".join(_sentences(found, assumed=tflops is None)), soft_wrap=True)
 
 
 def _memory_table(found: "Plan") -> Table:

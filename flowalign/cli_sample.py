@@ -69,8 +69,8 @@ def sample(
         )
         written = scaling.save_best_of(output, found)
     for path, prompt in written:
-        console.print(f"{path}  {prompt}", markup=False)
+        console.print(f"{path}  {prompt}")
     if best_of is not None:
         forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
         costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"
-        console.print(f"{costs}; all scores are in {output / 'scores.jsonl'}", markup=False, soft_wrap=True)
+        console.print(f"{costs}; all scores are in {output / 'scores.jsonl'}", soft_wrap=True)

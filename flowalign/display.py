@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from flowalign.command import plain_console, verdict
 
 if TYPE_CHECKING:
     from flowalign.config import Recipe
@@ -30,7 +32,7 @@ class Display:
     """Progress with time left and the reward as it moves; a line a step where the output is no terminal."""
 
     def __init__(self, *, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False)
+        self.console = plain_console(quiet=quiet)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._first_summary: Summary | None = None
@@ -39,7 +41,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A plain line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, soft_wrap=True)
 
     def begin(self, recipe: "Recipe", folder: Path, parameters: Mapping[str, int], processes: int) -> None:
         """What is about to be trained, and the batch arithmetic."""
@@ -54,20 +56,20 @@ class Display:
     def self_test(self, checks: "Sequence[Check]") -> None:
         """The start-up checks."""
         for check in checks:
-            mark = "[green]ok[/]  " if check.passed else "[red]FAIL[/]"
-            self.console.print(f"{mark} {check.check}: {check.detail}", soft_wrap=True)
+            mark = verdict(check.passed, "ok  ")
+            self.console.print(mark, f"{check.check}: {check.detail}", soft_wrap=True)
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[None]:
         """The progress bar of a run."""
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._steps = steps
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
@@ -157,7 +159,7 @@ def audit_table(title: str, audit: "Audit") -> Table:
         bounds = f">= {band.low:.4g}" if band.high == math.inf else f"{band.low:.4g} to {band.high:.4g}"
         state = audit.state(name)
         table.add_row(
-            name, f"{band.center:.4g}", f"{value:.4g}", bounds, f"[red]{state}[/]" if state == "alarm" else state
+            name, f"{band.center:.4g}", f"{value:.4g}", bounds, Text(state, "red" if state == "alarm" else "")
         )
     panel = "" if audit.panel is None else f"held-out rewards {audit.panel:+.2f} seed deviations, "
     table.caption = f"training reward {audit.proxy:.4f}, {panel}KL {audit.kl:.2f} nats"

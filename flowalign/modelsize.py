@@ -48,7 +48,7 @@ def meta_policy(model: Model) -> PipelinePolicy:
     """
     family, path = find_family(model)
     folder = _configurations(path)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     dtype = DTYPES[model.dtype]
     parts: dict[str, Any] = {}
     for name, entry in index.items():

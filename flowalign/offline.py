@@ -312,7 +312,7 @@ def _write_shard(
     latents = samples.latents.cpu().view(len(rows), size, *samples.latents.shape[1:]).contiguous()
     save_file({"latents": latents}, partial / "latents.safetensors")
     lines = [{"index": row.index, "prompt": row.prompt, "metadata": row.metadata} for row in rows]
-    (partial / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (partial / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for place, picture in enumerate(to_uint8(samples.media)):
         Image.fromarray(picture).save(partial / "media" / _picture(place, size))
     for name, score in scores.items():
@@ -334,7 +334,7 @@ def _write_rewards(folder: Path, name: str, values: np.ndarray) -> None:
 def _read_rows(file: Path) -> list[Row]:
     """The rows of a shard, none of a file that is missing or torn."""
     try:
-        return [Row(**json.loads(line)) for line in file.read_text().splitlines()]
+        return [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError):
         return []
 
@@ -345,7 +345,7 @@ def _read_rewards(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray
     if not file.is_file():
         raise UserError(f"store {folder.parent}: {folder.name} lacks the reward {name!r} of the manifest")
     try:
-        listed = json.loads(file.read_text())
+        listed = json.loads(file.read_text(encoding="utf-8"))
         missing = np.array([[value is None for value in row] for row in listed])
         values = np.array([[np.nan if value is None else value for value in row] for row in listed], dtype=np.float64)
     except (ValueError, TypeError) as error:
@@ -361,7 +361,7 @@ def _read_rewards(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         where = "" if path.exists() else sought(str(path))
         raise UserError(f"{path} is no store of groups{where}: its manifest.json cannot be read ({error})") from error

@@ -77,18 +77,18 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         info = self.path / "run.json"
-        return info.is_file() and "finished" in json.loads(info.read_text())
+        return info.is_file() and "finished" in json.loads(info.read_text(encoding="utf-8"))
 
     def update_info(self, **values: Any) -> None:
         """Merge values into run.json; None removes one."""
         path = self.path / "run.json"
-        info = (json.loads(path.read_text()) if path.exists() else {}) | values
+        info = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | values
         kept = {key: value for key, value in info.items() if value is not None}
         replace_text(path, json.dumps(kept, indent=2) + "\n")
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
-        with self.metrics.open("a") as file:
+        with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
     def forget_after(self, step: int) -> None:
@@ -97,7 +97,11 @@ class RunFolder:
             if int(place.stem.removeprefix("step_")) > step:
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
         if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) in range(step + 1)]
+            lines = [
+                line
+                for line in self.metrics.read_text(encoding="utf-8").splitlines()
+                if _step_of(line) in range(step + 1)
+            ]
             replace_text(self.metrics, "".join(line + "\n" for line in lines))
 
     def evaluation(self, name: str) -> Path:
@@ -131,7 +135,7 @@ class RunFolder:
         with replaced_folder(self.path / name) as folder:
             export(folder)
             kept = {key: about[key] for key in ("step", "audit")}
-            (folder / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n")
+            (folder / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _is_empty(folder: Path) -> bool:
@@ -177,10 +181,13 @@ def _flat(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole: under another name first, then renamed."""
+    """Write a file whole, in UTF-8: under another name first, then renamed.
+
+    What is no character, as in names of files of another encoding, is written as an escape.
+    """
     partial = path.with_name(f".partial_{path.name}")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)

@@ -89,7 +89,11 @@ class Similarity(Reward):
 def _read_rows(file: Path) -> dict[str, list[str]]:
     """The references of each prompt in a .jsonl file; several rows of a prompt add up."""
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"reward 'similarity': references {file} cannot be read: {reason(error)}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

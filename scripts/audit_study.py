@@ -56,7 +56,7 @@ def main() -> int:
     except (UserError, RewardError, Interrupted) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print((options.output / "audit_study.md").read_text(), end="")
+    print((options.output / "audit_study.md").read_text(encoding="utf-8"), end="")
     return 0
 
 

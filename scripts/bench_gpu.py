@@ -160,7 +160,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
-        prompts.write_text("".join(f"a picture of {count} things\n" for count in range(64)))
+        prompts.write_text("".join(f"a picture of {count} things\n" for count in range(64)), encoding="utf-8")
         changes = [f"prompts={prompts}", f"run.folder={folder}/run", *SETTINGS, *(CHECKED if check else ())]
         try:
             recipe = load_recipe("sd35_medium_ocr", [*changes, *(overrides or [])])

@@ -268,7 +268,7 @@ def broken_connection(dice: random.Random, address: tuple[str, int]) -> str:
 def memory(process: int) -> dict[str, int]:
     """Resident megabytes of a process, now and at most so far; Linux tells, elsewhere empty."""
     status = Path(f"/proc/{process}/status")
-    lines = status.read_text().splitlines() if status.exists() else []
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     fields = {"VmRSS": "now", "VmHWM": "peak"}
     return {fields[line[:5]]: int(line.split()[1]) // 1024 for line in lines if line[:5] in fields}
 

@@ -74,7 +74,7 @@ def last_steps(folder: Path) -> tuple[int, int]:
     """The last step in the metrics and in the checkpoints, 0 for none."""
     run = RunFolder(folder)
     found = checkpoints(run.checkpoints)
-    text = run.metrics.read_text() if run.metrics.exists() else ""
+    text = run.metrics.read_text(encoding="utf-8") if run.metrics.exists() else ""
     lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]  # the last may be cut short
     logged = json.loads(lines[-1])["step"] if lines else 0
     return logged, int(found[-1].name.removeprefix("step_")) if found else 0
@@ -83,10 +83,10 @@ def last_steps(folder: Path) -> tuple[int, int]:
 def contents(folder: Path) -> dict[str, Any]:
     """Metrics, evaluations and tensors that a run ends with, without what a clock says."""
     found: dict[str, Any] = {}
-    for number, line in enumerate((folder / "metrics.jsonl").read_text().splitlines()):
+    for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         found[f"metrics, line {number + 1}"] = json.loads(line)
     for file in sorted(folder.glob("evaluations/*.json")):
-        found[file.name] = json.loads(file.read_text())
+        found[file.name] = json.loads(file.read_text(encoding="utf-8"))
     values: dict[str, Any] = {
         name: {key: value for key, value in about.items() if key not in CLOCK} for name, about in found.items()
     }

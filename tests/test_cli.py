@@ -1,7 +1,11 @@
 """The command line: what a person types, and what a wrong word answers."""
 
 import errno
+import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,11 @@ import torch
 from PIL import Image
 
 from flowalign.cli import main
+from flowalign.command import plain_console
 from flowalign.data import Row
+from flowalign.display import Display, summary_table
 from flowalign.runs import save_pictures
+from flowalign.selftest import Check
 
 
 @pytest.fixture
@@ -266,3 +273,73 @@ def test_pictures_of_one_prompt_are_scored_together_by_a_reward_that_compares(tm
     arguments = ("--images", str(pictures), "--prompts", str(tmp_path / "same.txt"), "--output", str(output))
     succeed("score", f"{tmp_path / 'rank.py'}:Rank", *arguments)
     assert [json.loads(line)["score"] for line in output.read_text().splitlines()] == [0.0, 0.0, 1.0]
+
+
+# Words that are not ours
+
+ODD = ["a [red]cat[/red] [/red]", ":smile: [b]日本 ±", "[/]"]
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command over files, pictures and prompts whose names look like markup and are of several alphabets."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "[red]im[b]"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (8, 8), (50 * index,) * 3).save(folder / f"{index}[bold].png")
+    (tmp_path / "p.txt").write_text("\n".join(ODD), encoding="utf-8")
+    (tmp_path / "[x].py").write_text(
+        'def level(media, prompts, metadata):\n    """[/x] é"""\n    return media.sum((1, 2, 3))\n'
+    )
+    return ["score", "[x].py:level", "--images", folder.name, "--prompts", "p.txt"]
+
+
+def test_prompts_and_paths_that_look_like_markup_are_shown_as_they_are(odd, tmp_path: Path, capsys, failing) -> None:
+    succeed(*odd, "--output", "[s].csv")
+    shown = capsys.readouterr().out
+    assert all(f"{index}[bold].png" in shown and prompt in shown for index, prompt in enumerate(ODD))
+    lines = (tmp_path / "[s].csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == ODD
+    succeed("rewards", "check", odd[1])
+    assert "[x].py:level" in capsys.readouterr().out
+    assert failing(*odd[:-1], "[/none].txt") == "error: prompts '[/none].txt' cannot be read: No such file or directory"
+    assert "there is no file [/red].py" in failing("score", "[/red].py:x", *odd[2:])
+
+
+def test_a_progress_bar_shows_names_as_they_are(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    display = Display()
+    with display.training(2, 0):
+        display.step({"step": 1, "minutes": 1.0, "reward": {"[/x]": 0.5}, "seconds": {}, "figures": {}})
+        with display.evaluating(3, "[/drawing] :smile:") as advance:
+            advance(1)
+    display.self_test([Check("[/a]", False, "[b] :smile:")])
+    shown = capsys.readouterr().out
+    assert "[/x] 0.500" in shown and "[/drawing] :smile:" in shown and "[/a]: [b] :smile:" in shown
+    table = summary_table("[/title]", {"[/r]": {"mean": 1.0, "standard_error": None, "count": 1}})
+    plain_console().print(table)
+    shown = capsys.readouterr().out
+    assert "[/title]" in shown and "[/r]" in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_of_another_encoding_ends_no_command(odd, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    out, error = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", error)
+    succeed(*odd)
+    with pytest.raises(SystemExit):
+        main(["score", "日本.py:x", *odd[2:]])
+    for stream in (out, error):
+        stream.flush()
+    assert b"\\u65e5\\u672c" in out.buffer.getvalue() and b"no file \\u65e5\\u672c.py" in error.buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_files_are_utf8_where_the_locale_is_not(odd, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flowalign.cli", *odd, "--output", "s.csv"]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, check=False)
+    assert done.returncode == 0 and b"\\u65e5\\u672c" in done.stdout
+    assert ODD[1] in (tmp_path / "s.csv").read_text(encoding="utf-8")

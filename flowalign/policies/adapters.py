@@ -183,7 +183,7 @@ def export_lora(
     pipeline_class.save_lora_weights(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=dict(about)
     )
-    (folder / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n")
+    (folder / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def module_places(component: nn.Module, native: Native) -> dict[str, list[Place]]:
@@ -280,7 +280,7 @@ def _configurations(adapter: str, header: Mapping[str, str], beside: Sequence[Pa
     """What the header and the file beside it say of a component's scale; UserError for what this cannot merge."""
     try:
         given = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-        kept = [json.loads(path.read_text()) for path in beside]
+        kept = [json.loads(path.read_text(encoding="utf-8")) for path in beside]
     except ValueError as error:
         _refuse(adapter, f"has a configuration that is not JSON: {error}")
     found = []

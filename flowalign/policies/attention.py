@@ -134,7 +134,7 @@ def fastest_backend(
     key = (name, *versions, shape, str(dtype), tuple(candidates))
     file = _cache() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.txt"
     with suppress(OSError):
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     seconds: dict[str, float] = {}
     for candidate in candidates:
         with suppress(*_CANNOT_RUN):
@@ -143,10 +143,10 @@ def fastest_backend(
     partial = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(fastest)
+        partial.write_text(fastest, encoding="utf-8")
         os.link(partial, file)  # the first of several processes decides for all
     except FileExistsError:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except OSError:  # a home that cannot be written to costs the timing anew at every start
         return fastest
     finally:

@@ -139,7 +139,7 @@ def _check_part(folder: Path) -> str | None:
             raise UserError(f"model.path: {folder / match[0]} {wrong}")
     for index in folder.glob(f"*.safetensors.index*{chosen}*.json" if chosen else "*.safetensors.index.json"):
         with loading(folder.parent, f"{folder.name}/{index.name}"):
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         for shard in shards:
             if shard not in found:
                 raise UserError(f"model.path: {folder / shard} is missing, which {index.name} names; fetch it again")

@@ -86,7 +86,7 @@ def words(held_out: bool) -> list[str]:
 
 
 def _word_file(name: str) -> list[str]:
-    text = resources.files("flowalign.toyworld").joinpath(name).read_text()
+    text = resources.files("flowalign.toyworld").joinpath(name).read_text(encoding="utf-8")
     return sorted({word.upper() for word in text.split()})
 
 

@@ -327,6 +327,8 @@ def write_prompts(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for held_out, name in ((False, "train"), (True, "test")):
         shapes = grammar.split_shapes(per_task=86 if held_out else 200, held_out=held_out)
-        (folder / f"shapes_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shapes))
+        (folder / f"shapes_{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in shapes), encoding="utf-8"
+        )
         signs = grammar.split_signs(512 if held_out else 720, held_out)
-        (folder / f"words_{name}.txt").write_text("".join(sign + "\n" for sign in signs))
+        (folder / f"words_{name}.txt").write_text("".join(sign + "\n" for sign in signs), encoding="utf-8")
