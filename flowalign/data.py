@@ -1,5 +1,6 @@
 """Prompt lists: files as `flowalign.prompt_files` reads them, FILE or FILE#COLUMN, or a bundled name."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from flowalign.assets import asset
+from flowalign.paths import expanded
 from flowalign.prompt_files import READERS, read_prompt_file
 from flowalign.sampling.noise import PROMPTS, counted_generator
 from flowalign.settings import UserError
@@ -52,9 +54,9 @@ def _read(source: str) -> list[tuple[str, dict[str, Any]]]:
 
 def split_column(source: str) -> tuple[Path, str | None]:
     """The file of a prompt list FILE or FILE#COLUMN, and the column; a file whose own name holds "#" is one."""
-    path = Path(source).expanduser()
-    file, mark, column = source.rpartition("#")
-    return (path, None) if not mark or path.exists() else (Path(file).expanduser(), column)
+    whole = expanded(source)
+    file, mark, column = whole.rpartition("#")
+    return (Path(whole), None) if not mark or os.path.exists(whole) else (Path(file), column)
 
 
 def step_rows(rows: Sequence[Row], count: int, seed: int, step: int) -> list[Row]:
