@@ -61,11 +61,11 @@ def _audited(
     settings = recipe.evaluation
     if recipe.guard is None or settings.prompts is None:
         raise UserError("the recipe has no guard or no evaluation.prompts, which say how to audit")
-    judging = Judging(recipe, None)
+    judging = Judging(recipe, None, device)
     rewards, weights = evaluation_rewards(recipe, judging)
     rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
     check_prompts(rows, rewards, settings.prompts)
-    guarding = Guarding(recipe, recipe.guard, weights, rows, load_prompts(recipe.prompts))
+    guarding = Guarding(recipe, recipe.guard, weights, rows, load_prompts(recipe.prompts), device)
     policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
     title = target
     if run is not None:

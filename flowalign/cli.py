@@ -230,7 +230,7 @@ def serve(
     for name in served:
         if served.count(name) > 1:
             raise UserError(f"two rewards would be served as {name!r}; serve one of them at another port")
-    loaded = {short: zoo.load(name, **options[name]) for short, name in zip(served, rewards, strict=True)}
+    loaded = {short: zoo.load_on(_device(), name, **options[name]) for short, name in zip(served, rewards, strict=True)}
     run_server(loaded, host=host, port=port)
 
 

@@ -193,7 +193,7 @@ def evaluate_panel(
     options = options_by_reward(reward, option or [])
     loaded: dict[str, zoo.Reward] = {}
     for spec in reward:
-        one = zoo.load(spec, **options[spec])
+        one = zoo.load_on(device(), spec, **options[spec])
         if one.name in loaded:
             raise UserError(f"--reward {spec}: there is a reward {one.name!r} already; give each once")
         loaded[one.name] = one

@@ -54,7 +54,7 @@ def sample(
     judges, schedule = {}, scaling.parse_schedule(prune or [])
     if best_of is not None:
         scaling.check_search(best_of, schedule, sampler, images)
-        judges = scaling.load_judges(reward or [], option or [])
+        judges = scaling.load_judges(reward or [], option or [], device())
         check_prompts(rows, judges, "given")
     elif reward or option or prune:
         raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")

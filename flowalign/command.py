@@ -36,10 +36,10 @@ console = plain_console()
 
 
 def device() -> str:
-    """The accelerator, or the processor without one."""
-    import torch
+    """The device that is computed on, with its index."""
+    from flowalign.devices import own_device
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(own_device())
 
 
 def quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import constants as hub
 import rewards
 from flowalign.assets import asset
 from flowalign.data import BUNDLED
+from flowalign.devices import own_device
 from flowalign.policies.attention import CANDIDATES, attention_seconds, use_attention
 from flowalign.policies.base import forward_dtype
 from flowalign.policies.compiling import why_not_compiled
@@ -38,7 +39,7 @@ _GIB = 2**30
 
 def diagnose() -> list[Row]:
     """(part, whether it works, detail) for all that flowalign needs or can use here; takes a few seconds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     return [
         _packages(),
         *_devices(),

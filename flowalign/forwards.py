@@ -16,6 +16,7 @@ from flowalign.advantages import Scored
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
 from flowalign.data import Row
+from flowalign.devices import own_device
 from flowalign.learner import Learner
 from flowalign.policies.base import Condition, Grid, Policy
 from flowalign.rollout import Samples, rollout
@@ -75,7 +76,7 @@ def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
     train = recipe.train.model_copy(update={"micro_batch": together, "optimizer": "adamw"})
     recipe = recipe.model_copy(update={"algorithm": algorithm, "train": train})
     policy = _Pixel()
-    learner = Learner(recipe, policy, Accelerator(cpu=not torch.cuda.is_available()))
+    learner = Learner(recipe, policy, Accelerator(cpu=own_device().type == "cpu"))
     algorithm.begin(policy)
     if train.ema_decay:
         policy.snapshot("ema")

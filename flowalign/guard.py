@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowalign.config import Evaluation, Guard, Recipe
 from flowalign.data import Row
 from flowalign.evaluate.bands import Band
@@ -32,10 +34,10 @@ def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Rewa
     measured, names = recipe.measured()
     if recipe.evaluation.rewards is None:  # a script's rewards may stand in for the recipe's
         held_out = {name: entry for name, entry in measured.items() if name not in recipe.rewards}
-        return {**judging.rewards, **load_rewards(held_out, judging.held_out)}, dict(judging.weights)
+        return {**judging.rewards, **load_rewards(held_out, judging.device, judging.held_out)}, dict(judging.weights)
     own = {names[name]: reward for name, reward in judging.rewards.items() if name in names}
     rest = {name: entry for name, entry in measured.items() if name not in own}
-    others = load_rewards(rest, judging.held_out)
+    others = load_rewards(rest, judging.device, judging.held_out)
     weights = {names[name]: weight for name, weight in judging.weights.items() if name in names}
     return {name: own[name] if name in own else others[name] for name in measured}, weights
 
@@ -59,11 +61,12 @@ class Guarding:
         weights: Mapping[str, float],
         rows: Sequence[Row],
         training_rows: Sequence[Row],
+        device: torch.device | str,
     ):
-        """weights: of the training rewards as evaluations name them; rows: the evaluation's."""
+        """weights: of the training rewards as evaluations name them; rows: the evaluation's; device: to look on."""
         refuse_shared_prompts(rows, training_rows)
         self.recipe, self.settings, self.rows = recipe, settings, spaced(rows, settings.count)
-        self.auditor = Auditor(settings, weights, recipe.evaluation.images_per_prompt)
+        self.auditor = Auditor(settings, weights, recipe.evaluation.images_per_prompt, device)
         self.bands: dict[str, Band] = {}
         self.in_a_row = 0
         self.best: dict[str, float] = {}

@@ -31,6 +31,7 @@ from rewards.combine import (
     weighted_sum,
     worst_case,
 )
+from rewards.weights import make_current
 
 _SEPARATOR = "/"
 
@@ -38,10 +39,13 @@ _SEPARATOR = "/"
 class Judging:
     """The rewards of a run, the recipe's or those that a script gives for them; one way for rollouts and stores."""
 
-    def __init__(self, recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]] | None):
-        self.recipe = recipe
+    def __init__(
+        self, recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]] | None, device: torch.device | str
+    ):
+        """device: what is loaded for the recipe goes there, and the thread that scores works on it."""
+        self.recipe, self.device = recipe, torch.device(device)
         given = {} if rewards is None else given_rewards(recipe, rewards)
-        self.rewards = load_rewards(recipe.rewards, given)
+        self.rewards = load_rewards(recipe.rewards, device, given)
         self.held_out = {name: reward for name, reward in given.items() if name not in recipe.rewards}
         self.weights = {name: entry.weight for name, entry in recipe.rewards.items()}
         self.shaping = {name: entry.shaping for name, entry in recipe.rewards.items() if entry.shaping is not None}
@@ -55,7 +59,7 @@ class Judging:
             reward.begin()
         if recipe.store is not None:
             refuse_learning(self.rewards, "a store has fixed scores; train it with rollouts")
-        self._thread = ThreadPoolExecutor(1, "rewards")
+        self._thread = ThreadPoolExecutor(1, "rewards", make_current, (self.device,))
         self._pending: list[Future[dict[str, Scores]]] = []
 
     def check_prompts(self, rows: Sequence[Row]) -> None:

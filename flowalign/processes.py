@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from flowalign.config import Recipe
 from flowalign.data import Row
+from flowalign.devices import own_device
 from flowalign.policies.base import forward_dtype
 from flowalign.settings import UserError
 
@@ -38,7 +39,7 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     Raises UserError where a step's prompts cannot be parted among the processes.
     """
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=own_device().type == "cpu",
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(recipe.folder),
     )
@@ -85,7 +86,7 @@ def refuse_all_trained(recipe: Recipe) -> None:
 
 def _refuse_precision(recipe: Recipe) -> None:
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    used = forward_dtype(recipe.model.dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    used = forward_dtype(recipe.model.dtype, own_device())
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if asked not in ("no", names.get(used)):
         raise UserError(

@@ -218,7 +218,7 @@ class _Court:
         return [group[index] for index in best_first(standing(values))]
 
 
-def load_judges(rewards: Sequence[str], options: Sequence[str]) -> dict[str, Reward]:
+def load_judges(rewards: Sequence[str], options: Sequence[str], device: torch.device | str) -> dict[str, Reward]:
     """Rewards to choose by, by their own names; options are KEY=VALUE, with several rewards REWARD.KEY=VALUE.
 
     Raises UserError for two of a name, and as `check_judges` does.
@@ -228,7 +228,7 @@ def load_judges(rewards: Sequence[str], options: Sequence[str]) -> dict[str, Rew
     given = options_by_reward(rewards, [f"{rewards[0]}.{text}" for text in options] if len(rewards) == 1 else options)
     judges: dict[str, Reward] = {}
     for reward in rewards:
-        judge = zoo.load(reward, **given[reward])
+        judge = zoo.load_on(device, reward, **given[reward])
         if judge.name in judges:
             raise UserError(f"--reward {reward}: another one is named {judge.name!r} too; leave one out")
         judges[judge.name] = judge

@@ -111,7 +111,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     """Fill the recipe's store with groups of its model's pictures."""
     if recipe.store is None:
         raise UserError("the recipe names no store; give store=FOLDER")
-    rewards = load_rewards(recipe.rewards)
+    rewards = load_rewards(recipe.rewards, device)
     refuse_learning(rewards, "collect with other rewards")
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
@@ -201,7 +201,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     settings = recipe.evaluation
     if settings.prompts is None:
         raise UserError("the recipe has no evaluation.prompts; name a prompt list, such as evaluation.prompts=my.txt")
-    rewards = load_rewards(settings.rewards or recipe.rewards)
+    rewards = load_rewards(settings.rewards or recipe.rewards, device)
     rows = load_prompts(settings.prompts, settings.count)
     check_prompts(rows, rewards, settings.prompts)
     if run is None:

@@ -37,6 +37,7 @@ from flowalign.settings import UserError
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
+from rewards.weights import chosen_device
 
 
 class Trainer:
@@ -61,7 +62,12 @@ class Trainer:
         check_trackers(recipe.run.trackers)
         processes.refuse_launcher(recipe)
         optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
-        self.judging = Judging(recipe, rewards)
+        self.accelerator = processes.accelerator_for(recipe)  # which chooses the device, before anything loads
+        self.device = chosen_device(self.accelerator.device)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.main = self.accelerator.is_main_process
+        self.display = display or Display(quiet=not self.main)
+        self.judging = Judging(recipe, rewards, self.device)
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
         if self.store is not None:
             self.store.check(recipe)
@@ -78,15 +84,11 @@ class Trainer:
         self.guarding: Guarding | None = None
         if recipe.guard and self.evaluation_rows:
             training_rows = self.store.rows if self.store is not None else self.rows
-            self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, training_rows)
-        self.accelerator = processes.accelerator_for(recipe)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.main = self.accelerator.is_main_process
-        self.display = display or Display(quiet=not self.main)
+            self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, training_rows, self.device)
         rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
-        prompts, device, seed = [row.prompt for row in rows], self.accelerator.device, recipe.run.seed
+        prompts, seed = [row.prompt for row in rows], recipe.run.seed
         self.policy = cached_policy(
-            recipe.model, prompts, device, seed, self.accelerator, given=policy, whole=not processes.shares_out()
+            recipe.model, prompts, self.device, seed, self.accelerator, given=policy, whole=not processes.shares_out()
         )
         if self.store is not None:
             self.store.check_model(self.policy)
@@ -291,7 +293,7 @@ class Trainer:
             "trainable": sum(p.numel() for p in self.learner.parameters),
             "all": sum(p.numel() for p in self.policy.transformer.parameters()),
         }
-        device = torch.cuda.get_device_name() if self.accelerator.device.type == "cuda" else "cpu"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         if self.main:
             dtype = str(self.policy.dtype).removeprefix("torch.")
             about: dict[str, Any] = {"name": recipe.name, "versions": versions(), "command": command_line()}
@@ -406,8 +408,8 @@ class Trainer:
         started = time.perf_counter()
         with out_of_memory_explained(name, self.recipe), torch.profiler.record_function(name):
             yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started
 
 

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from rewards.catalogue import available, describe
     from rewards.contract import Finding, Items, check
     from rewards.errors import RewardError
-    from rewards.loading import as_reward, load
+    from rewards.loading import as_reward, load, load_on
 
 _FROM = {
     "base": ("Golden", "Reward", "TrainableReward", "score"),
     "errors": ("RewardError",),
     "catalogue": ("available", "describe"),
     "contract": ("Finding", "Items", "check"),
-    "loading": ("as_reward", "load"),
+    "loading": ("as_reward", "load", "load_on"),
 }
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "check",
     "describe",
     "load",
+    "load_on",
     "score",
 ]
 

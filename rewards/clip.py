@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from rewards.base import Reward, RewardError, at_least_one, reason
 from rewards.frames import chosen_frames
 from rewards.preprocessing import Preprocessing, as_levels
-from rewards.weights import default_device, located
+from rewards.weights import chosen_device, located
 
 
 class TransformersClip(nn.Module):
@@ -68,7 +68,7 @@ class OpenClip(nn.Module):
 Clip = TransformersClip | OpenClip
 
 
-def load_clip(model: str, reward: str, device: str, **options: str | None) -> Clip:
+def load_clip(model: str, reward: str, device: str | torch.device, **options: str | None) -> Clip:
     """A frozen CLIP model in float32; RewardError, in the name of `reward`, if it cannot be loaded.
 
     open_clip loads it when it has an option `pretrained`, begins with "hf-hub:" or is a folder of open_clip's. Options:
@@ -89,9 +89,9 @@ def load_clip(model: str, reward: str, device: str, **options: str | None) -> Cl
 _loaded: WeakValueDictionary[tuple[Any, ...], Clip] = WeakValueDictionary()
 
 
-def shared_clip(model: str, reward: str, device: str, **options: str | None) -> Clip:
+def shared_clip(model: str, reward: str, device: str | torch.device, **options: str | None) -> Clip:
     """`load_clip` on a device, loaded once however many rewards ask for it, for as long as one of them lives."""
-    key = (located(model), str(torch.device(device)), *sorted(item for item in options.items() if item[1]))
+    key = (located(model), str(chosen_device(device)), *sorted(item for item in options.items() if item[1]))
     _loaded[key] = clip = _loaded.get(key) or load_clip(model, reward, device, **options)
     return clip
 
@@ -103,10 +103,16 @@ class ClipFeatures:
     """
 
     def __init__(
-        self, model: str, reward: str, batch_size: int, device: str | None, own: bool = False, **options: str | None
+        self,
+        model: str,
+        reward: str,
+        batch_size: int,
+        device: str | torch.device | None,
+        own: bool = False,
+        **options: str | None,
     ):
         at_least_one(reward, batch_size=batch_size)
-        self.device = device or default_device()
+        self.device = chosen_device(device)
         self.clip = (load_clip if own else shared_clip)(model, reward, self.device, **options)
         self.batch_size = batch_size
 

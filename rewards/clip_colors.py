@@ -26,7 +26,7 @@ class ColorClassifier:
     owner: in whose name errors are raised. device: the accelerator if there is one.
     """
 
-    def __init__(self, clip: str, owner: str, device: str | None = None):
+    def __init__(self, clip: str, owner: str, device: str | torch.device | None = None):
         architecture, _, tag = clip.partition("/")
         known = architecture in open_clip.list_models()
         model, pretrained = (architecture, tag) if known else (clip, None)

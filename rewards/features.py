@@ -11,7 +11,7 @@ from rewards.vit import VisionBackbone
 
 
 def unit_features(
-    model: str, backbone: str, batch_size: int, device: str | None, reward: str
+    model: str, backbone: str, batch_size: int, device: str | torch.device | None, reward: str
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from images (B, 3, H, W) in [0, 1] to their features (B, D) of length 1.
 

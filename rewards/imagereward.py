@@ -18,7 +18,7 @@ from rewards.base import Reward, RewardError, at_least_one, reason
 from rewards.checkpoints import read_weights
 from rewards.frames import chosen_frames, mean_of_frames
 from rewards.preprocessing import Preprocessing
-from rewards.weights import default_device, located
+from rewards.weights import chosen_device, located
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the raw scores on the authors' data
 PIXEL_MEAN, PIXEL_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -115,7 +115,7 @@ class ImageReward(Reward):
             raise RewardError(
                 f"reward 'imagereward': {model} with tokenizer {tokenizer} cannot be loaded: {reason(error)}"
             ) from error
-        self.device = torch.device(device or default_device())
+        self.device = chosen_device(device)
         self.towers = nn.ModuleDict({"vision": vision, "text": text}).to(self.device).eval().requires_grad_(False)
         self.layers = [[part.to(self.device) for part in layer] for layer in layers]
         size = (vision.config.image_size,) * 2

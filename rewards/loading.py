@@ -8,6 +8,7 @@ import torch
 
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
 from rewards.catalogue import BUILT_IN, available, installed
+from rewards.weights import given_device, on_device
 
 
 class FunctionReward(Reward):
@@ -58,6 +59,12 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
     return _built(target, name_or_path, options)
 
 
+def load_on(device: str | torch.device, name_or_path: str, /, **options: Any) -> Reward:
+    """`load`, all of it on one device; a reward of one's own gets it as its option `device`, if it has that one."""
+    with on_device(device):
+        return load(name_or_path, **options)
+
+
 def as_reward(target: Any, name: str | None = None, **options: Any) -> Reward:
     """`target` itself if it is a Reward, a function (with its options) wrapped as one; else RewardError."""
     if isinstance(target, Reward):
@@ -73,6 +80,9 @@ def _built(target: Any, name: str, options: dict[str, Any]) -> Reward:
         raise RewardError(f"reward {name!r} is already built and takes no option {next(iter(options))!r}")
     if isinstance(target, Reward) or not callable(target):
         return as_reward(target, name)
+    device = given_device()
+    if device is not None and "device" in inspect.signature(target).parameters:
+        options = {"device": str(device), **options}
     _check_options(target, name, options)
     if not isinstance(target, type):
         return as_reward(target, name, **options)

@@ -18,7 +18,7 @@ from rewards.base import RewardError, at_least_one, reason
 from rewards.clip_colors import OPENAI, ColorClassifier
 from rewards.geneval import SCORE_THRESHOLD
 from rewards.preprocessing import as_levels
-from rewards.weights import bundled, default_device
+from rewards.weights import bundled, chosen_device
 
 PUBLISHED = "facebook/mask2former-swin-small-coco-instance"
 NAME = "mask2former"
@@ -97,10 +97,10 @@ class Mask2Former:
         names: str | None = None,
         shortest_edge: int | None = 800,
         batch_size: int = 8,
-        device: str | None = None,
+        device: str | torch.device | None = None,
     ):
         at_least_one(NAME, shortest_edge=shortest_edge, batch_size=batch_size)
-        self.device = device or default_device()
+        self.device = chosen_device(device)
         self.folder = _folder(model)
         network, self.processor = _load(self.folder, model)
         labels = tuple(network.config.id2label[index] for index in range(network.config.num_labels))

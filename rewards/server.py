@@ -25,6 +25,7 @@ import torch
 
 from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, nearest, reason
 from rewards.loading import FunctionReward
+from rewards.weights import chosen_device, make_current
 from rewards.wire import JSON, PROTOCOL, TEXT_BYTES, TOKEN_VARIABLE, Limits, TooLarge, decode, from_json, secret
 
 try:
@@ -59,7 +60,7 @@ class _Desk:
                 f"a served name is part of an address, of letters, digits, '_', '-' and '.', not {name!r}"
             )
         self.name, self.reward, self.queue = name, reward, queue
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.worker = ThreadPoolExecutor(1, name, make_current, (chosen_device(),))
         self.turn = asyncio.Lock()
         self.inside = 0
 

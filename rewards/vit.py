@@ -16,7 +16,7 @@ from timm.data.config import resolve_model_data_config
 from rewards.base import RewardError, at_least_one, reason
 from rewards.pictures import read_picture
 from rewards.preprocessing import Mode, Preprocessing
-from rewards.weights import default_device, located
+from rewards.weights import chosen_device, located
 
 _MODES: dict[str, Mode] = {"center": "shortest", "squash": "squash", "border": "longest"}
 
@@ -61,9 +61,9 @@ class VisionBackbone:
     `dim` is the width D of the features, `size` the model's input (height, width), `grid` its patches.
     """
 
-    def __init__(self, model: str, device: str | None = None, batch_size: int = 64, reward: str = "vit"):
+    def __init__(self, model: str, device: str | torch.device | None = None, batch_size: int = 64, reward: str = "vit"):
         at_least_one(reward, batch_size=batch_size)
-        self.device = torch.device(device or default_device())
+        self.device = chosen_device(device)
         key = (located(model), str(self.device))
         module: Any = _loaded.get(key)
         if module is None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rewards.base import reason
 from rewards.vlm import VLM, Pictures, VLMError, at_least, plain
-from rewards.weights import default_device, located
+from rewards.weights import chosen_device, located
 
 
 class LocalVLM(VLM):
@@ -26,11 +26,9 @@ class LocalVLM(VLM):
         at_least("batch_size", batch_size, 1)
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise VLMError(f"dtype must be 'auto' or a type of torch such as 'bfloat16', not {dtype!r}")
-        if device is None:
-            device = default_device()
         try:
             self.processor = AutoProcessor.from_pretrained(located(model))
-            self.model = _shared(located(model), device, dtype)
+            self.model = _shared(located(model), chosen_device(device), dtype)
         except Exception as error:
             raise VLMError(f"the model {model!r} cannot be loaded: {reason(error)}") from error
         tokenizer = getattr(self.processor, "tokenizer", None)
@@ -140,9 +138,9 @@ class LocalVLM(VLM):
 _loaded: weakref.WeakValueDictionary[tuple[str, str, str], Any] = weakref.WeakValueDictionary()
 
 
-def _shared(model: str, device: str, dtype: str) -> Any:
+def _shared(model: str, device: torch.device, dtype: str) -> Any:
     """The frozen model on its device, loaded once however many rewards ask for it, while one of them lives."""
-    key = (model, str(torch.device(device)), dtype)
+    key = (model, str(device), dtype)
     network = _loaded.get(key)
     if network is None:
         network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()

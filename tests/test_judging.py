@@ -144,7 +144,7 @@ def test_what_a_reward_learns_and_its_alarms_are_logged(values: dict[str, Any]) 
 
 def judging(values: dict[str, Any], **changes: Any) -> Judging:
     recipe: Recipe = recipe_from_dict({**values, **changes})
-    return Judging(recipe, {name: Level() for name in recipe.rewards})
+    return Judging(recipe, {name: Level() for name in recipe.rewards}, "cpu")
 
 
 def both(first: list[float], second: list[float]) -> dict[str, Scores]:
@@ -317,7 +317,7 @@ def test_a_reward_that_nothing_has_taught_scores_nothing(values: dict[str, Any],
     spec, store = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
     offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "store": store}
     with pytest.raises(UserError, match=r"'learner' learns in training .* a store has fixed scores"):
-        Judging(recipe_from_dict(offline), None)
+        Judging(recipe_from_dict(offline), None, "cpu")
     with pytest.raises(UserError, match=r"'learner' learns in training .* collect with other rewards"):
         collect_recipe(recipe_from_dict(offline), "cpu")
     with pytest.raises(UserError, match=r"'learner' learns in training .* name it in a recipe"):

@@ -99,7 +99,7 @@ def policy(tiny_model: Path) -> Policy:
 def collected(recipe: Recipe, policy: Policy, progress: Callable[[int], None] = nothing) -> GroupStore:
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     assert recipe.store
-    return collect(recipe, Path(recipe.store), rows, load_rewards(recipe.rewards), policy, progress)
+    return collect(recipe, Path(recipe.store), rows, load_rewards(recipe.rewards, "cpu"), policy, progress)
 
 
 @pytest.fixture(scope="module")

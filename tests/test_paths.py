@@ -151,7 +151,7 @@ def test_an_error_says_where_a_file_was_looked_for(places: tuple[Path, ...]) -> 
     for ask in (
         lambda: load_prompts(recipe.prompts),
         lambda: GroupStore.open(Path(str(recipe.store))),
-        lambda: load_rewards(recipe.rewards),
+        lambda: load_rewards(recipe.rewards, "cpu"),
         lambda: adapter_files(str(recipe.model.adapter)),
     ):
         with pytest.raises(UserError) as caught:

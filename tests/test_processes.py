@@ -110,10 +110,11 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
     add("clocks", "nft", clocks=True, more={"train": {"steps": 5}, "run": {"max_minutes": 15}})
     if world == 1:
         add("resumed", "crd", more={"train": {"steps": 1}})
+        add("lone_resumed", "flow_grpo", more={"train": {"steps": 2}}, flat=alone)
     else:
         add("resumed", "crd", of=str(folder / "resumed_1"))
         more = {"train": {"steps": 6}}
-        add("lone_resumed", "flow_grpo", more=more, flat=alone, of=str(folder / "lone_skip_1"))
+        add("lone_resumed", "flow_grpo", more=more, flat=alone, of=str(folder / "lone_resumed_1"))
         add("refused", "nft", refused=True, more={"train": {"prompts_per_step": 5}})
     return found
 

@@ -171,7 +171,7 @@ def collected(values: dict[str, Any]) -> None:
     recipe = recipe_from_dict(values)
     policy = load_policy(recipe.model)
     rows = load_prompts(recipe.prompts)
-    collect(recipe, Path(values["store"]), rows, load_rewards(recipe.rewards), policy, lambda count: None)
+    collect(recipe, Path(values["store"]), rows, load_rewards(recipe.rewards, "cpu"), policy, lambda count: None)
 
 
 @pytest.fixture

@@ -249,7 +249,7 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
     from flowalign.data import load_prompts
 
     rows = load_prompts(recipe.prompts)
-    rewards = load_rewards(recipe.rewards)
+    rewards = load_rewards(recipe.rewards, "cpu")
     first = evaluate(policy, rows, rewards, recipe.evaluation, (64, 64))
     fewer = evaluate(policy, rows[2:], rewards, recipe.evaluation.model_copy(update={"batch": 1}), (64, 64))
     a = [scores["brightness"] for scores in first.scores[2:]]

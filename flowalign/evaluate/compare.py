@@ -17,6 +17,7 @@ import torch
 
 from flowalign.config import Recipe, load_recipe
 from flowalign.data import load_prompts
+from flowalign.devices import own_device
 from flowalign.display import Display
 from flowalign.evaluate.best_of import evaluate_best_of
 from flowalign.evaluate.compare_page import leaderboard_markdown, write_comparison_page
@@ -122,11 +123,12 @@ def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]
     """
     settings = recipe.evaluation
     assert settings.prompts is not None  # a comparison has seen to it
-    rewards = load_rewards(settings.rewards or recipe.rewards)
+    device = own_device()
+    rewards = load_rewards(settings.rewards or recipe.rewards, device)
     check_judges({reward: rewards[reward]})
     judges = {n: one for n, one in rewards.items() if one.scope == "sample" and n not in learning(rewards)}
     rows = load_prompts(settings.prompts, settings.count)
-    policy = load_policy(recipe.model, "cuda" if torch.cuda.is_available() else "cpu", recipe.run.seed)
+    policy = load_policy(recipe.model, device, recipe.run.seed)
     Display().say(f"best of 1 to {candidates} of {recipe.model.path} without training, chosen by {reward}")
     counts, size = range(1, candidates + 1), (recipe.model.height, recipe.model.width)
     with Display().evaluating(len(rows) * candidates) as progress:

@@ -70,15 +70,17 @@ def _mean(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
 
 
 def load_rewards(
-    settings: Mapping[str, RewardSettings], given: Mapping[str, zoo.Reward] = MappingProxyType({})
+    settings: Mapping[str, RewardSettings],
+    device: torch.device | str,
+    given: Mapping[str, zoo.Reward] = MappingProxyType({}),
 ) -> dict[str, zoo.Reward]:
-    """The rewards of a recipe, by the name it gives them; those `given` are there already."""
+    """The rewards of a recipe, by the name it gives them, on a device; those `given` are there already."""
     for name, entry in settings.items():
         file = entry.loads(name).rpartition(":")[0]
         if name not in given and file.endswith(".py") and not Path(file).is_file():
             raise UserError(f"rewards.{name}.load: there is no file {file}{sought(file)}")
     return {
-        name: given[name] if name in given else zoo.load(entry.loads(name), **entry.options)
+        name: given[name] if name in given else zoo.load_on(device, entry.loads(name), **entry.options)
         for name, entry in settings.items()
     }
 

@@ -109,7 +109,9 @@ class Audit:
 class Auditor:
     """What a guard's settings ask to be looked at; makes the parts of an audit."""
 
-    def __init__(self, settings: Guard, weights: Mapping[str, float], images_per_prompt: int):
+    def __init__(
+        self, settings: Guard, weights: Mapping[str, float], images_per_prompt: int, device: torch.device | str
+    ):
         """weights: of the training rewards, by the names under which the evaluation measures them."""
         self.settings = settings
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
@@ -126,7 +128,7 @@ class Auditor:
         self.features: Callable[[torch.Tensor], torch.Tensor] = _shrunk
         if settings.features and self.compares:
             self.features = unit_features(
-                settings.features.model, settings.features.backbone, 64, None, "guard.features"
+                settings.features.model, settings.features.backbone, 64, device, "guard.features"
             )
 
     def observe(self, media: torch.Tensor) -> list[Seen]:

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from flowalign.assets import asset
 from flowalign.config import Recipe, RewardSettings, load_recipe, recipe_from_dict
 from flowalign.data import load_prompts
+from flowalign.devices import own_device
 from flowalign.evaluate.evaluation import load_rewards
 from flowalign.evaluate.overoptimization import GOLD, PROXY
 from flowalign.offline import GroupStore, collect
@@ -147,7 +148,7 @@ def prepare(world: str, shared: Path, prompts: int) -> None:
 
 
 def _reward(name: str, entry: Settings) -> Any:
-    return load_rewards({name: RewardSettings.model_validate(entry)})[name]
+    return load_rewards({name: RewardSettings.model_validate(entry)}, own_device())[name]
 
 
 def _store(world: str, shared: Path) -> GroupStore:
@@ -159,8 +160,7 @@ def _store(world: str, shared: Path) -> GroupStore:
     base = load_recipe("toyworld_ocr_crd")
     values |= {"model": base.model, "rollout": base.rollout, "algorithm": "crd", "collect": {"group_size": GROUP}}
     recipe = recipe_from_dict(values)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(recipe.model, device, recipe.run.seed)
+    policy = load_policy(recipe.model, own_device(), recipe.run.seed)
     return collect(recipe, path, listed, {GOLD: _reward(GOLD, _GOLDS[world])}, policy, lambda _: None)
 
 
