@@ -216,6 +216,17 @@ class Recipe(Section):
         return self.samples_per_step * self.algorithm.draws(self.rollout)
 
     @property
+    def unit_items(self) -> int:
+        """Items that a loss never parts: one, a group at a noise level, or a group with all its trained steps."""
+        group = self.train.group_size
+        return {"item": 1, "group": group, "path": group * self.algorithm.draws(self.rollout)}[self.algorithm.unit]
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a unit is larger than a micro-batch, so that its forward passes are made a second time."""
+        return self.train.micro_batch < self.unit_items
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         return Path(self.run.folder or f"runs/{self.name}")
@@ -229,14 +240,21 @@ class Recipe(Section):
         trained = within if self.algorithm.needs == "trajectory" else f"{draws} levels"
         until = f"as many as {self.run.max_minutes:g} minutes hold" if self.run.max_minutes else f"{train.steps}"
         items = math.ceil(self.items_per_step / train.updates_per_step)
-        passes = math.ceil(items / processes / train.micro_batch)
+        unit, own = self.unit_items, f"{items} / {processes} process(es)"
+        units = math.ceil(items / processes / unit)
+        if self.in_parts:
+            parts = math.ceil(unit / train.micro_batch)
+            passes = f"{own} / {unit} x {parts} parts = {units * parts}, each with a second forward pass"
+        else:
+            size = train.micro_batch // unit
+            passes = f"{own} / {size * unit} = {math.ceil(units / size)}"
         forwards = self.samples_per_step * sampler.steps * (2 if sampler.guidance > 1 else 1)
         return [
             ("pictures per step", f"{train.prompts_per_step} prompts x {train.group_size} = {self.samples_per_step}"),
             ("trained noise levels", trained),
             ("items per step", f"{self.samples_per_step} x {draws} = {self.items_per_step}"),
             ("items per update", f"{self.items_per_step} / {train.updates_per_step} updates = {items}"),
-            ("micro-batches per update", f"{items} / {processes} process(es) / {train.micro_batch} = {passes}"),
+            ("micro-batches per update", passes),
             ("rollout forwards per step", "none, from the store" if self.store else f"{forwards}"),
             ("training steps", f"{until} x {train.passes * train.updates_per_step} updates"),
         ]

@@ -72,7 +72,7 @@ def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
     algorithm = recipe.algorithm.model_copy(deep=True)
     if isinstance(algorithm, ForwardAlgorithm):  # how many levels count, not where they lie on a pixel's schedule
         algorithm = algorithm.model_copy(update={"timestep_range": (0.0, 1.0)})
-    together = recipe.items_per_step + recipe.train.group_size
+    together = recipe.unit_items - 1 if recipe.in_parts else recipe.items_per_step + recipe.train.group_size
     train = recipe.train.model_copy(update={"micro_batch": together, "optimizer": "adamw"})
     recipe = recipe.model_copy(update={"algorithm": algorithm, "train": train})
     policy = _Pixel()
@@ -102,7 +102,9 @@ def _step(recipe: Recipe, policy: _Pixel, learner: Learner, step: int) -> Forwar
     policy.forwards = 0
     _score(samples, recipe, step)
     learner.learn(samples, step)
-    return Forwards(drawn, policy.with_gradient, policy.forwards - policy.with_gradient)
+    # Of a unit in parts both passes ask for a gradient, and one has it.
+    trained = policy.with_gradient // (2 if recipe.in_parts else 1)
+    return Forwards(drawn, trained, policy.forwards - trained)
 
 
 def _score(samples: Samples, recipe: Recipe, step: int) -> None:

@@ -69,6 +69,7 @@ class Items:
             shares=None if samples.shares is None else samples.shares[row],
             samples=row,
             update=update,
+            at_once=train.micro_batch,
         )
 
     def _transition(self, row: torch.Tensor, step: torch.Tensor) -> Transition | None:

@@ -93,10 +93,11 @@ class Learner:
         Behind them come as many that count for nothing as others wait for: one in a process without units, which has
         the same figures and gradients to sum, and with a model that is shared out, up to the most that a process has.
         """
-        members = self.recipe.train.group_size if self.recipe.algorithm.unit != "item" else 1
-        spare = torch.stack([torch.arange(members), torch.zeros(members, dtype=torch.long)], dim=1)[None]
+        items = torch.arange(units.shape[1])
+        draws = len(items) // (self.recipe.train.group_size if self.recipe.algorithm.unit != "item" else 1)
+        spare = torch.stack([items // draws, items % draws], dim=1)[None]  # as large as any: others wait for its passes
         own = units[share.places]
-        size = max(1, self.recipe.train.micro_batch // units.shape[1])
+        size = max(1, self.recipe.train.micro_batch // len(items))
         chunks = [(chunk, len(chunk)) for chunk in own.split(size) if len(chunk)]
         wanted = math.ceil(share.most / size) if self.in_lockstep else 1
         return chunks + [(own[:1] if len(own) else spare, 0)] * (wanted - len(chunks))

@@ -23,8 +23,7 @@ def out_of_memory_explained(phase: str, recipe: Recipe) -> Iterator[None]:
 def _what_to_lower(phase: str, recipe: Recipe) -> str:
     """The setting as it is, and what would be right."""
     if phase == "train":
-        smallest = smallest_micro_batch(recipe)
-        if recipe.train.micro_batch > smallest:
+        if recipe.train.micro_batch > 1:
             return f"train.micro_batch {recipe.train.micro_batch}; lower it"
         if not recipe.model.gradient_checkpointing:
             return f"train.micro_batch {recipe.train.micro_batch}, the least; set model.gradient_checkpointing=true"
@@ -34,9 +33,3 @@ def _what_to_lower(phase: str, recipe: Recipe) -> str:
     if phase == "reward":
         return f"rollout.batch {recipe.rollout.batch}; lower it, or serve the rewards elsewhere with `flowalign serve`"
     return f"rollout.batch {recipe.rollout.batch}; lower it"
-
-
-def smallest_micro_batch(recipe: Recipe) -> int:
-    """The items that a micro-batch of the recipe's algorithm holds at least: one, a group, or a group's whole paths."""
-    group, draws = recipe.train.group_size, recipe.algorithm.draws(recipe.rollout)
-    return {"item": 1, "group": group, "path": group * draws}[recipe.algorithm.unit]

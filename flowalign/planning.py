@@ -15,7 +15,6 @@ from flowalign.algorithms import Algorithm
 from flowalign.config import Recipe
 from flowalign.data import load_prompts
 from flowalign.forwards import Forwards, step_forwards
-from flowalign.memory import smallest_micro_batch
 from flowalign.modelsize import (
     Line,
     Pass,
@@ -226,7 +225,7 @@ def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[
         found["start"] = sum(parts.get(name, 0) for name in loaded) + _text_encoders(costs) * costs.element
     if not recipe.store:
         found["rollout"] = base + _drawing(recipe.rollout.batch, recipe.rollout.guidance, costs)
-    found["train"] = base + _learning(recipe, costs, forwards).at(recipe.train.micro_batch)
+    found["train"] = base + _learning(recipe, costs, forwards).at(recipe.train.micro_batch) + _unit(recipe, costs)
     if recipe.evaluation.prompts:
         evaluation = recipe.evaluation
         found["evaluation"] = base - samples + _drawing(evaluation.batch, evaluation.guidance, costs)
@@ -250,13 +249,25 @@ def _learning(recipe: Recipe, costs: Costs, forwards: Forwards) -> Line:
     return Line(rows * (kept.each + fixed.each + inputs), kept.fixed + fixed.fixed)
 
 
+def _unit(recipe: Recipe, costs: Costs) -> float:
+    """Bytes of the states, velocities and conditions of a unit's other items, where a micro-batch is a part of it."""
+    others = recipe.unit_items - recipe.train.micro_batch
+    return max(0, others) * (4 * costs.latent + costs.condition)
+
+
 def _largest_micro_batch(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards) -> int:
-    """The most items that fit, in whole units, up to those that an update has on a process; 0 where not one fits."""
+    """The most items that fit, up to those that an update has on a process; 0 where not one fits.
+
+    In whole units, or where not one of them fits, as large a part of it as does.
+    """
     base = sum(part.bytes for part in held(recipe, costs, gpus))
-    unit, needed = smallest_micro_batch(recipe), _learning(recipe, costs, forwards)
+    unit, needed = recipe.unit_items, _learning(recipe, costs, forwards)
     most = math.ceil(recipe.items_per_step / recipe.train.updates_per_step / gpus / unit) * unit
-    fit = math.floor((vram - base - needed.fixed) / needed.each / unit) * unit
-    return max(0, min(most, fit))
+    fit = math.floor((vram - base - needed.fixed) / needed.each)
+    if fit >= unit:
+        return min(most, fit // unit * unit)
+    others = 4 * costs.latent + costs.condition
+    return max(0, math.floor((vram - base - needed.fixed - unit * others) / (needed.each - others)))
 
 
 def refuse_too_large(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards) -> None:
@@ -273,7 +284,7 @@ def refuse_too_large(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwa
         if fitting is not None:
             settings = " ".join(f"{key}={value}" for key, value in {**changes, **fitting}.items())
             raise UserError(f"{text}; what fits: {settings}")
-        small = _changed(tried, {"train.micro_batch": smallest_micro_batch(recipe)})
+        small = _changed(tried, {"train.micro_batch": 1})
         small = _changed(small, {"rollout.batch": 1, "evaluation.batch": 1})
         least = min(least, max(phases(small, costs, gpus, forwards).values()))
     raise UserError(

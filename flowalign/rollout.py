@@ -5,6 +5,7 @@ Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ class Trajectory:
     """The stochastic steps of B samples, as they were taken."""
 
     states: torch.Tensor  # (B, W + 1, ...), float32
-    log_probs: torch.Tensor  # (B, W)
+    log_probs: torch.Tensor  # (B, W), float64 where asked for
     sigmas: torch.Tensor  # (W + 1,)
     sigma_max: float
     dynamics: Dynamics
@@ -182,18 +183,19 @@ def _denoise(
         if "previews" in keep and step > window[0]:
             previews.append(ode_step(velocity, x, sigma, 0.0))
         if settings is not None and settings.dynamics != "ode" and window[0] <= step < window[1]:
-            taken = sde_step(
+            take = partial(
+                sde_step,
                 velocity,
-                x,
-                sigma,
-                sigma_next,
+                sigma=sigma,
+                sigma_next=sigma_next,
                 dynamics=settings.dynamics,
                 noise_level=settings.noise_level,
                 sigma_max=sigmas[1].item(),
-                noise=counted_noise([(*key, step + 1) for key in keys.values()], shape, policy.device),
             )
+            taken = take(x, noise=counted_noise([(*key, step + 1) for key in keys.values()], shape, policy.device))
             states = [x, taken.next_sample] if step == window[0] else [*states, taken.next_sample]
-            log_probs.append(taken.log_prob)
+            exact = take(x.double(), next_sample=taken.next_sample) if "float64" in keep else taken
+            log_probs.append(exact.log_prob)
             if "means" in keep:
                 means.append(taken.mean)
             x = taken.next_sample

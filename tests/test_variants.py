@@ -151,19 +151,6 @@ def merged(sections: dict[str, Any]) -> dict[str, Any]:
             {"algorithm": {"name": "prdp", "kl_weight": 0.1}, "train": {"micro_batch": 20}},
             "algorithm.kl_weight: prdp has no KL of its own, beta is its pull to the reference",
         ),
-        # Groups that a micro-batch must hold
-        (
-            {"algorithm": {"name": "crd"}, "train": {"micro_batch": 3}},
-            "train.micro_batch (3) must hold a whole group (4) for crd",
-        ),
-        (
-            {"algorithm": {"name": "gdro"}, "train": {"micro_batch": 3}},
-            "train.micro_batch (3) must hold a whole group (4) for gdro",
-        ),
-        (
-            {"algorithm": {"name": "prdp"}, "train": {"micro_batch": 19}},
-            "train.micro_batch (19) must hold a group with all its trained steps (4 x 5 = 20) for prdp",
-        ),
         (
             {"algorithm": {"name": "prdp"}, "rollout": {"dynamics": "cps"}, "train": {"micro_batch": 20}},
             "rollout.dynamics cps has no true log-probabilities; use another one with prdp",
@@ -196,9 +183,13 @@ def test_a_setting_of_another_algorithm_is_an_unknown_key():
         recipe_from_dict({**BASE, "algorithm": {"name": "nft", "clip_range": 1}})
 
 
-def test_a_micro_batch_of_one_path_suffices_where_the_window_is_small():
-    values = merged({"rollout": {"window_size": 1}, "train": {"micro_batch": 4}})
-    assert recipe_from_dict({**values, "algorithm": "prdp"}).items_per_step == 8
+@pytest.mark.parametrize(("name", "unit"), [("flow_grpo", 1), ("nft", 1), ("crd", 4), ("gdro", 4), ("prdp", 4 * 5)])
+def test_a_micro_batch_may_be_smaller_than_what_a_loss_never_parts(name: str, unit: int):
+    values = {**merged({"train": {"micro_batch": 1}}), "algorithm": name}
+    recipe = recipe_from_dict(values)
+    assert (recipe.unit_items, recipe.in_parts) == (unit, unit > 1)
+    whole = recipe_from_dict({**values, "train": {**values["train"], "micro_batch": unit}})
+    assert not whole.in_parts
 
 
 # What is resolved and written back

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flowalign.sections import Rollout, Train
 
 Figures: TypeAlias = "dict[str, torch.Tensor]"
-Keep = Literal["trajectory", "means", "previews"]
+Keep = Literal["trajectory", "means", "previews", "float64"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Transition:
     sigma_max: float
     state: torch.Tensor  # (n, ...), float32, as the log-probability was computed on it
     next_state: torch.Tensor  # (n, ...)
-    log_prob: torch.Tensor  # (n,), under the policy that sampled
+    log_prob: torch.Tensor  # (n,), under the policy that sampled; float64 where the algorithm asks for it
     dynamics: Dynamics
     noise_level: float | None
     mean: torch.Tensor | None = None  # (n, ...), of the policy that sampled, where the algorithm asks for it
@@ -62,6 +62,30 @@ class Batch:
     shares: torch.Tensor | None = None  # (n, K), see Scored.shares
     samples: torch.Tensor | None = None  # (n,), which items are of one sample
     update: int = 0  # optimizer updates before this one
+    at_once: int | None = None  # the items that fit in a pass; None: all
+
+
+def guided_velocity(
+    policy: Policy, batch: Batch, state: torch.Tensor, sigma: torch.Tensor, guidance: float
+) -> torch.Tensor:
+    """The policy's velocities (n, ...) at a batch's states (n, ...) and levels (n,), in passes of `batch.at_once` rows.
+
+    Of several passes none keeps its graph: each is made again when the gradient comes to it (checkpointing, Chen et al.
+    2016), so that the memory is that of one pass and the gradient that of all at once. They are then counted twice.
+    """
+
+    def of(rows: slice) -> torch.Tensor:
+        return policy.guided_velocity(state[rows], sigma[rows], batch.condition[rows], guidance)
+
+    size = batch.at_once or len(state)
+    if len(state) <= size:
+        return policy.guided_velocity(state, sigma, batch.condition, guidance)
+    parts = [slice(start, start + size) for start in range(0, len(state), size)]
+    if not torch.is_grad_enabled():
+        return torch.cat([of(part) for part in parts])
+    from torch.utils.checkpoint import checkpoint
+
+    return torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts])
 
 
 class Algorithm(Section, ABC):
@@ -69,7 +93,7 @@ class Algorithm(Section, ABC):
 
     needs: ClassVar[Literal["trajectory", "final"]]
     unit: ClassVar[Literal["item", "group", "path"]] = "item"
-    """What a micro-batch never parts: nothing, a group at one noise level, or a group with all its trained steps."""
+    """What a loss never parts: nothing, a group at one noise level, or a group with all its trained steps."""
     behaviour: ClassVar[str | None] = None
     """The snapshot that draws the rollouts; None: the trained weights."""
     offline: ClassVar[bool] = False

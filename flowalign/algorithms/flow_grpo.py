@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from flowalign.advantages import Scored, value_advantages
-from flowalign.algorithms.base import Algorithm, Batch, Figures, Keep
+from flowalign.algorithms.base import Algorithm, Batch, Figures, Keep, guided_velocity
 from flowalign.lazy import torch
 from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
@@ -35,13 +35,16 @@ if TYPE_CHECKING:
     from flowalign.sections import Rollout, Train
 
 
-def replay(policy: Policy, batch: Batch, guidance: float) -> SdeStep:
-    """The batch's stochastic steps under the weights in use: mean, std and log-probability of where they went."""
+def replay(policy: Policy, batch: Batch, guidance: float, *, exact: bool = False) -> SdeStep:
+    """The batch's stochastic steps under the weights in use: mean, std and log-probability of where they went.
+
+    `exact`: all but the velocity in float64, for who multiplies a log-probability by the number of dimensions.
+    """
     step = batch.transition
     assert step is not None, "the rollout kept a trajectory, since needs = 'trajectory'"
     return sde_step(
-        policy.guided_velocity(step.state, step.sigma, batch.condition, guidance),
-        step.state,
+        guided_velocity(policy, batch, step.state, step.sigma, guidance),
+        step.state.double() if exact else step.state,
         step.sigma,
         step.sigma_next,
         dynamics=step.dynamics,

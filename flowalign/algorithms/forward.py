@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from flowalign.algorithms.base import Algorithm, Batch, Noised
+from flowalign.algorithms.base import Algorithm, Batch, Noised, guided_velocity
 from flowalign.lazy import torch
 from flowalign.settings import Section
 
@@ -84,7 +84,7 @@ class ForwardAlgorithm(Algorithm):
         return self.timesteps
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """The grid must hold enough sigmas, micro-batches whole groups, and the guidance of the loss be said."""
+        """The grid must hold enough sigmas, and the guidance of the loss be said."""
         super().check(rollout, train, rewards)
         if rollout.guidance > 1 and train.guidance is None:
             raise ValueError(
@@ -95,10 +95,6 @@ class ForwardAlgorithm(Algorithm):
             raise ValueError(
                 f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's grid; "
                 "timestep_sampling grid_strata repeats them"
-            )
-        if self.unit == "group" and train.micro_batch < train.group_size:
-            raise ValueError(
-                f"train.micro_batch ({train.micro_batch}) must hold a whole group ({train.group_size}) for {self.name}"
             )
 
     def levels(self, grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -143,7 +139,7 @@ def predictions(policy: Policy, batch: Batch, snapshot: str | None, *, reference
     at = noised(batch)
 
     def velocity(guidance: float) -> torch.Tensor:
-        return policy.guided_velocity(at.state, at.sigma, batch.condition, guidance)
+        return guided_velocity(policy, batch, at.state, at.sigma, guidance)
 
     own = velocity(batch.guidance)
     with torch.no_grad():
