@@ -45,11 +45,17 @@ SIDE = 4  # of a latent, which is shown as a picture of four times as many pixel
 
 
 class Brightness(TrainableReward):
-    """The mean of one channel times a level that follows all pictures of a step; `flat` prompts are all alike to it."""
+    """The mean of one channel times a level that follows all pictures of a step; `flat` prompts are all alike to it.
 
-    def __init__(self, channel, learns, flat):
-        self.channel, self.learns, self.flat = channel, learns, flat
+    One that is `limited` judges no others.
+    """
+
+    def __init__(self, channel, learns, flat, limited=False):
+        self.channel, self.learns, self.flat, self.limited = channel, learns, flat, limited
         self.level, self.scored = torch.zeros(()), 0
+
+    def applies_to(self, row):
+        return row["prompt"] in self.flat or not self.limited
 
     def __call__(self, media, prompts, metadata):
         self.scored += len(media)
@@ -138,7 +144,10 @@ def run(case: dict[str, Any], rank: int) -> None:
     if "dtype" in case:
         policy = SmallPolicy(getattr(torch, case["dtype"]), Adapted if case.get("adapters") else nn.Linear)
     learns, flat = case.get("learns", False), case.get("flat", ())
-    rewards = {name: Brightness(index, learns, flat) for index, name in enumerate(recipe.rewards)}
+    limited = case.get("limited", False)  # the second reward
+    rewards = {
+        name: Brightness(index, learns, flat, limited and index == 1) for index, name in enumerate(recipe.rewards)
+    }
     if recipe.store and not Path(recipe.store).exists():
         collect(recipe, Path(recipe.store), load_prompts(recipe.prompts), rewards, policy, lambda count: None)
     ticks = itertools.count(step=60 * (1 + rank))
