@@ -5,7 +5,8 @@ from pathlib import Path
 
 from flowalign.config import Recipe
 from flowalign.display import Display
-from flowalign.runs import RunFolder, refuse_changes
+from flowalign.runs import RunFolder
+from flowalign.starting import refuse_changes
 from flowalign.trainer import Trainer
 
 

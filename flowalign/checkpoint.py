@@ -35,7 +35,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    numbers = {path: path.name.removeprefix("step_") for path in folder.glob("step_*") if path.is_dir()}
+    return sorted((path for path, number in numbers.items() if number.isdecimal()), key=lambda path: int(numbers[path]))
 
 
 def save_checkpoint(

@@ -32,9 +32,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")],
+    recipe: Annotated[str, typer.Argument(help="a bundled recipe's name, a YAML file or a run folder")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="go on with the run in the run folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the run folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew over the run in the run folder")] = False,
     dry_run: Annotated[
         bool, typer.Option(help="print the resolved recipe and the batch arithmetic, load nothing")
     ] = False,
@@ -43,17 +44,19 @@ def train(
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
     from flowalign.display import arithmetic_table
+    from flowalign.starting import check_start
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
         console.print(dump_recipe(resolved))
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
+    check_start(resolved, resume=resume, overwrite=overwrite)
     quiet_libraries()
     from flowalign.trainer import Trainer
 
     with _interruptible():
-        trainer = Trainer(resolved, resume=resume, profile=profile)
+        trainer = Trainer(resolved, resume=resume, overwrite=overwrite, profile=profile)
         folder = trainer.run()
     if trainer.main:
         _print_gain(folder)

@@ -16,11 +16,11 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from flowalign.assets import asset
 from flowalign.config import Model
+from flowalign.inputs import model_folder
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Condition, Policy, forward_dtype
-from flowalign.policies.loading import EMBEDDED, load_policy
+from flowalign.policies.loading import load_policy
 from flowalign.runs import replace_text
 from flowalign.settings import UserError
 
@@ -152,12 +152,7 @@ def identity(model: Model, dtype: torch.dtype) -> dict[str, object]:
 
     Times, since a checksum of the published encoders' 10 GB would take longer than to encode a thousand prompts.
     """
-    folder = asset("toyworld/model") if model.path == EMBEDDED else Path(model.path)
-    if not folder.exists():  # a hub id, loaded before: its snapshot's folder
-        from huggingface_hub import try_to_load_from_cache
-
-        index = try_to_load_from_cache(model.path, "model_index.json")
-        folder = Path(index).parent if isinstance(index, str) else folder
+    folder = model_folder(model.path) or Path(model.path)
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     files = [path for path in found if path.relative_to(folder).parts[0] not in _NO_TEXT]
     adapter = adapter_files(model.adapter) if model.adapter else []

@@ -275,13 +275,18 @@ def bundled_recipes() -> dict[str, Path]:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a bundled name or a YAML file, with `key.sub=value` overrides.
+    """The recipe of a bundled name, a YAML file or a run folder, with `key.sub=value` overrides.
 
-    A recipe may name a `base`, another one whose sections it takes wherever it has none of its own. Files that it names
-    are looked for beside it, then in the working folder; those of an override the other way round. Raises UserError
-    with the file, the line and the key of the first mistake.
+    A recipe may name a `base`, another one whose sections it takes wherever it has none of its own. Of a run folder it
+    is the run's own, with this folder. Files that it names are looked for beside it, then in the working folder; those
+    of an override or a run the other way round. Raises UserError with the file, the line and the key of the first
+    mistake.
     """
-    values, origins = _read_recipe(source, ())
+    run = Path(source) / "recipe.yaml"
+    is_run = str(source) not in bundled_recipes() and run.is_file()
+    values, origins = _read_recipe(run if is_run else source, ())
+    if is_run:  # it may have been moved
+        _set(values, ("run", "folder"), str(source), f"run.folder={source}")
     given = {}
     for override in overrides:
         keys, value = _parse_override(override)
@@ -290,7 +295,8 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     def places(keys: Keys) -> list[Path]:
         folder = origins[keys[0]][0].parent if keys[0] in origins else Path()
-        return [Path(), folder] if any(keys[: len(one)] == one for one in given) else [folder, Path()]
+        overridden = any(keys[: len(one)] == one for one in given)
+        return [Path(), folder] if overridden or (folder / "run.json").is_file() else [folder, Path()]
 
     try:
         return Recipe.model_validate(located(values, places))

@@ -55,7 +55,8 @@ class Judging:
             if isinstance(shaping.reference, str)
         }
         self.trainable = learning(self.rewards)
-        for reward in self.trainable.values():
+        self.learners = {f"reward {name!r}": reward for name, reward in self.trainable.items()}
+        for reward in self.learners.values():
             reward.begin()
         if recipe.store is not None:
             refuse_learning(self.rewards, "a store has fixed scores; train it with rollouts")

@@ -22,16 +22,12 @@ from flowalign.config import Recipe, dump_recipe, load_recipe
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import Evaluated
 from flowalign.settings import UserError
+from flowalign.starting import FolderLock, check_start, clear, read_info
 
 _PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
 MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # of pictures with their prompts
 MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
-_MAY_CHANGE = {
-    *(("train", "steps"), ("train", "micro_batch"), ("rollout", "batch"), ("evaluation", "batch")),
-    *(("model", "gradient_checkpointing"), ("model", "cache_conditions")),
-}
 
 
 class RunFolder:
@@ -42,29 +38,42 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "lora"
         self.metrics = path / "metrics.jsonl"
+        self.lock: FolderLock | None = None
 
     @classmethod
-    def create(cls, recipe: Recipe, *, resume: bool) -> "RunFolder":
-        """A new folder, or with `resume` the one that the same recipe began.
+    def create(
+        cls, recipe: Recipe, inputs: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
+    ) -> "RunFolder":
+        """The folder of a run that begins, or with `resume` goes on; no other process can have it until `held` is left.
 
-        Raises UserError when it holds another run, holds none to resume, or cannot be written to.
+        Raises UserError as `check_start` does, and when it cannot be written to.
         """
         run = cls(recipe.folder)
-        saved = run.path / "recipe.yaml"
-        if saved.exists() and not resume:
-            raise UserError(f"{run.path} already holds a run; go on with --resume, or set run.folder to another place")
-        if resume and not saved.exists():
-            raise UserError(f"{run.path} holds no run to resume; leave --resume out to begin one")
-        if not resume and run.path.exists() and not _is_empty(run.path):
-            raise UserError(f"{run.path} exists and is no run; set run.folder to another place")
-        if resume:
-            refuse_changes(load_recipe(saved), recipe)
+        check_start(recipe, resume=resume, overwrite=overwrite)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            replace_text(saved, dump_recipe(recipe))
+            run.lock = FolderLock(run.path)
+            check_start(recipe, resume=resume, overwrite=overwrite)  # others may have begun meanwhile
+            if not resume:
+                clear(run.path)
+            run.update_info(versions=versions())  # first: it tells a run's folder from others
+            replace_text(run.path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+            replace_text(run.path / "recipe.yaml", dump_recipe(recipe))
         except OSError as error:
             raise UserError(f"cannot write to run folder {run.path}: {error.strerror or error}") from error
         return run
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While a run is under way: no other process trains here, and a disk that takes nothing is a UserError."""
+        if self.lock is not None:
+            self.lock = FolderLock(self.path)  # once more, for a run that goes on after it was stopped
+        try:
+            with disk_explained(self.path):
+                yield
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
@@ -76,15 +85,12 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        info = self.path / "run.json"
-        return info.is_file() and "finished" in json.loads(info.read_text(encoding="utf-8"))
+        return "finished" in read_info(self.path)
 
     def update_info(self, **values: Any) -> None:
         """Merge values into run.json; None removes one."""
-        path = self.path / "run.json"
-        info = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | values
-        kept = {key: value for key, value in info.items() if value is not None}
-        replace_text(path, json.dumps(kept, indent=2) + "\n")
+        kept = {key: value for key, value in (read_info(self.path) | values).items() if value is not None}
+        replace_text(self.path / "run.json", json.dumps(kept, indent=2) + "\n")
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
@@ -94,7 +100,8 @@ class RunFolder:
     def forget_after(self, step: int) -> None:
         """Drop metrics, evaluations and pictures from after `step`: a resumed run makes them again."""
         for place in (*self.path.glob("evaluations/step_*.json"), *self.path.glob("samples/step_*")):
-            if int(place.stem.removeprefix("step_")) > step:
+            number = place.stem.removeprefix("step_")
+            if number.isdecimal() and int(number) > step:
                 shutil.rmtree(place) if place.is_dir() else place.unlink()
         if self.metrics.exists():
             lines = [
@@ -138,11 +145,6 @@ class RunFolder:
             (folder / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def _is_empty(folder: Path) -> bool:
-    """Whether it is a folder with nothing in it but what a killed run left half-written."""
-    return folder.is_dir() and all(path.name.startswith(".partial_") for path in folder.iterdir())
-
-
 @contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
     """A full or read-only disk under a run folder as a UserError."""
@@ -159,25 +161,8 @@ def _step_of(line: str) -> int:
     """The step of a metrics line; -1 for one that a kill cut short."""
     try:
         return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return -1
-
-
-def refuse_changes(saved: Recipe, wanted: Recipe) -> None:
-    """UserError unless a run of the recipe `saved` may go on as one of `wanted`."""
-    before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
-    differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
-    refused = [key for key in differing if key not in _MAY_CHANGE and (key[0] != "run" or key == ("run", "seed"))]
-    if refused:
-        changes = ", ".join(f"{'.'.join(key)} ({before.get(key)} -> {after.get(key)})" for key in refused)
-        raise UserError(f"the run in {wanted.folder} was begun with another recipe; differing: {changes}")
-
-
-def _flat(values: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, (*prefix, key)) if isinstance(value, dict) and value else {(*prefix, key): value}
-    return flat
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -22,6 +22,7 @@ from flowalign.evaluate.report import write_report
 from flowalign.finite import not_finite_explained
 from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.idle import Idle, flat_rewards
+from flowalign.inputs import check_inputs, inputs_of
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.items import check_levels
 from flowalign.judging import Judging
@@ -30,10 +31,11 @@ from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.rollout import Samples, rollout
-from flowalign.runs import RunFolder, command_line, disk_explained, now, versions
+from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import Check, SelfTest
 from flowalign.settings import UserError
+from flowalign.starting import check_start
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
@@ -48,6 +50,7 @@ class Trainer:
         recipe: Recipe,
         *,
         resume: bool = False,
+        overwrite: bool = False,
         display: Display | None = None,
         policy: Policy | None = None,
         rewards: Mapping[str, Reward | Callable[..., Any]] | None = None,
@@ -55,10 +58,13 @@ class Trainer:
     ):
         """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards.
 
-        What they learnt in an earlier run is forgotten first. Rewards bear the names that the recipe gives them.
+        What they learnt in an earlier run is forgotten first. Rewards bear the names that the recipe gives them. With
+        `overwrite` the run begins anew over another one in its folder.
         `profile` writes a trace of the second step that is trained, when the first has warmed everything up.
         """
         self.recipe, self.profile = recipe, profile
+        changes = check_start(recipe, resume=resume, overwrite=overwrite)
+        inputs = check_inputs(recipe.folder, inputs_of(recipe, policy, rewards), resume=resume)
         check_trackers(recipe.run.trackers)
         processes.refuse_launcher(recipe)
         optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
@@ -69,26 +75,24 @@ class Trainer:
         self.display = display or Display(quiet=not self.main)
         self.judging = Judging(recipe, rewards, self.device)
         self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
+        self.rows = self.store.rows if self.store is not None else load_prompts(recipe.prompts)
         if self.store is not None:
             self.store.check(recipe)
-            self.judging.check_prompts(self.store.rows)
         else:
-            self.rows = load_prompts(recipe.prompts)
             check_prompts(self.rows, self.judging.trained, recipe.prompts)
-            self.judging.check_prompts(self.rows)
             step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
+        self.judging.check_prompts(self.rows)
         settings = recipe.evaluation
         self.evaluation_rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
         self.evaluation_rewards, weights = evaluation_rewards(recipe, self.judging)
         check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
         self.guarding: Guarding | None = None
         if recipe.guard and self.evaluation_rows:
-            training_rows = self.store.rows if self.store is not None else self.rows
-            self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, training_rows, self.device)
-        rows = (*(self.rows if self.store is None else self.store.rows), *self.evaluation_rows)
-        prompts, seed = [row.prompt for row in rows], recipe.run.seed
+            self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, self.rows, self.device)
+        prompts = [row.prompt for row in (*self.rows, *self.evaluation_rows)]
+        seed, whole = recipe.run.seed, not processes.shares_out()
         self.policy = cached_policy(
-            recipe.model, prompts, self.device, seed, self.accelerator, given=policy, whole=not processes.shares_out()
+            recipe.model, prompts, self.device, seed, self.accelerator, given=policy, whole=whole
         )
         if self.store is not None:
             self.store.check_model(self.policy)
@@ -101,19 +105,20 @@ class Trainer:
             self.policy.snapshot("ema")
         recipe.algorithm.state.clear()  # of an earlier run of the same recipe
         recipe.algorithm.begin(self.policy)
-        self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm} | self.judging.trainable)
+        self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm} | self.judging.learners)
         self.step = 0
         self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
         self.tested = False
         self.idle = Idle(recipe, self.accelerator)
         self.evaluated_at: int | None = None
-        if self.main:
-            self.run_folder = RunFolder.create(recipe, resume=resume)
-        self.accelerator.wait_for_everyone()
         self.run_folder = RunFolder(recipe.folder)
+        if self.main:
+            self.run_folder = RunFolder.create(recipe, inputs, resume=resume, overwrite=overwrite)
+        self.accelerator.wait_for_everyone()
         if resume:
             self._resume()
+            self.display.say("; ".join([f"goes on after step {self.step}", *changes]))
 
     @property
     def _name(self) -> str:
@@ -133,8 +138,8 @@ class Trainer:
         self.claimed.check()
         self._begin()
         first = self.step
-        training, disk = self.display.training(train.steps, self.step), disk_explained(self.run_folder.path)
-        with asked_to_stop(self.display.say) as self.stop, training, disk:
+        training, folder = self.display.training(train.steps, self.step), self.run_folder.held()
+        with asked_to_stop(self.display.say) as self.stop, training, folder:
             if self.step == 0 and self.evaluated_at != 0:
                 self._evaluate()
             while self.step < train.steps and not self._out_of_time() and not self._guarded():
@@ -281,9 +286,9 @@ class Trainer:
 
     def _traced(self, first: int) -> AbstractContextManager[None]:
         """Around a training step: a trace, where one is asked for and it is the second after `first`, or the last."""
-        if not self.profile or not self.main or self.step != min(first + 1, self.recipe.train.steps - 1):
-            return nullcontext()
-        return traced(self.run_folder.path / "profile", f"step_{self.step + 1:06d}", self.display.say)
+        wanted = self.profile and self.main and self.step == min(first + 1, self.recipe.train.steps - 1)
+        place = self.run_folder.path / "profile", f"step_{self.step + 1:06d}"
+        return traced(*place, self.display.say) if wanted else nullcontext()
 
     def _begin(self) -> None:
         recipe = self.recipe
@@ -296,11 +301,10 @@ class Trainer:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         if self.main:
             dtype = str(self.policy.dtype).removeprefix("torch.")
-            about: dict[str, Any] = {"name": recipe.name, "versions": versions(), "command": command_line()}
-            about |= {"device": device, "dtype": dtype}
-            about |= {"processes": self.world, "shared_out": self.learner.in_lockstep}
-            started = {"started": now()} if self.step == 0 else {"resumed": now()}
-            self.run_folder.update_info(**about, **started, parameters=counts, finished=None, stopped=None)
+            about = {"name": recipe.name, "device": device, "dtype": dtype, "parameters": counts}
+            shared = {"processes": self.world, "shared_out": self.learner.in_lockstep}
+            started = {"started" if self.step == 0 else "resumed": now(), "finished": None, "stopped": None}
+            self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
 
     def _self_tested(self, checks: list[Check]) -> None:
@@ -370,17 +374,16 @@ class Trainer:
             keep = self.recipe.run.keep_checkpoints
             memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
+            self.run_folder.update_info(checkpoint=self.step)
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
         """Go on from the last checkpoint; a run killed before its first begins again."""
         found = checkpoints(self.run_folder.checkpoints)
         if found:
-            memory: dict[str, Restore] = {
-                "algorithm": self.recipe.algorithm.state.update,
-                "rewards": self.judging.load_state,
-            }
-            counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, memory)
+            remember: dict[str, Restore] = {"rewards": self.judging.load_state}
+            remember["algorithm"] = self.recipe.algorithm.state.update
+            counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, remember)
             self.step, self.learner.update = counters["step"], counters["update"]
             self.minutes, self.forwards = counters["minutes"], counters["forwards"]
             if counters.get("scaler"):
@@ -413,6 +416,6 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - started
 
 
-def train(recipe: Recipe, *, resume: bool = False, display: Display | None = None) -> Path:
-    """Run a recipe from start to end (or go on with it) and return its run folder."""
-    return Trainer(recipe, resume=resume, display=display).run()
+def train(recipe: Recipe, **options: Any) -> Path:
+    """Run a recipe from start to end and return its run folder; `options` are the Trainer's."""
+    return Trainer(recipe, **options).run()

@@ -26,9 +26,10 @@ from flowalign.evaluate.pages import parsed, read_evaluations
 from flowalign.judging import learning
 from flowalign.mistakes import nearest
 from flowalign.policies.loading import load_policy
-from flowalign.runs import now, refuse_changes, replace_text
+from flowalign.runs import now, replace_text
 from flowalign.scaling import check_judges
 from flowalign.settings import UserError
+from flowalign.starting import refuse_changes
 from flowalign.trainer import Trainer
 
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for

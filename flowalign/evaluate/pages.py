@@ -40,7 +40,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """The evaluations of a run in the order of their steps."""
-    return [parsed(path, json.loads) for path in sorted(folder.glob("evaluations/step_*.json"))]
+    return [parsed(path, json.loads) for path in sorted(folder.glob("evaluations/step_*.json"), key=_by_step)]
+
+
+def _by_step(path: Path) -> tuple[int, str]:
+    return len(path.name), path.name  # names have six digits, until there are a million steps
 
 
 def picture(path: Path, side: int) -> dict[str, Any]:

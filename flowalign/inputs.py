@@ -1,0 +1,160 @@
+"""What decides a run's numbers under the names in its recipe: prompts, reward files, adapters, heads, models, stores.
+
+Their contents are known again by checksums, kept in the run folder: a run does not go on with others.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from flowalign.assets import asset
+from flowalign.config import Recipe
+from flowalign.data import load_prompts
+from flowalign.policies.loading import EMBEDDED
+from flowalign.settings import UserError
+from flowalign.starting import read_json
+
+Inputs = Mapping[str, Mapping[str, str]]  # by the recipe's key, of each file the checksum of its content
+
+_WHOLE = 2**25  # bytes; of a larger file _BLOCKS blocks, evenly spaced, are read: weights that learnt differ in all
+_BLOCKS, _BLOCK = 64, 2**16
+
+
+def inputs_of(recipe: Recipe, policy: object | None = None, rewards: Mapping[str, Any] | None = None) -> Inputs:
+    """The checksums of a recipe's inputs; `policy` and `rewards` are a script's own."""
+    found: dict[str, dict[str, str]] = {}
+    for key, listed in (("prompts", recipe.prompts), ("evaluation.prompts", recipe.evaluation.prompts)):
+        for place, source in _leaves(listed):
+            rows = [[row.prompt, row.metadata] for row in (load_prompts(source) if source else ())]
+            found[key + place] = {Path(source or "none").name: _sum(json.dumps(rows, sort_keys=True).encode())}
+    held_out = (recipe.guard and recipe.guard.rewards) or {}
+    sections = {"rewards": recipe.rewards, "evaluation.rewards": recipe.evaluation.rewards or {}, "guard": held_out}
+    for section, entries in sections.items():
+        for name, entry in entries.items():
+            own = (rewards or {}).get(name)
+            found[f"{section}.{name}"] = _code(entry.loads(name)) if own is None else _given(own)
+            for option, value in _leaves(entry.options):
+                found[f"{section}.{name}.options{option}"] = _files(value)
+            if entry.shaping and isinstance(entry.shaping.reference, str):
+                found[f"{section}.{name}.shaping.reference"] = _store(Path(entry.shaping.reference), [name])
+    found["model.path"] = _files(recipe.model.path) if policy is None else _given(policy)
+    found["model.adapter"] = _files(recipe.model.adapter)
+    found["guard.features.model"] = _files(recipe.guard and recipe.guard.features and recipe.guard.features.model)
+    if recipe.store:
+        found["store"] = _store(Path(recipe.store), list(recipe.rewards))
+    return {key: files for key, files in found.items() if files}
+
+
+def check_inputs(folder: Path, now: Inputs, *, resume: bool) -> Inputs:
+    """Raises UserError for the first input that is not what it was when the run that goes on in the folder began.
+
+    Returns all that are known of the run, with what is new.
+    """
+    if not resume:
+        return now
+    before = read_json(folder / "inputs.json", "to go on without a look at what its inputs were")
+    for key in before.keys() & now.keys():
+        for name in sorted(before[key].keys() | now[key].keys()):
+            if before[key].get(name) != now[key].get(name):
+                raise UserError(
+                    f"{key}: {name} is not what it was when the run in {folder} began; put it back as it was, or begin "
+                    "another run"
+                )
+    return {**now, **before}
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """What a mapping or list holds at any depth, with the way there."""
+    if isinstance(value, Mapping | list | tuple):
+        for part, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(inner, f"{key}.{part}")
+    else:
+        yield key, value
+
+
+def _code(load: str) -> dict[str, str]:
+    """The file of "file.py:Name" or "package.module:Name"; none of a built-in name, whose code is the package's."""
+    source, colon, _ = load.rpartition(":")
+    if not colon or "://" in load:
+        return {}
+    if source.endswith(".py"):
+        return _files(source)
+    try:
+        spec = importlib.util.find_spec(source)
+    except (ImportError, ValueError):
+        return {}  # loading it says so
+    return _files(spec.origin) if spec else {}
+
+
+def _given(thing: Any) -> dict[str, str]:
+    """The code of what a script gives, where there is any to see."""
+    kind = thing if inspect.isroutine(thing) else type(thing)
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):
+        code = ""
+    return {f"{kind.__qualname__}, which a script gives,": _sum(code.encode())}
+
+
+def _files(name: Any) -> dict[str, str]:
+    """The file of a name, or all files of the folder; none of a name that is neither."""
+    path = model_folder(name) if isinstance(name, str) and name else None
+    if path is None:
+        return {}
+    if path.is_file():
+        return {path.name: _digest(path)}
+    files = (file for file in path.rglob("*") if file.is_file())
+    shown = {file: file.relative_to(path) for file in files}
+    return {str(part): _digest(file) for file, part in shown.items() if not any(p.startswith(".") for p in part.parts)}
+
+
+def model_folder(name: str) -> Path | None:
+    """The file or folder of a name: the embedded model's, one on this disk, or what the hub gave before."""
+    path = asset("toyworld/model") if name == EMBEDDED else Path(name).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # too long for a name, as a prompt among a reward's options may be
+        return None
+    if name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(name, "model_index.json")
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) else None
+
+
+def _store(path: Path, rewards: Sequence[str]) -> dict[str, str]:
+    """A store's prompts and its scores by some rewards; its manifest has the checksums of its latents."""
+    if not (path / "manifest.json").is_file():
+        return {}  # opening it says so
+    shards = read_json(path / "manifest.json", "and collect anew").get("shards")
+    names = ["rows.jsonl", *(f"rewards/{quote(name, safe='')}.json" for name in rewards)]
+    files = [file for name in names for file in sorted(path.glob(f"shard_*/{name}"))]
+    latents = {"latents": _sum(json.dumps(shards, sort_keys=True).encode())}
+    return latents | {str(file.relative_to(path)): _digest(file) for file in files}
+
+
+def _digest(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(_BLOCKS):
+            file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
+            digest.update(file.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def _sum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
