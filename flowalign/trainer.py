@@ -105,7 +105,7 @@ class Trainer:
             self.policy.snapshot("ema")
         recipe.algorithm.state.clear()  # of an earlier run of the same recipe
         recipe.algorithm.begin(self.policy)
-        self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm} | self.judging.learners)
+        self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm, **self.judging.learners})
         self.step = 0
         self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
@@ -275,7 +275,11 @@ class Trainer:
         for name, values, applies in zip(own.names, measured, everyone.applies, strict=True):
             if applies.sum() > 1:
                 means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
-        figures = {"reward": means, "reward_std": stds, "zero_spread": 1 - differs.float().mean().item()}
+        figures: dict[str, Any] = {
+            "reward": means,
+            "reward_std": stds,
+            "zero_spread": 1 - differs.float().mean().item(),
+        }
         if everyone.trust is not None:
             figures["trust"] = everyone.trust.mean().item()
         if flat := flat_rewards(everyone._replace(measured=measured), groups):
@@ -301,7 +305,7 @@ class Trainer:
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         if self.main:
             dtype = str(self.policy.dtype).removeprefix("torch.")
-            about = {"name": recipe.name, "device": device, "dtype": dtype, "parameters": counts}
+            about: dict[str, Any] = {"name": recipe.name, "device": device, "dtype": dtype, "parameters": counts}
             shared = {"processes": self.world, "shared_out": self.learner.in_lockstep}
             started = {"started" if self.step == 0 else "resumed": now(), "finished": None, "stopped": None}
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
