@@ -40,13 +40,17 @@ def sample(
     from flowalign.config import Sampler
     from flowalign.data import Row
     from flowalign.evaluate.evaluation import check_prompts
+    from flowalign.policies.cutting import cut_prompts
     from flowalign.policies.loading import load_policy, model_settings
+    from flowalign.prompt_files import check_characters
     from flowalign.rollout import rollout
     from flowalign.runs import save_pictures
     from flowalign.sampling.noise import EVALUATION
 
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; write what to draw")
+    for prompt in prompts:
+        check_characters(prompt, f"the prompt {prompt!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder; choose another")
     rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
@@ -60,6 +64,8 @@ def sample(
         raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")
     settings = model_settings(model, adapter, size, max_sequence_length)
     policy, pixels = load_policy(settings, device()), (settings.height, settings.width)
+    for sentence in cut_prompts(policy, prompts):
+        console.print(sentence, soft_wrap=True)
     if best_of is None:
         drawn = rollout(policy, rows, images, sampler, pixels, key, batch=16)
         written = list(zip(save_pictures(output, drawn.media, drawn.rows), drawn.prompts, strict=True))
@@ -69,7 +75,7 @@ def sample(
         )
         written = scaling.save_best_of(output, found)
     for path, prompt in written:
-        console.print(f"{path}  {prompt}")
+        console.print(f"{path}  {prompt}", soft_wrap=True)
     if best_of is not None:
         forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
         costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"

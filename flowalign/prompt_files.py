@@ -69,11 +69,16 @@ def _prompt(where: str, value: Any, column: str, *, said: bool) -> tuple[str, di
                 f"{where}: the row names a picture ({key} {named!r}), as editing sets do, and pictures are drawn from "
                 f"text alone; to use the text nevertheless, say its column as {where.rpartition(', ')[0]}#{column}"
             )
-    try:
-        row[column].encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: the prompt holds half a character ({error.reason}); write it anew") from error
+    check_characters(row[column], f"{where}: the prompt")
     return row[column], {key: other for key, other in row.items() if key != column}
+
+
+def check_characters(text: str, what: str) -> None:
+    """UserError for a text with half a character or a byte of another encoding, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} holds what is no character ({error.reason}); write it anew in UTF-8") from error
 
 
 def _is_picture(key: str, value: Any) -> bool:

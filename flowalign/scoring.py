@@ -23,6 +23,8 @@ from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.judging import learning, load_learnt, refuse_learning
 from flowalign.offline import GroupStore, collect
 from flowalign.paths import expanded
+from flowalign.policies.base import Policy
+from flowalign.policies.cutting import cut_prompts
 from flowalign.runs import FILE_NAME, MANIFEST, RunFolder, replace_text
 from flowalign.settings import UserError
 from rewards.pictures import pictures_in, read_picture
@@ -116,8 +118,14 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
     policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
+    _say_cut(policy, rows)
     with Display().evaluating(len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
+
+
+def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
+    for sentence in cut_prompts(policy, (row.prompt for row in rows)):
+        Display().say(sentence)
 
 
 def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
@@ -207,6 +215,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
+    _say_cut(policy, rows)
     title, weights = f"{recipe.model.path} as it is", None
     if run is not None:
         found = checkpoints(run.checkpoints)

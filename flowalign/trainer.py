@@ -30,6 +30,7 @@ from flowalign.learner import Learner, optimizer_class
 from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
+from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.sampling.noise import ROLLOUT
@@ -310,6 +311,11 @@ class Trainer:
             started = {"started" if self.step == 0 else "resumed": now(), "finished": None, "stopped": None}
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
+        if self.main:
+            trained = self.rows if self.store is None else self.store.rows
+            for what, rows in (("training prompts", trained), ("evaluation prompts", self.evaluation_rows)):
+                for sentence in cut_prompts(self.policy, (row.prompt for row in rows), what):
+                    self.display.say(sentence)
 
     def _self_tested(self, checks: list[Check]) -> None:
         self.tested = True

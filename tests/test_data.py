@@ -163,7 +163,7 @@ def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked
         ("a.jsonl", '{"prompt": 3}\n', r'a\.jsonl, line 1: needs a text as its "prompt"'),
         ("a.jsonl", '{"prompt": "  "}\n', r'a\.jsonl, line 1: needs a text as its "prompt"'),
         ("a.jsonl", "7\n", r'a\.jsonl, line 1: needs a text as its "prompt"'),
-        ("a.jsonl", '{"prompt": "\\ud800"}\n', r"a\.jsonl, line 1: the prompt holds half a character"),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', r"a\.jsonl, line 1: the prompt holds what is no character"),
         ("a.txt", "a\n\nb\n", r"a\.txt, line 2: the line is empty; remove it or write a prompt"),
         ("a.csv", "prompt,tag\na,1\n\nb,2\n", r"a\.csv, line 3: the line is empty"),
         ("a.tsv", "prompt\ttag\na\t1\n\t2\n", r'a\.tsv, line 3: needs a text as its "prompt"'),

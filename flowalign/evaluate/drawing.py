@@ -21,9 +21,11 @@ from PIL import Image
 
 from flowalign.config import Model, Sampler
 from flowalign.data import Row, load_prompts
+from flowalign.display import Display
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
+from flowalign.policies.cutting import cut_prompts
 from flowalign.policies.loading import EMBEDDED, load_policy
 from flowalign.rollout import Progress, rollout
 from flowalign.runs import replace_text, to_uint8
@@ -109,6 +111,8 @@ def draw(
         if missing:
             if policy is None:
                 policy = load(drawing.model, drawing.device)
+                for sentence in cut_prompts(policy, (row.prompt for row in rows)):
+                    Display().say(sentence)
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
             drawn = rollout(policy, chunk, drawing.images, drawing.sampler, size, key, batch=drawing.batch)

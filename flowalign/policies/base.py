@@ -150,6 +150,10 @@ class Policy(ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def text_limits(self) -> dict[str, tuple[Any, int]]:
+        """Each kind of text encoder's tokenizer (Hugging Face's), and how many tokens it reads; nothing if unknown."""
+        return {}
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name."""
         return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}

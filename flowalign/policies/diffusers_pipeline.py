@@ -88,7 +88,7 @@ class PipelinePolicy(Policy):
         named = {name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
         parts: dict[str, Any] = {name: None for name in cls.optional_parts if name not in named}
         if not text_encoders:
-            parts |= {name: None for name in known if name.startswith(("text_encoder", "tokenizer"))}
+            parts |= {name: None for name in known if name.startswith("text_encoder")}
         for name, parameter in known.items():
             if parameter.default is parameter.empty and name not in (*named, *parts):
                 raise UserError(f"model.path: the model_index.json of {str(path)!r} names no {name}; fetch it again")
@@ -122,6 +122,17 @@ class PipelinePolicy(Policy):
         Raises UserError for an adapter that does not say.
         """
         raise UserError(f"{type(self).__name__} has no condition_shapes, which flowalign plan needs")
+
+    def text_limits(self) -> dict[str, tuple[Any, int]]:
+        """Of T5, as long as the settings say, and of CLIP; a second CLIP reads as the first."""
+        limits: dict[str, tuple[Any, int]] = {}
+        for name, part in self.pipeline.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                if name == self.t5.replace("text_encoder", "tokenizer"):
+                    limits["T5"] = part, self.max_sequence_length
+                else:
+                    limits.setdefault("CLIP", (part, part.model_max_length))
+        return limits
 
     def _check(self, model: Model) -> None:
         unit = self.pipeline.vae_scale_factor * self.patch
