@@ -18,7 +18,7 @@ from flowalign.cli_evaluate import data_app, eval_app
 from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
-from flowalign.command import console, plain_console, quiet_libraries, tolerate, verdict, with_homes
+from flowalign.command import RewardOptions, console, plain_console, quiet_libraries, tolerate, verdict, with_homes
 from flowalign.command import device as _device
 from flowalign.settings import UserError
 from rewards.errors import RewardError
@@ -70,7 +70,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="folder for the runs and the comparison")] = Path("runs/comparison"),
     target: Annotated[float | None, typer.Option(help="a reward whose price in minutes and forwards is asked")] = None,
     reward: Annotated[
-        str | None, typer.Option(help="the held-out reward that ranks; the default is the evaluation's first")
+        str | None, typer.Option(help="the reward that ranks; the default is the evaluation's first")
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a change to every recipe; repeatable")
@@ -141,7 +141,7 @@ def score(
     ] = None,
     store: Annotated[Path | None, typer.Option(help="in place of images: a store of groups, which keeps them")] = None,
     name: Annotated[str | None, typer.Option(help="the reward's name in the store; the default is its own")] = None,
-    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
+    option: RewardOptions = None,
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
     """Score pictures, or the groups of a store, with a reward."""
@@ -218,17 +218,15 @@ def serve(
     rewards: Annotated[list[str], typer.Argument(metavar="REWARD...", help="built-in names, file.py:Name, ...")],
     host: Annotated[str, typer.Option(help="beyond loopback it needs a token in FLOWALIGN_TOKEN")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="REWARD.KEY=VALUE", help="passed to a reward; repeatable")
-    ] = None,
+    option: RewardOptions = None,
 ) -> None:
     """Serve rewards over HTTP, for recipes that name them as http://host:port/REWARD."""
     quiet_libraries()
     import rewards as zoo
-    from flowalign.scoring import options_by_reward
+    from flowalign.options import parse_options
     from rewards.server import serve as run_server
 
-    options = options_by_reward(rewards, option or [])
+    options = parse_options(rewards, option or [])
     served = [name.rpartition(":")[2] for name in rewards]
     for name in served:
         if served.count(name) > 1:
@@ -263,7 +261,7 @@ def check_reward(
             metavar="FILE[#COLUMN]", help="a row for each picture; left out, the folder's metadata.jsonl says"
         ),
     ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE passed to the reward; repeatable")] = None,
+    option: RewardOptions = None,
 ) -> None:
     """Try a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
     quiet_libraries()

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
-from flowalign.command import console, device, quiet_libraries
+from flowalign.command import RewardOptions, console, device, quiet_libraries
 from flowalign.paths import expanded
-from flowalign.settings import UserError
+from flowalign.settings import UserError, counted
 
 if TYPE_CHECKING:
     from flowalign.evaluate.benchmark import Benchmark
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 eval_app = typer.Typer(no_args_is_help=True, help="Say how good a model is, with intervals.")
 data_app = typer.Typer(no_args_is_help=True, help="Write prompt lists.")
 
+OWN = "by default a run's evaluation's, else what its kind of model is drawn with"
+Grid, Solver = Literal["model", "uniform"], Literal["euler", "dpm++"]  # as `flowalign.sections.Sampler` has them
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"
 
@@ -35,14 +37,18 @@ Images = Annotated[
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="pictures of a prompt")]
 Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]
 Count = Annotated[int | None, typer.Option(min=1, help="only the first prompts of the list")]
-Steps = Annotated[int | None, typer.Option(min=1, help="denoising steps; 50, for toyworld 12")]
-Guidance = Annotated[
-    float | None, typer.Option(min=1, help="4.5, for toyworld 3; GenEval's own script has 9, for older models")
-]
+Steps = Annotated[int | None, typer.Option(min=1, help=f"denoising steps; {OWN}")]
+Guidance = Annotated[float | None, typer.Option(min=1, help=f"{OWN}; GenEval's script has 9, for older models")]
+GridOption = Annotated[Grid | None, typer.Option(help=f"the sigmas; {OWN}")]
+SolverOption = Annotated[Solver | None, typer.Option(help=f"of the ODE; {OWN}")]
 Size = Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")]
 SequenceLength = Annotated[int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")]
 Batch = Annotated[int | None, typer.Option(min=1, help="pictures drawn at once; 16")]
-Seed = Annotated[int | None, typer.Option(help="of the noise, beside the prompt's place and the picture's; 0")]
+Seed = Annotated[int | None, typer.Option(help=f"of the noise, beside the prompt's place and the picture's; {OWN}")]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="folder of pictures and results; by default one under runs/ of this model and these settings"),
+]
 
 
 @eval_app.command("recipe")
@@ -52,7 +58,7 @@ def evaluate_recipe(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")
     ] = None,
 ) -> None:
-    """Measure a model on a recipe's held-out prompts with its rewards."""
+    """Measure a model on a recipe's evaluation prompts with its rewards."""
     quiet_libraries()
     from flowalign.config import load_recipe
     from flowalign.display import summary_table
@@ -91,34 +97,39 @@ def evaluate_geneval(
     ] = True,
     steps: Steps = None,
     guidance: Guidance = None,
+    grid: GridOption = None,
+    solver: SolverOption = None,
     size: Size = None,
     max_sequence_length: SequenceLength = None,
     seed: Seed = None,
     batch: Batch = None,
-    output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/geneval"),
+    output: Output = None,
 ) -> None:
     """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
     quiet_libraries()
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
-    from flowalign.scoring import options_of
+    from flowalign.options import parse_options
 
-    drawing = _drawing(
-        model, images, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch
-    )
+    given = {"size": size, "max_sequence_length": max_sequence_length, "steps": steps, "guidance": guidance}
+    given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
+    drawing = _drawing(model, images, images_per_prompt, adapter, given)
     embedded = drawing is not None and drawing.embedded
     listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
-    judging = load_judge(detector or (EXACT_DETECTOR if embedded else DETECTOR), options_of(detector_option or []))
-    summary = evaluate(benchmark, judging, check_detector=check_detector)
+    spec = detector or (EXACT_DETECTOR if embedded else DETECTOR)
+    judging = load_judge(spec, parse_options([spec], detector_option or [], "--detector-option")[spec])
+    summary, folder = evaluate(benchmark, judging, check_detector=check_detector)
     table = _table(f"GenEval of {model or images}", "task", "score", "95 %", "prompts")
     for task, row in summary["tasks"].items():
-        table.add_row(task, *_score(row), str(row["prompts"]))
+        table.add_row(task, *_score(row, row["prompts"]), str(row["prompts"]))
     table.add_section()
-    table.add_row("overall, the mean of the tasks", *_score(summary["overall"]), str(summary["prompts"]))
-    table.add_row("mean of all pictures", *_score(summary["image_mean"]), f"{summary['images']} pictures")
-    table.add_row("prompts with any success", *_score(summary["any_success"]), "")
-    _finish(table, output, f"judged by {summary['detector']} ({summary['checksum'][:12]})")
+    least = min(row["prompts"] for row in summary["tasks"].values())  # a task of few makes the mean of tasks rough
+    table.add_row("overall, the mean of the tasks", *_score(summary["overall"], least), str(summary["prompts"]))
+    counts = summary["prompts"], f"{summary['images']} pictures"
+    table.add_row("mean of all pictures", *_score(summary["image_mean"], counts[0]), counts[1])
+    table.add_row("prompts with any success", *_score(summary["any_success"], counts[0]), "")
+    _finish(table, summary, folder, f"judged by {summary['detector']} ({summary['checksum'][:12]})")
 
 
 @eval_app.command("ocr")
@@ -136,30 +147,34 @@ def evaluate_ocr(
     keys: Annotated[str | None, typer.Option(metavar="FILE", help="the recogniser's characters, one a line")] = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    grid: GridOption = None,
+    solver: SolverOption = None,
     size: Size = None,
     max_sequence_length: SequenceLength = None,
     seed: Seed = None,
     batch: Batch = None,
-    output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/ocr"),
+    output: Output = None,
 ) -> None:
     """Draw prompts that quote a text and read the pictures; what is done already is kept."""
     quiet_libraries()
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
 
-    drawing = _drawing(
-        model, images, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch
-    )
+    given = {"size": size, "max_sequence_length": max_sequence_length, "steps": steps, "guidance": guidance}
+    given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
+    drawing = _drawing(model, images, images_per_prompt, adapter, given)
     embedded = drawing is not None and drawing.embedded
     listed = prompts or ("toyworld/words_test" if embedded else None)
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
-    summary = evaluate(benchmark, mode or ("lines" if embedded else "page"), recogniser, keys)
+    summary, folder = evaluate(benchmark, mode or ("lines" if embedded else "page"), recogniser, keys)
     table = _table(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
     for length, row in {"all": summary, **summary["lengths"]}.items():
         for place, name in enumerate(SCORES):
             shown, prompts_of = ("", "") if place else (length, str(row["prompts"]))
-            table.add_row(shown, name, *_score(row[name]), prompts_of, end_section=place == len(SCORES) - 1)
-    _finish(table, output, "accuracy is the published score; similarity and exact also mind text around the target")
+            last = place == len(SCORES) - 1
+            table.add_row(shown, name, *_score(row[name], row["prompts"]), prompts_of, end_section=last)
+    note = "accuracy is the published score; similarity and exact also mind text around the target"
+    _finish(table, summary, folder, note)
 
 
 @eval_app.command("panel")
@@ -167,30 +182,32 @@ def evaluate_panel(
     model: ModelArgument,
     prompts: Annotated[str, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list, or a bundled name")],
     reward: Annotated[list[str], typer.Option(help="a built-in name, file.py:Name, ...; repeatable")],
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="REWARD.KEY=VALUE", help="passed to a reward; repeatable")
-    ] = None,
+    option: RewardOptions = None,
     adapter: Adapter = None,
     count: Count = None,
     images_per_prompt: ImagesPerPrompt = 4,
     steps: Steps = None,
     guidance: Guidance = None,
+    grid: GridOption = None,
+    solver: SolverOption = None,
     size: Size = None,
     max_sequence_length: SequenceLength = None,
     seed: Seed = None,
     batch: Batch = None,
-    output: Annotated[Path, typer.Option(help="folder of pictures and results")] = Path("runs/panel"),
+    output: Output = None,
 ) -> None:
     """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
     quiet_libraries()
     import rewards as zoo
     from flowalign.evaluate.panel import BASE, TUNED
     from flowalign.evaluate.panel import evaluate_panel as evaluate
-    from flowalign.scoring import options_by_reward
+    from flowalign.options import parse_options
 
-    tuned = _drawing(model, None, images_per_prompt, adapter, size, max_sequence_length, steps, guidance, seed, batch)
+    given = {"size": size, "max_sequence_length": max_sequence_length, "steps": steps, "guidance": guidance}
+    given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
+    tuned = _drawing(model, None, images_per_prompt, adapter, given)
     assert tuned is not None  # a model is given
-    options = options_by_reward(reward, option or [])
+    options = parse_options(reward, option or [])
     loaded: dict[str, zoo.Reward] = {}
     for spec in reward:
         one = zoo.load_on(device(), spec, **options[spec])
@@ -206,10 +223,9 @@ def evaluate_panel(
         for name, one in ({BASE: base, TUNED: tuned} if tuned.model.adapter else {BASE: base}).items()
     }
     about = {"rewards": {name: options[spec] for name, spec in zip(loaded, reward, strict=True)}, "specs": list(reward)}
-    summary = evaluate(drawings, prompts, count, loaded, about, output)
-    _finish(
-        _panel_table(f"{model} on {prompts}", summary), output, f"{summary['prompts']} prompts, the same noise for all"
-    )
+    summary, folder = evaluate(drawings, prompts, count, loaded, about, output)
+    table = _panel_table(f"{model} on {prompts}", summary)
+    _finish(table, summary, folder, f"{counted(summary['prompts'], 'prompt')}, the same noise for all")
 
 
 @data_app.command("geneval")
@@ -243,41 +259,28 @@ def _mix(text: str) -> dict[str, float]:
 
 
 def _drawing(
-    model: str | None,
-    images: Path | None,
-    images_per_prompt: int,
-    adapter: str | None,
-    size: int | None,
-    max_sequence_length: int | None,
-    steps: int | None,
-    guidance: float | None,
-    seed: int | None,
-    batch: int | None,
+    model: str | None, images: Path | None, images_per_prompt: int, adapter: str | None, given: Mapping[str, Any]
 ) -> "Drawing | None":
-    """How to draw, or None for pictures of somebody's; the defaults are GenEval's steps and the model's guidance."""
-    from flowalign.config import Sampler
-    from flowalign.evaluate.drawing import Drawing
-    from flowalign.policies.loading import EMBEDDED, model_settings
+    """How to draw, or None for pictures of somebody's; `given` are the options about drawing, None where not given."""
+    from flowalign.evaluate.drawing import drawing_of
 
     if (model is None) is (images is None):
         raise UserError("give either MODEL, to draw with it, or --images, to judge pictures")
     if model is None:
-        given = {"adapter": adapter, "size": size, "max-sequence-length": max_sequence_length, "steps": steps}
-        for name, value in {**given, "guidance": guidance, "seed": seed, "batch": batch}.items():
+        for name, value in {"adapter": adapter, **given}.items():
             if value is not None:
-                raise UserError(f"--{name} is about drawing; leave it out with --images")
+                raise UserError(f"--{name.replace('_', '-')} is about drawing; leave it out with --images")
         return None
-    settings = model_settings(model, adapter, size, max_sequence_length)
-    default_steps, default_guidance = (12, 3.0) if settings.path == EMBEDDED else (50, 4.5)
-    sampler = Sampler(steps=steps or default_steps, guidance=guidance or default_guidance)
-    return Drawing(settings, sampler, seed or 0, images_per_prompt, batch or 16, device())
+    drawing = drawing_of(model, adapter, device=device(), images=images_per_prompt, **given)
+    console.print(drawing.words, markup=False, soft_wrap=True)
+    return drawing
 
 
 def _benchmark(
     drawing: "Drawing | None",
     images: Path | None,
     per_prompt: int,
-    output: Path,
+    output: Path | None,
     prompts: str | None,
     count: int | None,
 ) -> "Benchmark":
@@ -297,13 +300,16 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _score(row: Mapping[str, Any]) -> tuple[str, str]:
-    """A score and its interval."""
-    return f"{row['score']:.3f}", _interval(row["interval"])
+def _score(row: Mapping[str, Any], prompts: int) -> tuple[str, str]:
+    """A score and its interval, of so many prompts."""
+    return f"{row['score']:.3f}", _interval(row["interval"], prompts)
 
 
-def _interval(interval: Sequence[float] | None, digits: int = 3) -> str:
-    return "" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+def _interval(interval: Sequence[float] | None, prompts: int, digits: int = 3) -> str:
+    from flowalign.evaluate.intervals import FEW
+
+    words = "none" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+    return f"{words}, few" if prompts < FEW else words
 
 
 def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
@@ -321,13 +327,21 @@ def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
             table.add_section()
         names = ("", "") if shown == (reward, guidance) else (reward, f"{guidance:g}")
         shown = (reward, guidance)
-        table.add_row(*names, model, mean, _interval(row["interval"], 4))
+        table.add_row(*names, model, mean, _interval(row["interval"], row["prompts"], 4))
     return table
 
 
-def _finish(table: Table, output: Path, note: str) -> None:
+def _finish(table: Table, summary: Mapping[str, Any], folder: Path, note: str) -> None:
+    from flowalign.evaluate.held_out import held_out_of
+    from flowalign.evaluate.intervals import FEW, FEW_WORDS
     from flowalign.evaluate.results import Stopwatch
 
-    seconds = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in Stopwatch(output).seconds.items())
     console.print(table)
-    console.print(f"{note}\n{seconds}; all of it is in {output}", soft_wrap=True)
+    notes = [note]
+    parts = [summary, *summary.get("tasks", {}).values(), *summary.get("lengths", {}).values()]
+    if min(row["prompts"] for row in [*parts, *summary.get("means", [])]) < FEW:
+        notes.append(FEW_WORDS)
+    if "trained_prompts" in summary:
+        notes.append(held_out_of(summary).words)
+    seconds = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in Stopwatch(folder).seconds.items())
+    console.print("\n".join([*notes, f"{seconds}; all of it is in {folder}"]), markup=False, soft_wrap=True)

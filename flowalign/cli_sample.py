@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from flowalign.command import console, device, quiet_libraries
+from flowalign.cli_evaluate import GridOption, Guidance, Seed, SequenceLength, Size, SolverOption, Steps
+from flowalign.command import RewardOptions, console, device, quiet_libraries
 from flowalign.settings import UserError
 
 
@@ -13,22 +14,23 @@ def sample(
     model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
     adapter: Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")] = None,
-    output: Annotated[Path, typer.Option(help="folder for the PNG files")] = Path("samples"),
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance: Annotated[float, typer.Option(min=1)] = 3.0,
-    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
-    size: Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")] = None,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")
+    output: Annotated[
+        Path | None,
+        typer.Option(help="an empty folder for the PNG files; by default one under samples/ of what is drawn"),
     ] = None,
-    seed: int = 0,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    grid: GridOption = None,
+    solver: SolverOption = None,
+    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    size: Size = None,
+    max_sequence_length: SequenceLength = None,
+    seed: Seed = None,
     best_of: Annotated[
         int | None, typer.Option(metavar="N", help="draw N candidates of a prompt, keep the best and all scores")
     ] = None,
     reward: Annotated[list[str] | None, typer.Option(help="chooses; repeatable, then ranks are added up")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="[REWARD.]KEY=VALUE", help="passed to the reward; repeatable")
-    ] = None,
+    option: RewardOptions = None,
     prune: Annotated[
         list[str] | None,
         typer.Option(metavar="STEP:FRACTION", help="judge predictions after a step, the best go on; repeatable"),
@@ -37,11 +39,12 @@ def sample(
     """Draw pictures."""
     quiet_libraries()
     from flowalign import scaling
-    from flowalign.config import Sampler
     from flowalign.data import Row
+    from flowalign.evaluate.drawing import drawing_of
     from flowalign.evaluate.evaluation import check_prompts
+    from flowalign.options import parse_options
     from flowalign.policies.cutting import cut_prompts
-    from flowalign.policies.loading import load_policy, model_settings
+    from flowalign.policies.loading import load_policy
     from flowalign.prompt_files import check_characters
     from flowalign.rollout import rollout
     from flowalign.runs import save_pictures
@@ -51,27 +54,33 @@ def sample(
         raise UserError("a prompt is empty; write what to draw")
     for prompt in prompts:
         check_characters(prompt, f"the prompt {prompt!r}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder; choose another")
     rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
-    sampler, key = Sampler(steps=steps, guidance=guidance), (EVALUATION, seed, 0)
+    given = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "size": size, "seed": seed}
+    drawing = drawing_of(
+        model, adapter, device=device(), images=images, max_sequence_length=max_sequence_length, **given
+    )
     judges, schedule = {}, scaling.parse_schedule(prune or [])
     if best_of is not None:
-        scaling.check_search(best_of, schedule, sampler, images)
+        scaling.check_search(best_of, schedule, drawing.sampler, images)
         judges = scaling.load_judges(reward or [], option or [], device())
         check_prompts(rows, judges, "given")
     elif reward or option or prune:
         raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")
-    settings = model_settings(model, adapter, size, max_sequence_length)
-    policy, pixels = load_policy(settings, device()), (settings.height, settings.width)
+    about = {"best_of": best_of, "reward": reward, "option": parse_options(reward or [], option or []), "prune": prune}
+    output = output or Path("samples") / drawing.name(rows, about)
+    console.print(drawing.words, soft_wrap=True)
+    policy, pixels = load_policy(drawing.model, drawing.device), (drawing.model.height, drawing.model.width)
     for sentence in cut_prompts(policy, prompts):
         console.print(sentence, soft_wrap=True)
+    key, batch = (EVALUATION, drawing.seed, 0), drawing.batch
     if best_of is None:
-        drawn = rollout(policy, rows, images, sampler, pixels, key, batch=16)
+        drawn = rollout(policy, rows, images, drawing.sampler, pixels, key, batch=batch)
         written = list(zip(save_pictures(output, drawn.media, drawn.rows), drawn.prompts, strict=True))
     else:
         found = scaling.best_of(
-            policy, rows, judges, best_of, sampler, pixels, key, batch=16, schedule=schedule, kept=images
+            policy, rows, judges, best_of, drawing.sampler, pixels, key, batch=batch, schedule=schedule, kept=images
         )
         written = scaling.save_best_of(output, found)
     for path, prompt in written:

@@ -5,7 +5,9 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
@@ -31,6 +33,15 @@ def verdict(passed: bool | None, good: str = "pass", bad: str = "FAIL") -> Text:
     """A coloured word for a check; "-" for one that was not made."""
     return Text("-") if passed is None else Text(good, "green") if passed else Text(bad, "red")
 
+
+RewardOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option",
+        metavar="[REWARD.]KEY=VALUE",
+        help="passed to a reward, whose name a single one needs not; VALUE is YAML or JSON; repeatable",
+    ),
+]
 
 console = plain_console()
 

@@ -1,6 +1,7 @@
 """Prompt lists: files as `flowalign.prompt_files` reads them, FILE or FILE#COLUMN, or a bundled name."""
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,20 @@ def split_column(source: str) -> tuple[Path, str | None]:
     whole = expanded(source)
     file, mark, column = whole.rpartition("#")
     return (Path(whole), None) if not mark or os.path.exists(whole) else (Path(file), column)
+
+
+_PLAIN = dict.fromkeys((0x2018, 0x2019, 0x02BC), "'") | dict.fromkeys((0x201C, 0x201D, 0x201E), '"')  # curly quotes
+
+
+def normalised(prompt: str) -> str:
+    """A prompt as it is compared with others: case, runs of spaces, quotes and forms of Unicode make no difference."""
+    return " ".join(unicodedata.normalize("NFKC", prompt).translate(_PLAIN).casefold().split())
+
+
+def shared_rows(rows: Sequence[Row], training_rows: Sequence[Row]) -> list[Row]:
+    """Those of the rows whose prompts are trained on."""
+    trained = {normalised(row.prompt) for row in training_rows}
+    return [row for row in rows if normalised(row.prompt) in trained]
 
 
 def step_rows(rows: Sequence[Row], count: int, seed: int, step: int) -> list[Row]:

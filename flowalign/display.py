@@ -23,6 +23,7 @@ from flowalign.command import plain_console, verdict
 if TYPE_CHECKING:
     from flowalign.config import Recipe
     from flowalign.evaluate.hacking import Audit
+    from flowalign.evaluate.held_out import HeldOut
     from flowalign.selftest import Check
 
 Summary = Mapping[str, Mapping[str, Any]]
@@ -102,18 +103,19 @@ class Display:
             figures = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
             self.say(f"step {line['step']}: {rewards} | {figures} | {seconds}")
 
-    def evaluation(self, step: int, summary: Summary, seconds: float) -> None:
+    def evaluation(self, step: int, summary: Summary, seconds: float, held_out: "HeldOut") -> None:
         """An evaluation's means, and how far they are from the first one of this process."""
         parts = []
         for name, result in summary.items():
             text = f"{name} {result['mean']:.4f}"
-            if result["standard_error"] is not None:
+            if result["standard_error"]:
                 text += f" ± {result['standard_error']:.4f}"
             if self._first_summary is not None:
                 text += f" ({result['mean'] - self._first_summary[name]['mean']:+.4f})"
             parts.append(text)
         self._first_summary = self._first_summary or summary
-        self.say(f"evaluation at step {step}: {', '.join(parts)}  [{seconds:.0f} s]")
+        on = "" if held_out.trained == 0 else f" ({held_out.words})"
+        self.say(f"evaluation at step {step}{on}: {', '.join(parts)}  [{seconds:.0f} s]")
 
     def audit(self, step: int, audit: "Audit") -> None:
         """What an evaluation's audit found."""

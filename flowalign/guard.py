@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from flowalign.config import Evaluation, Guard, Recipe
-from flowalign.data import Row
+from flowalign.data import Row, shared_rows
 from flowalign.evaluate.bands import Band
 from flowalign.evaluate.divergence import Divergence, reference_divergence
 from flowalign.evaluate.evaluation import Evaluated, load_rewards
@@ -44,11 +44,9 @@ def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Rewa
 
 def refuse_shared_prompts(rows: Sequence[Row], training_rows: Sequence[Row]) -> None:
     """Raises UserError for the first evaluation prompt that is trained on."""
-    trained = {row.prompt for row in training_rows}
-    for row in rows:
-        if row.prompt in trained:
-            shared = f"prompt {row.index + 1} ({row.prompt!r}) is trained on, and an audit needs others"
-            raise UserError(f"evaluation.prompts: {shared}; hold prompts out, or set guard=null")
+    for row in shared_rows(rows, training_rows):
+        shared = f"prompt {row.index + 1} ({row.prompt!r}) is trained on, and an audit needs others"
+        raise UserError(f"evaluation.prompts: {shared}; hold prompts out, or set guard=null")
 
 
 class Guarding:

@@ -25,10 +25,10 @@ import rewards as zoo
 from flowalign.config import Sampler
 from flowalign.data import Row
 from flowalign.judging import refuse_learning
+from flowalign.options import parse_options
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, Samples, rollout
 from flowalign.runs import replace_text, save_pictures
-from flowalign.scoring import options_by_reward
 from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import score_all
@@ -219,13 +219,13 @@ class _Court:
 
 
 def load_judges(rewards: Sequence[str], options: Sequence[str], device: torch.device | str) -> dict[str, Reward]:
-    """Rewards to choose by, by their own names; options are KEY=VALUE, with several rewards REWARD.KEY=VALUE.
+    """Rewards to choose by, by their own names; options as `parse_options` takes them.
 
     Raises UserError for two of a name, and as `check_judges` does.
     """
     if not rewards:
         raise UserError("--best-of needs a --reward to choose by")
-    given = options_by_reward(rewards, [f"{rewards[0]}.{text}" for text in options] if len(rewards) == 1 else options)
+    given = parse_options(rewards, options)
     judges: dict[str, Reward] = {}
     for reward in rewards:
         judge = zoo.load_on(device, reward, **given[reward])

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 import rewards as zoo
 from flowalign.checkpoint import checkpoints, load_weights
@@ -19,10 +18,12 @@ from flowalign.conditions import cached_policy
 from flowalign.config import Recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
+from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
+from flowalign.evaluate.held_out import held_out_from
 from flowalign.judging import learning, load_learnt, refuse_learning
 from flowalign.offline import GroupStore, collect
-from flowalign.paths import expanded
+from flowalign.options import parse_options
 from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.runs import FILE_NAME, MANIFEST, RunFolder, replace_text
@@ -138,7 +139,7 @@ def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | N
 
 def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: str | None) -> list[zoo.Finding]:
     """The findings of `rewards.check`, on a folder's pictures or on drawn ones."""
-    judge = zoo.load(reward, **options_of(options))
+    judge = zoo.load(reward, **parse_options([reward], options)[reward])
     if images is None:
         return zoo.check(judge)
     rows, paths = read_images(images, prompts)
@@ -151,34 +152,9 @@ def check_reward(reward: str, options: Sequence[str], images: Path | None, promp
 
 def _judge(reward: str, options: Sequence[str]) -> zoo.Reward:
     """A reward that can score as it is."""
-    judge = zoo.load(reward, **options_of(options))
+    judge = zoo.load(reward, **parse_options([reward], options)[reward])
     refuse_learning({judge.name: judge}, "name it in a recipe")
     return judge
-
-
-def options_of(texts: Sequence[str]) -> dict[str, Any]:
-    """Options from texts KEY=VALUE."""
-    return dict(_option(text) for text in texts)
-
-
-def options_by_reward(rewards: Sequence[str], options: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The options of each reward, from texts REWARD.KEY=VALUE."""
-    found: dict[str, dict[str, Any]] = {name: {} for name in rewards}
-    for text in options:
-        key, value = _option(text)
-        name, dot, option = key.rpartition(".")
-        if not dot or name not in found:
-            raise UserError(f"--option {text!r} must be written REWARD.KEY=VALUE with one of {', '.join(rewards)}")
-        found[name][option] = value
-    return found
-
-
-def _option(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UserError(f"--option {text!r} must be written KEY=VALUE")
-    parsed = yaml.safe_load(value)
-    return key, expanded(parsed) if isinstance(parsed, str) else parsed
 
 
 def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float]) -> None:
@@ -212,6 +188,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     rewards = load_rewards(settings.rewards or recipe.rewards, device)
     rows = load_prompts(settings.prompts, settings.count)
     check_prompts(rows, rewards, settings.prompts)
+    known = held_out_from(recipe, rows)
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
@@ -227,5 +204,6 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         evaluated = evaluate(policy, rows, rewards, settings, (recipe.model.height, recipe.model.width), progress)
     if run is not None:
         about = {"guidance": settings.guidance, "sampler_steps": settings.steps, "checkpoint": weights}
-        run.write_evaluation("eval", evaluated, about)
-    return f"{title}, guidance {settings.guidance:g}, {settings.steps} steps", evaluated.summary()
+        known_prompts = {"prompts": known.count, "trained_prompts": known.trained}
+        run.write_evaluation("eval", evaluated, {**about, **known_prompts})
+    return f"{title}, {sampling_words(settings, recipe.model, settings.seed)}, {known.words}", evaluated.summary()

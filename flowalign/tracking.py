@@ -34,7 +34,8 @@ def step_values(line: Mapping[str, Any]) -> dict[str, float]:
     return values
 
 
-def evaluation_values(summary: Mapping[str, Mapping[str, Any]], audit: Mapping[str, Any] | None) -> dict[str, float]:
-    """An evaluation's means, evaluation/NAME, and how many measures of its audit alarm."""
+def evaluation_values(summary: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, float]:
+    """An evaluation's means, evaluation/NAME, how many of its prompts are trained on, and of its measures alarm."""
     values = {f"evaluation/{name}": float(result["mean"]) for name, result in summary.items()}
-    return values if audit is None else values | {"evaluation/alarms": float(len(audit["alarms"]))}
+    values["evaluation/trained_prompts"] = float(about["trained_prompts"])
+    return values | ({"evaluation/alarms": float(len(about["audit"]["alarms"]))} if "audit" in about else {})

@@ -18,6 +18,7 @@ from flowalign.config import Evaluation, Recipe
 from flowalign.data import Row, load_prompts, step_rows
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, evaluated_by_all
+from flowalign.evaluate.held_out import held_out
 from flowalign.evaluate.report import write_report
 from flowalign.finite import not_finite_explained
 from flowalign.guard import Guarding, evaluation_rewards
@@ -87,6 +88,7 @@ class Trainer:
         self.evaluation_rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
         self.evaluation_rewards, weights = evaluation_rewards(recipe, self.judging)
         check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
+        self.held_out = held_out(self.evaluation_rows, self.rows)
         self.guarding: Guarding | None = None
         if recipe.guard and self.evaluation_rows:
             self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, self.rows, self.device)
@@ -346,6 +348,8 @@ class Trainer:
             "forwards": self.forwards,  # measuring is not part of the training budget
             "guidance": settings.guidance,
             "sampler_steps": settings.steps,
+            "prompts": self.held_out.count,
+            "trained_prompts": self.held_out.trained,
             "seconds": time.perf_counter() - started,
         }
         best: list[str] = []
@@ -357,8 +361,8 @@ class Trainer:
                 with self.averaged():
                     self.run_folder.keep_weights(name, self.policy.export, about)
             summary = self.run_folder.write_evaluation(self._name, evaluated, about)
-            self.accelerator.log(evaluation_values(summary, about.get("audit")), step=self.step)
-            self.display.evaluation(self.step, summary, about["seconds"])
+            self.accelerator.log(evaluation_values(summary, about), step=self.step)
+            self.display.evaluation(self.step, summary, about["seconds"], self.held_out)
         if audit:
             self.display.audit(self.step, audit)
         self.evaluated_at = self.step

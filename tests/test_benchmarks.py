@@ -19,7 +19,7 @@ from PIL import Image
 from flowalign.cli import main
 from flowalign.config import Sampler
 from flowalign.data import Row
-from flowalign.evaluate.drawing import Drawing, draw, listed
+from flowalign.evaluate.drawing import Drawing, draw, drawing_of, listed
 from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
 from flowalign.evaluate.intervals import (
     clustered_error,
@@ -608,3 +608,91 @@ def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_m
     assert found["mean"] == pytest.approx(np.mean(scores[1, 1] - scores[0, 1])) and found["mean"] != 0
     expected = mean_interval([[difference] for difference in scores[1, 1] - scores[0, 1]])
     assert found["interval"] == pytest.approx(expected)
+
+
+# How a model is drawn, and where that goes
+
+
+@pytest.fixture
+def run_folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A run of the tiny model with its adapter, evaluated in a way of its own."""
+    folder = tmp_path / "runs" / "own"
+    folder.mkdir(parents=True)
+    policy = load_policy(model_settings(str(tiny_model), size=64, max_sequence_length=0))
+    policy.export(folder / "lora")
+    (tmp_path / "train.jsonl").write_text(json.dumps({"prompt": "A  photo of a\u00a0STAR"}) + "\n")
+    recipe = {
+        "name": "own",
+        "model": {"path": str(tiny_model), "height": 64, "width": 64, "max_sequence_length": 0, "dtype": "fp32"},
+        "prompts": str(tmp_path / "train.jsonl"),
+        "rewards": {"colorfulness": 1.0},
+        "algorithm": {"name": "flow_grpo", "clip_range": 0.01},
+        "evaluation": {"steps": 3, "guidance": 1.5, "grid": "uniform", "solver": "dpm++", "seed": 7},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    return folder
+
+
+def test_a_run_is_drawn_as_its_evaluation_draws_and_options_override(run_folder: Path) -> None:
+    own = drawing_of(str(run_folder), device="cpu")
+    assert own.sampler == Sampler(steps=3, guidance=1.5, grid="uniform", solver="dpm++") and own.seed == 7
+    assert own.words == (
+        "drawn with 3 steps, guidance 1.5, uniform grid, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)"
+    )
+    other = drawing_of(str(run_folder), device="cpu", steps=5, grid="model", seed=0, size=32)
+    assert other.sampler == Sampler(steps=5, guidance=1.5, grid="model", solver="dpm++") and other.seed == 0
+    assert "32 x 32 pixels, seed 0 (the run's own settings but for the given steps, grid, seed, size)" in other.words
+
+
+def test_a_model_is_drawn_as_its_family_is(tiny_model: Path, tiny_flux: Callable[[bool], Path]) -> None:
+    samplers = [drawing_of(str(path), device="cpu").sampler for path in ("toyworld", tiny_model, tiny_flux(True))]
+    assert [(one.steps, one.guidance) for one in samplers] == [(12, 3.0), (50, 4.5), (28, 1.0)]
+
+
+def test_every_model_and_setting_has_a_folder_of_its_own_and_the_same_command_goes_on(
+    tiny, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["eval", "geneval", "--detector", f"{tmp_path}/eyes.py:Eyes", "--images-per-prompt", 1, "--prompts"]
+    command += [f"{tmp_path}/stars.jsonl", "--no-check-detector"]
+    succeed(*command, run_folder)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "3 steps, guidance 1.5, uniform grid, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)" in shown
+    assert "not held out: 3 of 6 prompts are trained on" in shown and "few: fewer than 20 prompts" in shown
+    (first,) = (tmp_path / "runs" / "geneval").iterdir()
+    assert first.name.startswith("tiny-own-lora-3steps-g1.5-")
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["trained_prompts"] == 3 and "the run's own settings" in summary["drawn"]
+    assert json.loads((first / "drawing.json").read_text())["steps"] == 3
+    times = {path: path.stat().st_mtime_ns for path in first.glob("*/samples/*.png")}
+    before = everything(first)
+    succeed(*command, run_folder)
+    assert list((tmp_path / "runs" / "geneval").iterdir()) == [first] and everything(first) == before
+    assert {path: path.stat().st_mtime_ns for path in first.glob("*/samples/*.png")} == times
+    succeed(*command, run_folder, "--steps", 2)
+    succeed(*command, *tiny[:1], "--size", 64, "--max-sequence-length", 0, "--steps", 2)
+    names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs" / "geneval").iterdir())
+    assert names == ["tiny-2steps-g4.5", "tiny-own-lora-2steps-g1.5", "tiny-own-lora-3steps-g1.5"]
+
+
+def test_pictures_of_somebodys_have_a_folder_of_their_own_and_changed_ones_are_judged_anew(
+    shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, _ = shapes
+    command = ("eval", "geneval", "--images", folder, "--images-per-prompt", 2, "--detector", EXACT)
+    succeed(*command)
+    Image.new("RGB", (64, 64), "white").save(folder / "00003" / "samples" / "0001.png")
+    succeed(*command)
+    found = [json.loads((out / "summary.json").read_text()) for out in (tmp_path / "runs" / "geneval").iterdir()]
+    assert sorted(one["image_mean"]["score"] for one in found) == pytest.approx([59 / 60, 1])
+
+
+def test_samples_of_other_settings_go_elsewhere(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ("sample", tiny_model, "a star", "--size", 64, "--max-sequence-length", 0, "--steps", 2)
+    for others in ((), ("--guidance", 2), ()):
+        succeed(*command, *others)
+    folders = sorted((tmp_path / "samples").iterdir())
+    assert [folder.name.rpartition("-")[0] for folder in folders] == ["tiny-2steps-g2", "tiny-2steps-g4.5"]
+    assert all((folder / "00.png").is_file() for folder in folders)

@@ -1,13 +1,15 @@
 """The way of every benchmark: pictures drawn or given, judged one by one into results.jsonl."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
-from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
+from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
+from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
 from flowalign.settings import UserError
 
@@ -22,7 +24,8 @@ class Benchmark:
     """How to draw, or a folder of pictures in GenEval's layout."""
     images: int
     """Pictures of a prompt."""
-    output: Path
+    output: Path | None
+    """None is a folder of its own, see `placed`."""
     prompts: str | None
     """A prompt list; None takes the prompts of a folder of pictures from its metadata."""
     count: int | None = None
@@ -35,6 +38,37 @@ class Benchmark:
         if isinstance(self.source, Drawing):
             raise UserError("--prompts is missing; there is no list that suits this model by itself")
         return [picture.row for picture in listed(self.source, self.images)[:: self.images]]
+
+    def placed(self, kind: str, about: Mapping[str, Any]) -> "Benchmark":
+        """With a folder of its own under runs/ where none was given: `about` are what decides the judge's answers."""
+        if self.output is not None:
+            return self
+        if isinstance(self.source, Drawing):
+            name = self.source.name(self.rows(), about)
+        else:
+            name = folder_name([self.source.resolve().name], {**about, **self._given(self.source)})
+        return replace(self, output=Path("runs") / kind / name)
+
+    def _given(self, folder: Path) -> dict[str, Any]:
+        """Whose pictures are judged; others in the same place are not those of which there are results."""
+        digest = hashlib.sha256()
+        for picture in listed(folder, self.images):
+            digest.update(picture.name.encode() + picture.path.read_bytes())
+        return {"images": str(folder.resolve()), "pictures": digest.hexdigest()}
+
+    def about(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What a summary says of its pictures and prompts."""
+        if not isinstance(self.source, Drawing):
+            return {"drawn": None}
+        known = held_out_by(self.source.model.adapter, rows)
+        trained = {} if known is None else {"trained_prompts": known.trained}
+        return {"drawn": self.source.words, **trained}
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes, once it is placed."""
+        assert self.output is not None
+        return self.output
 
     def where(self, row: Row) -> str:
         """Where a mistake in a row's prompt is, to begin a sentence with."""
@@ -53,14 +87,14 @@ class Benchmark:
         `settings` are what decides the judge's answers; a folder of others is refused with a UserError.
         """
         given = self.source if isinstance(self.source, Path) else None
-        settings = {**settings, "images": str(given.resolve()) if given else "drawn"}
-        check_folder(self.output, EVALUATION, settings, made=RESULTS)
-        stopwatch = Stopwatch(self.output)
+        settings = {**settings, **(self._given(given) if given else {"images": "drawn"})}
+        check_folder(self.folder, EVALUATION, settings, made=RESULTS)
+        stopwatch = Stopwatch(self.folder)
         if isinstance(self.source, Drawing):
             with Display().evaluating(len(rows) * self.images, "drawing") as progress:
-                draw(self.output, self.source, rows, stopwatch, progress)
-        pictures = listed(given or self.output, self.images, rows)
-        keep_settings(self.output, EVALUATION, settings)
+                draw(self.folder, self.source, rows, stopwatch, progress)
+        pictures = listed(given or self.folder, self.images, rows)
+        keep_settings(self.folder, EVALUATION, settings)
 
         def judge_places(places: range) -> Sequence[Line]:
             lines = judge([pictures[place] for place in places])
@@ -69,4 +103,4 @@ class Benchmark:
 
         stopwatch.start()
         with Display().evaluating(len(pictures), "judging") as progress:
-            return continued(self.output / RESULTS, len(pictures), BATCH, judge_places, progress)
+            return continued(self.folder / RESULTS, len(pictures), BATCH, judge_places, progress)

@@ -75,7 +75,7 @@ def evaluate_best_of(
     check_judges(rewards)
     asked = [row for row in rows if rewards[by].applies_to({**row.metadata, "prompt": row.prompt})]
     if not asked:
-        raise UserError(f"{by} judges none of the held-out prompts; choose by another reward")
+        raise UserError(f"{by} judges none of the evaluation prompts; choose by another reward")
     most = max(counts)
     settings = settings.model_copy(update={"images_per_prompt": most, "pictures": 0})
     drawn = evaluate(policy, asked, rewards, settings, size, progress)

@@ -22,6 +22,7 @@ from flowalign.display import Display
 from flowalign.evaluate.best_of import evaluate_best_of
 from flowalign.evaluate.compare_page import leaderboard_markdown, write_comparison_page
 from flowalign.evaluate.evaluation import load_rewards
+from flowalign.evaluate.held_out import held_out_from
 from flowalign.evaluate.pages import parsed, read_evaluations
 from flowalign.judging import learning
 from flowalign.mistakes import nearest
@@ -65,7 +66,9 @@ def compare(
     """
     recipes = [load_recipe(source, overrides) for source in sources]
     _check(recipes, budget, seeds, overrides, best_of)
-    measured = recipes[0].evaluation.rewards or recipes[0].rewards
+    settings = recipes[0].evaluation
+    known = held_out_from(recipes[0], load_prompts(settings.prompts or (), settings.count))
+    measured = settings.rewards or recipes[0].rewards
     if reward is not None and reward not in measured:
         raise UserError(f"--reward {reward!r} is not measured by the evaluation{nearest(reward, measured)}")
     # Seed by seed, so that what changes on the machine meanwhile falls on all recipes alike.
@@ -89,6 +92,8 @@ def compare(
         "target": target,
         "best_of": yardstick,
         "shared": _shared(recipes[0]),
+        "prompts": known.count,
+        "trained_prompts": known.trained,
     }
     result = summarise(about, recipes, {(run.name, run.run.seed): run.folder for run in runs})
     replace_text(output / "comparison.json", json.dumps(result, indent=2) + "\n")
@@ -287,7 +292,7 @@ def _outcome(recipe: str, seed: int, folder: Path, reward: str, target: float | 
     ]
     first, last = curve[0]["rewards"], curve[-1]["rewards"]
     if reward not in last:
-        raise UserError(f"{reward} judges none of the held-out prompts; rank by --reward {' or '.join(last)}")
+        raise UserError(f"{reward} judges none of the evaluation prompts; rank by --reward {' or '.join(last)}")
     ends = {n: {"before": first[n], "after": last[n], "gain": last[n] - first[n]} for n in last}
     cost = {"minutes": curve[-1]["minutes"], "forwards": curve[-1]["forwards"], "steps": curve[-1]["step"]}
     reached = None if target is None else price(curve, reward, target)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from flowalign.evaluate import plots
+from flowalign.evaluate.held_out import held_out_of
+from flowalign.evaluate.intervals import plain_interval
 from flowalign.evaluate.pages import parsed, picture, read_metrics, write_page
 from flowalign.runs import picture_names
 
@@ -70,9 +72,9 @@ def best_of_legend(result: Result) -> str:
     yardstick = result["best_of"]
     return (
         f"The model before training drew {yardstick['points'][-1]['n']} candidates of each of {yardstick['prompts']:,} "
-        f"held-out prompts; {yardstick['reward']} itself chose the best. Every n is the exact expectation over all "
-        "subsets of n of them, ± the standard error over prompts. Each of the n is also decoded and judged, which "
-        "the forwards leave out."
+        f"{held_out_of(result).word} prompts; {yardstick['reward']} itself chose the best. Every n is the exact "
+        "expectation over all subsets of n of them, ± the standard error over prompts. Each of the n is also decoded "
+        "and judged, which the forwards leave out."
     )
 
 
@@ -92,8 +94,10 @@ def legend(result: Result) -> str:
     """How to read the table."""
     seeds = ", ".join(str(seed) for seed in result["seeds"])
     over = f"mean ± standard deviation over seeds {seeds}" if len(result["seeds"]) > 1 else f"seed {seeds}"
+    known = held_out_of(result)
+    kind, on = known.word.capitalize(), f" ({known.words})" if known.trained else ""
     text = (
-        f"Held-out {result['reward']} of {', '.join(result['shared']['evaluation.prompts'])}, {over}; "
+        f"{kind} {result['reward']} of {', '.join(result['shared']['evaluation.prompts'])}{on}, {over}; "
         f"{result['budget_minutes']:g} minutes of training a run on {' and '.join(result['devices'])}. "
         "Forwards are the rows that the transformer saw in rollouts and losses; evaluation is in neither budget."
     )
@@ -110,6 +114,7 @@ def write_comparison_page(output: Path, result: Result) -> Path:
     others = [name for name in result["recipes"][0]["rewards"] if name != result["reward"]]
     contents = {
         "result": result,
+        "held_out": held_out_of(result),
         "lead": _lead(result),
         "legend": legend(result),
         "leaderboard": leaderboard(result),
@@ -132,19 +137,27 @@ def rewrite_comparison_page(output: Path) -> Path:
 
 
 def _lead(result: Result) -> str:
-    """Who ends highest and by how much, with the error that the seeds allow."""
+    """Who ends highest and by how much, with the interval that the seeds allow."""
     reward, (best, *others) = result["reward"], result["recipes"]
-    ends = f"{best['name']} ends highest: held-out {reward} {_text(best['rewards'][reward]['after'], '.3f')}"
+    kind, seeds = held_out_of(result).word, len(result["seeds"])
     if not others:
-        ends = f"{best['name']}: held-out {reward} {_text(best['rewards'][reward]['gain'], '+.3f')}"
-        return f"{ends} over {len(result['seeds'])} seeds"
+        gains = [run["rewards"][reward]["gain"] for run in result["runs"]]
+        return f"{best['name']}: {kind} {reward} {np.mean(gains):+.3f}{_over_seeds(gains)}"
+    ends = f"{best['name']} ends highest: {kind} {reward} {_text(best['rewards'][reward]['after'], '.3f')}"
     after = {(run["recipe"], run["seed"]): run["rewards"][reward]["after"] for run in result["runs"]}
-    leads = np.array([after[best["name"], seed] - after[others[0]["name"], seed] for seed in result["seeds"]])
-    above = f"{ends}, {leads.mean():.3f}"
-    if len(leads) == 1:
-        return f"{above} above {others[0]['name']}; one seed does not say how much of that is chance"
-    error = leads.std(ddof=1) / len(leads) ** 0.5
-    return f"{above} ± {error:.3f} above {others[0]['name']} (paired standard error over {len(leads)} seeds)"
+    leads = [after[best["name"], seed] - after[others[0]["name"], seed] for seed in result["seeds"]]
+    above = f"{ends}, {np.mean(leads):.3f} above {others[0]['name']}"
+    if seeds == 1:
+        return f"{above}; one seed does not say how much of that is chance"
+    return f"{above}{_over_seeds(leads)}"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """The interval of a mean of paired differences, one a seed."""
+    found = plain_interval(values)
+    if found is None:
+        return f"; its {len(values)} seeds are alike, which says nothing of chance"
+    return f" (95 %: {found[0]:+.3f} to {found[1]:+.3f}, paired over {len(values)} seeds)"
 
 
 def _plots(result: Result, groups: Mapping[str, int], series: Sequence[Any], key: str) -> dict[str, list[plots.Plot]]:

@@ -11,7 +11,8 @@ so a resumed drawing gives the very bytes of one that was never stopped (on the 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_se
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.cutting import cut_prompts
-from flowalign.policies.loading import EMBEDDED, load_policy
+from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, usual_sampling
 from flowalign.rollout import Progress, rollout
 from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling.noise import EVALUATION
-from flowalign.settings import UserError
+from flowalign.settings import UserError, counted
 from rewards.pictures import FORMATS, natural, pictures_in, read_picture
 
 # Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
@@ -58,6 +59,23 @@ class Drawing:
     batch: int
     """Pictures drawn at once."""
     device: str
+    origin: str = "as given"
+    """In words, whose settings of the sampler these are."""
+
+    @property
+    def words(self) -> str:
+        """How the pictures are drawn, for people."""
+        return f"drawn with {sampling_words(self.sampler, self.model, self.seed)} ({self.origin})"
+
+    def name(self, rows: Sequence[Row], about: Mapping[str, Any]) -> str:
+        """A folder's name for pictures of these rows: the model, its adapter, and what else decides what is in it.
+
+        `about` is whatever the drawing does not know; the same drawing has the same name.
+        """
+        adapter = self.model.adapter
+        tuned = [_place_name(str(place)) for place in (Path(adapter).resolve().parent, adapter)] if adapter else []
+        how = [f"{self.sampler.steps}steps", f"g{self.sampler.guidance:g}"]
+        return folder_name([_place_name(self.model.path), *tuned, *how], {**about, **self.settings(rows)})
 
     @property
     def embedded(self) -> bool:
@@ -86,6 +104,49 @@ class Drawing:
         """The rows that are drawn together: `batch` pictures, or those of one prompt."""
         size = max(1, self.batch // self.images)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def drawing_of(
+    model: str,
+    adapter: Path | None = None,
+    *,
+    device: str,
+    images: int = 1,
+    batch: int | None = None,
+    size: int | None = None,
+    max_sequence_length: int | None = None,
+    seed: int | None = None,
+    **sampling: Any,
+) -> Drawing:
+    """The drawing of a model by what a person calls it, as `model_settings` and `usual_sampling` have it.
+
+    What is not None is the person's own: `sampling` are fields of `Sampler`. Raises UserError as they do.
+    """
+    settings = model_settings(model, adapter, size, max_sequence_length)
+    usual, usual_seed, origin = usual_sampling(model)
+    own = {name: value for name, value in sampling.items() if value is not None}
+    given = [name for name, value in {**own, "seed": seed, "size": size}.items() if value is not None]
+    origin = f"{origin} settings" + (f" but for the given {', '.join(given)}" if given else "")
+    sampler = Sampler(**{**usual.model_dump(), **own})
+    return Drawing(settings, sampler, usual_seed if seed is None else seed, images, batch or 16, device, origin)
+
+
+def sampling_words(sampler: Sampler, model: Model, seed: int) -> str:
+    """What decides a model's pictures, for people."""
+    how = f"{counted(sampler.steps, 'step')}, guidance {sampler.guidance:g}, {sampler.grid} grid, {sampler.solver}"
+    return f"{how}, {model.width} x {model.height} pixels, seed {seed}"
+
+
+def folder_name(parts: Sequence[str], about: Mapping[str, Any]) -> str:
+    """The parts, and a few letters that are others for other settings."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+    return "-".join([*parts, digest[:8]])
+
+
+def _place_name(place: str) -> str:
+    """The last part of a path or hub id, of letters that any file system takes."""
+    name = Path(place).name if Path(place).name not in ("", "..") else Path(place).resolve().name
+    return re.sub(r"[^\w.-]+", "_", name) or "model"
 
 
 def draw(

@@ -200,8 +200,10 @@ def _asked(line: Line) -> str:
     return json.dumps([row.get(key) for key in ("prompt", "tag", "include", "exclude")], sort_keys=True)
 
 
-def evaluate_geneval(benchmark: Benchmark, judging: Judge, *, check_detector: bool = True) -> dict[str, Any]:
-    """Draw what is missing, judge what is not judged yet, and write the summary, which is returned.
+def evaluate_geneval(
+    benchmark: Benchmark, judging: Judge, *, check_detector: bool = True
+) -> tuple[dict[str, Any], Path]:
+    """Draw what is missing, judge what is not judged yet, and write the summary, which is returned with its folder.
 
     `check_detector` shows it a bundled picture first, see `check_sight`.
 
@@ -217,12 +219,13 @@ def evaluate_geneval(benchmark: Benchmark, judging: Judge, *, check_detector: bo
             raise UserError(f"{benchmark.where(row)}: {error}") from error
     seen = check_sight(judging) if check_detector else None
     about = {"benchmark": "geneval", **judging.identity}
+    benchmark = benchmark.placed("geneval", about)
     lines = benchmark.judged(rows, about, partial(verdicts, judging))
     if not any(line["correct"] for line in lines):
         raise UserError(
             f"every score is 0: none of the {len(lines)} pictures is correct; look at them and at the reasons in "
-            f"{benchmark.output / RESULTS}, of which the first is: {lines[0]['reason'].splitlines()[0]}"
+            f"{benchmark.folder / RESULTS}, of which the first is: {lines[0]['reason'].splitlines()[0]}"
         )
-    summary = {**about, "detector_found": seen, **summarise(lines, benchmark.images)}
-    write_summary(benchmark.output, summary)
-    return summary
+    summary = {**about, **benchmark.about(rows), "detector_found": seen, **summarise(lines, benchmark.images)}
+    write_summary(benchmark.folder, summary)
+    return summary, benchmark.folder

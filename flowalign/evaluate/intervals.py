@@ -42,7 +42,7 @@ def mean_interval(groups: Groups, bounds: tuple[float, float] = (-math.inf, math
     if _binary(groups):
         return proportion_interval(groups)
     usual = sum(map(len, groups)) / len(groups)
-    found = _interval([math.fsum(group) / usual for group in groups])  # whose mean is that of all pictures
+    found = plain_interval([math.fsum(group) / usual for group in groups])  # whose mean is that of all pictures
     return found and (max(found[0], bounds[0]), min(found[1], bounds[1]))
 
 
@@ -81,7 +81,7 @@ def difference_interval(before: Groups, after: Groups) -> Interval:
     paired = list(zip(before, after, strict=True))
     values = np.array([float(np.mean(last)) - float(np.mean(first)) for first, last in paired])
     if not paired or not (_binary(before) and _binary(after)):
-        return _interval(values)
+        return plain_interval(values)
     count = len(values) + 2
     centre = float(values.sum()) / count
     half = _Z * math.sqrt(((float((values**2).sum()) + 1) / count - centre**2) / count)
@@ -101,12 +101,8 @@ def clustered_error(groups: Groups) -> float | None:
     return math.sqrt(len(groups) / (len(groups) - 1) * squares) / len(scores)
 
 
-def _binary(groups: Groups) -> bool:
-    return all(score in (0.0, 1.0) for group in groups for score in group)
-
-
-def _interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Of the mean of values (N,), one a prompt."""
+def plain_interval(values: Sequence[float] | np.ndarray) -> Interval:
+    """Of the mean of values (N,) that are no proportion, one a prompt or a seed."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
         return None
@@ -124,3 +120,7 @@ def _interval(values: Sequence[float] | np.ndarray) -> Interval:
         random_state=np.random.default_rng(0),
     ).confidence_interval
     return float(found.low), float(found.high)
+
+
+def _binary(groups: Groups) -> bool:
+    return all(score in (0.0, 1.0) for group in groups for score in group)

@@ -6,6 +6,7 @@ scores 1 whatever else is written. `similarity` is the same without that rule, `
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flowalign.evaluate.benchmark import Benchmark
@@ -80,8 +81,8 @@ def _score(groups: Groups) -> dict[str, Any]:
 
 def evaluate_ocr(
     benchmark: Benchmark, mode: str, recogniser: str | None = None, keys: str | None = None
-) -> dict[str, Any]:
-    """Draw what is missing, read what is not read yet, and write the summary, which is returned.
+) -> tuple[dict[str, Any], Path]:
+    """Draw what is missing, read what is not read yet, and write the summary, which is returned with its folder.
 
     mode: "page" finds text in photographs, "lines" reads small pictures of nothing but text, as `rewards.ocr.OCR` says.
     recogniser, keys: those of `rewards.ocr.OCR`.
@@ -97,12 +98,13 @@ def evaluate_ocr(
         reader.applies_to({"prompt": row.prompt})  # refuses letters that it cannot read
     own = {"recogniser": recogniser, "keys": keys}
     about = {"benchmark": "ocr", "mode": mode, **{key: value for key, value in own.items() if value is not None}}
+    benchmark = benchmark.placed("ocr", about)
     lines = benchmark.judged(rows, about, partial(readings, reader))
     if not any(line["accuracy"] for line in lines):
         raise UserError(
             f"every score is 0: in none of the {len(lines)} pictures is a letter of its text read; look at them and at "
-            f"{benchmark.output / RESULTS}, and try another --mode"
+            f"{benchmark.folder / RESULTS}, and try another --mode"
         )
-    summary = {**about, **summarise(lines, benchmark.images)}
-    write_summary(benchmark.output, summary)
-    return summary
+    summary = {**about, **benchmark.about(rows), **summarise(lines, benchmark.images)}
+    write_summary(benchmark.folder, summary)
+    return summary, benchmark.folder

@@ -20,6 +20,7 @@ from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
 from flowalign.evaluate.evaluation import check_prompts
+from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval
 from flowalign.evaluate.results import (
     EVALUATION,
@@ -56,9 +57,11 @@ def evaluate_panel(
     count: int | None,
     rewards: Mapping[str, Reward],
     settings: Mapping[str, Any],
-    output: Path,
-) -> dict[str, Any]:
-    """Draw and score what is missing of every drawing of every model; write panel.csv and the summary, returned.
+    output: Path | None,
+) -> tuple[dict[str, Any], Path]:
+    """Draw and score what is missing of every drawing of every model; write panel.csv and the summary.
+
+    The summary is returned with its folder, one under runs/ for these models and settings where none is given.
 
     `settings` are what decides the rewards' scores. Raises UserError for prompts that no reward can judge, a reward
     that learns, and as `draw` does.
@@ -69,6 +72,10 @@ def evaluate_panel(
     for name, reward in rewards.items():
         if not any(reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows):
             raise UserError(f"reward {name!r} can judge none of the prompts {prompts}; leave it out or give others")
+    last = [several[0] for several in drawings.values()][
+        -1
+    ]  # with guidance; of the fine-tuned model where there is one
+    output = output or Path("runs/panel") / last.name(rows, settings)
     check_folder(output, EVALUATION, settings, made="*/" + RESULTS)
     stopwatch = Stopwatch(output)
     places = {
@@ -88,9 +95,12 @@ def evaluate_panel(
         parts.append(Part(model, guidance, _by_prompt(lines, drawing.images, list(rewards))))
     bounds = {name: reward.range for name, reward in rewards.items()}
     replace_text(output / "panel.csv", _table(parts, rows))
-    summary = {"benchmark": "panel", **settings, **summarise(parts, bounds), "prompts": len(rows)}
+    known = held_out_by(last.model.adapter, rows)
+    trained = {} if known is None else {"trained_prompts": known.trained}
+    about = {"drawn": last.words, **trained, "prompts": len(rows)}
+    summary = {"benchmark": "panel", **settings, **summarise(parts, bounds), **about}
     write_summary(output, summary)
-    return summary
+    return summary, output
 
 
 def _scored(

@@ -17,6 +17,7 @@ import yaml
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.hacking_page import hacking_section
+from flowalign.evaluate.held_out import held_out_of
 from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combined_interval, difference_interval
 from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
 from flowalign.runs import MAP, picture_names
@@ -137,6 +138,7 @@ def _contents(folder: Path) -> Row:
         "metrics": metrics,
         "alarms": [(line["step"], alarm) for line in metrics for alarm in line.get("alarms", ())],
         "evaluations": evaluations,
+        "held_out": held_out_of(evaluations[-1] if evaluations else {}),
         "scores": _scores(evaluations, recipe, folder),
         "samples": _samples(folder / "samples"),
         "hacking": hacking_section(evaluations, folder),

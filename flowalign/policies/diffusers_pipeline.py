@@ -32,6 +32,7 @@ class PipelinePolicy(Policy):
     targets: ClassVar[Mapping[str, Sequence[str]]]  # named groups of endings of module names, for model.lora.targets
     native: ClassVar[Native] = {}  # the original code's names of weights, as the LoRA files of other trainers have them
     optional_parts: ClassVar[Sequence[str]] = ()  # components that a saved pipeline may lack
+    usual: ClassVar[tuple[int, float]] = (50, 4.5)  # steps and guidance, where nobody says others
     t5: ClassVar[str]  # the component that max_sequence_length is for
     even_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler evenly spaced sigmas
 

@@ -70,6 +70,7 @@ class FluxPolicy(PipelinePolicy):
         ),
     }
     native = NATIVE
+    usual = (28, 1.0)  # the embedded guidance is enough; a second pass is for who asks for it
     t5 = "text_encoder_2"
     even_sigmas = True
     patch = 2

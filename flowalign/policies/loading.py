@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flowalign.assets import asset
-from flowalign.config import Model, load_recipe
+from flowalign.config import Model, Sampler, load_recipe
 from flowalign.paths import expanded
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
@@ -91,6 +91,19 @@ def model_settings(
     if max_sequence_length is not None:
         changes["max_sequence_length"] = max_sequence_length
     return settings.model_copy(update=changes)
+
+
+def usual_sampling(model: str) -> tuple[Sampler, int, str]:
+    """How a model is drawn where nobody says otherwise: sampler, seed of the noise, and in words whose they are.
+
+    A run folder has its recipe's evaluation's, since other steps or guidance would measure another model; toyworld and
+    the families of pipelines have their own.
+    """
+    if (Path(model) / "recipe.yaml").is_file():
+        evaluation = load_recipe(Path(model) / "recipe.yaml").evaluation
+        return Sampler(**evaluation.model_dump(include=set(Sampler.model_fields))), evaluation.seed, "the run's own"
+    steps, guidance = (12, 3.0) if model == EMBEDDED else find_family(Model(path=model))[0].usual
+    return Sampler(steps=steps, guidance=guidance), 0, f"{model}'s own" if model == EMBEDDED else "the model's family's"
 
 
 def _run_model(run: Path, adapter: str | Path | None) -> Model:

@@ -1,0 +1,57 @@
+"""Whether a model is measured on prompts that it was not trained on: only such prompts are called held-out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowalign.config import Recipe, load_recipe
+from flowalign.data import Row, load_prompts, shared_rows
+from flowalign.offline import GroupStore
+from flowalign.settings import UserError, counted
+
+
+class HeldOut(NamedTuple):
+    """How many of an evaluation's prompts are trained on; None where that is not known."""
+
+    trained: int | None
+    count: int
+
+    @property
+    def word(self) -> str:
+        """What to call such prompts."""
+        return "held-out" if self.trained == 0 else "evaluation"
+
+    @property
+    def words(self) -> str:
+        """Of what kind the prompts are, as a part of a sentence."""
+        if self.trained == 0:
+            return "held-out prompts"
+        if self.trained is None:
+            return "it is not known whether these prompts were trained on"
+        are = "is" if self.trained == 1 else "are"
+        return f"not held out: {self.trained:,} of {counted(self.count, 'prompt')} {are} trained on"
+
+
+def held_out(rows: Sequence[Row], training_rows: Sequence[Row]) -> HeldOut:
+    """Of an evaluation's rows beside those of the training."""
+    return HeldOut(len(shared_rows(rows, training_rows)), len(rows))
+
+
+def held_out_from(recipe: Recipe, rows: Sequence[Row]) -> HeldOut:
+    """Of rows beside what the recipe trains on, which may be gone by now."""
+    try:
+        training_rows = GroupStore.open(Path(recipe.store)).rows if recipe.store else load_prompts(recipe.prompts)
+    except UserError:
+        return HeldOut(None, len(rows))
+    return held_out(rows, training_rows)
+
+
+def held_out_by(adapter: str | None, rows: Sequence[Row]) -> HeldOut | None:
+    """Of rows beside what the run trained on that an adapter lies in; None for an adapter of elsewhere and for none."""
+    recipe = Path(adapter).resolve().parent / "recipe.yaml" if adapter else None
+    return held_out_from(load_recipe(recipe), rows) if recipe is not None and recipe.is_file() else None
+
+
+def held_out_of(evaluation: Mapping[str, Any]) -> HeldOut:
+    """What an evaluation or a comparison on disk says; older versions did not."""
+    return HeldOut(evaluation.get("trained_prompts"), evaluation.get("prompts", 0))
