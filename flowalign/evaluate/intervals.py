@@ -78,9 +78,9 @@ def difference_interval(before: Groups, after: Groups) -> Interval:
     Proportions: with n prompts and d their differences, m = sum d / (n + 2) and the variance is
     (sum d^2 + 1) / (n + 2) - m^2, over n + 2.
     """
-    paired = list(zip(before, after, strict=True))
-    values = np.array([float(np.mean(last)) - float(np.mean(first)) for first, last in paired])
-    if not paired or not (_binary(before) and _binary(after)):
+    usual = sum(map(len, before)) / max(len(before), 1)  # as in `mean_interval`
+    values = np.array([(math.fsum(b) - math.fsum(a)) / usual for a, b in zip(before, after, strict=True)])
+    if not len(values) or not (_binary(before) and _binary(after)):
         return plain_interval(values)
     count = len(values) + 2
     centre = float(values.sum()) / count
