@@ -1,18 +1,19 @@
 """The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
 
 import errno
+import importlib.metadata
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from flowalign.cli_evaluate import data_app, eval_app
 from flowalign.cli_model import model_app
@@ -20,14 +21,54 @@ from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
 from flowalign.command import RewardOptions, console, plain_console, quiet_libraries, tolerate, verdict, with_homes
 from flowalign.command import device as _device
-from flowalign.settings import UserError
+from flowalign.interrupt import Interrupted
+from flowalign.settings import CheckFailed, UserError
 from rewards.errors import RewardError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False, help=__doc__)
+EXIT_CODES = (
+    "Exit codes: 0 good; 1 an alarm or a failed check (of an audit, a run that its guard ended, a self-test, a reward, "
+    "a model, a plan, this machine); 2 it could not run; 130 interrupted."
+)
+
+
+class _Commands(TyperGroup):
+    """Says that it was interrupted, and ends with the exit code of Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            console.print(str(stopped) or "interrupted; what is done is kept", soft_wrap=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help=__doc__,
+    epilog=EXIT_CODES,
+)
 app.add_typer(eval_app, name="eval")
 app.add_typer(data_app, name="data")
 app.add_typer(model_app, name="model")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"flowalign {importlib.metadata.version('flowalign')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -55,11 +96,12 @@ def train(
     quiet_libraries()
     from flowalign.trainer import Trainer
 
-    with _interruptible():
-        trainer = Trainer(resolved, resume=resume, overwrite=overwrite, profile=profile)
-        folder = trainer.run()
+    trainer = Trainer(resolved, resume=resume, overwrite=overwrite, profile=profile)
+    folder = trainer.run()
     if trainer.main:
         _print_gain(folder)
+    if trainer.guarded():
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -85,18 +127,17 @@ def compare(
     from flowalign.evaluate import compare as comparison
     from flowalign.evaluate.compare_page import leaderboard, legend
 
-    with _interruptible():
-        result = comparison.compare(
-            recipes,
-            budget,
-            output,
-            seeds=comparison.parse_seeds(seeds),
-            reward=reward,
-            target=target,
-            overrides=changes or [],
-            best_of=best_of,
-            resume=resume,
-        )
+    result = comparison.compare(
+        recipes,
+        budget,
+        output,
+        seeds=comparison.parse_seeds(seeds),
+        reward=reward,
+        target=target,
+        overrides=changes or [],
+        best_of=best_of,
+        resume=resume,
+    )
     columns, rows = leaderboard(result)
     shown = [place for place, name in enumerate(columns) if name in ("recipe", "after", "gain") or " to " in name]
     table = Table()
@@ -315,26 +356,16 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to 
 
 @app.command()
 def doctor() -> None:
-    """Say what works on this machine, and why not."""
+    """Say what works on this machine, and why not. Exit code 1 if a part is missing that everything needs."""
     quiet_libraries()
-    from flowalign.doctor import diagnose
+    from flowalign.doctor import NEEDED, diagnose
 
-    table = Table("part", "state", "detail")
-    for part, works, detail in diagnose():
+    table, found = Table("part", "state", "detail"), diagnose()
+    for part, works, detail in found:
         table.add_row(part, Text("works", "green") if works else Text("not here", "yellow"), detail)
     console.print(table)
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """A run that was asked to stop says so and ends with the exit code of Ctrl-C."""
-    from flowalign.interrupt import Interrupted
-
-    try:
-        yield
-    except Interrupted as stopped:
-        console.print(str(stopped))
-        raise typer.Exit(130) from None
+    if any(part in NEEDED and not works for part, works, _ in found):
+        raise typer.Exit(1)
 
 
 def _print_gain(folder: Path) -> None:
@@ -351,20 +382,27 @@ def _print_gain(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: a person's mistake is one sentence and exit code 1."""
+    """The entry point: a person's mistake is one sentence and exit code 2, a check that fails one and exit code 1."""
     for stream in (sys.stdout, sys.stderr):
         tolerate(stream)
     try:
         app(args=with_homes(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
     except (UserError, RewardError) as error:
-        plain_console(stderr=True).print(f"error: {error}", soft_wrap=True)
-        raise SystemExit(1) from None
+        _say_error(str(error))
+        raise SystemExit(1 if isinstance(error, CheckFailed) else 2) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        text = f"error: cannot write {error.filename or 'to the disk'}: {error.strerror}; mend that, then use --resume"
-        plain_console(stderr=True).print(text, soft_wrap=True)
-        raise SystemExit(1) from None
+            sys.excepthook(*sys.exc_info())
+            raise SystemExit(2) from None
+        _say_error(f"cannot write {error.filename or 'to the disk'}: {error.strerror}; mend that, then use --resume")
+        raise SystemExit(2) from None
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # a defect of ours, with its traceback
+        raise SystemExit(2) from None
+
+
+def _say_error(text: str) -> None:
+    plain_console(stderr=True).print(f"error: {text}", soft_wrap=True)
 
 
 if __name__ == "__main__":

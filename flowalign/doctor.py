@@ -24,6 +24,7 @@ from flowalign.toyworld.render import Scene, render
 
 Row = tuple[str, bool, str]  # part, whether it works, and how or why not
 
+NEEDED = ("packages", "CPU", "OCR", "embedded model", "bundled prompts")  # without any of these no quick start works
 TOKENS, HEADS, HEAD_SIZE = 1024, 24, 64  # of a picture of 512 pixels in Stable Diffusion 3.5 medium
 EXTRAS = {  # and the packages that each of them brings
     "xformers": ("xformers",),

@@ -7,7 +7,10 @@ from typing import Any
 import yaml
 
 from flowalign.mistakes import nearest
+from flowalign.paths import expanded
 from flowalign.settings import UserError
+
+_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # such as 1e-3, a text for YAML 1.1
 
 
 def parse_options(names: Sequence[str], texts: Sequence[str], flag: str = "--option") -> dict[str, dict[str, Any]]:
@@ -27,7 +30,8 @@ def parse_options(names: Sequence[str], texts: Sequence[str], flag: str = "--opt
         if dot and owner not in known:
             raise UserError(f"{flag} {text!r}: {owner!r} is no name given{nearest(owner, list(known))}")
         try:
-            found[known[owner] if dot else names[0]][key] = yaml.safe_load(value)
+            parsed = float(value) if _NUMBER.fullmatch(value) else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"{flag} {text!r}: the value {value!r} is not YAML; put it in quotes") from error
+        found[known[owner] if dot else names[0]][key] = expanded(parsed) if isinstance(parsed, str) else parsed
     return found

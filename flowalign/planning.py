@@ -27,7 +27,7 @@ from flowalign.modelsize import (
 )
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.processes import MESSAGE, refuse_all_trained
-from flowalign.settings import UserError
+from flowalign.settings import CheckFailed, UserError
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # assumed: the device's context, libraries' workspaces, fragmentation
@@ -136,7 +136,7 @@ def _refuse_uneven(recipe: Recipe, gpus: int) -> None:
     divisors = [n for n in range(1, prompts + 1) if prompts % n == 0]
     near = min(divisors, key=lambda n: (abs(n - gpus), n))
     multiple = max(gpus, round(prompts / gpus) * gpus)
-    raise UserError(
+    raise CheckFailed(
         f"train.prompts_per_step ({prompts}) must be a multiple of the {gpus} processes: use --gpus {near}, or "
         f"train.prompts_per_step={multiple}"
     )
@@ -283,11 +283,11 @@ def refuse_too_large(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwa
         fitting = _batches_that_fit(tried, costs, gpus, vram, forwards)
         if fitting is not None:
             settings = " ".join(f"{key}={value}" for key, value in {**changes, **fitting}.items())
-            raise UserError(f"{text}; what fits: {settings}")
+            raise CheckFailed(f"{text}; what fits: {settings}")
         small = _changed(tried, {"train.micro_batch": 1})
         small = _changed(small, {"rollout.batch": 1, "evaluation.batch": 1})
         least = min(least, max(phases(small, costs, gpus, forwards).values()))
-    raise UserError(
+    raise CheckFailed(
         f"{text}, and {least / GIB:.1f} GiB with the smallest batches, gradient checkpointing, kept conditions and the "
         "8-bit optimizer; use larger GPUs or a lower model.lora.rank"
     )

@@ -11,6 +11,10 @@ class UserError(Exception):
     """A person's mistake in one sentence: what is wrong, where, and what would be right."""
 
 
+class CheckFailed(UserError):
+    """What was checked does not hold: no mistake in the command, whose exit code is 1 and not 2."""
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown keys are errors, values never change, a field's docstring is its description.
 

@@ -36,7 +36,7 @@ from flowalign.rollout import Samples, rollout
 from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import Check, SelfTest
-from flowalign.settings import UserError
+from flowalign.settings import CheckFailed, UserError
 from flowalign.starting import check_start
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
@@ -145,7 +145,7 @@ class Trainer:
         with asked_to_stop(self.display.say) as self.stop, training, folder:
             if self.step == 0 and self.evaluated_at != 0:
                 self._evaluate()
-            while self.step < train.steps and not self._out_of_time() and not self._guarded():
+            while self.step < train.steps and not self._out_of_time() and not self.guarded():
                 with self._traced(first):
                     self._train_step()
                 due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
@@ -165,7 +165,7 @@ class Trainer:
             if self.main:
                 with self.averaged():
                     self.policy.export(self.run_folder.adapter)
-        why = "sustained alarm" if self._guarded() else None
+        why = "sustained alarm" if self.guarded() else None
         self._report(finished=now(), minutes=self.minutes, stopped=why)
         if recipe.run.trackers:
             self.accelerator.end_training()
@@ -326,7 +326,7 @@ class Trainer:
             self.run_folder.update_info(self_test=[check._asdict() for check in checks])
         failed = [check for check in checks if not check.passed]
         if failed:
-            raise UserError(f"self-test failed: {failed[0].check}: {failed[0].detail}")
+            raise CheckFailed(f"self-test failed: {failed[0].check}: {failed[0].detail}")
 
     def _evaluate(self) -> None:
         settings: Evaluation = self.recipe.evaluation
@@ -376,7 +376,7 @@ class Trainer:
             own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe, spare)
         return own if self.world == 1 else evaluated_by_all(own, settings.pictures)
 
-    def _guarded(self) -> bool:
+    def guarded(self) -> bool:
         """Whether the guard ends the run."""
         guard = self.recipe.guard
         return bool(guard and guard.stop and self.guarding and self.guarding.sustained)

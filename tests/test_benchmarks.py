@@ -71,11 +71,11 @@ def succeed(*arguments: object) -> None:
 def failing(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that must fail; returns its one sentence."""
 
-    def run(*arguments: object) -> str:
+    def run(*arguments: object, code: int = 2) -> str:
         with pytest.raises(SystemExit) as stopped:
             main([str(argument) for argument in arguments])
         error = capsys.readouterr().err.strip()
-        assert stopped.value.code == 1 and error.startswith("error: ") and "\n" not in error
+        assert stopped.value.code == code and error.startswith("error: ") and "\n" not in error
         return error
 
     return run
@@ -212,9 +212,9 @@ def test_a_detector_that_sees_nothing_is_refused_before_anything_is_drawn(tmp_pa
         "    def __call__(self, images):\n        return [[] for _ in images]\n"
     )
     command = ["eval", "geneval", *tiny, "--detector", f"{tmp_path}/blind.py:Blind", "--output", tmp_path / "out"]
-    assert "finds nothing in a picture of ring and star" in failing(*command)
+    assert "finds nothing in a picture of ring and star" in failing(*command, code=1)
     assert not (tmp_path / "out").exists()
-    assert "every score is 0: none of the 12 pictures is correct" in failing(*command, "--no-check-detector")
+    assert "every score is 0: none of the 12 pictures is correct" in failing(*command, "--no-check-detector", code=1)
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
@@ -564,7 +564,7 @@ def test_blank_signs_are_a_loud_failure(tmp_path: Path, failing) -> None:
         "--output",
         tmp_path / "o",
     ]
-    assert "every score is 0" in failing(*command)
+    assert "every score is 0" in failing(*command, code=1)
 
 
 def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_model: Path, tmp_path: Path) -> None:
@@ -627,7 +627,8 @@ def run_folder(tiny_model: Path, tmp_path: Path) -> Path:
         "prompts": str(tmp_path / "train.jsonl"),
         "rewards": {"colorfulness": 1.0},
         "algorithm": {"name": "flow_grpo", "clip_range": 0.01},
-        "evaluation": {"steps": 3, "guidance": 1.5, "grid": "uniform", "solver": "dpm++", "seed": 7},
+        "evaluation": {"prompts": "test.txt", "steps": 3, "guidance": 1.5, "grid": "uniform", "solver": "dpm++"}
+        | {"seed": 7},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     return folder
@@ -642,6 +643,14 @@ def test_a_run_is_drawn_as_its_evaluation_draws_and_options_override(run_folder:
     other = drawing_of(str(run_folder), device="cpu", steps=5, grid="model", seed=0, size=32)
     assert other.sampler == Sampler(steps=5, guidance=1.5, grid="model", solver="dpm++") and other.seed == 0
     assert "32 x 32 pixels, seed 0 (the run's own settings but for the given steps, grid, seed, size)" in other.words
+
+
+def test_a_run_without_evaluations_is_drawn_as_its_model_is(run_folder: Path) -> None:
+    recipe = json.loads((run_folder / "recipe.yaml").read_text())
+    del recipe["evaluation"]
+    (run_folder / "recipe.yaml").write_text(json.dumps(recipe))
+    own = drawing_of(str(run_folder), device="cpu")
+    assert own.sampler == Sampler(steps=50, guidance=4.5) and own.origin == "the model's family's settings"
 
 
 def test_a_model_is_drawn_as_its_family_is(tiny_model: Path, tiny_flux: Callable[[bool], Path]) -> None:

@@ -25,7 +25,7 @@ from flowalign.selftest import Check
 def failing(capsys: pytest.CaptureFixture[str]):
     """Run a command that must fail; returns its one sentence."""
 
-    def run(*arguments: str, code: int = 1) -> str:
+    def run(*arguments: str, code: int = 2) -> str:
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == code
@@ -253,7 +253,9 @@ def test_mistakes_in_checking_and_serving_are_one_sentence(tmp_path: Path, pictu
     assert "has no metadata.jsonl that says" in failing("rewards", "check", "ocr", "--images", str(pictures))
     assert "--prompts are of --images" in failing("rewards", "check", "ocr", "--prompts", str(tmp_path / "prompts.txt"))
     assert "did you mean 'ocr'" in failing("rewards", "check", "orc")
-    assert "must be written REWARD.KEY=VALUE" in failing("serve", "compressibility", "--option", "quality=3")
+    two = ("serve", "compressibility", "colorfulness", "--option")
+    assert "must be written NAME.KEY=VALUE, with a name of compressibility, color" in failing(*two, "quality=3")
+    assert "'colorfulnes' is no name given; did you mean 'colorfulness'" in failing(*two, "colorfulnes.x=3")
     assert "has no option 'qualty'" in failing("serve", "compressibility", "--option", "compressibility.qualty=3")
     assert "two rewards would be served as 'ocr'" in failing("serve", "ocr", "rewards.ocr:ocr")
     assert "FLOWALIGN_TOKEN" in failing("serve", "compressibility", "--host", "0.0.0.0")

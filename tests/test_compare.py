@@ -344,7 +344,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     output = [] if "--output" in given else ["--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
         main(["compare", *given, *budget, *output])
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     error = re.sub(r"/\S*/tiny\b", "tiny", capsys.readouterr().err.strip())
     assert error.startswith("error: ") and "\n" not in error
     assert message in error

@@ -153,6 +153,6 @@ def test_a_path_that_is_no_model_is_one_sentence(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as ended:
         main(["model", "check", path])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

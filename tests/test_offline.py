@@ -426,7 +426,7 @@ def test_a_mistake_is_one_sentence_and_loses_nothing(
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     error = capsys.readouterr().err.strip()
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     assert error.startswith("error: ") and "\n" not in error
     assert message in error
     after = {name: data for name, data in contents(tmp_path).items() if "__pycache__" not in name}

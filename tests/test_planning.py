@@ -284,11 +284,11 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
     assert "assumption" not in shown.partition("time:")[2]
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--vram", "0"])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert "--vram 0 must be a number above 0" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--sharded"])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert "--sharded shares weights out among several GPUs; give --gpus 2" in capsys.readouterr().err
 
 

@@ -306,7 +306,7 @@ def test_a_mistake_in_sampling_is_one_sentence_and_leaves_nothing(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command, *arguments])
-    assert stopped.value.code == 1
+    assert stopped.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and message in error
     assert not (tmp_path / "drawn").exists()

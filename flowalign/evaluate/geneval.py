@@ -19,7 +19,7 @@ from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
 from flowalign.evaluate.intervals import combined_interval, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
-from flowalign.settings import UserError
+from flowalign.settings import CheckFailed, UserError
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
 from rewards.base import RewardError, import_object
 from rewards.geneval import (
@@ -134,7 +134,7 @@ def check_sight(judging: Judge) -> str | None:
     seen = set(kept_detections(judging.detector(media[None])[0], "single_object"))
     if not wanted <= seen:
         found, name = ", ".join(sorted(seen)) or "nothing", judging.identity["detector"]
-        raise UserError(
+        raise CheckFailed(
             f"the detector {name} finds {found} in a picture of {' and '.join(sorted(wanted))}; its weights or their "
             "loading are broken (--no-check-detector judges nevertheless)"
         )
@@ -222,7 +222,7 @@ def evaluate_geneval(
     benchmark = benchmark.placed("geneval", about)
     lines = benchmark.judged(rows, about, partial(verdicts, judging))
     if not any(line["correct"] for line in lines):
-        raise UserError(
+        raise CheckFailed(
             f"every score is 0: none of the {len(lines)} pictures is correct; look at them and at the reasons in "
             f"{benchmark.folder / RESULTS}, of which the first is: {lines[0]['reason'].splitlines()[0]}"
         )

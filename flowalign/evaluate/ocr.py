@@ -13,7 +13,7 @@ from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
 from flowalign.evaluate.intervals import Groups, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
-from flowalign.settings import UserError
+from flowalign.settings import CheckFailed, UserError
 from rewards.ocr import OCR, quoted_text, text_score
 
 SCORES = ("accuracy", "similarity", "exact")
@@ -101,7 +101,7 @@ def evaluate_ocr(
     benchmark = benchmark.placed("ocr", about)
     lines = benchmark.judged(rows, about, partial(readings, reader))
     if not any(line["accuracy"] for line in lines):
-        raise UserError(
+        raise CheckFailed(
             f"every score is 0: in none of the {len(lines)} pictures is a letter of its text read; look at them and at "
             f"{benchmark.folder / RESULTS}, and try another --mode"
         )

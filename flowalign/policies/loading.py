@@ -70,7 +70,7 @@ def _plugin(entry: EntryPoint) -> type[PipelinePolicy]:
 
 def toyworld_model() -> Model:
     """The settings that fit the embedded model."""
-    return Model(path=EMBEDDED, height=64, width=64, max_sequence_length=0)
+    return Model(path=EMBEDDED)
 
 
 def model_settings(
@@ -96,12 +96,14 @@ def model_settings(
 def usual_sampling(model: str) -> tuple[Sampler, int, str]:
     """How a model is drawn where nobody says otherwise: sampler, seed of the noise, and in words whose they are.
 
-    A run folder has its recipe's evaluation's, since other steps or guidance would measure another model; toyworld and
-    the families of pipelines have their own.
+    A run folder has those of its recipe's evaluation, where it has one, since other steps or guidance would measure
+    another model; toyworld and the families of pipelines have their own.
     """
     if (Path(model) / "recipe.yaml").is_file():
-        evaluation = load_recipe(Path(model) / "recipe.yaml").evaluation
-        return Sampler(**evaluation.model_dump(include=set(Sampler.model_fields))), evaluation.seed, "the run's own"
+        recipe = load_recipe(Path(model) / "recipe.yaml")
+        evaluation, model = recipe.evaluation, recipe.model.path
+        if evaluation.prompts is not None:
+            return Sampler(**evaluation.model_dump(include=set(Sampler.model_fields))), evaluation.seed, "the run's own"
     steps, guidance = (12, 3.0) if model == EMBEDDED else find_family(Model(path=model))[0].usual
     return Sampler(steps=steps, guidance=guidance), 0, f"{model}'s own" if model == EMBEDDED else "the model's family's"
 
