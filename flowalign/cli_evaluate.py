@@ -332,7 +332,6 @@ def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
 
 
 def _finish(table: Table, summary: Mapping[str, Any], folder: Path, note: str) -> None:
-    from flowalign.evaluate.held_out import held_out_of
     from flowalign.evaluate.intervals import FEW, FEW_WORDS
     from flowalign.evaluate.results import Stopwatch
 
@@ -341,7 +340,7 @@ def _finish(table: Table, summary: Mapping[str, Any], folder: Path, note: str) -
     parts = [summary, *summary.get("tasks", {}).values(), *summary.get("lengths", {}).values()]
     if min(row["prompts"] for row in [*parts, *summary.get("means", [])]) < FEW:
         notes.append(FEW_WORDS)
-    if "trained_prompts" in summary:
-        notes.append(held_out_of(summary).words)
+    if "held_out" in summary:
+        notes.append(summary["held_out"])
     seconds = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in Stopwatch(folder).seconds.items())
     console.print("\n".join([*notes, f"{seconds}; all of it is in {folder}"]), markup=False, soft_wrap=True)

@@ -667,11 +667,11 @@ def test_every_model_and_setting_has_a_folder_of_its_own_and_the_same_command_go
     succeed(*command, run_folder)
     shown = " ".join(capsys.readouterr().out.split())
     assert "3 steps, guidance 1.5, uniform grid, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)" in shown
-    assert "not held out: 3 of 6 prompts are trained on" in shown and "few: fewer than 20 prompts" in shown
+    assert "not held out: 1 of 2 prompts is trained on" in shown and "few: fewer than 20 prompts" in shown
     (first,) = (tmp_path / "runs" / "geneval").iterdir()
     assert first.name.startswith("tiny-own-lora-3steps-g1.5-")
     summary = json.loads((first / "summary.json").read_text())
-    assert summary["trained_prompts"] == 3 and "the run's own settings" in summary["drawn"]
+    assert summary["trained_prompts"] == 1 and "the run's own settings" in summary["drawn"]
     assert json.loads((first / "drawing.json").read_text())["steps"] == 3
     times = {path: path.stat().st_mtime_ns for path in first.glob("*/samples/*.png")}
     before = everything(first)

@@ -61,7 +61,7 @@ class Benchmark:
         if not isinstance(self.source, Drawing):
             return {"drawn": None}
         known = held_out_by(self.source.model.adapter, rows)
-        trained = {} if known is None else {"trained_prompts": known.trained}
+        trained = {} if known is None else {"trained_prompts": known.trained, "held_out": known.words}
         return {"drawn": self.source.words, **trained}
 
     @property

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowalign.config import Recipe, load_recipe
-from flowalign.data import Row, load_prompts, shared_rows
+from flowalign.data import Row, load_prompts, normalised, shared_rows
 from flowalign.offline import GroupStore
 from flowalign.settings import UserError, counted
 
@@ -34,7 +34,8 @@ class HeldOut(NamedTuple):
 
 def held_out(rows: Sequence[Row], training_rows: Sequence[Row]) -> HeldOut:
     """Of an evaluation's rows beside those of the training."""
-    return HeldOut(len(shared_rows(rows, training_rows)), len(rows))
+    shared = {normalised(row.prompt) for row in shared_rows(rows, training_rows)}
+    return HeldOut(len(shared), _different(rows))
 
 
 def held_out_from(recipe: Recipe, rows: Sequence[Row]) -> HeldOut:
@@ -42,8 +43,12 @@ def held_out_from(recipe: Recipe, rows: Sequence[Row]) -> HeldOut:
     try:
         training_rows = GroupStore.open(Path(recipe.store)).rows if recipe.store else load_prompts(recipe.prompts)
     except UserError:
-        return HeldOut(None, len(rows))
+        return HeldOut(None, _different(rows))
     return held_out(rows, training_rows)
+
+
+def _different(rows: Sequence[Row]) -> int:
+    return len({normalised(row.prompt) for row in rows})
 
 
 def held_out_by(adapter: str | None, rows: Sequence[Row]) -> HeldOut | None:

@@ -96,7 +96,7 @@ def evaluate_panel(
     bounds = {name: reward.range for name, reward in rewards.items()}
     replace_text(output / "panel.csv", _table(parts, rows))
     known = held_out_by(last.model.adapter, rows)
-    trained = {} if known is None else {"trained_prompts": known.trained}
+    trained = {} if known is None else {"trained_prompts": known.trained, "held_out": known.words}
     about = {"drawn": last.words, **trained, "prompts": len(rows)}
     summary = {"benchmark": "panel", **settings, **summarise(parts, bounds), **about}
     write_summary(output, summary)
