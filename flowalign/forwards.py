@@ -67,6 +67,7 @@ class _Pixel(Policy):
         raise NotImplementedError("nothing in it is worth keeping")
 
 
+@torch.inference_mode(False)
 def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
     """The forwards of the first training steps over all processes: the first may save what later ones cannot."""
     algorithm = recipe.algorithm.model_copy(deep=True)

@@ -12,6 +12,24 @@ from flowalign.processes import summed
 from flowalign.rollout import Samples
 
 
+def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -> dict[str, Any]:
+    """What a step's line says of its samples' rewards, and of those that are flat.
+
+    scored: of all samples (N,); groups: (N,); differs: (N,) bool, whether the rewards of a sample's group do.
+    """
+    assert scored.measured is not None
+    means, stds = {"total": scored.total.mean().item()}, {"total": scored.total.std().item()}
+    for name, values, applies in zip(scored.names, scored.measured, scored.applies, strict=True):
+        if applies.sum() > 1:
+            means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
+    figures: dict[str, Any] = {"reward": means, "reward_std": stds, "zero_spread": 1 - differs.float().mean().item()}
+    if scored.trust is not None:
+        figures["trust"] = scored.trust.mean().item()
+    if flat := flat_rewards(scored, groups):
+        figures["flat"] = flat
+    return figures
+
+
 def flat_rewards(scored: Scored, groups: torch.Tensor) -> dict[str, str]:
     """Of each reward that is trained on and tells no two samples of a group apart: what it does, by its name.
 

@@ -148,6 +148,7 @@ class Pass(NamedTuple):
     peak: int  # bytes beside the weights and what comes in
 
 
+@torch.inference_mode(False)
 def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, checkpointing: bool = False) -> Pass:
     """The cost of `rows` rows through the transformer, on the meta device."""
     transformer: Any = policy.transformer

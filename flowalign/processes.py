@@ -6,6 +6,7 @@ too, or, where the launcher is configured for FSDP 2, a share of them: each bloc
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,9 @@ from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
+from flowalign.advantages import Scored
 from flowalign.config import Recipe
 from flowalign.data import Row
 from flowalign.devices import own_device
@@ -107,12 +110,27 @@ def shares_out() -> bool:
 def prepare(accelerator: Accelerator, transformer: nn.Module) -> None:
     """Make the transformers of all processes one: compare them, and share out the frozen weights where that is asked.
 
-    Raises UserError where they differ, and where there is nothing to share out.
+    Raises UserError where they differ, cannot be trained here, or where there is nothing to share out.
     """
+    _refuse_untrainable(transformer)
     if accelerator.num_processes > 1:
         _refuse_different(accelerator, transformer)
     if shares_out() and not is_shared_out(transformer):  # as a script's policy is in its second run
         share_out(transformer, accelerator.device, accelerator.num_processes)
+
+
+def _refuse_untrainable(transformer: nn.Module) -> None:
+    for name, weight in transformer.named_parameters():
+        if weight.is_inference():
+            raise UserError(
+                f"the policy's weight {name} was made under torch.inference_mode(), where nothing made can be trained; "
+                "make the policy outside of it"
+            )
+        if weight.requires_grad and isinstance(weight, DTensor):
+            raise UserError(
+                f"the policy's trained weight {name} is shared out among the processes already; every process holds "
+                "trained weights whole here, and FSDP shares out frozen ones alone"
+            )
 
 
 def _refuse_different(accelerator: Accelerator, transformer: nn.Module) -> None:
@@ -202,6 +220,19 @@ def gathered(accelerator: Accelerator, part: torch.Tensor) -> torch.Tensor:
     """The samples of all processes along the last axis, of a tensor (N,) or (K, N) of this process's."""
     whole: torch.Tensor = accelerator.gather(part.movedim(-1, 0).contiguous())
     return whole.movedim(0, -1)
+
+
+def all_scored(accelerator: Accelerator, own: Scored) -> Scored:
+    """The scored samples of all processes, in their order."""
+    together = partial(gathered, accelerator)
+    return own._replace(
+        total=together(own.total),
+        values=together(own.values),
+        applies=together(own.applies),
+        measured=None if own.measured is None else together(own.measured),
+        previews=None if own.previews is None else accelerator.gather(own.previews),
+        trust=None if own.trust is None else together(own.trust),
+    )
 
 
 def rows_of_process(

@@ -75,6 +75,7 @@ class Samples:
         return len(self.rows)
 
 
+@torch.inference_mode(False)  # its samples are learnt from, wherever they were drawn
 @torch.no_grad()
 def rollout(
     policy: "Policy",

@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from flowalign.evaluate.held_out import held_out
 from flowalign.evaluate.report import write_report
 from flowalign.finite import not_finite_explained
 from flowalign.guard import Guarding, evaluation_rewards
-from flowalign.idle import Idle, flat_rewards
+from flowalign.idle import Idle, score_figures
 from flowalign.inputs import check_inputs, inputs_of
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.items import check_levels
@@ -47,6 +46,7 @@ from rewards.weights import chosen_device
 class Trainer:
     """A run of a recipe. Everything that can be wrong is found out before the first step, in the cheapest order."""
 
+    @torch.inference_mode(False)  # with gradients, whatever a script around it has switched off
     def __init__(
         self,
         recipe: Recipe,
@@ -132,6 +132,7 @@ class Trainer:
         """Pixels of the pictures, (height, width)."""
         return self.recipe.model.height, self.recipe.model.width
 
+    @torch.inference_mode(False)
     def run(self) -> Path:
         """Train to the end and write evaluation, weights and report; returns the run folder.
 
@@ -250,20 +251,10 @@ class Trainer:
 
     def _score(self, samples: Samples) -> dict[str, Any]:
         """Rewards and advantages of the samples; statistics over all processes."""
-        samples.scored = self.judging.score(samples)
-        own, algorithm = samples.scored, self.recipe.algorithm
-        assert own.measured is not None
-        together = partial(processes.gathered, self.accelerator)
-        measured = together(own.measured)
-        everyone = own._replace(
-            total=together(own.total),
-            values=together(own.values),
-            applies=together(own.applies),
-            previews=None if own.previews is None else self.accelerator.gather(own.previews),
-            trust=None if own.trust is None else together(own.trust),
-        )
-        groups = torch.arange(self.recipe.train.prompts_per_step, device=own.total.device)
-        groups = groups.repeat_interleave(self.recipe.train.group_size)
+        samples.scored = own = self.judging.score(samples)
+        train, algorithm = self.recipe.train, self.recipe.algorithm
+        everyone = processes.all_scored(self.accelerator, own)
+        groups = torch.arange(train.prompts_per_step, device=own.total.device).repeat_interleave(train.group_size)
         learnt = everyone.trained()
         teaches, differs = algorithm.teaches(learnt, groups), algorithm.differs(learnt, groups)
         part = slice(self.rank * len(samples), (self.rank + 1) * len(samples))
@@ -274,20 +265,7 @@ class Trainer:
         samples.advantages = advantages if own.trust is None else (advantages.T * own.trust).T
         samples.teaches, samples.differs = teaches[part], differs[part]
         samples.shares = learnt.shares(teaches).T[part]
-        means, stds = {"total": everyone.total.mean().item()}, {"total": everyone.total.std().item()}
-        for name, values, applies in zip(own.names, measured, everyone.applies, strict=True):
-            if applies.sum() > 1:
-                means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
-        figures: dict[str, Any] = {
-            "reward": means,
-            "reward_std": stds,
-            "zero_spread": 1 - differs.float().mean().item(),
-        }
-        if everyone.trust is not None:
-            figures["trust"] = everyone.trust.mean().item()
-        if flat := flat_rewards(everyone._replace(measured=measured), groups):
-            figures["flat"] = flat
-        return figures
+        return score_figures(everyone, groups, differs)
 
     # What surrounds the steps.
 

@@ -27,6 +27,7 @@ class FunctionReward(Reward):
         return as_scores(self.function(media, prompts, metadata, **self.options), prompts, self.name)
 
 
+@torch.inference_mode(False)  # what learns has to be made outside of it
 def load(name_or_path: str, /, **options: Any) -> Reward:
     """The reward that `name_or_path` names: "ocr", "my_reward.py:Brightness", "package.module:Name" or "http://...".
 

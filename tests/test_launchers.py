@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,79 @@ def test_the_checksum_sees_a_weights_last_bit_whatever_order_it_is_added_in() ->
         moved[-1, -1] = torch.nextafter(moved[-1, -1], torch.tensor(9.0))
     assert torch.equal(processes._checksum(weight), processes._checksum(turned))
     assert not torch.equal(processes._checksum(weight), processes._checksum(moved))
+
+
+ALL_SHARED_OUT = """
+import os, sys
+import torch
+from accelerate import Accelerator
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from flowalign.algorithms.forward import squared_error
+from flowalign.processes import prepare
+from flowalign.settings import UserError
+from process_worker import SIDE, SmallPolicy
+
+rank = 0 if os.fork() else 1
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+accelerator = Accelerator(cpu=True)
+policy = SmallPolicy(torch.float32)
+x, sigma, condition = torch.ones(2, 1, SIDE, SIDE), torch.full((2,), 0.5), policy.encode(["one", "two"])
+whole = policy.velocity(x, sigma, condition).detach()
+mesh = init_device_mesh("cpu", (2,))
+for layer in policy.transformer.layers:
+    fully_shard(layer, mesh=mesh)
+fully_shard(policy.transformer, mesh=mesh)
+assert all(isinstance(weight, DTensor) for weight in policy.trainable_parameters().values())
+policy.snapshot("reference")
+with torch.no_grad():
+    for weight in policy.trainable_parameters().values():
+        weight.mul_(1.5)
+policy.weights_changed()
+
+
+def gradient(beside):
+    own = policy.velocity(x, sigma, condition)
+    with torch.no_grad():
+        fixed = whole
+        if beside:
+            with policy.reference():
+                fixed = policy.velocity(x, sigma, condition)
+    torch.testing.assert_close(fixed, whole)
+    kl = squared_error(own, fixed).mean()
+    kl.backward()
+    found = [weight.grad.full_tensor() for weight in policy.trainable_parameters().values()]
+    policy.transformer.zero_grad()
+    return kl.item(), found
+
+
+kl, plain = gradient(False)
+again, beside = gradient(True)
+assert kl > 1e-3 and abs(kl - again) < 1e-6 * kl, (kl, again)
+for one, other in zip(plain, beside):
+    torch.testing.assert_close(one, other)
+try:
+    prepare(accelerator, policy.transformer)
+except UserError as error:
+    assert "is shared out among the processes already" in str(error)
+else:
+    raise AssertionError("trained weights that are shared out were taken")
+torch.distributed.destroy_process_group()
+if rank:
+    os._exit(0)
+_, status = os.wait()
+sys.exit(status != 0)
+"""
+
+
+def test_snapshots_of_weights_that_are_shared_out_are_used_and_not_passed_by() -> None:
+    """In two processes: FSDP gathers from buffers of its own, and would take no others put in their place."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", ALL_SHARED_OUT], check=True, timeout=300, env=environment)

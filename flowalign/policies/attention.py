@@ -101,6 +101,7 @@ def _set_backend(transformer: Any, backend: str, device: torch.device, dtype: to
         raise
 
 
+@torch.inference_mode(False)
 def attention_seconds(
     backend: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, turns: int = 5
 ) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from flowalign.settings import UserError
 
@@ -134,7 +135,8 @@ class Policy(ABC):
     def empty_condition(self) -> Condition:
         """The condition of the empty prompt, one row, encoded once."""
         if self._empty is None:
-            self._empty = self.encode([""])
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is first asked for in
+                self._empty = self.encode([""])
         return self._empty
 
     def free_text_encoders(self) -> None:
@@ -221,16 +223,28 @@ class Policy(ABC):
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """The snapshot's weights in place of the trained ones, for forward passes only."""
+        """The snapshot's weights in place of the trained ones, for forward passes only.
+
+        Weights that FSDP shares out are copied: it gathers them from buffers of its own, and would not see others put
+        in their place.
+        """
         parameters = self.trainable_parameters()
-        kept = {key: parameter.data for key, parameter in parameters.items()}
+        shared_out = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+        kept = self.trainable_state() if shared_out else {key: weight.data for key, weight in parameters.items()}
+
+        def put(state: dict[str, torch.Tensor]) -> None:
+            with torch.no_grad():
+                for key, parameter in parameters.items():
+                    if shared_out:
+                        parameter.copy_(state[key])
+                    else:
+                        parameter.data = state[key]
+
         try:
-            for key, parameter in parameters.items():
-                parameter.data = self.snapshots[name][key]
+            put(self.snapshots[name])
             yield
         finally:
-            for key, parameter in parameters.items():
-                parameter.data = kept[key]
+            put(kept)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

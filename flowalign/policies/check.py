@@ -45,6 +45,7 @@ class _Traced(NamedTuple):
     sigmas: torch.Tensor
 
 
+@torch.inference_mode(False)
 def check_model(model: Model, device: torch.device | str, *, steps: int = 4, guidance: float = 4.0) -> list[Finding]:
     """All checks of a model, in float32 at its settings' size; `passed` is None for a figure that is only reported.
 

@@ -25,6 +25,7 @@ FAMILIES: dict[str, type[PipelinePolicy]] = {
 ENTRY_POINT_GROUP = "flowalign.policies"
 
 
+@torch.inference_mode(False)  # with gradients, too: weights are there to be trained, and backends are tried with them
 def load_policy(
     model: Model | str,
     device: torch.device | str = "cpu",
