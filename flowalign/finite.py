@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from flowalign.algorithms import GDRO, FlowGRPO
 from flowalign.config import Recipe
 from flowalign.settings import UserError
 
@@ -37,8 +38,8 @@ def not_finite_explained(recipe: Recipe, step: int, trained: bool) -> Iterator[N
             noise = recipe.rollout.noise_level
             ways = [f"lower rollout.noise_level ({noise:g})"] if noise else []
             ways += ["set model.dtype=fp32"] if recipe.model.dtype != "fp32" else []
-            ways = " or ".join([*ways, "look whether the model's files are whole"])
-            raise UserError(f"the model's {error.what} before any training; {ways}") from error
+            ways.append("look whether the model's files are whole")
+            raise UserError(f"the model's {error.what} before any training; {' or '.join(ways)}") from error
         raise UserError(
             f"the policy has diverged: its {error.what} from step {step} on, and no reward is at fault; "
             f"{what_to_lower(recipe)}, and begin anew or from an older checkpoint"
@@ -49,10 +50,10 @@ def what_to_lower(recipe: Recipe) -> str:
     """The settings that make updates smaller, as they are; in half precision also the way out of it."""
     train, algorithm = recipe.train, recipe.algorithm
     settings = {"train.learning_rate": train.learning_rate, "train.max_grad_norm": train.max_grad_norm}
-    if hasattr(algorithm, "clip_range"):
+    if isinstance(algorithm, FlowGRPO):
         settings["algorithm.clip_range"] = algorithm.clip_range
-    if algorithm.name == "gdro":
-        settings["algorithm.beta"] = getattr(algorithm, "beta")  # noqa: B009
+    if isinstance(algorithm, GDRO):
+        settings["algorithm.beta"] = algorithm.beta
     if recipe.rollout.guidance > 1:
         settings["rollout.guidance"] = recipe.rollout.guidance
     lower = " or ".join(f"{name} ({value:g})" for name, value in settings.items())

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -188,7 +188,8 @@ class Learner:
     def _join(self, gradients: torch.Tensor, figures: "Figures") -> None:
         """Write the algorithm's combination of the gradients (L, P) where the optimizer looks for it."""
         gradients = self.accelerator.reduce(gradients, "sum")
-        weights, seen = torch.ones(len(gradients)), {}  # of gradients that are not finite, which is then found out
+        weights = torch.ones(len(gradients))  # of gradients that are not finite, which is then found out
+        seen: Mapping[str, float] = {}
         if gradients.isfinite().all():
             gram = gradients.double() @ gradients.double().T / self.scaler.get_scale() ** 2
             weights, seen = self.recipe.algorithm.gradient_weights(gram.cpu())

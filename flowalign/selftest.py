@@ -55,9 +55,9 @@ class SelfTest:
                 scale /= 16
                 norm = self._kl_gradient(batch, scale)
             self._checks.append(Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} beside the reference"))
-        count, differs = len(self.samples), self.samples.differs.float().mean().item()
         distinct = self._over_all(len(torch.unique(self.samples.latents.flatten(1), dim=0))).sum().item()
-        count, share = self._over_all(count).sum().item(), self._over_all(differs).mean().item()
+        count = self._over_all(len(self.samples)).sum().item()
+        share = self._over_all(self.samples.differs.float().mean().item()).mean().item()
         noise = Check("every sample has noise of its own", distinct == count, f"{distinct:.0f} of {count:.0f}")
         spread = share > 0 or self.algorithm.learns_from_equal
         self._checks += [noise, Check("rewards differ within prompts", spread, f"in {share:.0%} of the groups")]
