@@ -9,7 +9,8 @@ and the reward is 0.7 h(class) + 0.3 mean h(patches). What differs from the code
 training and in scoring, where the code normalises them in scoring only; all patches are scored, not 64 random ones, so
 that equal pictures score alike; no rollout is thrown away, since the head takes `updates` steps on every step's
 pictures and on those of steps before, where the code draws new rollouts for each of nine steps and trains no policy on
-them. An untrained head scores 0, so the policy waits for it.
+them. An untrained head scores 0, so the policy waits for it. A picture that is not square is seen whole: in square
+tiles, each of which is a picture to learn from, and its reward is their mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class AdversarialDINO(TrainableReward):
     model: a timm vision transformer, as `rewards.vit.load_vit` takes it. hidden: width of the head.
     updates: head steps after each training step that is a multiple of `every`. batch: pictures of each kind in one.
     buffer: generated pictures, the last so many, that are learnt from. patches: patches of a picture that are.
+    A tile of a picture that is not square counts as a picture in `batch` and `buffer`.
     """
 
     name = "adversarial_dino"
@@ -74,7 +76,8 @@ class AdversarialDINO(TrainableReward):
         self.patches, self.frames, self.seed = patches, frames, seed
         self.head = Head(self.backbone.dim, hidden, seed).to(self.backbone.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=learning_rate, betas=(0.5, 0.999))
-        self.real = self._some_patches(self.backbone.features_of_files(files), 0)
+        own, patches = zip(*self.backbone.tiles_of_files(files), strict=True)
+        self.real = self._some_patches((torch.cat(own), torch.cat(patches)), 0)
         self.generated: Features | None = None
         self.taken = 0  # head steps so far
         self.bad = 0  # training steps in a row that gave cause for an alarm
@@ -85,7 +88,13 @@ class AdversarialDINO(TrainableReward):
     ) -> torch.Tensor:
         """Rewards (B,), logits without bounds."""
         frames, count = chosen_frames(media, self.frames)
-        return mean_of_frames(self._reward(self.backbone.features(frames)), count)
+        features, tiles = self._tiles(frames)
+        return mean_of_frames(self._reward(features), count * tiles)
+
+    def _tiles(self, frames: torch.Tensor) -> tuple[Features, int]:
+        """The features of all tiles of all pictures, and how many tiles a picture has."""
+        own, patches = self.backbone.tiles(frames)
+        return (own.flatten(0, 1), patches.flatten(0, 1)), own.shape[1]
 
     def _reward(self, features: Features) -> torch.Tensor:
         own, patches = features
@@ -96,7 +105,7 @@ class AdversarialDINO(TrainableReward):
     ) -> dict[str, float]:
         """Take the pictures into the buffer and, every `every` steps, train the head; figures of the last batch."""
         frames, _ = chosen_frames(media, self.frames)
-        new = self._some_patches(self.backbone.features(frames), 1, step)
+        new = self._some_patches(self._tiles(frames)[0], 1, step)
         old = self.generated
         self.generated = new if old is None else (torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]]))
         self.generated = (self.generated[0][-self.buffer :], self.generated[1][-self.buffer :])

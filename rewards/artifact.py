@@ -5,7 +5,8 @@ Every patch of a vision transformer gets a logit a_p; the picture's is a smooth 
 
     a = (1 / 4) log mean_p exp(4 a_p),        reward = 1 - sigmoid(a)
 
-The patches' own probabilities are a map of where the artifacts are. A policy that learns may leave what the head was
+The patches' own probabilities are a map of where the artifacts are. A picture that is not square is seen whole, in
+tiles, whose patches count alike, those of overlaps twice. A policy that learns may leave what the head was
 trained on; `refresh` trains on with its pictures as unlabelled ones, of which a known share is clean, by the
 non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6), beside the labelled ones.
 """
@@ -32,8 +33,8 @@ SHARPNESS = 4.0  # of the smooth maximum
 class Refresh(NamedTuple):
     """Labelled pictures and how the head goes on learning; see `Artifact`."""
 
-    clean: torch.Tensor  # patches (N, P, D)
-    artifacts: torch.Tensor
+    clean: Sequence[torch.Tensor]  # the patches (P, D) of each
+    artifacts: Sequence[torch.Tensor]
     every: int
     updates: int
     clean_share: float
@@ -43,6 +44,14 @@ def picture_logits(patch_logits: torch.Tensor) -> torch.Tensor:
     """The smooth maximum (B,) of patch logits (B, P)."""
     count = torch.tensor(float(patch_logits.shape[1]), device=patch_logits.device)
     return ((SHARPNESS * patch_logits).logsumexp(1) - count.log()) / SHARPNESS
+
+
+def head_logits(head: Head, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Picture logits (B,) by a head, of patches (P, D) each; pictures of one number of patches come together."""
+    alike: dict[int, list[torch.Tensor]] = {}
+    for patches in pictures:
+        alike.setdefault(len(patches), []).append(patches)
+    return torch.cat([picture_logits(head(torch.stack(some))) for some in alike.values()])
 
 
 def labelled_loss(clean: torch.Tensor, artifacts: torch.Tensor) -> torch.Tensor:
@@ -58,20 +67,23 @@ def unlabelled_loss(clean: torch.Tensor, unlabelled: torch.Tensor, clean_share: 
 
 def fit(
     head: Head,
-    clean: torch.Tensor,
-    artifacts: torch.Tensor,
+    clean: Sequence[torch.Tensor],
+    artifacts: Sequence[torch.Tensor],
     *,
     steps: int,
     batch: int = 64,
     learning_rate: float = 1e-3,
 ) -> list[float]:
-    """Train a head on patches (N, P, D) and (M, P, D); returns the loss of each step. The seed is counted."""
+    """Train a head on pictures without and with artifacts, the patches (P, D) of each; returns each step's loss.
+
+    The seed is counted.
+    """
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     losses = []
     for step in range(steps):
         parts = [_batch(kind, batch, step, place) for place, kind in enumerate((clean, artifacts))]
-        loss = labelled_loss(*(picture_logits(head(part)) for part in parts))
+        loss = labelled_loss(*(head_logits(head, part) for part in parts))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -80,8 +92,13 @@ def fit(
     return losses
 
 
-def _batch(patches: torch.Tensor, size: int, *key: int) -> torch.Tensor:
-    return patches[torch.randperm(len(patches), generator=counted(*key))[:size].to(patches.device)]
+def _batch(pictures: Sequence[torch.Tensor], size: int, *key: int) -> list[torch.Tensor]:
+    return [pictures[place] for place in torch.randperm(len(pictures), generator=counted(*key))[:size].tolist()]
+
+
+def picture_patches(backbone: VisionBackbone, files: Sequence[Path]) -> list[torch.Tensor]:
+    """The patches (P, D) of each of picture files of any sizes."""
+    return [patches.flatten(0, 1) for _, patches in backbone.tiles_of_files(files)]
 
 
 def save_head(head: Head, model: str, path: Path) -> None:
@@ -151,7 +168,7 @@ class Artifact(TrainableReward):
                 raise RewardError(f"reward {self.name!r}: refresh needs the folders clean and artifacts")
             kinds = {"clean": clean, "artifacts": artifacts}
             files = [folder_pictures(folder, self.name, option) for option, folder in kinds.items()]
-            known = [self.backbone.features_of_files(paths)[1] for paths in files]
+            known = [picture_patches(self.backbone, paths) for paths in files]
             self.refresh = Refresh(known[0], known[1], refresh, updates, clean_share)
         elif clean is not None or artifacts is not None:
             raise RewardError(f"reward {self.name!r}: clean and artifacts are for refresh; set it or leave them out")
@@ -162,15 +179,16 @@ class Artifact(TrainableReward):
     ) -> torch.Tensor:
         """Scores (B,)."""
         frames, count = chosen_frames(media, self.frames)
-        return mean_of_frames((-picture_logits(self.head(self.backbone.features(frames)[1]))).sigmoid(), count)
+        return mean_of_frames((-picture_logits(self.head(self._patches(frames)))).sigmoid(), count)
+
+    def _patches(self, frames: torch.Tensor) -> torch.Tensor:
+        """(B, P, D), of all tiles of each picture."""
+        return self.backbone.tiles(frames)[1].flatten(1, 2)
 
     @torch.no_grad()
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """The probability of an artifact (B, H, W) in images (B, 3, H, W), as fine as the patches are."""
-        logits = self.head(self.backbone.features(images)[1])
-        height, width = self.backbone.grid
-        local = logits.sigmoid().view(len(images), 1, height, width)
-        return F.interpolate(local, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        return self.backbone.maps(self.head(self.backbone.tiles(images)[1]).sigmoid(), *images.shape[-2:])
 
     def update(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
@@ -179,12 +197,12 @@ class Artifact(TrainableReward):
         known = self.refresh
         if known is None or (step + 1) % known.every:
             return {}
-        unlabelled = self.backbone.features(chosen_frames(media, self.frames)[0])[1]
+        unlabelled = list(self._patches(chosen_frames(media, self.frames)[0]))
         labelled, free = torch.zeros(()), torch.zeros(())
         for turn in range(known.updates):
             kinds = (known.clean, known.artifacts, unlabelled)
             parts = [_batch(kind, 64, step, turn, place) for place, kind in enumerate(kinds)]
-            good, bad, new = (picture_logits(self.head(part)) for part in parts)
+            good, bad, new = (head_logits(self.head, part) for part in parts)
             labelled, free = labelled_loss(good, bad), unlabelled_loss(good, new, known.clean_share)
             self.optimizer.zero_grad(set_to_none=True)
             (labelled + free).backward()

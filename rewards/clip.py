@@ -138,6 +138,9 @@ class ClipReward(ClipFeatures, Reward):
         weights file) an open_clip architecture; "toyworld/judges/clip" is the embedded world's.
     batch_size: how many images or texts the model takes at once. frames: how many of a video's frames are judged, the
     middles of as many equal spans; the score is their mean. device: the accelerator if there is one.
+
+    A picture that is not square is cut to its middle where the model's own preprocessing does so, as OpenAI's and most
+    others do: the published scores are made like that.
     """
 
     changes_weights: ClassVar[bool] = False

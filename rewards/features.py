@@ -16,7 +16,8 @@ def unit_features(
     """The function from images (B, 3, H, W) in [0, 1] to their features (B, D) of length 1.
 
     `backbone` "timm" takes the class token of a timm vision transformer, "clip" the embedding of a CLIP model as the
-    reward `clipscore` takes it. RewardError, in the name of `reward`, for another one or a model that does not load.
+    reward `clipscore` takes it; of pictures that are not square both see what the model's own pipeline shows, often the
+    middle. RewardError, in the name of `reward`, for another one or a model that does not load.
     """
     if backbone == "clip":
         return ClipFeatures(model, reward, batch_size, device).image_features

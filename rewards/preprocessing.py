@@ -35,19 +35,47 @@ class Preprocessing(NamedTuple):
     fill: Sequence[float] = (0.0, 0.0, 0.0)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Model input (B, 3, *crop), float32, on the images' device."""
+        """Model input (B, 3, *crop), float32, on the images' device: the middle of pictures of another shape."""
+        return self._normalised(transforms.center_crop(self._padded(images), list(self.crop)))
+
+    def tiles(self, images: torch.Tensor) -> torch.Tensor:
+        """Model inputs (B, T, 3, *crop) that show the whole of images of any shape; T and places are `corners`'."""
+        corners = self.corners(*images.shape[-2:])
+        if len(corners) == 1:
+            return self(images)[:, None]
+        levels, (height, width) = self._padded(images), self.crop
+        starts = [(max(top, 0), max(left, 0)) for top, left in corners]
+        crops = [levels[..., top : top + height, left : left + width] for top, left in starts]
+        return self._normalised(torch.stack(crops, 1))
+
+    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """The upper left corners of the tiles of a picture, in pixels of the resized one, below 0 where it is padded.
+
+        A picture of the crop's shape is one tile, the middle, as the model's own pipeline shows it; another one is
+        covered by as few tiles as can be, evenly spaced.
+        """
+        sizes = self.resized(height, width)
+        if height * self.crop[1] == width * self.crop[0]:
+            return [(round((sizes[0] - self.crop[0]) / 2), round((sizes[1] - self.crop[1]) / 2))]
+        rows, columns = (_starts(size, crop) for size, crop in zip(sizes, self.crop, strict=True))
+        return [(row, column) for row in rows for column in columns]
+
+    def _padded(self, images: torch.Tensor) -> torch.Tensor:
+        """8-bit levels of the resized images, float32, at least as large as the crop."""
         levels = as_levels(images).float()
-        height, width = self._resized(*levels.shape[-2:])
+        height, width = self.resized(*levels.shape[-2:])
         for size in ((levels.shape[-2], width), (height, width)):  # PIL rounds after each of the two directions
             if size != tuple(levels.shape[-2:]):
                 levels = F.interpolate(levels, size, mode=self.interpolation, antialias=True).round().clamp(0, 255)
         width, height = (max(self.crop[axis] - levels.shape[axis - 2], 0) for axis in (1, 0))
         padding = [width // 2, height // 2, (width + 1) // 2, (height + 1) // 2]
-        levels = transforms.pad(levels, padding, fill=list(self.fill))
-        levels = transforms.center_crop(levels, list(self.crop))
+        return transforms.pad(levels, padding, fill=list(self.fill))
+
+    def _normalised(self, levels: torch.Tensor) -> torch.Tensor:
         return transforms.normalize(levels / 255, list(self.mean), list(self.std))
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """The height and width to which a picture of this size is brought."""
         if self.mode == "squash":
             return self.resize
         if self.mode == "shortest" and self.resize[0] == self.resize[1]:  # rounded down, as torchvision does
@@ -56,3 +84,11 @@ class Preprocessing(NamedTuple):
         ratios = height / self.resize[0], width / self.resize[1]
         ratio = min(ratios) if self.mode == "shortest" else max(ratios)
         return round(height / ratio), round(width / ratio)
+
+
+def _starts(size: int, crop: int) -> list[int]:
+    """Where crops begin that cover a length, as few as can be."""
+    if size <= crop:
+        return [-((crop - size) // 2)]
+    count = -(-size // crop)
+    return [round(index * (size - crop) / (count - 1)) for index in range(count)]

@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 import timm
 import torch
 from timm.data.config import resolve_model_data_config
+from torch.nn import functional as F
 
 from rewards.base import RewardError, at_least_one, reason
 from rewards.pictures import read_picture
@@ -77,7 +78,10 @@ class VisionBackbone:
 
     @torch.no_grad()
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The class token (B, D) and the patches (B, P, D), row by row, after the final norm; float32, not scaled."""
+        """The class token (B, D) and the patches (B, P, D), row by row, after the final norm; float32, not scaled.
+
+        As the model's own pipeline has it, which sees the middle of pictures that are not square; `tiles` sees all.
+        """
         prefix = self.module.num_prefix_tokens
         batches = [
             self.module.forward_features(self.preprocessing(b.to(self.device))) for b in images.split(self.batch_size)
@@ -85,7 +89,43 @@ class VisionBackbone:
         tokens = torch.cat(batches)
         return tokens[:, 0], tokens[:, prefix:]
 
-    def features_of_files(self, files: Sequence[Path]) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features` of picture files of any sizes."""
-        parts = [self.features(read_picture(file)[None]) for file in files]
-        return torch.cat([own for own, _ in parts]), torch.cat([patches for _, patches in parts])
+    @torch.no_grad()
+    def tiles(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`features` of the T tiles that cover a picture: class tokens (B, T, D) and patches (B, T, P, D).
+
+        A square picture is one tile and has its `features`. Tiles keep proportions and size, and with them what a head
+        has learnt on square pictures; resizing to a square would show a discriminator the shape and not the picture.
+        """
+        count = len(self.preprocessing.corners(*images.shape[-2:]))
+        batches = []
+        for part in images.split(max(1, self.batch_size // count)):
+            inputs = self.preprocessing.tiles(part.to(self.device))
+            batches.append(self.module.forward_features(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2]))
+        tokens = torch.cat(batches)
+        return tokens[:, :, 0], tokens[:, :, self.module.num_prefix_tokens :]
+
+    def tiles_of_files(self, files: Sequence[Path]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """`tiles` of picture files of any sizes, (T, D) and (T, P, D) each."""
+        parts = [self.tiles(read_picture(file)[None]) for file in files]
+        return [(own[0], patches[0]) for own, patches in parts]
+
+    def maps(self, values: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Values (B, T, P) >= 0 of the tiles' patches, laid over pictures of that size: (B, height, width).
+
+        The highest where tiles overlap; 0 where the model does not look, at the rim of square pictures of which its
+        pipeline takes the middle.
+        """
+        crop, resized = self.size, self.preprocessing.resized(height, width)
+        scales = height / resized[0], width / resized[1]
+        maps = values.new_zeros(len(values), height, width)
+        for number, corner in enumerate(self.preprocessing.corners(height, width)):
+            (top, left), (bottom, right) = (
+                [round((start + added) * scale) for start, added, scale in zip(corner, extent, scales, strict=True)]
+                for extent in ((0, 0), crop)
+            )
+            tile = values[:, number].view(-1, 1, *self.grid)
+            tile = F.interpolate(tile, size=(bottom - top, right - left), mode="bilinear", align_corners=False)[:, 0]
+            tile = tile[:, max(-top, 0) :, max(-left, 0) :]  # without what lies over padding
+            place = maps[:, max(top, 0) : bottom, max(left, 0) : right]
+            place.copy_(torch.maximum(place, tile[:, : place.shape[1], : place.shape[2]]))
+        return maps

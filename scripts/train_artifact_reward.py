@@ -13,7 +13,7 @@ import torch
 from scipy.stats import rankdata
 
 from rewards import RewardError
-from rewards.artifact import Head, fit, load_head, picture_logits, save_head
+from rewards.artifact import Head, fit, head_logits, load_head, picture_patches, save_head
 from rewards.pictures import folder_pictures
 from rewards.vit import VisionBackbone
 
@@ -61,15 +61,15 @@ def train(options: argparse.Namespace) -> None:
     backbone = VisionBackbone(model)
     kept, held = [], []
     for place, paths in enumerate(files):
-        patches = backbone.features_of_files(paths)[1]
-        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed + place))
+        patches = picture_patches(backbone, paths)
+        order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed + place)).tolist()
         count = max(1, round(options.held_out * len(paths)))
-        held.append(patches[order[:count].to(patches.device)])
-        kept.append(patches[order[count:].to(patches.device)])
+        held.append([patches[index] for index in order[:count]])
+        kept.append([patches[index] for index in order[count:]])
     head = (head or Head(backbone.dim, options.hidden, options.seed)).to(backbone.device)
     losses = fit(head, kept[0], kept[1], steps=options.steps, learning_rate=options.learning_rate)
     with torch.no_grad():
-        logits = [picture_logits(head(part)).cpu() for part in held]
+        logits = [head_logits(head, part).cpu() for part in held]
     save_head(head.cpu(), model, options.output)
     counts = f"{len(held[0])} clean and {len(held[1])} other pictures held out"
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; area under the curve {area_under_curve(*logits):.4f} on {counts}")

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from timm.models import save_for_hf
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -18,6 +20,7 @@ from rewards.adversarial_dino import AdversarialDINO, hinge_loss
 from rewards.adversarial_pickscore import PATIENCE, AdversarialPickScore
 from rewards.artifact import Artifact, fit, picture_logits, save_head, unlabelled_loss
 from rewards.learning import Head
+from rewards.preprocessing import Preprocessing
 from rewards.vit import VisionBackbone
 
 PROMPTS = ["a red sky", "a blue sea"]
@@ -122,17 +125,51 @@ def test_every_and_buffer_decide_what_a_discriminator_learns_from(vit: Path, ref
     assert reward.state_dict()["buffer.class"].shape[0] == 10 and reward.taken == 10
 
 
+SHAPES = [(32, 80), (80, 32), (32, 40), (27, 48)]
+CORNERS = [(slice(0, 12), slice(0, 12)), (slice(-12, None), slice(-12, None))]
+
+
+def wide(count: int, seed: int, shape: tuple[int, int]) -> torch.Tensor:
+    """`smooth` pictures of another shape."""
+    return smooth(count, seed)[..., :1, :1].expand(count, 3, *shape).clone()
+
+
+def spoilt(pictures: torch.Tensor, rows: slice, columns: slice, seed: int = 3) -> torch.Tensor:
+    """Pictures with a box of noise."""
+    result = pictures.clone()
+    place = result[:, :, rows, columns]
+    place.copy_(torch.rand(place.shape, generator=torch.Generator().manual_seed(seed)))
+    return result
+
+
+def test_the_discriminator_sees_all_of_pictures_that_are_not_square(vit: Path, tmp_path: Path) -> None:
+    folder = save_pictures(tmp_path / "square", smooth(8, seed=1))
+    for number, other in enumerate(SHAPES):  # references of several shapes, in one folder
+        (picture,) = save_pictures(tmp_path / f"shape{number}", wide(1, number, other)).iterdir()
+        picture.rename(folder / f"other{number}.png")
+    reward = dino(vit, folder, learning_rate=1e-2, updates=20)
+    for step in range(12):
+        reward.update(spotted(12, seed=step), ["any"] * 12, [{}] * 12, step)
+    for shape in SHAPES:
+        clean = wide(6, 11, shape)
+        for rows, columns in CORNERS:
+            bad = spoilt(clean, rows, columns)
+            assert (rewards.score(reward, clean, ["any"] * 6) - rewards.score(reward, bad, ["any"] * 6)).mean() > 0.1
+    assert reward.update(clean, ["any"] * 6, [{}] * 6, 12)["loss"] > 0
+
+
 # The artifact head
 
 
-@pytest.fixture
-def head(vit: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def head(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     backbone = VisionBackbone(str(vit))
     clean, artifacts = (backbone.features(pictures)[1] for pictures in (smooth(64, 1), spotted(64, 2)))
     made = Head(backbone.dim, 16)
     fit(made, clean, artifacts, steps=150, learning_rate=1e-2)
-    save_head(made, str(vit), tmp_path / "head.safetensors")
-    return tmp_path / "head.safetensors"
+    path = tmp_path_factory.mktemp("head") / "head.safetensors"
+    save_head(made, str(vit), path)
+    return path
 
 
 def test_the_artifact_head_tells_new_pictures_apart_and_shows_where(head: Path) -> None:
@@ -143,6 +180,65 @@ def test_the_artifact_head_tells_new_pictures_apart_and_shows_where(head: Path) 
     assert maps is not None and maps.shape == (8, 32, 32)
     assert (maps[:, :16, :16].mean((1, 2)) > 3 * maps[:, 16:, 16:].mean((1, 2))).all()
     all_pass(reward)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_artifact_is_seen_where_it_is_in_pictures_that_are_not_square(head: Path, shape: tuple[int, int]) -> None:
+    reward, clean = rewards.load("artifact", head=str(head)), wide(6, 31, shape)
+    for rows, columns in CORNERS:
+        bad = spoilt(clean, rows, columns)
+        assert (rewards.score(reward, clean, ["any"] * 6) > rewards.score(reward, bad, ["any"] * 6) + 0.2).all()
+        maps = reward.maps(bad)
+        assert maps is not None and maps.shape == (6, *shape)
+        for found in maps:
+            row, column = divmod(int(found.argmax()), shape[1])
+            assert abs(row - range(shape[0])[rows][6]) < 10 and abs(column - range(shape[1])[columns][6]) < 10
+
+
+def test_the_frames_of_a_wide_video_are_seen_whole(head: Path) -> None:
+    reward, clean = rewards.load("artifact", head=str(head), frames=2), wide(4, 31, (32, 80))
+    bad = torch.stack([clean, spoilt(clean, *CORNERS[0])], dim=1)
+    scores = rewards.score(reward, bad, ["any"] * 4)
+    each = [rewards.score(reward, frames, ["any"] * 4) for frames in bad.unbind(1)]
+    torch.testing.assert_close(scores, torch.stack(each).mean(0))
+    assert (scores < each[0] - 0.1).all()
+
+
+def test_square_pictures_are_scored_and_mapped_as_the_models_own_pipeline_shows_them(head: Path) -> None:
+    reward, pictures = rewards.load("artifact", head=str(head)), spotted(5, seed=32)
+    assert isinstance(reward, Artifact)
+    reward.backbone.preprocessing = reward.backbone.preprocessing._replace(resize=(32, 32))
+    for images in (pictures, torch.nn.functional.interpolate(pictures, (56, 56))):
+        logits = reward.head(reward.backbone.features(images)[1])
+        assert torch.equal(rewards.score(reward, images, ["any"] * 5), (-picture_logits(logits)).sigmoid())
+        local = logits.sigmoid().view(5, 1, 4, 4)
+        side = images.shape[-1]
+        expected = torch.nn.functional.interpolate(local, size=(side, side), mode="bilinear", align_corners=False)
+        assert torch.equal(reward.maps(images), expected[:, 0])
+
+
+def test_a_map_lies_where_a_model_looks_that_sees_the_middle_of_square_pictures(vit: Path) -> None:
+    backbone = VisionBackbone(str(vit))
+    backbone.preprocessing = backbone.preprocessing._replace(resize=(40, 40))
+    found = backbone.maps(torch.ones(1, 1, 16), 80, 80)[0]
+    assert (found[8:72, 8:72] == 1).all() and found.sum() == 64 * 64
+    everywhere = backbone.maps(torch.ones(1, len(backbone.preprocessing.corners(80, 200)), 16), 80, 200)
+    assert (everywhere == 1).all()
+    padded = backbone.preprocessing._replace(resize=(32, 32), mode="longest")
+    assert padded.corners(16, 32) == [(-8, 0)]
+    backbone.preprocessing = padded
+    values = torch.arange(16.0).view(1, 1, 16)
+    assert backbone.maps(values, 16, 32).shape == (1, 16, 32) and backbone.maps(values, 16, 32).min() > 0
+
+
+@given(st.integers(8, 400), st.integers(8, 400), st.sampled_from([32, 36]), st.sampled_from(["shortest", "longest"]))
+def test_tiles_cover_every_pixel_of_pictures_that_are_not_square(height: int, width: int, side: int, mode: Any) -> None:
+    preprocessing = Preprocessing((side, side), (32, 32), (0.5,) * 3, (0.5,) * 3, mode=mode)
+    rows, columns = preprocessing.resized(height, width)
+    seen = torch.zeros(rows, columns)
+    for top, left in preprocessing.corners(height, width):
+        seen[max(top, 0) : top + 32, max(left, 0) : left + 32] = 1
+    assert height == width or seen.all()
 
 
 def test_one_bad_patch_in_many_counts() -> None:
@@ -161,8 +257,11 @@ def test_the_unlabelled_risk_is_kiryo_s() -> None:
 
 
 def test_refreshing_learns_an_artifact_that_the_head_had_not_seen(head: Path, tmp_path: Path) -> None:
+    (other,) = save_pictures(tmp_path / "wide", wide(1, 5, (32, 80))).iterdir()
+    clean = save_pictures(tmp_path / "clean", smooth(24, 3))
+    other.rename(clean / "wide.png")
     folders = {
-        "clean": str(save_pictures(tmp_path / "clean", smooth(24, 3))),
+        "clean": str(clean),
         "artifacts": str(save_pictures(tmp_path / "bad", spotted(24, 4))),
     }
     reward = rewards.load("artifact", head=str(head), refresh=1, learning_rate=1e-2, clean_share=0.3, **folders)
