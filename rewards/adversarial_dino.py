@@ -76,8 +76,10 @@ class AdversarialDINO(TrainableReward):
         self.patches, self.frames, self.seed = patches, frames, seed
         self.head = Head(self.backbone.dim, hidden, seed).to(self.backbone.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=learning_rate, betas=(0.5, 0.999))
-        own, patches = zip(*self.backbone.tiles_of_files(files), strict=True)
-        self.real = self._some_patches((torch.cat(own), torch.cat(patches)), 0)
+        tiles = self.backbone.tiles_of_files(files)
+        self.real = self._some_patches(
+            (torch.cat([one for one, _ in tiles]), torch.cat([all_ for _, all_ in tiles])), 0
+        )
         self.generated: Features | None = None
         self.taken = 0  # head steps so far
         self.bad = 0  # training steps in a row that gave cause for an alarm

@@ -51,9 +51,15 @@ def text_score(prompt: str, recognised_lines: Sequence[str], *, strict: bool = F
         else:
             missing.append(text)
     if len(missing) > 1:  # in the order in which they seem to stand
-        missing.sort(key=lambda text: partial_ratio_alignment(text, found).dest_start)
+        missing.sort(key=lambda text: _place(text, found))
     left = "".join(missing)
     return 1 - min(Levenshtein.distance(found, left), length if strict else len(left)) / length
+
+
+def _place(text: str, found: str) -> int:
+    """Where in what was found a text fits best."""
+    alignment = partial_ratio_alignment(text, found)
+    return alignment.dest_start if alignment else 0
 
 
 class OCR(Reward):
