@@ -100,6 +100,56 @@ def test_a_broken_adapter_fails_the_line_of_its_mistake(
     assert failed_lines(tiny_flux(True)) == lines
 
 
+ALL = {
+    *(*DRAWS, "sigmas are the pipeline's", "velocity has the pipeline's sign", "zero SDE noise is the ODE"),
+    *("a row of a batch is the row alone", "one guidance batch is two passes", "one step to x0", "VAE round trip"),
+    *("a gradient reaches attention", "a gradient reaches feed_forward"),
+}
+# Lines that need no text, no velocity, no picture, no file.
+WITHOUT: dict[str, set[str]] = {
+    "encode": {"VAE round trip"},
+    "_forward": {"VAE round trip"},
+    "decode": ALL - {*DRAWS, "VAE round trip", "zero SDE noise is the ODE", "velocity has the pipeline's sign",
+                     "sigmas are the pipeline's"},
+    "sigmas": {"VAE round trip", "one step to x0", "a row of a batch is the row alone",
+               "one guidance batch is two passes", "a gradient reaches attention", "a gradient reaches feed_forward"},
+    "export": ALL - {"the exported LoRA draws the same in the pipeline"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", WITHOUT)
+def test_what_an_adapter_raises_fails_the_lines_that_need_it_and_the_others_go_on(
+    tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the adapter\nis asleep")
+
+    monkeypatch.setitem(loading.FAMILIES, "FluxPipeline", type("Broken", (FluxPolicy,), {method: broken}))
+    model = Model(path=str(tiny_flux(False)), height=16, width=16, max_sequence_length=8)
+    findings = {finding.check: finding for finding in check_model(model, "cpu", steps=2)}
+    failed = {name for name, finding in findings.items() if finding.passed is False}
+    assert findings.keys() == {*ALL} and failed == ALL - WITHOUT[method]
+    assert {findings[name].detail for name in failed} == {"raises RuntimeError: the adapter is asleep"}
+
+
+def test_an_adapter_that_cannot_be_made_or_names_no_module_is_a_failed_line(
+    tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asleep(*_: object, **__: object) -> None:
+        return [][0]
+
+    for change, detail in (
+        ({"_check": asleep}, "raises IndexError"),
+        ({"targets": {"attention": ("nothing",)}}, "none of attention names one of this model"),
+    ):
+        monkeypatch.setitem(loading.FAMILIES, "FluxPipeline", type("Broken", (FluxPolicy,), change))
+        with pytest.raises(SystemExit) as ended:
+            main(["model", "check", str(tiny_flux(False)), "--size", "16", "--max-sequence-length", "8"])
+        assert ended.value.code == 1
+        out = capsys.readouterr().out
+        assert out.count("FAIL") == 1 and detail in " ".join(out.split())
+
+
 def test_the_command_prints_the_table_and_ends_with_1_where_a_line_fails(
     tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,7 +194,7 @@ def test_an_installed_package_adds_an_adapter(tiny_flux: Flux, tmp_path: Path, m
     ("path", "message"),
     [
         ("/no/such/folder", "does not exist; give a diffusers pipeline folder or a hub id"),
-        ("nobody/nothing", "is no local folder, and the hub did not give it"),
+        ("nobody/nothing", ", and the hub did not give it (LocalEntryNotFoundError)"),
     ],
 )
 def test_a_path_that_is_no_model_is_one_sentence(

@@ -3,8 +3,11 @@
 The pipeline is loaded a second time, untouched, and drawn from with the same noise, after the policy has been let go.
 """
 
+import inspect
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +24,7 @@ from flowalign.policies.weights import target_modules
 from flowalign.rollout import rollout
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import EVALUATION
+from flowalign.settings import UserError
 from flowalign.toyworld.render import Scene, render
 from rewards.contract import Finding
 
@@ -45,58 +49,122 @@ class _Traced(NamedTuple):
     sigmas: torch.Tensor
 
 
+class _Failed(NamedTuple):
+    """What came in place of a result."""
+
+    reason: str
+
+
 @torch.inference_mode(False)
 def check_model(model: Model, device: torch.device | str, *, steps: int = 4, guidance: float = 4.0) -> list[Finding]:
     """All checks of a model, in float32 at its settings' size; `passed` is None for a figure that is only reported.
 
-    Raises UserError for a model that does not load, or settings that it does not take.
+    What an adapter raises fails the lines that needed it, and the others go on. Raises UserError for a model that does
+    not load, or settings that it does not take.
     """
     family, path = find_family(model)
     device = torch.device(device)
+    attempt = partial(_attempt, family)
+    try:
+        begun = _policy(family, path, model, device)
+    except UserError:
+        raise
+    except Exception as error:
+        begun = _failed(family, error)
+    if isinstance(begun, _Failed):
+        return [Finding("the adapter takes its pipeline", False, begun.reason)]
+    policy, groups = begun
+    if not groups:
+        return [Finding("targets name modules", False, f"none of {', '.join(family.targets)} names one of this model")]
+    samplers = [Sampler(steps=steps), Sampler(steps=steps, guidance=guidance)]
+    noise = attempt(_noise, policy)
+    condition = attempt(policy.encode, PROMPTS)
+    sigmas = attempt(policy.sigmas, steps)
+    first = attempt(_first, policy, noise, sigmas, condition)
+    drawn = [attempt(_draw, policy, sampler, noise) for sampler in samplers]
+    own = {
+        "zero SDE noise is the ODE": attempt(_zero_noise, policy, samplers[1]),
+        "a row of a batch is the row alone": attempt(_rows, policy, noise, condition),
+        "one guidance batch is two passes": attempt(_guidance, policy, noise, condition, guidance),
+    }
+    reported = {"VAE round trip": attempt(_round_trip, policy), "one step to x0": attempt(_one_step, policy, noise)}
+    gradients = attempt(_gradients, policy, noise, condition, groups)
+    if isinstance(gradients, _Failed):
+        gradients = dict.fromkeys((f"a gradient reaches {group}" for group in groups), gradients)
+    with tempfile.TemporaryDirectory() as folder:
+        trained = attempt(_draw, policy, samplers[0], noise)
+        written = attempt(policy.export, Path(folder))
+        size = policy.size
+        del policy, begun
+        plain = attempt(_plain, family, path, model, device)
+        arguments = [attempt(lambda one: one.arguments, one) for one in drawn]
+        traces = [attempt(_trace, plain, one, size, steps) for one in arguments]
+        exported = attempt(_exported, plain, folder, trained, drawn[0], size, steps, written)
+    lines = {
+        "ODE rollout is the pipeline's": attempt(_same, drawn[0], traces[0]),
+        f"ODE rollout with guidance {guidance:g} is the pipeline's": attempt(_same, drawn[1], traces[1]),
+        "sigmas are the pipeline's": attempt(_schedule, sigmas, traces[0]),
+        "velocity has the pipeline's sign": attempt(_direction, first, drawn[0], traces[0]),
+        **own,
+        **gradients,
+        "the exported LoRA draws the same in the pipeline": exported,
+        **reported,
+    }
+    return [
+        Finding(name, *((False, found.reason) if isinstance(found, _Failed) else found))
+        for name, found in lines.items()
+    ]
+
+
+Judged = tuple[bool | None, str]  # whether it passed, and the detail of a line
+
+
+def _attempt(family: type[PipelinePolicy], function: Callable[..., Any], *inputs: Any) -> Any:
+    """What a function returns; _Failed where it, or before it one of its inputs, did not come to an end."""
+    for given in inputs:
+        if isinstance(given, _Failed):
+            return given
+    try:
+        return function(*inputs)
+    except Exception as error:  # an adapter is somebody's code
+        return _failed(family, error)
+
+
+def _failed(family: type[PipelinePolicy], error: Exception) -> _Failed:
+    file = inspect.getsourcefile(family)
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" ({Path(str(file)).name}, line {lines[-1]})" if lines else ""
+    return _Failed(f"raises {type(error).__name__}{where}: {' '.join(str(error).split())[:200]}")
+
+
+def _policy(
+    family: type[PipelinePolicy], path: Path | str, model: Model, device: torch.device
+) -> tuple[PipelinePolicy, list[str]]:
+    """With adapters on all groups of targets that it has modules for, and these groups."""
     pipeline = family.load_pipeline(path, torch.float32)
     names = [name for name, _ in pipeline.transformer.named_modules()]
     groups = [group for group in family.targets if target_modules(names, group, family.targets)]
-    lora = Lora(rank=4, alpha=4, targets=tuple(groups))
-    policy = family(pipeline, model.model_copy(update={"dtype": "fp32", "lora": lora}), device, 0)
-    del pipeline
-    samplers = [Sampler(steps=steps), Sampler(steps=steps, guidance=guidance)]
-    noise = counted_noise(
-        [(*KEY, place, 0, 0) for place in range(len(PROMPTS))], policy.latent_shape(*policy.size), device
-    )
-    condition = policy.encode(PROMPTS)
-    level = torch.full((len(PROMPTS),), policy.sigmas(steps)[0].item(), device=device)
-    with torch.no_grad():
-        first = _packed(policy, policy.velocity(noise, level, condition))
-    drawn = [_draw(policy, sampler, noise) for sampler in samplers]
-    sigmas = policy.sigmas(steps)
-    own = [
-        _zero_noise(policy, samplers[1]),
-        _rows(policy, noise, condition),
-        _guidance(policy, noise, condition, guidance),
-    ]
-    reported = [_round_trip(policy), _one_step(policy, noise)]
-    gradients = _gradients(policy, noise, condition, groups)
-    with tempfile.TemporaryDirectory() as folder:
-        trained = _draw(policy, samplers[0], noise)
-        policy.export(Path(folder))
-        size = policy.size
-        del policy
-        plain = family.load_pipeline(path, torch.float32).to(device)
-        plain.scheduler = euler_scheduler(plain.scheduler)
-        if model.adapter:
-            merge_adapter(plain, model.adapter, family.native)
-        traces = [_trace(plain, one.arguments, size, steps) for one in drawn]
-        exported = _exported(plain, folder, trained, drawn[0], size, steps)
-    return [
-        _same("ODE rollout is the pipeline's", drawn[0], traces[0]),
-        _same(f"ODE rollout with guidance {guidance:g} is the pipeline's", drawn[1], traces[1]),
-        _schedule(sigmas, traces[0]),
-        _direction(first, drawn[0], traces[0]),
-        *own,
-        *gradients,
-        exported,
-        *reported,
-    ]
+    lora = Lora(rank=4, alpha=8, targets=tuple(groups)) if groups else None
+    return family(pipeline, model.model_copy(update={"dtype": "fp32", "lora": lora}), device, 0), groups
+
+
+def _plain(family: type[PipelinePolicy], path: Path | str, model: Model, device: torch.device) -> Any:
+    plain = family.load_pipeline(path, torch.float32).to(device)
+    plain.scheduler = euler_scheduler(plain.scheduler)
+    if model.adapter:
+        merge_adapter(plain, model.adapter, family.native)
+    return plain
+
+
+def _noise(policy: PipelinePolicy) -> torch.Tensor:
+    keys = [(*KEY, place, 0, 0) for place in range(len(PROMPTS))]
+    return counted_noise(keys, policy.latent_shape(*policy.size), policy.device)
+
+
+@torch.no_grad()
+def _first(policy: PipelinePolicy, noise: torch.Tensor, sigmas: torch.Tensor, condition: Condition) -> torch.Tensor:
+    level = torch.full((len(PROMPTS),), sigmas[0].item(), device=noise.device)
+    return _packed(policy, policy.velocity(noise, level, condition))
 
 
 def _packed(policy: PipelinePolicy, latents: torch.Tensor) -> torch.Tensor:
@@ -132,44 +200,39 @@ def _trace(pipeline: Any, arguments: dict[str, Any], size: tuple[int, int], step
     return _Traced(media.float().cpu(), states, pipeline.scheduler.sigmas.float().cpu())
 
 
-def _same(check: str, ours: _Drawn, theirs: _Traced) -> Finding:
+def _same(ours: _Drawn, theirs: _Traced) -> Judged:
     """Latents too: pictures end at 0 and 1, which hides much."""
     pictures, latents = _distance(ours.media, theirs.media), _distance(ours.latents, theirs.states[-1])
     scale = max(1.0, theirs.states[-1].abs().max().item())
     detail = f"largest difference {pictures:.1e} in pictures, {latents:.1e} in latents"
-    return Finding(check, pictures <= CLOSE and latents <= CLOSE * scale, detail)
+    return pictures <= CLOSE and latents <= CLOSE * scale, detail
 
 
 def _exported(
-    plain: Any, folder: str, trained: _Drawn, untrained: _Drawn, size: tuple[int, int], steps: int
-) -> Finding:
+    plain: Any, folder: str, trained: _Drawn, untrained: _Drawn, size: tuple[int, int], steps: int, _written: None
+) -> Judged:
     """Leaves the LoRA in the pipeline."""
-    check = "the exported LoRA draws the same in the pipeline"
-    try:
-        plain.load_lora_weights(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        return Finding(check, False, f"it does not load: {' '.join(str(error).split())[:160]}")
-    found = _same(check, trained, _trace(plain, trained.arguments, size, steps))
+    plain.load_lora_weights(folder)
+    passed, detail = _same(trained, _trace(plain, trained.arguments, size, steps))
     moved = _distance(trained.latents, untrained.latents)
-    passed = found.passed if moved > 10 * CLOSE else None
-    return Finding(check, passed, f"{found.detail}, which it moves by {moved:.1e}")
+    return passed if moved > 10 * CLOSE else None, f"{detail}, which it moves by {moved:.1e}"
 
 
-def _schedule(sigmas: torch.Tensor, theirs: _Traced) -> Finding:
+def _schedule(sigmas: torch.Tensor, theirs: _Traced) -> Judged:
     same = sigmas.shape == theirs.sigmas.shape
     distance = _distance(sigmas, theirs.sigmas) if same else float("inf")
-    return Finding("sigmas are the pipeline's", distance <= CLOSE, f"largest difference {distance:.1e}")
+    return distance <= CLOSE, f"largest difference {distance:.1e}"
 
 
-def _direction(velocity: torch.Tensor, ours: _Drawn, theirs: _Traced) -> Finding:
+def _direction(velocity: torch.Tensor, ours: _Drawn, theirs: _Traced) -> Judged:
     """The pipeline's own velocity is read from its first step."""
     start = ours.arguments["latents"].cpu()
     true = (theirs.states[0] - start) / (theirs.sigmas[1] - theirs.sigmas[0])
     cosine = torch.cosine_similarity(velocity.flatten(), true.flatten(), dim=0).item()
-    return Finding("velocity has the pipeline's sign", cosine > 0.999, f"cosine {cosine:+.4f} with its first step")
+    return cosine > 0.999, f"cosine {cosine:+.4f} with its first step"
 
 
-def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Finding:
+def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Judged:
     rows = [Row(place, prompt) for place, prompt in enumerate(PROMPTS)]
     last = max(1, sampler.steps - 1)
     still = Rollout(steps=sampler.steps, guidance=sampler.guidance, noise_level=1e-6, window=(0, last))
@@ -178,13 +241,11 @@ def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Finding:
     )
     distance = _distance(with_sde, with_ode)
     scale = max(1.0, with_ode.abs().max().item())
-    return Finding(
-        "zero SDE noise is the ODE", distance <= CLOSE * scale, f"largest difference {distance:.1e} in latents"
-    )
+    return distance <= CLOSE * scale, f"largest difference {distance:.1e} in latents"
 
 
 @torch.no_grad()
-def _rows(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition) -> Finding:
+def _rows(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition) -> Judged:
     """Text and velocity of every row, with noise levels of their own, against the row by itself."""
     sigma = torch.linspace(0.9, 0.3, len(noise), device=noise.device)
     together = policy.velocity(noise, sigma, condition)
@@ -196,21 +257,21 @@ def _rows(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition) -> 
         velocities.append(_distance(together[row], policy.velocity(noise[row], sigma[row], alone)))
     close = all(distance <= 10 * CLOSE for distance in (*text, *velocities))
     detail = f"largest difference {max(text):.1e} in text, {max(velocities):.1e} in velocities"
-    return Finding("a row of a batch is the row alone", close, detail)
+    return close, detail
 
 
 @torch.no_grad()
-def _guidance(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, guidance: float) -> Finding:
+def _guidance(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, guidance: float) -> Judged:
     sigma = torch.full((len(noise),), 0.6, device=noise.device)
     prompt = policy.velocity(noise, sigma, condition)
     empty = policy.velocity(noise, sigma, policy.encode([""] * len(noise)))
     distance = _distance(policy.guided_velocity(noise, sigma, condition, guidance), empty + guidance * (prompt - empty))
-    return Finding("one guidance batch is two passes", distance <= 10 * CLOSE, f"largest difference {distance:.1e}")
+    return distance <= 10 * CLOSE, f"largest difference {distance:.1e}"
 
 
 def _gradients(
     policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, groups: Sequence[str]
-) -> list[Finding]:
+) -> dict[str, Judged]:
     """A module without a gradient is a mistake only if the velocity depends on it.
 
     The last block's text queries of Stable Diffusion 3 do not matter, for one. Leaves the weights moved.
@@ -232,7 +293,7 @@ def _gradients(
         for name, gradient in zip(weights, found, strict=True)
         if gradient is None or not gradient.isfinite().all() or not gradient.any()
     }
-    lines = []
+    lines: dict[str, Judged] = {}
     for group in groups:
         modules = target_modules(adapted, group, policy.targets)
         idle = [name for name in modules if name in without]
@@ -242,7 +303,7 @@ def _gradients(
         detail += f"; on {unused} more the velocity does not depend" if unused else ""
         detail += f"; not {missed[0]}" if missed else ""
         passed = None if unused == len(modules) else not missed
-        lines.append(Finding(f"a gradient reaches {group}", passed, detail))
+        lines[f"a gradient reaches {group}"] = passed, detail
     return lines
 
 
@@ -260,27 +321,27 @@ def _matters(
     kept = [part.clone() for part in parts]
     for part in parts:
         part.add_(1.0)
-    changed = _distance(policy.velocity(x, sigma, condition), velocity) > 0
+    changed = _distance(policy.velocity(x, sigma, condition), velocity) != 0  # not >, which NaN would not be
     for part, before in zip(parts, kept, strict=True):
         part.copy_(before)
     return changed
 
 
 @torch.no_grad()
-def _round_trip(policy: PipelinePolicy) -> Finding:
+def _round_trip(policy: PipelinePolicy) -> Judged:
     picture = _picture(policy)
     error = (policy.decode(policy.encode_media(picture)) - picture).square().mean()
     detail = f"PSNR {-10 * error.log10().item():.1f} dB of a drawn sign; above 25 on a trained autoencoder"
-    return Finding("VAE round trip", None, detail)
+    return None, detail
 
 
 @torch.no_grad()
-def _one_step(policy: PipelinePolicy, noise: torch.Tensor) -> Finding:
+def _one_step(policy: PipelinePolicy, noise: torch.Tensor) -> Judged:
     x0, half = policy.encode_media(_picture(policy)), torch.full((1,), 0.5, device=noise.device)
     x = (x0 + noise[:1]) / 2
     error = (x - 0.5 * policy.velocity(x, half, policy.empty_condition) - x0).norm() / (x - x0).norm()
     detail = f"leaves {error.item():.2f} of a half-noised picture's error; below 1 on a trained model"
-    return Finding("one step to x0", None, detail)
+    return None, detail
 
 
 def _picture(policy: PipelinePolicy) -> torch.Tensor:
