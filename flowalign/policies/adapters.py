@@ -157,7 +157,7 @@ def merge_adapter(pipeline: Any, adapter: str, native: Native) -> None:
             _refuse(adapter, f"{lora.keys['A']} is for a {lora.component}, which this model has not")
         scale = _scale(adapter, lora, configurations)
         for place in _find(adapter, lora, part, places[lora.component]):
-            weight = part.get_submodule(place.module).weight
+            weight = part.get_parameter(f"{place.module}.weight")
             if weight in changes:
                 _refuse(adapter, f"holds one weight twice, as {changes[weight][1].keys['A']} and {lora.keys['A']}")
             changes[weight] = place, lora, scale
@@ -206,7 +206,7 @@ def module_places(component: nn.Module, native: Native) -> dict[str, list[Place]
 def _stacked(component: nn.Module, names: Sequence[str]) -> Iterator[Place]:
     start = 0
     for name in names:
-        end = start + len(component.get_submodule(name).weight)
+        end = start + len(component.get_parameter(f"{name}.weight"))
         rows: tuple[slice, ...] = (slice(start, end),)
         if isinstance(component.get_submodule(name.rpartition(".")[0]), AdaLayerNormContinuous):
             half = (start + end) // 2  # the original code has the shift first, diffusers the scale
@@ -261,7 +261,7 @@ def _find(adapter: str, lora: _Lora, component: nn.Module, places: Mapping[str, 
     if found is None:
         _refuse(adapter, f"is no adapter of this model: its {lora.component} has no module for {lora.keys['A']}")
     a, b = (lora.tensors[part] for part in "AB")
-    shape = component.get_submodule(found[0].module).weight.shape
+    shape = component.get_parameter(f"{found[0].module}.weight").shape
     rows = sum(part.stop - part.start for place in found for part in place.rows)
     wanted = (rows, *shape[1:])
     if b.ndim < 2 or a.ndim < 2 or (b.flatten(1).shape[0], *a.shape[1:]) != wanted or b.flatten(1).shape[1] != len(a):
@@ -281,8 +281,10 @@ def _configurations(adapter: str, header: Mapping[str, str], beside: Sequence[Pa
     try:
         given = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
         kept = [json.loads(path.read_text(encoding="utf-8")) for path in beside]
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         _refuse(adapter, f"has a configuration that is not JSON: {error}")
+    if not all(isinstance(settings, dict) for settings in (given, *kept)):
+        _refuse(adapter, "has a configuration that is no mapping of keys to values")
     found = []
     for component in dict.fromkeys(_PREFIXES.values()):
         own = {k.removeprefix(f"{component}."): v for k, v in given.items() if k.startswith(f"{component}.")}
@@ -295,25 +297,26 @@ def _configurations(adapter: str, header: Mapping[str, str], beside: Sequence[Pa
             _refuse(adapter, f"is {kind} by {where}; this reads plain LoRA")
         if start.startswith(_CHANGES_THE_BASE):
             _refuse(adapter, f"was begun with {start} by {where}, which changes the base too; convert it to plain LoRA")
-        if "r" in settings and "lora_alpha" in settings:
+        if isinstance(settings.get("r"), int) and isinstance(settings.get("lora_alpha"), int | float):
             yield where, component, settings
 
 
 def _scale(adapter: str, lora: _Lora, configurations: Sequence[Configuration]) -> float:
     """What B A is multiplied by: 1 where nothing says another; UserError where two say it differently."""
     rank = len(lora.tensors["A"])
-    found = {}
+    found: dict[str, float] = {}
     if "alpha" in lora.tensors:
         if lora.tensors["alpha"].numel() != 1:
             _refuse(adapter, f"{lora.keys['alpha']} must be one number")
         found[lora.keys["alpha"]] = lora.tensors["alpha"].item() / rank
     for where, component, settings in configurations:
         if component == lora.component:
-            ranks, alphas = (settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+            ranks: dict[str, Any] = settings.get("rank_pattern") or {}
+            alphas: dict[str, Any] = settings.get("alpha_pattern") or {}
             said = ranks.get(get_pattern_key(ranks, lora.name), settings["r"])
             if said != rank:
                 _refuse(adapter, f"says rank {said} in {where}, and {lora.keys['A']} has {rank}")
-            alpha = alphas.get(get_pattern_key(alphas, lora.name), settings["lora_alpha"])
+            alpha: Any = alphas.get(get_pattern_key(alphas, lora.name), settings["lora_alpha"])
             found[where] = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     if len(set(found.values())) > 1:
         said = " and ".join(f"{scale:g} in {where}" for where, scale in found.items())

@@ -66,14 +66,11 @@ def check_model(model: Model, device: torch.device | str, *, steps: int = 4, gui
     device = torch.device(device)
     attempt = partial(_attempt, family)
     try:
-        begun = _policy(family, path, model, device)
+        policy, groups = _policy(family, path, model, device)
     except UserError:
         raise
     except Exception as error:
-        begun = _failed(family, error)
-    if isinstance(begun, _Failed):
-        return [Finding("the adapter takes its pipeline", False, begun.reason)]
-    policy, groups = begun
+        return [Finding("the adapter takes its pipeline", False, _failed(family, error).reason)]
     if not groups:
         return [Finding("targets name modules", False, f"none of {', '.join(family.targets)} names one of this model")]
     samplers = [Sampler(steps=steps), Sampler(steps=steps, guidance=guidance)]
@@ -95,7 +92,7 @@ def check_model(model: Model, device: torch.device | str, *, steps: int = 4, gui
         trained = attempt(_draw, policy, samplers[0], noise)
         written = attempt(policy.export, Path(folder))
         size = policy.size
-        del policy, begun
+        del policy
         plain = attempt(_plain, family, path, model, device)
         arguments = [attempt(lambda one: one.arguments, one) for one in drawn]
         traces = [attempt(_trace, plain, one, size, steps) for one in arguments]

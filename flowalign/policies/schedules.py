@@ -10,8 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from flowalign.settings import UserError
 
 _log = logging.getLogger(__name__)
-_SHIFT = ("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal")
-_SHIFT += ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+_SHIFT = (
+    *("num_train_timesteps", "use_dynamic_shifting", "time_shift_type", "shift_terminal"),
+    *("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"),
+)
 
 
 class EvenEuler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
