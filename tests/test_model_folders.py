@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flowalign.assets import asset
 from flowalign.config import Model
 from flowalign.policies import schedules
 from flowalign.policies.loading import load_policy
@@ -236,3 +237,12 @@ def test_a_scheduler_of_no_flow_is_refused(copied: Path, kind: str, config: dict
     schedule(copied, kind, **config)
     with pytest.raises(UserError, match=message):
         load_policy(settings(copied))
+
+
+def test_the_embedded_folder_opens_in_plain_diffusers_as_the_readme_says() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert 'from_pretrained("assets/toyworld/model", text_encoder_3=None, tokenizer_3=None)' in readme
+    folder = asset("toyworld/model")
+    plain = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    ours = load_policy("toyworld").pipeline
+    assert plain.scheduler.config == ours.scheduler.config and set(plain.components) == set(ours.components)

@@ -108,7 +108,7 @@ class Drawing:
 
 def drawing_of(
     model: str,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     *,
     device: str,
     images: int = 1,

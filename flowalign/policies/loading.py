@@ -100,6 +100,7 @@ def usual_sampling(model: str) -> tuple[Sampler, int, str]:
     A run folder has those of its recipe's evaluation, where it has one, since other steps or guidance would measure
     another model; toyworld and the families of pipelines have their own.
     """
+    model = expanded(model)
     if (Path(model) / "recipe.yaml").is_file():
         recipe = load_recipe(Path(model) / "recipe.yaml")
         evaluation, model = recipe.evaluation, recipe.model.path
