@@ -72,7 +72,7 @@ def quoted_texts(prompt: str) -> tuple[str, ...]:
     if inner is not None:
         return quoted_texts(inner)
     texts: dict[str, str] = {}
-    for text in list(_double(prompt)) or _single(prompt):
+    for text in list(filter(plain, _double(prompt))) or _single(prompt):
         if plain(text):
             texts.setdefault(plain(text), text.strip())
     return tuple(texts.values())

@@ -47,6 +47,7 @@ def test_double_quotes_of_many_languages_are_quotes(prompt, texts):
         ("a '90s poster that says 'DISCO'", ["DISCO"]),
         ("it's \"DON'T\" on the dog's bowl", ["DON'T"]),
         ("'vintage' letters that say \"OPEN\"", ["OPEN"]),
+        ("an empty \"\" sign that says 'OPEN'", ["OPEN"]),
     ],
 )
 def test_single_quotes_are_told_from_apostrophes_and_count_where_no_double_ones_stand(prompt, texts):
