@@ -85,7 +85,7 @@ def train(
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
     from flowalign.display import arithmetic_table
-    from flowalign.starting import check_start
+    from flowalign.starting import check_sources, check_start
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
@@ -93,6 +93,7 @@ def train(
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     check_start(resolved, resume=resume, overwrite=overwrite)
+    check_sources(resolved)
     quiet_libraries()
     from flowalign.trainer import Trainer
 

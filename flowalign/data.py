@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flowalign.assets import asset
+from flowalign.lazy import torch
 from flowalign.paths import expanded
 from flowalign.prompt_files import READERS, read_prompt_file
 from flowalign.sampling.noise import PROMPTS, counted_generator

@@ -15,7 +15,6 @@ from typing import Any
 
 from flowalign.paths import sought
 from flowalign.settings import UserError
-from rewards.pictures import SUFFIXES
 
 Entry = tuple[str, Any]
 # The first of these rows in which a name fits decides: PartiPrompts has Prompt, DrawBench Prompts, Pick-a-Pic caption,
@@ -84,8 +83,13 @@ def check_characters(text: str, what: str) -> None:
 def _is_picture(key: str, value: Any) -> bool:
     """Whether a column and what a row has in it name the picture that is to be edited."""
     name = key.casefold()
-    by_file = name in ("source", "src", "input", "original", "before") and str(value).lower().endswith(SUFFIXES)
-    return bool(value) and (by_file or _PICTURE.fullmatch(name) is not None)
+    if not value or _PICTURE.fullmatch(name):
+        return bool(value)
+    if name not in ("source", "src", "input", "original", "before"):
+        return False
+    from rewards.pictures import SUFFIXES  # which brings the libraries that open pictures
+
+    return str(value).lower().endswith(SUFFIXES)
 
 
 def _prompt_column(columns: Sequence[str], path: Path) -> str:

@@ -4,14 +4,13 @@ Shapes: B items; media are float tensors in [0, 1], images (B, 3, H, W) or video
 """
 
 import copy
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from rewards.errors import RewardError as RewardError
+from rewards.errors import nearest as nearest
 
 # Room for the rounding of a half-precision decoder, far less than one step of an 8-bit picture.
 RANGE_TOLERANCE = 1e-3
@@ -246,11 +246,6 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The entry of `known` (at least one) most like `word`, whatever the case of either."""
-    return max(known, key=lambda entry: difflib.SequenceMatcher(None, word.lower(), entry.lower()).ratio())
 
 
 def shown(index: int, prompts: Sequence[str]) -> str:

@@ -6,6 +6,8 @@ import inspect
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
+from rewards.errors import RewardError, nearest
+
 BUILT_IN = {
     "adversarial_dino": "rewards.adversarial_dino:AdversarialDINO",
     "adversarial_pickscore": "rewards.adversarial_pickscore:AdversarialPickScore",
@@ -32,6 +34,25 @@ ENTRY_POINT_GROUP = "flowalign.rewards"
 def available() -> list[str]:
     """The names that `load` knows, built in and installed, sorted."""
     return sorted({*BUILT_IN, *installed()})
+
+
+def check_name(name_or_path: str) -> None:
+    """Raises RewardError for what can name no reward, without importing the one that it names."""
+    source, colon, _ = name_or_path.rpartition(":")
+    if name_or_path in BUILT_IN or name_or_path.startswith(("http://", "https://")):
+        return
+    if colon:
+        if source.endswith(".py") and not Path(source).expanduser().is_file():
+            raise RewardError(f"there is no file {source}")
+        return
+    if name_or_path.endswith(".py"):
+        raise RewardError(f"{name_or_path!r} names a file; add the reward inside it, as in '{name_or_path}:Name'")
+    known = available()
+    if name_or_path not in known:
+        raise RewardError(
+            f"there is no reward {name_or_path!r}; did you mean {nearest(name_or_path, known)!r}? "
+            f"(known: {', '.join(known)}; or 'file.py:Name', 'package.module:Name')"
+        )
 
 
 def describe(name: str) -> str:

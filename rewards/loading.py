@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
-from rewards.catalogue import BUILT_IN, available, installed
+from rewards.catalogue import BUILT_IN, check_name, installed
 from rewards.weights import given_device, on_device
 
 
@@ -37,6 +37,7 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
     served reward, several are parted by commas. Raises RewardError when there is no such reward, when it cannot be
     imported or built, and for an option it does not have.
     """
+    check_name(name_or_path)
     if name_or_path.startswith(("http://", "https://")):
         remote = import_object("rewards.remote:RemoteReward")
         return _built(remote, name_or_path, {"urls": name_or_path, **options})
@@ -44,17 +45,8 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
         return _built(import_object(BUILT_IN[name_or_path]), name_or_path, options)
     if ":" in name_or_path:
         return _built(import_object(name_or_path), name_or_path.rpartition(":")[2], options)
-    if name_or_path.endswith(".py"):
-        raise RewardError(f"{name_or_path!r} names a file; add the reward inside it, as in '{name_or_path}:Name'")
-    plugins = installed()
-    if name_or_path not in plugins:
-        known = available()
-        raise RewardError(
-            f"there is no reward {name_or_path!r}; did you mean {nearest(name_or_path, known)!r}? "
-            f"(known: {', '.join(known)}; or 'file.py:Name', 'package.module:Name')"
-        )
     try:
-        target = plugins[name_or_path].load()
+        target = installed()[name_or_path].load()
     except Exception as error:
         raise RewardError(f"reward {name_or_path!r} cannot be imported: {reason(error)}") from error
     return _built(target, name_or_path, options)

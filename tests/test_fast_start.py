@@ -29,6 +29,11 @@ print("code", code, "imported", [name for name in {heavy!r} if name in sys.modul
         (["train", "toyworld_ocr_marble", "train.stepz=3"], True),
         (["train", "toyworld_ocr", "algorithm.clip_rangee=1"], True),
         (["train", "no_such_recipe"], True),
+        (["train", "toyworld_ocr", "run.folder=tests"], True),
+        (["train", "toyworld_ocr", "prompts=no_such_list.txt"], True),
+        (["train", "toyworld_ocr", "model.path=./no_such_model"], True),
+        (["train", "toyworld_ocr", "rewards.orc=1"], True),
+        (["train", "toyworld_ocr", "guard.rewards={a: {load: no_such_file.py:A}}"], True),
     ],
 )
 def test_no_heavy_library_is_imported(arguments: list[str], fails: bool) -> None:

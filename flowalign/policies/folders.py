@@ -1,5 +1,7 @@
 """A model's folder: found, whole, and loaded part by part, so that a fault is one sentence that names the part."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Iterator
@@ -7,11 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-import transformers
 from safetensors import safe_open
 
+from flowalign.lazy import torch
 from flowalign.paths import sought
 from flowalign.policies.weightfiles import PICKLES, damage
 from flowalign.settings import UserError
@@ -78,6 +78,9 @@ def part_class(name: str, library: str, kind: str) -> Any:
     """The class of a part of a pipeline; None for one of neither diffusers nor transformers."""
     if library not in ("diffusers", "transformers"):
         return None
+    import diffusers
+    import transformers
+
     found = getattr(diffusers if library == "diffusers" else transformers, kind, None)
     if found is None:
         raise UserError(

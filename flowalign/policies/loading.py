@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from flowalign.assets import EMBEDDED as EMBEDDED
 from flowalign.assets import asset
 from flowalign.config import Model, Sampler, load_recipe
 from flowalign.paths import expanded
@@ -14,8 +15,6 @@ from flowalign.policies.flux import FluxPolicy
 from flowalign.policies.folders import pipeline_index
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.settings import UserError
-
-EMBEDDED = "toyworld"  # the name of the model that comes with the package
 
 # By the pipeline's class in model_index.json; installed packages add theirs as entry points of the same name.
 FAMILIES: dict[str, type[PipelinePolicy]] = {
