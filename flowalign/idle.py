@@ -75,19 +75,22 @@ class Idle:
         elif figures["grad_norm"] == 0 and not skipped:
             self.reason = "the gradient is exactly 0, though rewards differ within prompts"
         self.in_a_row = self.in_a_row + 1 if self.reason else 0
-        if self.reason:
+        sentences = []
+        if self.reason and self.reason != before:
             waits = "" if tested else "; the self-test waits for one that does"
-            return [] if self.reason == before else [f"step {number} teaches nothing: {self.reason}{waits}"]
-        new = [sentence for name, sentence in told.items() if name not in self._said]
-        self._said |= set(told)
-        sentences = [f"step {number}: {sentence}, so it teaches nothing; the other rewards do" for sentence in new]
+            sentences.append(f"step {number} teaches nothing: {self.reason}{waits}")
+        elif not self.reason:
+            new = [sentence for name, sentence in told.items() if name not in self._said]
+            self._said |= set(told)
+            sentences += [f"step {number}: {sentence}, so it teaches nothing; the other rewards do" for sentence in new]
         if skipped:
             why = f"updates skipped, since their gradients overflowed in half precision: {skipped}"
             sentences.append(f"step {number}: {why}; the losses' scale is now {figures['gradient_scale']:g}")
         return sentences
 
     def _alike(self, samples: Samples) -> bool:
-        groups = samples.media.unflatten(0, (-1, self.recipe.train.group_size))
+        seen = samples.media if len(samples.media) else samples.latents  # a store's are not drawn again
+        groups = seen.unflatten(0, (-1, self.recipe.train.group_size))
         (differing,) = summed(self.accelerator, bool((groups != groups[:, :1]).any()))
         return not differing
 

@@ -28,7 +28,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.scoring import rescore_store
 from flowalign.settings import UserError
-from flowalign.trainer import train
+from flowalign.trainer import Trainer, train
 from rewards import RewardError
 from rewards.pictures import read_picture
 
@@ -312,8 +312,10 @@ def test_groups_are_drawn_by_step_and_shared_out_whole(ready: dict[str, Any], po
 def test_groups_whose_rewards_are_equal_teach_nothing_and_break_nothing(ready: dict[str, Any]) -> None:
     for file in Path(ready["store"]).rglob("brightness.json"):
         file.write_text(json.dumps([[0.5] * 4] * 2))
-    lines = metrics(quiet_train(changed(ready)))
+    trainer = Trainer(changed(ready), display=Display(quiet=True))
+    lines = metrics(trainer.run())
     assert [line["zero_spread"] for line in lines] == [1.0, 1.0]
+    assert trainer.idle.reason == "reward 'brightness' is 0.5 for every picture"
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
 
 
