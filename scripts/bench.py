@@ -134,8 +134,8 @@ def main(
     cases = [("train.group_size", max(2, group // 2)), ("train.group_size", 2 * group)]
     cases += [("rollout.steps", 2 * steps), ("rollout.steps", 4 * steps)]
     for key, value in cases:
-        window = f"rollout.window={list(resolved.rollout.sde_window)}"
-        changed = load_recipe(recipe, [*(overrides or []), f"{key}={value}", window])
+        window = [f"rollout.window={list(resolved.rollout.sde_window)}"] if resolved.rollout.dynamics != "ode" else []
+        changed = load_recipe(recipe, [*(overrides or []), f"{key}={value}", *window])
         step, ratio = beside(resolved, changed, repeats)
         table.add_row(f"{key}={value}", f"{1000 * step:.0f} ms", f"{ratio:.2f}")
     console.print(table)
