@@ -32,7 +32,10 @@ OptionalModel = Annotated[
 ]
 Adapter = Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")]
 Images = Annotated[
-    Path | None, typer.Option(help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png")
+    Path | None,
+    typer.Option(
+        help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png, or as sample writes them"
+    ),
 ]
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="pictures of a prompt")]
 Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]

@@ -21,11 +21,11 @@ from PIL import Image
 from flowalign.config import Recipe, dump_recipe, load_recipe
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import Evaluated
+from flowalign.manifest import FILE_NAME, MANIFEST
 from flowalign.settings import UserError
 from flowalign.starting import FolderLock, check_start, clear, read_info
 
 _PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
-MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # of pictures with their prompts
 MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -189,8 +189,7 @@ def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 def save_pictures(folder: Path, images: torch.Tensor, rows: Sequence[Row] = ()) -> list[Path]:
     """The PNG files `picture_names` of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole.
 
-    With the images' B rows the folder says whose each is, in MANIFEST: a line {"file_name": ..., "prompt": ...} each,
-    as folders of pictures are described to https://huggingface.co/docs/datasets/image_dataset#imagefolder.
+    With the images' B rows the folder's MANIFEST says whose each is.
     """
     names = picture_names(len(images))
     with replaced_folder(folder) as partial:

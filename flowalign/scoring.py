@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,12 @@ from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.evaluate.held_out import held_out_from
 from flowalign.judging import learning, load_learnt, refuse_learning
+from flowalign.manifest import FILE_NAME, MANIFEST, rows_of_files
 from flowalign.offline import GroupStore, collect
 from flowalign.options import parse_options
 from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
-from flowalign.runs import FILE_NAME, MANIFEST, RunFolder, replace_text
+from flowalign.runs import RunFolder, replace_text
 from flowalign.settings import UserError
 from rewards.pictures import pictures_in, read_picture
 
@@ -46,10 +46,10 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
     if prompts is None:
         if not manifest.is_file():
             raise UserError(f"--images {folder} has no {MANIFEST} that says what its images show; give --prompts")
-        return _by_file(folder, str(manifest), paths)
+        return rows_of_files(folder, str(manifest), paths)
     rows = load_prompts(prompts)
     if any(FILE_NAME in row.metadata for row in rows):
-        return _by_file(folder, prompts, paths)
+        return rows_of_files(folder, prompts, paths)
     if len(paths) != len(rows):
         raise UserError(f"{folder} holds {len(paths)} images, {prompts} {len(rows)} prompts; each image needs its own")
     given = {path.name: row.prompt for path, row in zip(paths, rows, strict=True)}
@@ -61,25 +61,6 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
                 f"leave --prompts out, or remove {MANIFEST}"
             )
     return rows, paths
-
-
-def _by_file(folder: Path, source: str, paths: Sequence[Path]) -> tuple[list[Row], list[Path]]:
-    """The rows of a list that names files, without the names, and the files; each of `paths` must be one of them."""
-    rows: list[Row] = []
-    named: list[Path] = []
-    for row in load_prompts(source):
-        name = row.metadata.get(FILE_NAME)
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{source}: prompt {row.index + 1} ({row.prompt!r}) has no {FILE_NAME}, as others have")
-        if not (folder / name).is_file():
-            raise UserError(f"{source}: prompt {row.index + 1} is of {name}, which {folder} does not hold")
-        if folder / name in named:
-            raise UserError(f"{source}: two prompts are of {name}; each image has one")
-        named.append(folder / name)
-        rows.append(replace(row, metadata={key: value for key, value in row.metadata.items() if key != FILE_NAME}))
-    if left := [path for path in paths if path not in set(named)]:
-        raise UserError(f"{left[0]} is in no row of {source}; remove it, or add a row with its {FILE_NAME}")
-    return rows, named
 
 
 def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths: Sequence[Path]) -> list[float]:

@@ -206,6 +206,27 @@ def test_a_picture_of_something_else_is_judged_wrong_with_its_reason(shapes, tmp
     assert lines[7]["reason"] == f"expected {rows[3]['include'][0]['class']}>=1, found 0"
 
 
+def test_pictures_with_a_manifest_are_judged_as_those_in_genevals_layout(shapes, tmp_path: Path, failing) -> None:
+    folder, rows = shapes
+    flat, command = tmp_path / "flat", ["eval", "geneval", "--detector", EXACT, "--images"]
+    flat.mkdir()
+    lines = []
+    for place, picture in enumerate(listed(folder, 2)):
+        Image.open(picture.path).save(flat / f"{place}.png")
+        lines.append({"file_name": f"{place}.png", "text": picture.row.prompt, **picture.row.metadata})
+    (flat / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for source, output in ((folder, "one"), (flat, "two")):
+        succeed(*command, source, "--images-per-prompt", 2, "--output", tmp_path / output)
+    summaries = [json.loads((tmp_path / output / "summary.json").read_text()) for output in ("one", "two")]
+    assert summaries[0] == summaries[1] and summaries[0]["overall"]["score"] == 1
+    out = ["--output", tmp_path / "three"]
+    assert "flat holds 2 pictures of" in failing(*command, flat, *out)
+    other = write_prompts(tmp_path / "other.jsonl", rows[::-1])
+    assert "has not the prompts of the list in their order" in failing(
+        *command, flat, "--images-per-prompt", 2, "--prompts", other, *out
+    )
+
+
 def test_a_detector_that_sees_nothing_is_refused_before_anything_is_drawn(tmp_path: Path, tiny, failing) -> None:
     (tmp_path / "blind.py").write_text(
         "class Blind:\n    names = ('circle', 'square', 'triangle', 'star', 'cross', 'ring', 'diamond')\n"
@@ -372,7 +393,7 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"include": [{"class": "star", "count": 1}]}, "line 2: no GenEval metadata: tag: Field required"),
+        ({"include": [{"class": "star", "count": 1}]}, "prompt 2: no GenEval metadata: tag: Field required"),
         ({"tag": "colors", "include": []}, "include: List should have at least 1 item"),
         (
             {"tag": "colors", "include": [{"class": "star", "count": 0}]},
@@ -388,7 +409,7 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
         ),
         (
             {"tag": "colors", "include": [{"class": "cup", "count": 1}]},
-            "line 2: geneval: the prompts ask for the class 'cup'",
+            "prompt 2: geneval: the prompts ask for the class 'cup'",
         ),
     ],
 )

@@ -11,6 +11,7 @@ from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
+from flowalign.manifest import MANIFEST
 from flowalign.settings import UserError
 
 BATCH = 16  # pictures that are judged at once
@@ -21,7 +22,7 @@ class Benchmark:
     """What is judged, and where that goes."""
 
     source: Drawing | Path
-    """How to draw, or a folder of pictures in GenEval's layout."""
+    """How to draw, or a folder of pictures in GenEval's layout or with a MANIFEST."""
     images: int
     """Pictures of a prompt."""
     output: Path | None
@@ -73,8 +74,10 @@ class Benchmark:
     def where(self, row: Row) -> str:
         """Where a mistake in a row's prompt is, to begin a sentence with."""
         if self.prompts is None:
-            return f"{self.source}/{row.index:05d}/metadata.jsonl"
-        return f"prompts {self.prompts}, line {row.index + 1}"
+            whole = Path(str(self.source)) / MANIFEST
+            own = Path(str(self.source)) / f"{row.index:05d}" / MANIFEST
+            return f"{whole}, prompt {row.index + 1}" if whole.is_file() else str(own)
+        return f"prompts {self.prompts}, prompt {row.index + 1}"
 
     def judged(
         self,

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from flowalign.config import Model, Sampler
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
+from flowalign.manifest import MANIFEST, rows_of_files
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.cutting import cut_prompts
@@ -198,12 +199,16 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
     """The pictures of a folder in GenEval's layout, in the order of prompts and members, each seen to be readable.
 
     With `rows` the folders 00000, 00001, ... must be those of the rows; without, the folders say what the rows are.
+    A folder with a MANIFEST, such as `flowalign sample` writes, holds the pictures itself, and that says their rows.
     Raises UserError, with the path, for anything missing, unreadable or too much.
     """
+    if (folder / MANIFEST).is_file():
+        return _manifested(folder, images, rows)
     numbered = (place for place in folder.glob("*") if place.is_dir() and place.name.isdecimal())
     folders = sorted(numbered, key=lambda place: natural(place.name))
     if not folders:
-        raise UserError(f"{folder} holds no pictures in GenEval's layout: 00000/metadata.jsonl, 00000/samples/0000.png")
+        layout = "00000/metadata.jsonl, 00000/samples/0000.png"
+        raise UserError(f"{folder} holds no pictures in GenEval's layout ({layout}), and no {MANIFEST} that names some")
     if rows is not None:
         wanted = {f"{row.index:05d}" for row in rows}
         there = {place.name for place in folders}
@@ -222,6 +227,32 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
     return [picture for place, row in zip(folders, found, strict=True) for picture in _pictures(place, row, images)]
 
 
+def _manifested(folder: Path, images: int, rows: Sequence[Row] | None) -> list[Picture]:
+    groups: dict[str, list[Path]] = {}
+    found: dict[str, Row] = {}
+    for row, path in zip(*rows_of_files(folder, str(folder / MANIFEST), pictures_in(folder)), strict=True):
+        key = json.dumps(_metadata(row), sort_keys=True)
+        found.setdefault(key, replace(row, index=len(found)))
+        groups.setdefault(key, []).append(path)
+    for key, paths in groups.items():
+        if len(paths) != images:
+            prompt = found[key].prompt
+            raise UserError(
+                f"{folder} holds {len(paths)} pictures of {prompt!r}, not {images}; see --images-per-prompt"
+            )
+    wanted = [row.prompt for row in rows or found.values()]
+    if wanted != [row.prompt for row in found.values()]:
+        raise UserError(f"{folder / MANIFEST} has not the prompts of the list in their order; leave --prompts out")
+    pairs = zip(rows or found.values(), groups.values(), strict=True)
+    return [_seen(path, folder, row) for row, paths in pairs for path in paths]
+
+
+def _seen(path: Path, folder: Path, row: Row) -> Picture:
+    if not _is_whole(path, FORMATS):
+        raise UserError(f"{path} is not a readable picture; make it again")
+    return Picture(path, path.relative_to(folder).as_posix(), row)
+
+
 def _metadata_row(folder: Path) -> Row:
     path = folder / "metadata.jsonl"
     if not path.is_file():
@@ -237,10 +268,7 @@ def _pictures(folder: Path, row: Row, images: int) -> list[Picture]:
     paths = [path for path in pictures_in(samples) if path.stem.isdecimal()] if samples.is_dir() else []
     if len(paths) != images:
         raise UserError(f"{folder}/samples holds {len(paths)} pictures NNNN.png, not {images}; see --images-per-prompt")
-    for path in paths:
-        if not _is_whole(path, FORMATS):
-            raise UserError(f"{path} is not a readable picture; make it again")
-    return [Picture(path, path.relative_to(folder.parent).as_posix(), row) for path in paths]
+    return [_seen(path, folder.parent, row) for path in paths]
 
 
 def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], torch.Tensor]]:
