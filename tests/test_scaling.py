@@ -274,7 +274,10 @@ def test_the_best_of_n_are_written_with_all_scores(
     assert [(line["prompt"], line["candidate"]) for line in lines] == [
         (prompt, candidate) for prompt in ("a red star", "a ring") for candidate in range(4)
     ]
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["00.png", "01.png", "scores.jsonl"]
+    written = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert written == ["00.png", "01.png", "metadata.jsonl", "scores.jsonl"]
+    manifest = [json.loads(line) for line in (tmp_path / "drawn" / "metadata.jsonl").read_text().splitlines()]
+    assert [(row["file_name"], row["prompt"]) for row in manifest] == [("00.png", "a red star"), ("01.png", "a ring")]
     for prompt, picture in (("a red star", "00.png"), ("a ring", "01.png")):
         finished = [line for line in lines if line["prompt"] == prompt and line["step"] == 3]
         best = max(finished, key=lambda line: line["scores"]["level"])
