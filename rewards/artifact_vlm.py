@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from rewards.frames import mean_of_frames
-from rewards.vlm import VLM, VLMReward, yes_probability
+from rewards.vlm import VLM, VLMReward
 
 QUESTION = (
     "Does this image contain unintended artifacts, such as distorted anatomy, malformed or melted objects, broken "
@@ -29,8 +29,15 @@ class ArtifactVLM(VLMReward):
     name = "artifact_vlm"
     range = (0.0, 1.0)
 
-    def __init__(self, question: str = QUESTION, frames: int = 4, backend: VLM | None = None, **options: Any):
-        super().__init__(frames, backend, options)
+    def __init__(
+        self,
+        question: str = QUESTION,
+        unparsable: str = "error",
+        frames: int = 4,
+        backend: VLM | None = None,
+        **options: Any,
+    ):
+        super().__init__(frames, backend, options, unparsable)
         self.question = question
 
     def __call__(
@@ -38,5 +45,5 @@ class ArtifactVLM(VLMReward):
     ) -> torch.Tensor:
         images, items = self.pictures(media)
         with self.naming(prompts, items):
-            artifacts = yes_probability(self.vlm, [[image] for image in images], [self.question] * len(images))
+            artifacts = self.yes([[image] for image in images], [self.question] * len(images))
         return mean_of_frames(1 - artifacts, len(images) // len(media))

@@ -1,5 +1,6 @@
 """One question to whichever of several HTTP servers can answer it, with patience."""
 
+import ipaddress
 import threading
 import time
 from collections.abc import Sequence
@@ -13,6 +14,28 @@ from rewards.base import RewardError, reason
 
 PASSING = (408, 429, 502, 503, 504)  # statuses that another try may change
 FIRST_REST, LONGEST_REST = 0.25, 10.0  # seconds that a failing server is left alone, doubled from first to longest
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, without brackets, is this machine itself."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def client_of(urls: Sequence[str], **options: Any) -> httpx2.Client:
+    """A client for some addresses; those of this machine are reached past the proxies that the environment names.
+
+    RewardError for an address or a proxy that is none.
+    """
+    try:
+        own = [url for url in map(httpx2.URL, urls) if is_loopback(url.host) or url.host in ("0.0.0.0", "::")]
+        return httpx2.Client(mounts={f"all://{url.netloc.decode()}": None for url in own}, **options)
+    except (httpx2.InvalidURL, ValueError, ImportError) as error:
+        proxies = "look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"
+        raise RewardError(f"{', '.join(urls)} cannot be asked: {reason(error)}; {proxies}") from error
 
 
 class _Unavailable(Exception):
@@ -42,12 +65,12 @@ class Server:
 class Asker:
     """Asks servers, the least busy of those that do not rest after a failure; may be used by many threads at once.
 
-    token: sent along as "Authorization: Bearer".
+    urls: all that it will ask. token: sent along as "Authorization: Bearer".
     """
 
-    def __init__(self, token: str | None):
+    def __init__(self, urls: Sequence[str], token: str | None):
         headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
-        self._client = httpx2.Client(headers=headers, limits=httpx2.Limits(max_connections=None))
+        self._client = client_of(urls, headers=headers, limits=httpx2.Limits(max_connections=None))
         self._lock = threading.Lock()
 
     def ask(

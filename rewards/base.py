@@ -49,6 +49,8 @@ class Reward(ABC):
     scope: Literal["sample", "group"] = "sample"
     range: tuple[float, float] = (-math.inf, math.inf)
     prompt_sensitive: bool = False
+    masks: bool = False
+    """Whether it may leave an item out, with a score of NaN."""
 
     def golden(self) -> Golden | None:
         """Items with known scores, where the reward has them."""
@@ -57,6 +59,10 @@ class Reward(ABC):
     def maps(self, images: torch.Tensor) -> torch.Tensor | None:
         """Where in images (B, 3, H, W) it sees what it punishes, (B, H, W) in [0, 1]; None if it cannot say."""
         return None
+
+    def tally(self) -> dict[str, int]:
+        """What it counted since it was last asked, to be shown beside its scores."""
+        return {}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -121,8 +127,9 @@ def score(
     """The reward's scores (B,), float32, finite, detached, on the media's device.
 
     The reward gets copies, so that one which writes into them spoils nothing for whoever sees the same items next.
-    Raises RewardError for media, prompts or metadata that do not fit the contract, for an exception inside the reward
-    (kept as the cause), and for a result that is not one finite number per item: no failure becomes a score.
+    NaN stands for an item that a reward which `masks` left out. Raises RewardError for media, prompts or metadata that
+    do not fit the contract, for an exception inside the reward (kept as the cause), and for a result that is not one
+    finite number per item: no failure becomes a score.
     """
     metadata = check_inputs(reward.name, media, prompts, metadata)
     return score_in_place(reward, media.clone(), list(prompts), copy.deepcopy(metadata))
@@ -142,7 +149,7 @@ def score_in_place(
         raise RewardError(
             f"reward {reward.name!r} failed on a batch of {len(prompts)} whose first is {first}: {reason(error)}"
         ) from error
-    return as_scores(result, prompts, reward.name).to(media.device)
+    return as_scores(result, prompts, reward.name, reward.masks).to(media.device)
 
 
 def check_inputs(
@@ -176,10 +183,10 @@ def check_inputs(
     return metadata
 
 
-def as_scores(result: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
+def as_scores(result: Any, prompts: Sequence[str], name: str, masks: bool = False) -> torch.Tensor:
     """`result`, a tensor, array, list or tuple of B finite real numbers, as scores (B,), float32.
 
-    Raises RewardError, naming the first item that is at fault.
+    Where the reward `masks`, NaN is one too. Raises RewardError, naming the first item that is at fault.
     """
     if isinstance(result, torch.Tensor) and not result.is_complex():
         scores = result.detach()
@@ -199,7 +206,7 @@ def as_scores(result: Any, prompts: Sequence[str], name: str) -> torch.Tensor:
         shape = tuple(scores.shape)
         raise RewardError(f"reward {name!r} returned shape {shape} for {len(prompts)} items; expected one score each")
     scores = scores.to(torch.float32)
-    finite = torch.isfinite(scores)
+    finite = torch.isfinite(scores) | (scores.isnan() if masks else False)
     if not finite.all():
         index = int((~finite).nonzero()[0])
         value = scores[index].item()

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 from rewards.base import Reward, RewardError, at_least_one, reason
 from rewards.frames import chosen_frames
 from rewards.preprocessing import Preprocessing, as_levels
-from rewards.weights import chosen_device, located
+from rewards.weights import chosen_device, located, whole
 
 
 class TransformersClip(nn.Module):
@@ -22,9 +22,7 @@ class TransformersClip(nn.Module):
 
     def __init__(self, model: str, processor: str | None):
         super().__init__()
-        self.model, found = CLIPModel.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-        if found["missing_keys"]:
-            raise ValueError(f"the weights lack {min(found['missing_keys'])}")
+        self.model = whole(CLIPModel.from_pretrained, model, dtype=torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.processor = AutoImageProcessor.from_pretrained(processor or model)
         self.length = self.model.config.text_config.max_position_embeddings

@@ -14,7 +14,11 @@ from rewards.base import Reward, RewardError, check_inputs, score, shown
 
 
 class Scores(NamedTuple):
-    """One reward's scores of B items: `values` (B,) float32, 0 where `applies` (B,) bool is False."""
+    """One reward's scores of B items.
+
+    `values` (B,) float32 count where `applies` (B,) bool is True; elsewhere they are 0, or NaN for an item that the
+    reward judges but left out, whose total is then NaN too.
+    """
 
     values: torch.Tensor
     applies: torch.Tensor
@@ -54,15 +58,16 @@ def score_all(
                 values[applies] = score(reward, media[applies], *part)
             except RewardError as error:
                 raise RewardError(f"{error} (counting only the {len(chosen)} items to which it applies)") from error
-        scores[key] = Scores(values, applies)
+        scores[key] = Scores(values, applies & ~values.isnan())
     return scores
 
 
 def weighted_sum(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> torch.Tensor:
     """Total (B,) float32: of each item, the weighted mean of the scores of the rewards that apply to it.
 
-    Weights are finite and at least 0, one for each reward. Raises RewardError for other weights and for an item to
-    whose rewards only weight 0 is given; so do the other combinations.
+    NaN where a reward of positive weight left an item out: without it the total would be of another kind than its
+    group's. Weights are finite and at least 0, one for each reward. Raises RewardError for other weights and for an
+    item to whose rewards only weight 0 is given; so do the other combinations.
     """
     shares, values = _shares(scores, weights)
     return (shares * values).sum(0)
@@ -76,11 +81,12 @@ def _shares(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> tuple
     for key, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise RewardError(f"the weight of reward {key!r} is {weight}; it must be a finite number of at least 0")
-    given = torch.stack([weights[key] * scores[key].applies.float() for key in scores])
+    given = torch.stack([weights[key] * (one.applies | one.values.isnan()).float() for key, one in scores.items()])
     total = given.sum(0)
     if not (total > 0).all():
         raise RewardError(f"item {int((total <= 0).nonzero()[0])} has no reward of positive weight that applies to it")
-    return given / total, torch.stack([scores[key].values for key in scores])
+    values = torch.stack([one.values for one in scores.values()])
+    return given / total, values.where(given > 0, 0.0)
 
 
 def standardised(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -133,8 +139,9 @@ def base_and_bonus(scores: Mapping[str, Scores], base: str, bonus: str, floor: f
         if name not in scores:
             raise RewardError(f"the combination needs the reward {name!r}; there are {', '.join(scores)}")
         values, applies = scores[name]
-        if not applies.all():
-            raise RewardError(f"reward {name!r} does not apply to item {int((~applies).nonzero()[0])}; both must")
+        judged = applies | values.isnan()
+        if not judged.all():
+            raise RewardError(f"reward {name!r} does not apply to item {int((~judged).nonzero()[0])}; both must")
         if (values < 0).any() or (values > 1).any():
             index = int(((values < 0) | (values > 1)).nonzero()[0])
             raise RewardError(

@@ -95,7 +95,7 @@ def check(reward: Reward, items: Items | None = None) -> list[Finding]:
 
 
 def _scores(reward: Reward, items: Items) -> torch.Tensor:
-    return score(reward, *items)
+    return score(reward, *items).nan_to_num(0)  # an item that is left out must always be
 
 
 def _same(title: str, wanted: torch.Tensor, found: torch.Tensor, tolerance: float = TOLERANCE) -> Finding:

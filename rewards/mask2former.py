@@ -18,7 +18,7 @@ from rewards.base import RewardError, at_least_one, reason
 from rewards.clip_colors import OPENAI, ColorClassifier
 from rewards.geneval import SCORE_THRESHOLD
 from rewards.preprocessing import as_levels
-from rewards.weights import bundled, chosen_device
+from rewards.weights import bundled, chosen_device, whole
 
 PUBLISHED = "facebook/mask2former-swin-small-coco-instance"
 NAME = "mask2former"
@@ -200,11 +200,7 @@ def _load(folder: Path, model: str) -> tuple[Any, Any]:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != NAME:
             raise ValueError(f"it is a {kind}, not a {NAME}")
-        load = Mask2FormerForUniversalSegmentation.from_pretrained
-        network, found = load(folder, dtype=torch.float32, output_loading_info=True)
-        lacking = set(found["missing_keys"]) & {name for name, _ in network.named_parameters()}
-        if lacking:
-            raise ValueError(f"the weights lack {min(lacking)}")
+        network = whole(Mask2FormerForUniversalSegmentation.from_pretrained, folder, dtype=torch.float32)
         processor = Mask2FormerImageProcessor.from_pretrained(folder)
     except Exception as error:
         raise RewardError(f"detector {NAME!r}: {model!r} cannot be loaded: {reason(error)}") from error

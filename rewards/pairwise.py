@@ -4,11 +4,11 @@ Source: Pref-GRPO (2025, arXiv 2508.20751): all pairs of a prompt's G pictures a
 w_i = sum over j of y_ij / (G - 1), with y 1 for a win, 1/2 for a tie, 0 for a loss. What differs: which of the two is
 shown first is drawn from the seed, the prompt and the two pictures, so it favours no place in the batch (published: the
 earlier one, always); equal pictures tie unasked; an answer that names no winner is an error unless `unparsable` is
-"tie", as published; the wording of the question is ours, so give `question` the one that a model was trained on.
+"tie", as published, or "mask", when the other pairs alone count; the wording of the question is ours, so give
+`question` the one that a model was trained on.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError, shown
-from rewards.vlm import VLM, VLMReward, unread
+from rewards.verdicts import preferred
+from rewards.vlm import VLM, VLMReward
 
 QUESTION = """These two images were generated from the caption below. Compare how well each follows the caption, how \
 good it looks and how free of flaws it is. You may reason first, inside <think> and </think>. Then give your verdict \
@@ -24,24 +25,12 @@ as exactly <answer>Image 1 is better</answer> or <answer>Image 2 is better</answ
 Caption: {prompt}"""
 
 
-def verdict(answer: str) -> float | None:
-    """1 if the answer prefers image 1, 0 for image 2, 1/2 for neither; None if it does not say which.
-
-    What the last <answer> holds counts, or the whole answer where there is none.
-    """
-    said = re.findall(r"<answer>(.*?)(?:</answer>|$)", answer, re.IGNORECASE | re.DOTALL)
-    text = said[-1] if said else answer
-    winners = set(re.findall(r"\bimage\s*([12])\s+is\s+better\b", text, re.IGNORECASE))
-    if not winners and re.search(r"\b(tie|equal|equally)\b", text, re.IGNORECASE):
-        return 0.5
-    return {"1": 1.0, "2": 0.0}[winners.pop()] if len(winners) == 1 else None
-
-
 class Pairwise(VLMReward):
     """The win rate, in [0, 1], of each picture among all pictures of equal prompt in the batch.
 
-    seed: draws which picture of a pair is shown first. unparsable: "error" or "tie" for answers that name no winner.
-    question: what is asked about the two; "{prompt}" in it stands for the prompt. max_tokens: the longest answer.
+    seed: draws which picture of a pair is shown first. unparsable: with "mask", a pair whose answer names no winner
+    does not count, and a picture without a pair that does is left out. question: what is asked about the two;
+    "{prompt}" in it stands for the prompt. max_tokens: the longest answer.
     frames: how many of a video's frames are judged, each against the other video's frame at the same place; a pair's
     outcome is the mean. The other options are those of `VLMReward`.
     """
@@ -61,11 +50,8 @@ class Pairwise(VLMReward):
         backend: VLM | None = None,
         **options: Any,
     ):
-        if unparsable not in ("error", "tie"):
-            raise RewardError(f"reward 'pairwise': unparsable must be 'error' or 'tie', not {unparsable!r}")
-        super().__init__(frames, backend, options, max_tokens=max_tokens)
+        super().__init__(frames, backend, options, unparsable, max_tokens)
         self.seed = seed
-        self.unparsable = unparsable
         self.question = question
 
     def __call__(
@@ -82,30 +68,33 @@ class Pairwise(VLMReward):
         images, items = self.pictures(media)
         count = len(images) // len(media)
         contents = [hashlib.sha256(image.tobytes()).digest() for image in images]
-        wins = torch.zeros(len(media), dtype=torch.float64)
+        wins, judged = torch.zeros(2, len(media), dtype=torch.float64)
         duels = []  # the numbers of the pictures shown first and second
         for members in groups.values():
             for pair in combinations(members, 2):
                 for a, b in ((pair[0] * count + frame, pair[1] * count + frame) for frame in range(count)):
                     if contents[a] == contents[b]:
                         wins[list(pair)] += 0.5
+                        judged[list(pair)] += 1
                     else:
                         duels.append(self._ordered(a, b, contents, prompts[pair[0]]))
         texts = [self.question.replace("{prompt}", prompts[items[first]]) for first, _ in duels]
         with self.naming(prompts, [items[first] for first, _ in duels]):
-            answers = self.vlm.answer([[images[a], images[b]] for a, b in duels], texts, self.max_tokens)
-            for row, ((first, second), answer) in enumerate(zip(duels, answers, strict=True)):
-                outcome = verdict(answer)
-                if outcome is None and self.unparsable == "error":
-                    raise unread(answer, f"names no winner against item {items[second]}", row)
-                outcome = 0.5 if outcome is None else outcome
+            outcomes = self.answered([[images[a], images[b]] for a, b in duels], texts, _outcome)
+        for (first, second), outcome in zip(duels, outcomes, strict=True):
+            if not outcome.isnan():
                 wins[items[first]] += outcome
                 wins[items[second]] += 1 - outcome
-        sizes = torch.tensor([len(groups[prompt]) for prompt in prompts])
-        return (wins / (count * (sizes - 1))).float()
+                judged[[items[first], items[second]]] += 1
+        return (wins / judged).float()
 
     def _ordered(self, a: int, b: int, contents: Sequence[bytes], prompt: str) -> tuple[int, int]:
         """The two pictures in an order that depends on the seed, the prompt and their contents alone."""
         low, high = sorted((a, b), key=contents.__getitem__)
         drawn = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode() + contents[low] + contents[high]).digest()
         return (low, high) if drawn[0] % 2 else (high, low)
+
+
+def _outcome(answer: str) -> float | str:
+    outcome = preferred(answer)
+    return "names no winner" if outcome is None else outcome

@@ -6,6 +6,7 @@ loses nothing, so that scores are those of the reward in this process, bit for b
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
@@ -54,8 +55,8 @@ class RemoteReward(Reward):
         if not places or len(set(places)) < len(places):
             raise RewardError(f"a remote reward needs one or several different addresses, not {', '.join(given)!r}")
         self.timeout, self.patience, self.batch, self.concurrency = timeout, patience, int(batch), int(concurrency)
-        self._asker = Asker(secret())
         self.servers = [Server(base) for base, _ in places]
+        self._asker = Asker([server.url for server in self.servers], secret())
         found = [
             self._found(server, place[1], start_timeout) for server, place in zip(self.servers, places, strict=True)
         ]
@@ -66,6 +67,9 @@ class RemoteReward(Reward):
                     both = f"{first[key]!r} at {self.servers[0].url}, {entry[key]!r} at {server.url}"
                     raise RewardError(f"the servers of reward {first['name']!r} differ in its {key}: {both}")
         self.name, self.scope, self.prompt_sensitive = first["name"], first["scope"], first["prompt_sensitive"]
+        self.masks = first.get("masks", False)
+        self._counted: Counter[str] = Counter()
+        self._counting = threading.Lock()
         low, high = first["range"]
         self.range = (-math.inf if low is None else low, math.inf if high is None else high)
         self.limits = Limits(*map(min, zip(*(limits for _, limits in found), strict=True)))
@@ -96,6 +100,11 @@ class RemoteReward(Reward):
         """What the reward on the server says; it is asked about a row once."""
         return self._applies_to_all or self._ask_whether_once(to_json(dict(row), "a row of metadata"))
 
+    def tally(self) -> dict[str, int]:
+        with self._counting:
+            counted, self._counted = self._counted, Counter(dict.fromkeys(self._counted, 0))
+        return dict(counted)
+
     def _ask_whether(self, row: str) -> bool:
         return self._values("applies", f'{{"rows": [{row}]}}'.encode(), JSON, 1, threading.Event())[0]
 
@@ -109,7 +118,9 @@ class RemoteReward(Reward):
         def scores_of(part: list[int]) -> torch.Tensor:
             asked = [prompts[i] for i in part]
             body = encode(media[part], asked, [metadata[i] for i in part])
-            return as_scores(self._values("scores", body, SAFETENSORS, len(part), over), asked, self.name)
+            values = self._values("scores", body, SAFETENSORS, len(part), over)
+            values = [math.nan if one is None and self.masks else one for one in values]
+            return as_scores(values, asked, self.name, self.masks)
 
         pool = ThreadPoolExecutor(self.concurrency * len(self.servers))
         try:
@@ -150,6 +161,8 @@ class RemoteReward(Reward):
         values = answer.get(key) if isinstance(answer, dict) else None
         if not isinstance(values, list) or len(values) != count:
             raise RewardError(f"a server of reward {self.name!r} answered {request[1]} without {count} {key}")
+        with self._counting:
+            self._counted.update(answer.get("counted", {}))
         return values
 
 

@@ -1,11 +1,12 @@
-"""Rubric: a vision-language model's marks from 1 to 5 for alignment, coherence and style.
+"""Rubric: a vision-language model's marks from 1 to 5 for alignment, coherence and style, or one mark for all.
 
-Source: UnifiedReward (Wang et al., 2025), which writes one line "Alignment Score (1-5): X" for each dimension. What
-differs: an answer without a mark is an error (Flow-GRPO counts it as 0, Pref-GRPO as the batch's mean); the wording of
-the question is ours, so give `question` the one that a model was trained on; marks are mapped to [0, 1].
+Source: UnifiedReward (Wang et al., 2025), which writes one line "Alignment Score (1-5): X" for each dimension, or in
+its first form "Final Score: X". What differs: an answer without a mark, or with one outside the scale, is unparsable
+(Flow-GRPO counts it as 0, Pref-GRPO as the batch's mean), and no mark is clamped; the wording of the question is ours,
+so give `question` the one that a model was trained on; marks are mapped to [0, 1].
 """
 
-import re
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 
 from rewards.base import RewardError
 from rewards.frames import mean_of_frames
-from rewards.vlm import VLM, VLMReward, unread
+from rewards.verdicts import mark, statement
+from rewards.vlm import VLM, VLMReward
 
 DIMENSIONS = ("alignment", "coherence", "style")
-MAPPINGS = {"linear": lambda mark: (mark - 1) / 4, "fifths": lambda mark: mark / 5}
+MAPPINGS = ("linear", "fifths")
 QUESTION = """This image was generated from the caption below. Rate it from 1 (worst) to 5 (best) in three respects:
 - Alignment: how well its content matches the caption.
 - Coherence: how free it is of visual glitches, distorted objects and contradictions.
@@ -28,23 +30,14 @@ Style Score (1-5): Z
 Caption: {prompt}"""
 
 
-def marks(answer: str, dimensions: Sequence[str]) -> dict[str, float]:
-    """The mark of each dimension that the answer's last "<dimension> Score (1-5): X" gives it, if in 1 to 5."""
-    found = {}
-    for dimension in dimensions:
-        line = rf"\b{dimension}\b(?: score)?\W*(?:\(1\s*-\s*5\))?\W*:\W*(\d+(?:\.\d+)?)"
-        numbers = [float(number) for number in re.findall(line, answer, re.IGNORECASE)]
-        if numbers and 1 <= numbers[-1] <= 5:
-            found[dimension] = numbers[-1]
-    return found
-
-
 class Rubric(VLMReward):
     """The mean over `dimensions` of the marks, mapped to [0, 1].
 
-    dimensions: which of alignment, coherence and style count; all three are always asked for.
-    mapping: "linear" for (mark - 1) / 4, "fifths" for the published mark / 5.
-    question: what is asked; "{prompt}" in it stands for the item's prompt. max_tokens: the longest answer.
+    dimensions: which marks count: of the default question any of alignment, coherence and style, all three of which are
+    always asked for; of a question of one's own those it asks for, "final" for the one mark for all ("Final Score: X",
+    "7/10"). By default the three, or the final one where an answer has none of them. scale: the lowest and highest mark
+    that the question asks for. mapping: "linear" for (mark - lowest) / (highest - lowest), "fifths" for the published
+    mark / 5. question: what is asked; "{prompt}" in it stands for the item's prompt. max_tokens: the longest answer.
     The other options are those of `VLMReward`.
     """
 
@@ -54,38 +47,63 @@ class Rubric(VLMReward):
 
     def __init__(
         self,
-        dimensions: Sequence[str] = DIMENSIONS,
+        dimensions: Sequence[str] | None = None,
         mapping: str = "linear",
         question: str = QUESTION,
+        scale: Sequence[float] = (1, 5),
         max_tokens: int = 128,
+        unparsable: str = "error",
         frames: int = 4,
         backend: VLM | None = None,
         **options: Any,
     ):
-        if isinstance(dimensions, str) or not dimensions or not set(dimensions) <= set(DIMENSIONS):
+        given = DIMENSIONS if dimensions is None else dimensions
+        if isinstance(given, str) or not given or not all(isinstance(one, str) and one.strip() for one in given):
+            raise RewardError(f"reward 'rubric': dimensions must be a list of names, not {dimensions!r}")
+        if question == QUESTION and not set(given) <= set(DIMENSIONS):
             raise RewardError(
-                f"reward 'rubric': dimensions must be some of {', '.join(DIMENSIONS)}, not {dimensions!r}"
+                f"reward 'rubric': dimensions must be some of {', '.join(DIMENSIONS)}, not {dimensions!r}, unless a "
+                "`question` of one's own asks for them"
             )
         if mapping not in MAPPINGS:
             raise RewardError(f"reward 'rubric': mapping must be one of {', '.join(MAPPINGS)}, not {mapping!r}")
-        super().__init__(frames, backend, options, max_tokens=max_tokens)
-        self.dimensions = tuple(dimensions)
-        self.mapping = MAPPINGS[mapping]
+        if not _is_scale(scale) or (mapping == "fifths" and scale[1] != 5) or (question == QUESTION and scale[1] != 5):
+            raise RewardError(
+                f"reward 'rubric': scale must be the lowest and the highest mark, at least 0, not {scale!r}; the "
+                "default question and the mapping 'fifths' are for marks up to 5"
+            )
+        super().__init__(frames, backend, options, unparsable, max_tokens)
+        self.dimensions = tuple(given)
+        self.or_final = dimensions is None
+        self.low, self.high = map(float, scale)
+        self.mapping = mapping
         self.question = question
         self.prompt_sensitive = "{prompt}" in question
+        self.middle = self._mapped((self.low + self.high) / 2)
 
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,); RewardError for an answer that lacks a mark."""
+        """Scores (B,); RewardError for an answer that lacks a mark, unless `unparsable` says otherwise."""
         images, items = self.pictures(media)
         texts = [self.question.replace("{prompt}", prompts[item]) for item in items]
-        scores = []
         with self.naming(prompts, items):
-            answers = self.vlm.answer([[image] for image in images], texts, self.max_tokens)
-            for row, answer in enumerate(answers):
-                found = marks(answer, self.dimensions)
-                if missing := [dimension for dimension in self.dimensions if dimension not in found]:
-                    raise unread(answer, f"has no mark from 1 to 5 for {' and '.join(missing)}", row)
-                scores.append(sum(map(self.mapping, found.values())) / len(found))
-        return mean_of_frames(torch.tensor(scores), len(images) // len(media))
+            scores = self.answered([[image] for image in images], texts, self._read)
+        return mean_of_frames(scores, len(images) // len(media))
+
+    def _read(self, answer: str) -> float | str:
+        names = self.dimensions
+        if self.or_final and statement(answer, "final") and not any(statement(answer, name) for name in names):
+            names = ("final",)
+        marks = [mark(answer, name, self.low, self.high) for name in names]
+        if missing := [name for name, one in zip(names, marks, strict=True) if one is None]:
+            return f"has no mark from {self.low:g} to {self.high:g} for {' and '.join(missing)}"
+        return sum(self._mapped(one) for one in marks if one is not None) / len(marks)
+
+    def _mapped(self, mark: float) -> float:
+        return mark / 5 if self.mapping == "fifths" else (mark - self.low) / (self.high - self.low)
+
+
+def _is_scale(scale: Any) -> bool:
+    numbers = isinstance(scale, list | tuple) and len(scale) == 2 and all(type(one) in (int, float) for one in scale)
+    return numbers and 0 <= scale[0] < scale[1] < math.inf

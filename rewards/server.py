@@ -1,6 +1,7 @@
 """Rewards behind HTTP: `serve({"ocr": rewards.load("ocr")})`, for `rewards.load("http://host:8000/ocr")`.
 
-GET /health, GET /spec, POST /score/NAME with a request of `rewards.wire` -> {"scores": [B numbers]}, and
+GET /health, GET /spec, POST /score/NAME with a request of `rewards.wire` -> {"scores": [B numbers, null where the
+reward left an item out], "counted": {what: number}}, and
 POST /applies/NAME with {"rows": [metadata with its "prompt"]} -> {"applies": [B booleans]}. Every failure answers
 {"error": sentence}: 400 the request is wrong, 401 the token, 404 no such reward, 408 it stopped coming, 413 it is too
 large, 503 too many wait (with Retry-After), 500 the reward failed.
@@ -8,7 +9,6 @@ large, 503 too many wait (with Retry-After), 500 the reward failed.
 
 import asyncio
 import hmac
-import ipaddress
 import json
 import logging
 import math
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from rewards.asking import is_loopback
 from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, nearest, reason
 from rewards.loading import FunctionReward
 from rewards.weights import chosen_device, make_current
@@ -82,11 +83,12 @@ class _Desk:
             "range": [bound if math.isfinite(bound) else None for bound in reward.range],
             "prompt_sensitive": reward.prompt_sensitive,
             "class": type(reward).__qualname__,
+            "masks": reward.masks,
             "applies_to_all": type(reward).applies_to is Reward.applies_to,
         }
 
-    def scores(self, body: bytearray, kind: str, limits: Limits) -> list[float]:
-        """The scores of a request; Refused with 400 or 413 when the request is at fault, 500 when the reward is."""
+    def scores(self, body: bytearray, kind: str, limits: Limits) -> dict[str, Any]:
+        """The answer to a request; Refused with 400 or 413 when the request is at fault, 500 when the reward is."""
         try:
             media, prompts, metadata = decode(body, kind, limits)
             metadata = check_inputs(self.reward.name, media, prompts, metadata)
@@ -105,9 +107,11 @@ class _Desk:
         except Exception as error:
             raise self._failed(error) from error
         try:
-            return as_scores(result, prompts, self.reward.name).tolist()
+            scores = as_scores(result, prompts, self.reward.name, self.reward.masks).tolist()
         except RewardError as error:
             raise Refused(500, str(error)) from error
+
+        return {"scores": [None if math.isnan(one) else one for one in scores], "counted": self.reward.tally()}
 
     def applies(self, rows: list[dict[str, Any]]) -> list[bool]:
         """What `applies_to` says of each row."""
@@ -212,7 +216,7 @@ def app(
                 if await request.is_disconnected():  # it gave up waiting, and may have asked again
                     raise ClientDisconnect
                 loop = asyncio.get_running_loop()
-                return _answer({"scores": await loop.run_in_executor(desk.worker, desk.scores, body, kind, limits)})
+                return _answer(await loop.run_in_executor(desk.worker, desk.scores, body, kind, limits))
 
     @service.post("/applies/{name}")
     async def applies(name: str, request: Request) -> Response:
@@ -258,7 +262,7 @@ def serve(
     there is no token, or when the address cannot be had.
     """
     token = secret()
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback(host):
         raise RewardError(f"serving at {host} lets other machines in; set {TOKEN_VARIABLE} to a secret they must give")
     service = app(rewards, token=token, max_items=max_items, max_bytes=max_bytes, queue=queue)
     try:
@@ -272,10 +276,3 @@ def serve(
     print(f"serving {', '.join(rewards)} at http://{where}:{listener.getsockname()[1]}; Ctrl-C stops", flush=True)
     config = uvicorn.Config(service, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

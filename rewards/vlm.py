@@ -5,8 +5,10 @@ and scores the mean of its frames. Shapes: N questions, each with one or more pi
 """
 
 import inspect
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +20,10 @@ from rewards.frames import chosen_frames
 from rewards.preprocessing import as_levels
 
 Pictures = Sequence[Sequence[Image.Image]]  # of N questions, those that each is about
+UNPARSABLE = ("error", "tie", "mask")
+CUT_OFF = "was cut off before its verdict; raise max_tokens, now {}, or switch its reasoning off with `thinking: false`"
+# How models mark what they think before they answer: <think>, [THINK], and others of the kind.
+REASONING = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection)[>\]▷]", re.IGNORECASE)
 
 
 class VLMError(RewardError):
@@ -28,18 +34,32 @@ class VLMError(RewardError):
         self.row = row
 
 
+class Unparsable(VLMError):
+    """Answers that do not begin with any of the choices: `problems` says why, by row; `found` has NaN in their rows."""
+
+    def __init__(self, problems: Mapping[int, str], found: torch.Tensor):
+        row = min(problems)
+        super().__init__(problems[row], row)
+        self.problems, self.found = problems, found
+
+
+class Unfinished(str):
+    """What a model had written of an answer that was cut off; no judge reads a verdict in it."""
+
+
 class VLM(ABC):
     """A judge that sees pictures; what it answers to a question depends on that question alone."""
 
     @abstractmethod
     def answer(self, images: Pictures, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """The N greedy answers, of at most `max_tokens` tokens."""
+        """The N greedy answers, of at most `max_tokens` tokens; those that were cut off are `Unfinished`."""
 
     @abstractmethod
     def choice_log_probs(self, images: Pictures, texts: Sequence[str], choices: Sequence[str]) -> torch.Tensor:
         """Log-probabilities (N, C), float32, that the answer's first token reads as each choice.
 
-        Case and surrounding spaces do not count: "Yes", " yes" and "YES" are one choice.
+        Case and surrounding spaces do not count: "Yes", " yes" and "YES" are one choice. Raises Unparsable when some
+        answers begin with something else, such as the model's reasoning.
         """
 
     @abstractmethod
@@ -52,13 +72,26 @@ class VLMReward(Reward):
 
     frames: how many of a video's frames are judged, the middles of as many equal spans; its score is their mean.
     options: those of the `LocalVLM` (model, ...) or the `EndpointVLM` (url, model, ...) to ask, by name; or instead
-    backend: a VLM object. max_tokens: the longest answer, where the reward reads one.
+    backend: a VLM object. unparsable: what becomes of an answer that cannot be read: "error" ends the scoring, "tie"
+    gives it the middle of the scale, "mask" leaves its item out (NaN), also where the answer is about one frame of
+    several. max_tokens: the longest answer, its reasoning included, where the reward reads one.
     """
 
-    def __init__(self, frames: int, backend: VLM | None, options: Mapping[str, Any], max_tokens: int = 1):
+    middle = 0.5
+
+    def __init__(
+        self,
+        frames: int,
+        backend: VLM | None,
+        options: Mapping[str, Any],
+        unparsable: str = "error",
+        max_tokens: int = 1,
+    ):
         try:
             at_least("frames", frames, 1)
             at_least("max_tokens", max_tokens, 1)
+            if unparsable not in UNPARSABLE:
+                raise VLMError(f"unparsable must be one of {', '.join(UNPARSABLE)}, not {unparsable!r}")
             if backend is not None and options:
                 raise VLMError(f"backend is a VLM already, so the option {next(iter(options))!r} has no use")
             self.vlm = backend or opened(options)
@@ -66,6 +99,13 @@ class VLMReward(Reward):
             raise RewardError(f"reward {self.name!r}: {error}") from error
         self.frames = frames
         self.max_tokens = max_tokens
+        self.unparsable = unparsable
+        self.masks = unparsable == "mask"
+        self._counts = {"answers": 0, "unparsable": 0}
+
+    def tally(self) -> dict[str, int]:
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        return counts
 
     def pictures(self, media: torch.Tensor) -> tuple[list[Image.Image], list[int]]:
         """The frames of media (B, ...) that are judged, in the items' order, and the item of each."""
@@ -81,6 +121,42 @@ class VLMReward(Reward):
         except VLMError as error:
             where = "" if error.row is None else f"{shown(items[error.row], prompts)}: "
             raise RewardError(f"reward {self.name!r}: {where}{error}") from error
+
+    def answered(self, images: Pictures, texts: Sequence[str], value: Callable[[str], float | str]) -> torch.Tensor:
+        """(N,) float64: what `value` reads in each answer, after its reasoning; a text says why it reads nothing."""
+        found: list[float | str] = []
+        for answer in self.vlm.answer(images, texts, self.max_tokens):
+            said = final(answer)
+            found.append(CUT_OFF.format(self.max_tokens) if said is None else value(said))
+            if isinstance(found[-1], str):
+                found[-1] = f"the answer {first_line(answer)!r} {found[-1]}"
+        problems = {row: one for row, one in enumerate(found) if isinstance(one, str)}
+        values = [math.nan if isinstance(one, str) else one for one in found]
+        return self.settled(torch.tensor(values, dtype=torch.float64), problems)
+
+    def yes(self, images: Pictures, texts: Sequence[str]) -> torch.Tensor:
+        """P(yes) / (P(yes) + P(no)), (N,), as the first token of the answers."""
+        problems: Mapping[int, str] = {}
+        try:
+            log_probs = self.vlm.choice_log_probs(images, texts, ("Yes", "No"))
+        except Unparsable as error:
+            log_probs, problems = error.found, error.problems
+        return self.settled(log_probs.softmax(1)[:, 0], problems)
+
+    def settled(self, values: torch.Tensor, problems: Mapping[int, str]) -> torch.Tensor:
+        """The values (N,), and what `unparsable` makes of the rows with problems; counts both."""
+        broken = [row for row in values.isnan().nonzero().flatten().tolist() if row not in problems]
+        if broken:
+            raise VLMError(
+                "the judge's probabilities are not numbers (NaN); its weights or its type are at fault", broken[0]
+            )
+        self._counts["answers"] += len(values)
+        self._counts["unparsable"] += len(problems)
+        if problems and self.unparsable == "error":
+            row = min(problems)
+            raise VLMError(problems[row], row)
+        values[list(problems)] = self.middle if self.unparsable == "tie" else math.nan
+        return values
 
 
 def opened(options: Mapping[str, Any]) -> VLM:
@@ -105,20 +181,27 @@ def opened(options: Mapping[str, Any]) -> VLM:
     return kind(**options)
 
 
+def switches(thinking: bool | None, name: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The further keys that the option `name` gives a judge; VLMError unless it and `thinking` are of their kind."""
+    if thinking is not None and not isinstance(thinking, bool):
+        raise VLMError(f"thinking must be true or false, not {thinking!r}")
+    if further is not None and not isinstance(further, Mapping):
+        raise VLMError(f"{name} must be keys and values, not {further!r}")
+    return dict(further or {})
+
+
 def at_least(option: str, value: int, lowest: int) -> None:
     """VLMError unless the option's value is a whole number of at least `lowest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise VLMError(f"{option} must be a whole number of at least {lowest}, not {value!r}")
 
 
-def unread(answer: str, lacks: str, row: int) -> VLMError:
-    """The error for an answer that lacks what was asked for; asking again would give the same one."""
-    return VLMError(f"the answer {first_line(answer)!r} {lacks}", row)
-
-
-def yes_probability(vlm: VLM, images: Pictures, texts: Sequence[str]) -> torch.Tensor:
-    """P(yes) / (P(yes) + P(no)), (N,), as the first token of the answers."""
-    return vlm.choice_log_probs(images, texts, ("Yes", "No")).softmax(1)[:, 0]
+def final(answer: str) -> str | None:
+    """What an answer says after its reasoning; None where it, or its reasoning, was cut off."""
+    marks = list(REASONING.finditer(answer))
+    if isinstance(answer, Unfinished) or (marks and not marks[-1][1]):
+        return None
+    return answer[marks[-1].end() :].strip() if marks else answer.strip()
 
 
 def plain(text: str) -> str:

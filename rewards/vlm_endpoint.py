@@ -1,10 +1,14 @@
 """A vision-language model behind an OpenAI-compatible server as a judge; pictures travel as PNG."""
 
 import base64
+import email.utils
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -12,21 +16,43 @@ import httpx2
 import tenacity
 import torch
 from PIL import Image
+from tenacity.nap import sleep_using_event
 
-from rewards.base import reason
-from rewards.vlm import VLM, Pictures, VLMError, at_least, first_line, plain
+from rewards.asking import client_of
+from rewards.base import RewardError, reason
+from rewards.vlm import (
+    REASONING,
+    VLM,
+    Pictures,
+    Unfinished,
+    Unparsable,
+    VLMError,
+    at_least,
+    first_line,
+    plain,
+    switches,
+)
 
 Answer = TypeVar("Answer")
+LONGEST_WAIT = 120.0  # seconds that a server may ask to be left alone for
+OWN_KEYS = ("model", "messages", "max_tokens", "logprobs", "top_logprobs", "n", "stream")  # of a request's body
+
+
+class Passing(Exception):
+    """What went wrong with an answer of status 200 that another try may mend."""
 
 
 class EndpointVLM(VLM):
     """A server with OpenAI's chat completions.
 
-    url: up to and with the version, as in "http://localhost:8000/v1". model: its name there. api_key_env: the
-    environment variable that holds the key, if one is needed. timeout: seconds for one try. retries: further tries
-    after a timeout, a lost connection, status 429 or 5xx. backoff: the first wait before a further try is at most this
-    many seconds, each later one at most twice as long. concurrency: requests at once. top_logprobs: how many first
-    tokens the server is asked for; a choice that is not among them has probability 0, as in ArtifactReward.
+    url: up to and with the version, as in "http://localhost:8000/v1"; proxies of the environment are not asked for one
+    of this machine. model: its name there. api_key_env: the environment variable that holds the key, if one is needed.
+    timeout: seconds for one try. retries: further tries after a timeout, a lost connection, an answer cut short, status
+    429 or 5xx. backoff: the first wait before a further try is at most this many seconds, each later one at most twice
+    as long, and none shorter than the server's Retry-After. concurrency: requests at once. top_logprobs: how many first
+    tokens the server is asked for; a choice that is not among them has probability 0, as in ArtifactReward. thinking:
+    whether the model reasons first, as `enable_thinking` for the chat template of vLLM and SGLang; by default what the
+    server does. body: further keys of the request, such as {"reasoning_effort": "none"}.
     """
 
     def __init__(
@@ -39,12 +65,22 @@ class EndpointVLM(VLM):
         backoff: float = 1.0,
         concurrency: int = 8,
         top_logprobs: int = 20,
+        thinking: bool | None = None,
+        body: Mapping[str, Any] | None = None,
     ):
+        given_body = switches(thinking, "body", body)
         at_least("retries", retries, 0)
         at_least("concurrency", concurrency, 1)
         at_least("top_logprobs", top_logprobs, 2)
-        if timeout <= 0 or backoff < 0:
+        if not (0 < timeout < math.inf and 0 <= backoff < math.inf):
             raise VLMError(f"timeout must be positive and backoff not negative, not {timeout} and {backoff}")
+        self.body = {"temperature": 0, **given_body}
+        if taken := [key for key in OWN_KEYS if key in self.body]:
+            raise VLMError(f"body: {taken[0]!r} is given by the judge itself; leave it out")
+        if thinking is not None:
+            kwargs = dict(self.body.get("chat_template_kwargs") or {})
+            self.body["chat_template_kwargs"] = {**kwargs, "enable_thinking": thinking}
+        self.thinking = thinking
         if not url.startswith(("http://", "https://")):
             raise VLMError(f"url must begin with http:// or https://, not {url!r}")
         headers = {}
@@ -54,7 +90,11 @@ class EndpointVLM(VLM):
                     f"the environment variable {api_key_env}, which should hold the key of {url}, is not set"
                 )
             headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self.client = httpx2.Client(headers=headers, timeout=timeout, limits=httpx2.Limits(max_connections=concurrency))
+        try:
+            limits = httpx2.Limits(max_connections=concurrency)
+            self.client = client_of([url], headers=headers, timeout=timeout, limits=limits)
+        except RewardError as error:
+            raise VLMError(str(error)) from error
         self.url = url.rstrip("/")
         self.model = model
         self.timeout = timeout
@@ -62,35 +102,48 @@ class EndpointVLM(VLM):
         self.top_logprobs = top_logprobs
         self.retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(retries + 1),
-            wait=tenacity.wait_random_exponential(multiplier=backoff, max=max(backoff, 30)),
+            wait=_Wait(backoff),
             retry=tenacity.retry_if_exception(_may_pass),
             reraise=True,
         )
 
     def answer(self, images: Pictures, texts: Sequence[str], max_tokens: int) -> list[str]:
-        def text_of(choice: dict[str, Any]) -> str:
-            if not isinstance(choice["message"]["content"], str):
-                raise VLMError(f"{self.url} sent an answer without text")
-            return choice["message"]["content"]
+        return self._ask_all(images, texts, self._said, {"max_tokens": max_tokens})
 
-        return self._ask_all(images, texts, text_of, {"max_tokens": max_tokens})
+    def _said(self, choice: dict[str, Any]) -> str:
+        message = choice["message"]
+        content = message.get("content")
+        if isinstance(content, list):  # parts, of which some servers make even one text
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        text = str(content or message.get("refusal") or "")
+        marks = list(REASONING.finditer(text))
+        thoughts = text[: marks[-1].end() if marks[-1][1] else None] if marks else ""
+        if self.thinking is False and (_reasoning(message) or REASONING.sub("", thoughts).strip()):
+            raise VLMError(f"{self.url} reasons in spite of `thinking: false`; its server or model has no such switch")
+        return Unfinished(text) if choice.get("finish_reason") == "length" else text
 
     def choice_log_probs(self, images: Pictures, texts: Sequence[str], choices: Sequence[str]) -> torch.Tensor:
-        def log_probs_of(choice: dict[str, Any]) -> list[float]:
+        def log_probs_of(choice: dict[str, Any]) -> list[float] | str:
             if not choice.get("logprobs"):
                 raise VLMError(f"{self.url} sent no logprobs; its server must be able to give top_logprobs")
-            first = choice["logprobs"]["content"][0]["top_logprobs"]
+            token = choice["logprobs"]["content"][0]
+            first = token["top_logprobs"]
+            if _reasoning(choice["message"]) or REASONING.fullmatch(token.get("token", "").strip()):
+                return f"the model of {self.url} begins its answer with reasoning; try `thinking: false`"
             found = [[float(top["logprob"]) for top in first if plain(top["token"]) == plain(c)] for c in choices]
             if not any(found):
                 seen = ", ".join(repr(top["token"]) for top in first[:5])
-                raise VLMError(
-                    f"none of {', '.join(choices)} is among the likely answers of {self.url}, such as {seen}"
-                )
+                return f"none of {', '.join(choices)} is among the likely answers of {self.url}, such as {seen}"
             # The sum of probabilities; that of none is 0.
             return [torch.tensor(values or [-math.inf]).logsumexp(0).item() for values in found]
 
         extra = {"max_tokens": 1, "logprobs": True, "top_logprobs": self.top_logprobs}
-        return torch.tensor(self._ask_all(images, texts, log_probs_of, extra))
+        found = self._ask_all(images, texts, log_probs_of, extra)
+        problems = {row: one for row, one in enumerate(found) if isinstance(one, str)}
+        values = torch.tensor([len(choices) * [math.nan] if isinstance(one, str) else one for one in found])
+        if problems:
+            raise Unparsable(problems, values)
+        return values
 
     def continuation_log_prob(self, images: Pictures, question: str, continuations: Sequence[str]) -> torch.Tensor:
         raise VLMError(
@@ -106,6 +159,9 @@ class EndpointVLM(VLM):
     ) -> list[Answer]:
         """What `read` makes of the server's answers, in the questions' order; the first failure ends the others."""
         links = {id(image): _data_link(image) for row in images for image in row}
+        over = threading.Event()
+        stop = tenacity.stop_any(self.retrying.stop, tenacity.stop_when_event_set(over))
+        retrying = self.retrying.copy(sleep=sleep_using_event(over), stop=stop)
 
         def ask(row: int) -> Answer:
             content: list[dict[str, Any]] = [
@@ -114,7 +170,8 @@ class EndpointVLM(VLM):
             content.append({"type": "text", "text": texts[row]})
             messages = [{"role": "user", "content": content}]
             try:
-                return read(self._choice({"model": self.model, "messages": messages, "temperature": 0, **extra}))
+                body = {"model": self.model, "messages": messages, **self.body, **extra}
+                return read(self._choice(body, retrying))
             except VLMError as error:
                 raise VLMError(str(error), row) from error
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -127,28 +184,41 @@ class EndpointVLM(VLM):
             try:
                 return [future.result() for future in futures]
             finally:
+                over.set()  # so that after a failure no other request waits for its next try
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _choice(self, body: dict[str, Any], retrying: tenacity.Retrying) -> dict[str, Any]:
         try:
-            response = self.retrying(self._post, body)
+            return retrying(self._post, body)
         except httpx2.TimeoutException as error:
-            raise VLMError(f"{self.url} gave no answer within {self.timeout:g} s{self._tries()}") from error
+            raise VLMError(f"{self.url} gave no answer within {self.timeout:g} s{_tries(retrying)}") from error
         except httpx2.HTTPStatusError as error:
             answer = error.response
             said = f" and said {first_line(' '.join(answer.text.split()))!r}" if answer.text.strip() else ""
             status = f"{answer.status_code} {answer.reason_phrase}"
-            raise VLMError(f"{self.url} answered with status {status}{self._tries()}{said}") from error
+            raise VLMError(f"{self.url} answered with status {status}{_tries(retrying)}{said}") from error
         except httpx2.HTTPError as error:
-            raise VLMError(f"{self.url} cannot be reached{self._tries()}: {reason(error)}") from error
-        return response.json()["choices"][0]
+            raise VLMError(f"{self.url} cannot be reached{_tries(retrying)}: {reason(error)}") from error
+        except Passing as error:
+            raise VLMError(f"{self.url} {error}{_tries(retrying)}") from error
 
-    def _post(self, body: dict[str, Any]) -> httpx2.Response:
-        return self.client.post(f"{self.url}/chat/completions", json=body).raise_for_status()
-
-    def _tries(self) -> str:
-        count = self.retrying.statistics["attempt_number"]  # of this thread's last call
-        return f", {count} times in a row" if count > 1 else ""
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The first choice of the answer; errors that come with status 200 too are raised."""
+        response = self.client.post(f"{self.url}/chat/completions", json=body).raise_for_status()
+        try:
+            answer = response.json()
+        except ValueError as error:
+            if not response.text.lstrip().startswith("{"):
+                raise
+            raise Passing(f"sent an answer that ends in the middle ({len(response.content)} bytes)") from error
+        if isinstance(answer, dict) and answer.get("error"):
+            said = answer["error"]
+            message = said.get("message", said) if isinstance(said, dict) else said
+            sentence = f"answered with the error {first_line(str(message))!r}"
+            if isinstance(said, dict) and str(said.get("code")).isdecimal() and _passes(int(said["code"])):
+                raise Passing(sentence)
+            raise VLMError(f"{self.url} {sentence}")
+        return answer["choices"][0]
 
 
 def _data_link(image: Image.Image) -> str:
@@ -157,8 +227,42 @@ def _data_link(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def _tries(retrying: tenacity.Retrying) -> str:
+    count = retrying.statistics["attempt_number"]  # of this thread's last call
+    return f", {count} times in a row" if count > 1 else ""
+
+
+def _reasoning(message: Mapping[str, Any]) -> bool:
+    """Whether a server sent the model's reasoning apart from the answer."""
+    return any(message.get(key) for key in ("reasoning_content", "reasoning"))
+
+
+def _passes(status: int) -> bool:
+    return status in (408, 429) or status >= 500
+
+
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, httpx2.HTTPStatusError):
-        return error.response.status_code == 429 or error.response.status_code >= 500
-    return isinstance(error, httpx2.TransportError)
+        return _passes(error.response.status_code) and _asked_wait(error) <= LONGEST_WAIT
+    return isinstance(error, httpx2.TransportError | Passing)
+
+
+def _asked_wait(error: BaseException | None) -> float:
+    """Seconds that a server asks to be left alone for: Retry-After, a number or a date; else 0."""
+    text = error.response.headers.get("retry-after", "") if isinstance(error, httpx2.HTTPStatusError) else ""
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except ValueError:
+        return float(text) if re.fullmatch(r"\s*\d+(\.\d*)?\s*", text) else 0.0
+
+
+class _Wait(tenacity.wait_random_exponential):
+    """Ever longer waits, and at least as long as the server asks."""
+
+    def __init__(self, backoff: float):
+        super().__init__(multiplier=backoff, max=max(backoff, 30))
+
+    def __call__(self, state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(super().__call__(state), _asked_wait(error))

@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,37 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rewards.base import reason
-from rewards.vlm import VLM, Pictures, VLMError, at_least, plain
-from rewards.weights import chosen_device, located
+from rewards.vlm import REASONING, VLM, Pictures, Unfinished, Unparsable, VLMError, at_least, plain, switches
+from rewards.weights import chosen_device, located, whole
+
+# Model types whose padded questions were measured to be judged as each alone. Those of any other type are judged
+# together only where they are of one length and their pictures of one size, so that nothing is padded.
+PADDED = {"aya_vision", "gemma3", "glm4v", "idefics2", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next"}
+PADDED |= {"llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"}
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # one value for each token
+SWITCHES = ("enable_thinking", "thinking")  # what chat templates call it
 
 
 class LocalVLM(VLM):
     """A chat model that transformers can load, such as Qwen2.5-VL, Qwen3-VL or InternVL.
 
     model: folder or hub id. device: the accelerator if there is one. dtype: "bfloat16", "float32" ..., or "auto",
-    the checkpoint's own. batch_size: questions at once.
+    the checkpoint's own. batch_size: questions at once; where the model's type is not one of `PADDED`, only questions
+    of one length about pictures of one size go together. thinking: whether the model reasons first, where its chat
+    template has a switch for it; by default what the template does. template: further values for the chat template.
     """
 
-    def __init__(self, model: str, device: str | None = None, dtype: str = "auto", batch_size: int = 8):
+    def __init__(
+        self,
+        model: str,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 8,
+        thinking: bool | None = None,
+        template: Mapping[str, Any] | None = None,
+    ):
         at_least("batch_size", batch_size, 1)
+        given = switches(thinking, "template", template)
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise VLMError(f"dtype must be 'auto' or a type of torch such as 'bfloat16', not {dtype!r}")
         try:
@@ -34,87 +53,159 @@ class LocalVLM(VLM):
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is None or not getattr(self.processor, "chat_template", None):
             raise VLMError(f"the model {model!r} has no processor of pictures with a chat template")
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise VLMError(f"the model {model!r} has an encoder and a decoder; a judge is a decoder alone")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        self.template = {**given, **self._switch(model, thinking)}
+        for name in self.template:
+            if name not in str(self.processor.chat_template):
+                raise VLMError(f"the chat template of the model {model!r} knows no {name!r}")
         self.batch_size = batch_size
         self.path = model
+        self.pads = self.model.config.model_type in PADDED
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    def _switch(self, model: str, thinking: bool | None) -> dict[str, bool]:
+        """What tells the chat template whether to have the model reason."""
+        if thinking is None:
+            return {}
+        for name in SWITCHES:
+            if re.search(rf"\b{name}\b", str(self.processor.chat_template)):
+                return {name: thinking}
+        names = " or ".join(map(repr, SWITCHES))
+        raise VLMError(f"thinking: the chat template of the model {model!r} has no switch {names}; leave it out")
 
     @torch.no_grad()
     def answer(self, images: Pictures, texts: Sequence[str], max_tokens: int) -> list[str]:
-        answers: list[str] = []
-        for part in self._parts(len(texts)):
-            inputs = self._inputs(images[part], texts[part], "left")
+        chats = self._chats(images, texts)
+        answers: dict[int, str] = {}
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor(self.processor.tokenizer.eos_token_id if ends is None else ends).flatten()
+        for rows in self._batches(images, chats):
+            inputs = self._inputs([images[row] for row in rows], [chats[row] for row in rows], "left")
             width = inputs["input_ids"].shape[1]
             pad = self.processor.tokenizer.pad_token_id
             tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad)
-            answers += self.processor.tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True)
-        return answers
+            for row, new in zip(rows, tokens[:, width:].cpu(), strict=True):
+                # A template may open the reasoning itself.
+                said = (self._reasons(chats[row]) or "") + self._text(new)
+                answers[row] = said if torch.isin(new, ends).any() else Unfinished(said)
+        return [answers[row] for row in range(len(texts))]
 
     @torch.no_grad()
     def choice_log_probs(self, images: Pictures, texts: Sequence[str], choices: Sequence[str]) -> torch.Tensor:
         tokens = [self._tokens.get(plain(choice)) for choice in choices]
         if None in tokens:
             raise VLMError(f"the model {self.path!r} has no token for the answer {choices[tokens.index(None)]!r}")
-        found = []
-        for part in self._parts(len(texts)):
-            inputs = self._inputs(images[part], texts[part], "right")
+        chats = self._chats(images, texts)
+        self._refuse_reasoning(chats)
+        found = torch.empty(len(texts), len(choices), device=self.model.device)
+        problems: dict[int, str] = {}
+        for rows in self._batches(images, chats):
+            inputs = self._inputs([images[row] for row in rows], [chats[row] for row in rows], "right")
             last = inputs["attention_mask"].sum(1) - 1
             first = int(last.min())
             logits = self._logits(inputs, first)[torch.arange(len(last), device=last.device), last - first]
             log_probs = logits.float().log_softmax(-1)
-            found.append(torch.stack([log_probs[:, ids].logsumexp(1) for ids in tokens], 1))
-        return torch.cat(found)
+            found[rows] = torch.stack([log_probs[:, ids].logsumexp(1) for ids in tokens], 1)
+            for row, likeliest in zip(rows, log_probs.argmax(-1).tolist(), strict=True):
+                said = self.processor.tokenizer.decode([likeliest])
+                if REASONING.fullmatch(said.strip()):
+                    problems[row] = f"the model begins its answer with {said!r}, its reasoning; try `thinking: false`"
+                    found[row] = torch.nan
+        if problems:
+            raise Unparsable(problems, found)
+        return found
 
     @torch.no_grad()
     def continuation_log_prob(self, images: Pictures, question: str, continuations: Sequence[str]) -> torch.Tensor:
         tails = [self.processor.tokenizer(text, add_special_tokens=False).input_ids for text in continuations]
         if [] in tails:
             raise VLMError("a text without tokens has no probability", tails.index([]))
-        found = []
-        for part in self._parts(len(tails)):
-            inputs = self._inputs(images[part], [question] * len(tails[part]), "right")
+        chats = self._chats(images, [question] * len(tails))
+        self._refuse_reasoning(chats)
+        found = torch.empty(len(tails), device=self.model.device)
+        for rows in self._batches(images, chats, tails):
+            inputs = self._inputs([images[row] for row in rows], [chats[row] for row in rows], "right")
             starts = inputs["attention_mask"].sum(1).tolist()
-            self._append(inputs, starts, tails[part])
+            self._append(inputs, starts, [tails[row] for row in rows])
             first = min(starts) - 1
             logits = self._logits(inputs, first)
-            for row, (start, tail) in enumerate(zip(starts, tails[part], strict=True)):
-                place = start - 1 - first
-                steps = logits[row, place : place + len(tail)].float()
-                found.append(-F.cross_entropy(steps, torch.tensor(tail, device=steps.device)))
-        return torch.stack(found)
+            for place, (row, start) in enumerate(zip(rows, starts, strict=True)):
+                steps = logits[place, start - 1 - first :][: len(tails[row])].float()
+                found[row] = -F.cross_entropy(steps, torch.tensor(tails[row], device=steps.device))
+        return found
 
-    def _parts(self, count: int) -> list[slice]:
-        return [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
-
-    def _inputs(self, images: Pictures, texts: Sequence[str], side: str) -> Any:
-        """What the model's forward takes; "right" padding needs no care for positions, `generate` needs "left"."""
+    def _chats(self, images: Pictures, texts: Sequence[str]) -> list[str]:
         contents = [
             [*({"type": "image"} for _ in row), {"type": "text", "text": text}]
             for row, text in zip(images, texts, strict=True)
         ]
-        chats = self.processor.apply_chat_template(
-            [[{"role": "user", "content": content}] for content in contents], tokenize=False, add_generation_prompt=True
-        )
+        messages = [[{"role": "user", "content": content}] for content in contents]
+        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self.template)
+
+    def _reasons(self, chat: str) -> str | None:
+        """The mark with which the chat template opens the answer's reasoning, if it does."""
+        marks = list(REASONING.finditer(chat))
+        return marks[-1][0] if marks and not marks[-1][1] and not chat[marks[-1].end() :].strip() else None
+
+    def _refuse_reasoning(self, chats: Sequence[str]) -> None:
+        for row, chat in enumerate(chats):
+            if mark := self._reasons(chat):
+                why = f"begins every answer with {mark}, so that its first token is no answer; try `thinking: false`"
+                raise VLMError(f"the chat template of the model {self.path!r} {why}", row)
+
+    def _text(self, tokens: torch.Tensor) -> str:
+        """What tokens read, without the special ones; but a reasoning mark must be seen."""
+        tokenizer = self.processor.tokenizer
+        dropped = {i for i in tokenizer.all_special_ids if not REASONING.fullmatch(tokenizer.decode([i]).strip())}
+        return tokenizer.decode([token for token in tokens.tolist() if token not in dropped])
+
+    def _batches(
+        self, images: Pictures, chats: Sequence[str], tails: Sequence[Sequence[int]] | None = None
+    ) -> list[list[int]]:
+        """Which questions go together: any, or where padding might change what the model says, those of one size."""
+        alike: dict[Any, list[int]] = {}
+        for row, chat in enumerate(chats):
+            key: Any = None
+            if not self.pads:
+                sizes = [image.size for image in images[row]]
+                key = (*sizes, len(self.processor.tokenizer(chat).input_ids), len(tails[row]) if tails else 0)
+            alike.setdefault(key, []).append(row)
+        count = self.batch_size
+        return [rows[start : start + count] for rows in alike.values() for start in range(0, len(rows), count)]
+
+    def _inputs(self, images: Pictures, chats: Sequence[str], side: str) -> Any:
+        """What the model's forward takes; "right" padding needs no care for positions, `generate` needs "left"."""
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = side
         inputs = self.processor(
-            text=chats,
+            text=list(chats),
             images=[list(row) for row in images],
-            padding=True,
             return_tensors="pt",
             add_special_tokens=not (tokenizer.bos_token and chats[0].startswith(tokenizer.bos_token)),
+            # Some processors have a side of their own, which is not the tokenizer's.
+            **({"padding": True, "padding_side": side} if len(chats) > 1 else {}),
         )
+        steps = inputs["attention_mask"].diff(dim=1)
+        if (steps < 0 if side == "left" else steps > 0).any() or not (self.pads or inputs["attention_mask"].all()):
+            raise VLMError(f"the processor of {self.path!r} does not pad on the {side}; set batch_size to 1")
         return inputs.to(self.model.device, self.model.dtype)
 
     def _append(self, inputs: Any, starts: list[int], tails: list[list[int]]) -> None:
         """Write each row's tail behind its own last token, in place."""
-        shape = inputs["input_ids"].shape
-        more = max(start + len(tail) for start, tail in zip(starts, tails, strict=True)) - shape[1]
-        for key, value in inputs.items():
-            if value.shape == shape:  # input_ids, attention_mask and, by model, token types: 0 is text
+        width = inputs["input_ids"].shape[1]
+        more = max(start + len(tail) for start, tail in zip(starts, tails, strict=True)) - width
+        for key in TEXT_INPUTS:
+            if key in inputs:  # token types: 0 is text
                 fill = self.processor.tokenizer.pad_token_id if key == "input_ids" else 0
-                inputs[key] = F.pad(value, (0, more), value=fill)
+                inputs[key] = F.pad(inputs[key], (0, more), value=fill)
+        if (
+            "cross_attention_mask" in inputs
+        ):  # of Mllama, which pictures a token sees: those that the question's last does
+            seen = inputs["cross_attention_mask"]
+            inputs["cross_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, more, *seen.shape[2:])], 1)
         for row, (start, tail) in enumerate(zip(starts, tails, strict=True)):
             inputs["input_ids"][row, start : start + len(tail)] = torch.tensor(tail)
             inputs["attention_mask"][row, start : start + len(tail)] = 1
@@ -143,6 +234,6 @@ def _shared(model: str, device: torch.device, dtype: str) -> Any:
     key = (model, str(device), dtype)
     network = _loaded.get(key)
     if network is None:
-        network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+        network = whole(AutoModelForImageTextToText.from_pretrained, model, dtype=dtype).to(device).eval()
         _loaded[key] = network.requires_grad_(False)
     return network

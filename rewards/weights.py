@@ -1,9 +1,11 @@
 """Where a reward's weights come from: a folder or file of one's own, the hub, or the package itself."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,3 +64,28 @@ def make_current(device: torch.device) -> None:
     """For the thread that calls it: a new one begins on card 0, whatever the others work on."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def whole(load: Callable[..., Any], *place: Any, **options: Any) -> Any:
+    """The network that `load`, a `from_pretrained`, makes of a folder or hub id; ValueError if it made up a weight.
+
+    A weight that the files lack, or have in another shape, is drawn at random, and a layer beyond those that the
+    configuration counts is left out: each with no more than a warning. Tied weights and buffers that are computed are
+    rightly absent.
+    """
+    # A shape that differs is reported below, where the libraries would raise without its name.
+    network, found = load(*place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    own = {name for name, _ in network.named_parameters()}
+    own |= {name for name, _ in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    layers = {re.sub(r"\d+", "#", name) for name in own}
+    mismatched = {one if isinstance(one, str) else one[0] for one in found.get("mismatched_keys", ())}
+    beyond = {name for name in found["unexpected_keys"] if re.sub(r"\d+", "#", name) in layers}
+    for names, fault in (
+        (set(found["missing_keys"]) & own, "the weights lack"),
+        (mismatched, "the weights have another shape than the configuration says for"),
+        (beyond, "the weights hold more layers than the configuration says, such as"),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            raise ValueError(f"{fault} {first}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    return network

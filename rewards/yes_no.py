@@ -15,7 +15,7 @@ from PIL import Image
 from rewards.base import RewardError, shown
 from rewards.frames import mean_of_frames
 from rewards.pictures import open_picture
-from rewards.vlm import VLM, VLMReward, yes_probability
+from rewards.vlm import VLM, VLMReward
 
 QUESTION = 'Does this image show exactly what the caption "{prompt}" says, in good quality? Answer Yes or No.'
 COMPARISON = (
@@ -40,11 +40,12 @@ class YesNo(VLMReward):
         self,
         question: str = QUESTION,
         comparison: str = COMPARISON,
+        unparsable: str = "error",
         frames: int = 4,
         backend: VLM | None = None,
         **options: Any,
     ):
-        super().__init__(frames, backend, options)
+        super().__init__(frames, backend, options, unparsable)
         self.question = question
         self.comparison = comparison
         self.prompt_sensitive = "{prompt}" in question + comparison
@@ -59,7 +60,7 @@ class YesNo(VLMReward):
         templates = [self.comparison if references[item] else self.question for item in items]
         texts = [text.replace("{prompt}", prompts[item]) for item, text in zip(items, templates, strict=True)]
         with self.naming(prompts, items):
-            scores = yes_probability(self.vlm, shows, texts)
+            scores = self.yes(shows, texts)
         return mean_of_frames(scores, len(images) // len(media))
 
     def _reference(self, index: int, prompts: Sequence[str], path: Any) -> list[Image.Image]:

@@ -28,6 +28,7 @@ from starlette.testclient import TestClient
 
 import rewards
 from rewards import Reward, RewardError
+from rewards.asking import client_of, is_loopback
 from rewards.base import TrainableReward
 from rewards.remote import RemoteReward
 from rewards.server import app, serve
@@ -589,6 +590,64 @@ def test_a_server_that_is_told_to_stop_answers_what_it_is_scoring(processes):
     call.join(10)
     assert results[0].status_code == 200 and len(results[0].json()["scores"]) == 1
     assert process.popen.wait(10) == -signal.SIGTERM
+
+
+class Masking(Reward):
+    """Leaves dark pictures out, and counts what it is asked."""
+
+    masks = True
+    asked = 0
+
+    def __call__(self, media, prompts, metadata):
+        self.asked += len(media)
+        level = media.flatten(1).mean(1)
+        return torch.where(level < 0.5, math.nan, level)
+
+    def tally(self):
+        counts, self.asked = {"answers": self.asked}, 0
+        return counts
+
+
+def test_what_a_served_reward_leaves_out_and_counts_reaches_the_client():
+    expected = rewards.score(Masking(), pictures(9), ["x"] * 9)
+    assert 0 < expected.isnan().sum() < 9
+    with running({"masking": Masking()}) as a, running({"masking": Masking()}) as b:
+        remote = RemoteReward(f"{a}/masking,{b}/masking", batch=2)
+        torch.testing.assert_close(
+            rewards.score(remote, pictures(9), ["x"] * 9), expected, rtol=0, atol=0, equal_nan=True
+        )
+        assert remote.tally() == {"answers": 9} and remote.tally() == {"answers": 0}
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"])
+def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch, variable):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    with running({"brightness": Brightness()}) as url:
+        for host in ("127.0.0.1", "localhost", "LOCALHOST"):
+            remote = RemoteReward(url.replace("127.0.0.1", host), start_timeout=5)
+            assert len(rewards.score(remote, pictures(1), ["x"])) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.2", True),
+        ("::1", True),
+        ("::ffff:127.0.0.1", True),
+        ("judge.localhost", True),
+        ("10.0.0.1", False),
+        ("localhost.example", False),
+    ],
+)
+def test_which_hosts_are_this_machine(monkeypatch, host, own):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    url = f"http://[{host}]:8000/x" if ":" in host else f"http://{host}:8000/x"
+    client = client_of([url, "http://elsewhere.example"])
+    direct = client._transport_for_url(httpx2.URL(url)) is client._transport
+    assert is_loopback(host) is direct is own
+    assert client._transport_for_url(httpx2.URL("http://elsewhere.example")) is not client._transport
 
 
 def test_load_takes_an_address_for_a_reward():

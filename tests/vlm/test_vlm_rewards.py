@@ -1,4 +1,4 @@
-"""Rewards that ask a vision-language model: tiny models of real classes, a real HTTP server, judges made up here."""
+"""Rewards that ask a vision-language model: what they read in answers, a real HTTP server, judges made up here."""
 
 import base64
 import io
@@ -13,128 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import rewards
-from rewards.pairwise import verdict
-from rewards.rubric import marks
+from rewards.verdicts import mark, preferred
 from rewards.vlm import VLM, VLMError
-from rewards.vlm_local import LocalVLM
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'image' %}IMAGE"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
-NO = ("No", "no", "NO", " No", " no", " NO")
-CHAT = "<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def tokenizer_of(*special):
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator([*YES, *NO, "a photo of two red stars"] * 9, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
-
-
-def save(folder, model, processor):
-    generator = torch.Generator().manual_seed(0)
-    for weight in model.parameters():  # far from uniform answers
-        if weight.ndim > 1:
-            weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
-
-
-def make_qwen(folder):
-    names = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tokenizer = tokenizer_of(*names)
-    start, end, image, video = tokenizer.convert_tokens_to_ids(list(names))
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config={**vision, "window_size": 16, "out_hidden_size": 32, "fullatt_block_indexes": [1]},
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
-    )
-    processor = transformers.Qwen2_5_VLProcessor(
-        image_processor=transformers.Qwen2VLImageProcessor(
-            patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 1024}
-        ),
-        tokenizer=tokenizer,
-        video_processor=transformers.Qwen2VLVideoProcessor(patch_size=4, merge_size=2),
-        chat_template=TEMPLATE.replace("IMAGE", "".join((names[0], names[2], names[1]))),
-    )
-    return save(folder, transformers.Qwen2_5_VLForConditionalGeneration(config), processor)
-
-
-def make_llava(folder):
-    tokenizer = tokenizer_of("<image>")
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=16,
-            patch_size=8,
-        ),
-        text_config=transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-        ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    square = {"height": 16, "width": 16}
-    processor = transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessor(size=square, crop_size=square),
-        tokenizer=tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE.replace("IMAGE", "<image>"),
-    )
-    return save(folder, transformers.LlavaForConditionalGeneration(config), processor)
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory):
-    return str(make_qwen(tmp_path_factory.mktemp("qwen")))
-
-
-@pytest.fixture(scope="module", params=[make_qwen, make_llava], ids=["qwen", "llava"])
-def tiny(request, tmp_path_factory):
-    return str(request.param(tmp_path_factory.mktemp("tiny")))
 
 
 def picture(height, width, seed):
@@ -143,109 +26,6 @@ def picture(height, width, seed):
 
 def media_of(*images):
     return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
-
-
-def questions():
-    """Pictures of different sizes, one with a second beside it, and texts of different lengths."""
-    images = [[picture(16, 24, 0)], [picture(32, 16, 1), picture(16, 16, 2)], [picture(24, 24, 3)]]
-    return images, ["Is it?", "Is the second a photo of two red stars?", "Yes or no"]
-
-
-def by_hand(folder, image, text, tail=""):
-    """The processor's own inputs of one item whose answer begins with `tail`, and the model."""
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    chat = CHAT.format(image="<|vision_start|><|image_pad|><|vision_end|>", text=text) + tail
-    inputs = processor(text=[chat], images=[image], return_tensors="pt")
-    return inputs, transformers.AutoModelForImageTextToText.from_pretrained(folder), processor.tokenizer
-
-
-@torch.no_grad()
-def test_yes_no_is_the_share_of_yes_among_the_first_tokens_that_read_as_yes_or_no(qwen):
-    image = picture(24, 32, 0)
-    question = "Is it {prompt}? Yes or no."
-    found = rewards.score(rewards.load("yes_no", model=qwen, question=question), media_of(image), ["a {star}"])
-    inputs, model, tokenizer = by_hand(qwen, image, "Is it a {star}? Yes or no.")
-    probabilities = model(**inputs).logits[0, -1].softmax(-1)
-    single = [[i for (i, *more) in tokenizer(list(words)).input_ids if not more] for words in (YES, NO)]
-    assert all(len(ids) >= 2 for ids in single)
-    yes, no = (probabilities[ids].sum() for ids in single)
-    torch.testing.assert_close(found[0], yes / (yes + no), atol=1e-6, rtol=1e-5)
-    assert abs(found - 0.5) > 0.01
-
-
-@torch.no_grad()
-def test_prompt_echo_is_minus_the_models_own_cross_entropy_of_the_prompt(qwen):
-    image, prompt = picture(24, 32, 0), "a photo of two red stars"
-    found = rewards.score(rewards.load("prompt_echo", model=qwen), media_of(image), [prompt])
-    inputs, model, tokenizer = by_hand(qwen, image, "Describe this image in detail.", prompt)
-    length = len(tokenizer(prompt).input_ids)
-    labels = inputs["input_ids"].clone()
-    labels[:, :-length] = -100
-    torch.testing.assert_close(found[0], -model(**inputs, labels=labels).loss)
-
-
-def test_a_batch_of_different_sizes_and_lengths_is_judged_as_each_alone(tiny):
-    images, texts = questions()
-    vlm = LocalVLM(tiny)
-    log_probs = vlm.choice_log_probs(images, texts, ("Yes", "No"))
-    alone = torch.cat([vlm.choice_log_probs([i], [t], ("Yes", "No")) for i, t in zip(images, texts, strict=True)])
-    torch.testing.assert_close(log_probs, alone, atol=1e-4, rtol=0)
-    assert log_probs.std(0).min() > 0.01  # the questions do differ
-    echoes = vlm.continuation_log_prob(images, "Describe.", texts)
-    alone = torch.cat([vlm.continuation_log_prob([i], "Describe.", [t]) for i, t in zip(images, texts, strict=True)])
-    torch.testing.assert_close(echoes, alone, atol=1e-4, rtol=0)
-    answers = vlm.answer(images, texts, 6)
-    assert answers == [vlm.answer([i], [t], 6)[0] for i, t in zip(images, texts, strict=True)]
-    assert len(set(answers)) > 1
-
-
-def test_the_batch_size_does_not_change_what_is_said(tiny):
-    images, texts = questions()
-    one, many = LocalVLM(tiny, batch_size=1), LocalVLM(tiny, batch_size=2)
-    for ask in (lambda vlm: vlm.choice_log_probs(images, texts, ("Yes",)), lambda vlm: echo(vlm, images, texts)):
-        torch.testing.assert_close(ask(many), ask(one), atol=1e-4, rtol=0)
-
-
-def echo(vlm, images, texts):
-    return vlm.continuation_log_prob(images, "Describe.", texts)
-
-
-def test_an_answer_is_the_likeliest_token_at_every_step(qwen):
-    image = picture(24, 32, 0)
-    answer = LocalVLM(qwen).answer([[image]], ["Is it?"], 4)[0]
-    inputs, model, tokenizer = by_hand(qwen, image, "Is it?")
-    tokens = inputs["input_ids"]
-    for _ in range(4):
-        inputs["input_ids"] = tokens
-        inputs["attention_mask"] = torch.ones_like(tokens)
-        inputs["mm_token_type_ids"] = (tokens == model.config.image_token_id).int()
-        tokens = torch.cat([tokens, model(**inputs).logits[:, -1:].argmax(-1)], 1)
-    assert answer == tokenizer.decode(tokens[0, -4:], skip_special_tokens=True) != ""
-
-
-def test_a_model_is_loaded_once_however_many_rewards_ask_it(qwen):
-    first = rewards.load("yes_no", model=qwen, batch_size=2)
-    second = rewards.load("artifact_vlm", model=qwen)
-    assert first.vlm.model is second.vlm.model
-    assert rewards.load("yes_no", model=qwen, dtype="float64").vlm.model is not first.vlm.model
-
-
-def test_a_video_scores_as_the_mean_of_its_frames(qwen):
-    frames = media_of(*(picture(16, 16, seed) for seed in range(3)))
-    for name in ("prompt_echo", "yes_no", "artifact_vlm"):
-        reward = rewards.load(name, model=qwen)
-        alone = rewards.score(reward, frames, ["a star"] * 3)
-        torch.testing.assert_close(rewards.score(reward, frames[None], ["a star"])[0], alone.mean())
-        assert alone.std() > 1e-3
-
-
-def test_artifacts_are_asked_about_without_the_prompt(qwen):
-    media = media_of(picture(16, 16, 0), picture(16, 16, 1))
-    reward = rewards.load("artifact_vlm", model=qwen, question="Artifacts?")
-    found = rewards.score(reward, media, ["a star", "two stars"])
-    asked = rewards.load("yes_no", model=qwen, question="Artifacts?")
-    torch.testing.assert_close(found, 1 - rewards.score(asked, media, ["x", "y"]))
-    assert found.std() > 1e-3 and not reward.prompt_sensitive
 
 
 class Judge(VLM):
@@ -342,24 +122,88 @@ def test_a_picture_alone_of_its_prompt_has_no_win_rate():
 
 
 @pytest.mark.parametrize(
-    ("answer", "expected"),
+    ("answers", "expected"),
     [
-        ("<think>Image 2 is better at first</think><answer>Image 1 is better</answer>", 1.0),
-        ("image 2 is better.", 0.0),
-        ("<answer>They are equally good</answer>", 0.5),
-        ("Image 1 is better, or Image 2 is better", None),
-        ("<think>Image 1 is better</think><answer></answer>", None),
+        (
+            ["Image 1 is better", "image 1.", "A", "Answer: A", "[[A]]", "the first image is better", "First", "(a)"],
+            1.0,
+        ),
+        (["The better image is Image 2.", '{"reason": "Image 1 is dim", "winner": 2}', r"\boxed{B}", "option B"], 0.0),
+        (
+            ["<answer>Image 1 is better</answer> no: <answer>Image 2 is better</answer>", "I prefer the second one."],
+            0.0,
+        ),
+        (
+            ["I think both are sharp. Image 2 looks better.", "Verdict: **Image 2**", '{"better": 1, "winner": "B"}'],
+            0.0,
+        ),
+        (["Image 1 is better: sharper, and Image 2 is dim", "Winner: 2\nNo, that is wrong.\nWinner: 1"], 1.0),
+        (["a tie", "<answer>They are equally good</answer>", "Neither image is better.", "[[C]]", "Winner: tie"], 0.5),
+        (["Image 1 is better, or Image 2 is better", "<answer></answer>", "", "Image 1/2", "I cannot say"], None),
+        (['{"winner": "Image 1/2"}', "A photo of a dog", "Image 1 shows 2 dogs", "Image 1 is not better", "3"], None),
+        (["Image 1 is better in colour. Image 2 is better in shape."], None),
     ],
 )
-def test_a_verdict_is_what_the_answer_says_last(answer, expected):
-    assert verdict(answer) == expected
+def test_a_verdict_names_one_side_and_the_last_stated_counts(answers, expected):
+    assert {answer: preferred(answer) for answer in answers} == dict.fromkeys(answers, expected)
 
 
 def test_marks_are_read_as_unified_reward_writes_them():
-    answer = "Alignment Score (1-5): 4.5\n**Coherence Score (1-5)**: 2\nstyle score: 5/5"
+    answer = "Alignment Score (1-5): 4.5\n**Coherence Score (1-5):** 2\nstyle score: 5/5"
     every = ("alignment", "coherence", "style")
-    assert marks(answer, every) == {"alignment": 4.5, "coherence": 2.0, "style": 5.0}
-    assert marks("Alignment Score (1-5): X\nCoherence Score (1-5): 7", every) == {}
+    assert [mark(answer, name, 1, 5) for name in every] == [4.5, 2.0, 5.0]
+    unreadable = "Alignment Score (1-5): X\nCoherence Score (1-5): 7\nStyle: 2 dogs"
+    assert [mark(unreadable, name, 1, 5) for name in every] == [None] * 3
+    for style in (
+        '{"style": {"score": 3, "why": "2 dogs"}}',
+        "<style>3</style>",
+        "Style: 5\nStyle \u2013 3",
+        "style = 3,0",
+    ):
+        assert mark(style, "style", 1, 5) == 3
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        (
+            [
+                "Final Score: 7",
+                "**Final Score**: 7",
+                "final score\uff1a7",
+                "Final Score (1-10): 7",
+                '{"overall_score": 7}',
+            ],
+            7.0,
+        ),
+        (
+            [
+                "Score: 7/10",
+                "**Score**: 7",
+                "7 out of 10",
+                "<score>7</score>",
+                r"It is $\boxed{7}$.",
+                "Rating \u2013 7",
+                "7",
+            ],
+            7.0,
+        ),
+        (
+            ['```json\n{"why": "2 dogs, 3 cats", "score": "7"}\n```', "There are 2 dogs. Score: 7", "a score of 7.0"],
+            7.0,
+        ),
+        (["Score: 3\nNo, wait.\nScore: 7", "Final Score: 7\nStyle Score: 3", "Only 2 of 3 stars; 7/10 for it"], 7.0),
+        (["Rating: 7,5", "Score = 7.5 because it is dim", "I would rate this image 7.5"], 7.5),
+        (
+            ["2 dogs", "There are 2 dogs.", "Score: X", "Score: 6-7", "Score: 6 or 7", "", "Score: 2 dogs", "3 of 4"],
+            None,
+        ),
+        (["Score: 11", "Score: 0", "Score: -7", "Score: 7/5", "70%", "4/5", "Score (1-5): 4", "Score: 1,000"], None),
+        (["Style score: 7", "Score: 7\nScore: 12"], None),
+    ],
+)
+def test_the_mark_for_the_whole_is_the_last_that_is_stated(answers, expected):
+    assert {answer: mark(answer, "final", 1, 10) for answer in answers} == dict.fromkeys(answers, expected)
 
 
 def test_a_rubric_is_the_mean_of_the_marks_that_count():
@@ -417,12 +261,6 @@ def test_wrong_options_are_refused_in_a_sentence(options, message):
     assert str(caught.value).startswith("reward 'yes_no': ") and "\n" not in str(caught.value)
 
 
-def test_an_empty_prompt_has_no_echo(qwen):
-    reward = rewards.load("prompt_echo", model=qwen)
-    with pytest.raises(rewards.RewardError, match=r"^reward 'prompt_echo': item 1 .''.: a text without tokens"):
-        rewards.score(reward, media_of(picture(8, 8, 0), picture(8, 8, 1)), ["a", ""])
-
-
 def said(text):
     return 200, {"choices": [{"message": {"content": text}, "logprobs": None}]}
 
@@ -447,9 +285,11 @@ def serving(*replies):
             if isinstance(reply, float):
                 time.sleep(reply)
                 return
-            status, content = reply
+            status, content, *headers = reply
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
+            for name, value in (headers[0] if headers else {}).items():
+                self.send_header(name, value)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)
@@ -555,8 +395,211 @@ def test_no_server_at_all_is_an_error():
 
 
 def test_an_answer_without_text_is_an_error():
-    with serving(said(None)) as (url, _), pytest.raises(rewards.RewardError, match="sent an answer without text"):
+    with (
+        serving(said(None)) as (url, _),
+        pytest.raises(rewards.RewardError, match="the answer '' has no mark from 1 to 5"),
+    ):
         rewards.score(served("rubric", url), greys(1), ["a"])
+
+
+LINE = "Alignment Score (1-5): 4"
+
+
+def thought(content=LINE, finish="stop", **message):
+    return 200, {"choices": [{"message": {"content": content, **message}, "finish_reason": finish}]}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        thought(f"<think>Alignment Score (1-5): 1</think>\n{LINE}"),
+        thought(f"Alignment Score (1-5): 1</think>hm</think>{LINE}"),
+        thought(f"[THINK]Alignment Score (1-5): 1[/THINK]{LINE}"),
+        thought(reasoning_content="Alignment Score (1-5): 1"),
+        thought([{"type": "text", "text": "Alignment Score"}, {"type": "text", "text": " (1-5): 4"}]),
+    ],
+    ids=["tags", "several closings", "brackets", "apart", "parts"],
+)
+def test_an_answer_is_read_after_its_reasoning(reply):
+    with serving(reply) as (url, _):
+        reward = served("rubric", url, dimensions=["alignment"])
+        assert rewards.score(reward, greys(1), ["a"]).item() == 0.75
+
+
+@pytest.mark.parametrize("name", ["rubric", "pairwise"])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        thought(f"<think>{LINE}. Image 1 is better"),
+        thought(f"{LINE}. Image 1 is better", finish="length"),
+        thought(f"<think>a</think>{LINE} <think>Image 1 is better"),
+        thought(None, finish="length", reasoning_content=f"{LINE}. Image 1 is better"),
+    ],
+    ids=["open", "cut", "open again", "apart"],
+)
+def test_no_verdict_is_taken_from_unfinished_reasoning(name, reply):
+    options = {"dimensions": ["alignment"]} if name == "rubric" else {}
+    with serving(reply) as (url, _):
+        with pytest.raises(rewards.RewardError, match=r"was cut off before its verdict; raise max_tokens, now \d+, or"):
+            rewards.score(served(name, url, **options), greys(1, 99), ["a", "a"])
+        tied = served(name, url, unparsable="tie", **options)
+        assert rewards.score(tied, greys(1, 99), ["a", "a"]).tolist() == [0.5, 0.5]
+        assert tied.tally() == {"answers": 2 - (name == "pairwise"), "unparsable": 2 - (name == "pairwise")}
+        left = rewards.score(served(name, url, unparsable="mask", **options), greys(1, 99), ["a", "a"])
+        assert left.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        thought(None, finish="length", reasoning_content="Hm"),
+        (200, {"choices": [{"message": {"content": "<think>"}}]}),
+    ],
+    ids=["apart", "a mark"],
+)
+def test_the_first_token_of_reasoning_is_no_answer(reply):
+    top = [{"token": "Okay", "logprob": -0.1}, {"token": "Yes", "logprob": -5.0}]
+    reply[1]["choices"][0]["logprobs"] = {
+        "content": [{"token": reply[1]["choices"][0]["message"]["content"] or "Okay"}]
+    }
+    reply[1]["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
+    with serving(reply) as (url, _):
+        for name in ("yes_no", "artifact_vlm"):
+            with pytest.raises(rewards.RewardError, match="begins its answer with reasoning; try `thinking: false`"):
+                rewards.score(served(name, url), greys(1), ["a"])
+            assert rewards.score(served(name, url, unparsable="tie"), greys(1), ["a"]).item() == 0.5
+
+
+def test_one_odd_answer_changes_no_other_score():
+    def answer(body):
+        return likely(Yes=0.3, No=0.1) if "odd" not in json.dumps(body["messages"]) else likely(Maybe=1.0)
+
+    with serving(answer) as (url, _):
+        for unparsable, odd in (("tie", 0.5), ("mask", math.nan)):
+            reward = served("yes_no", url, unparsable=unparsable, question="{prompt}")
+            found = rewards.score(reward, greys(1, 2, 3), ["a", "odd", "b"])
+            torch.testing.assert_close(found, torch.tensor([0.75, odd, 0.75]), equal_nan=True)
+            assert reward.tally() == {"answers": 3, "unparsable": 1}
+            assert reward.tally() == {"answers": 0, "unparsable": 0}
+
+
+def test_a_pair_without_a_winner_does_not_count_where_it_is_masked():
+    judge = Judge(
+        lambda images, text: "?" if brightness(images[0]) + brightness(images[1]) > 240 else brighter(images, text)
+    )
+    reward = rewards.load("pairwise", backend=judge, unparsable="mask")
+    found = rewards.score(reward, greys(10, 90, 200), ["a"] * 3)  # 90 against 200 is not read
+    assert found.tolist() == [0.0, 1.0, 1.0]
+    assert rewards.score(reward, greys(150, 200), ["a"] * 2).isnan().all()
+
+
+def test_the_middle_of_a_scale_is_what_an_unread_answer_gets_as_a_tie():
+    judge = Judge(lambda images, text: "?")
+    for options, middle in (({}, 0.5), ({"mapping": "fifths"}, 0.6), ({"scale": [0, 10], "question": "?"}, 0.5)):
+        reward = rewards.load("rubric", backend=judge, unparsable="tie", **options)
+        assert rewards.score(reward, greys(1), ["a"]).item() == pytest.approx(middle)
+
+
+def test_a_rubric_reads_one_mark_for_the_whole():
+    for answer, options, value in (
+        ("Final Score: 4", {}, 0.75),
+        ("I see 2 dogs.\nFinal Score: 7/10", {"question": "?", "scale": [0, 10]}, 0.7),
+        ("realism: 9\nFinal Score: 2", {"question": "?", "scale": [1, 9], "dimensions": ["realism"]}, 1.0),
+    ):
+        reward = rewards.load("rubric", backend=Judge(lambda images, text, said=answer: said), **options)
+        assert rewards.score(reward, greys(1), ["a"]).item() == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"unparsable": "ignore"}, "unparsable must be one of error, tie, mask, not 'ignore'"),
+        ({"dimensions": ["realism"]}, "dimensions must be some of alignment, coherence, style"),
+        ({"scale": [1, 10]}, "scale must be .* the default question and the mapping 'fifths' are for marks up to 5"),
+        ({"scale": [5, 1], "question": "?"}, r"scale must be the lowest and the highest mark.*not \[5, 1\]"),
+    ],
+)
+def test_a_rubric_refuses_what_does_not_go_together(options, message):
+    with pytest.raises(rewards.RewardError, match=message):
+        rewards.load("rubric", backend=Judge(brighter), **options)
+
+
+def test_thinking_and_further_keys_reach_the_server():
+    with serving(thought()) as (url, requests):
+        options = {"dimensions": ["alignment"], "body": {"reasoning_effort": "none", "chat_template_kwargs": {"a": 1}}}
+        rewards.score(served("rubric", url, thinking=False, **options), greys(1), ["a"])
+        rewards.score(served("rubric", url, dimensions=["alignment"]), greys(1), ["a"])
+    first, second = (body for _, _, body in requests)
+    assert first["reasoning_effort"] == "none"
+    assert first["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}
+    assert "chat_template_kwargs" not in second
+    with pytest.raises(rewards.RewardError, match="body: 'messages' is given by the judge itself"):
+        served("rubric", url, body={"messages": []})
+
+
+def test_a_server_that_reasons_in_spite_of_the_switch_is_told_of():
+    with (
+        serving(thought(f"<think>hm</think>{LINE}")) as (url, _),
+        pytest.raises(rewards.RewardError, match="reasons in spite of `thinking: false`"),
+    ):
+        rewards.score(served("rubric", url, thinking=False, dimensions=["alignment"]), greys(1), ["a"])
+    with serving(thought(f"<think>\n\n</think>{LINE}")) as (url, _):  # an empty block is how some do without
+        rewards.score(served("rubric", url, thinking=False, dimensions=["alignment"]), greys(1), ["a"])
+
+
+@pytest.mark.parametrize(
+    ("reply", "tries", "message"),
+    [
+        ((200, '{"choices": [{"mess'), 2, "sent an answer that ends in the middle .19 bytes., 2 times in a row"),
+        ((200, {"error": {"message": "busy", "code": 429}}), 2, "answered with the error 'busy', 2 times in a row"),
+        ((200, {"error": {"message": "no such model", "code": 404}}), 1, "answered with the error 'no such model'"),
+        ((200, {"error": "out of credit"}), 1, "answered with the error 'out of credit'"),
+        ((200, []), 1, "sent something else than a chat completion"),
+        ((200, {"choices": [{"message": {"content": [3]}}]}), 1, "sent something else than a chat completion"),
+    ],
+)
+def test_an_odd_answer_of_status_200_is_tried_again_or_one_sentence(reply, tries, message):
+    with serving(reply) as (url, requests), pytest.raises(rewards.RewardError, match=message) as caught:
+        rewards.score(served("rubric", url, retries=1), greys(1), ["a"])
+    assert len(requests) == tries and "\n" not in str(caught.value)
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks():
+    def busy(after):
+        return lambda body: (429, "slow", {"Retry-After": after})
+
+    started = time.monotonic()
+    with serving(busy("0.4"), thought()) as (url, requests):
+        rewards.score(served("rubric", url, dimensions=["alignment"], retries=1), greys(1), ["a"])
+    assert len(requests) == 2 and time.monotonic() - started >= 0.4
+    with (
+        serving(busy("86400")) as (url, requests),
+        pytest.raises(rewards.RewardError, match="answered with status 429"),
+    ):
+        rewards.score(served("rubric", url), greys(1), ["a"])
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch, variable):
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")  # where nothing listens
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(thought()) as (url, _):
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            reward = served("rubric", url.replace("127.0.0.1", host), dimensions=["alignment"], retries=0)
+            assert rewards.score(reward, greys(1), ["a"]).item() == 0.75
+
+
+def test_a_proxy_is_asked_for_any_other_server(monkeypatch):
+    with serving(thought()) as (proxy, requests):
+        monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1"))
+        reward = served("rubric", "http://judge.invalid/v1", dimensions=["alignment"], retries=0)
+        assert rewards.score(reward, greys(1), ["a"]).item() == 0.75
+    assert requests[0][0] == "http://judge.invalid/v1/chat/completions"
+    monkeypatch.setenv("http_proxy", "nonsense://x")
+    with pytest.raises(rewards.RewardError, match="look at HTTP_PROXY"):
+        served("rubric", "http://judge.invalid/v1")
 
 
 def test_a_server_cannot_echo_prompts():
