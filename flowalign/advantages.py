@@ -12,7 +12,7 @@ Scale = Literal["global", "group", "none"]
 class Scored(NamedTuple):
     """The rewards of N samples: their total, and each reward apart, shaped, with where it applies."""
 
-    total: torch.Tensor  # (N,)
+    total: torch.Tensor  # (N,), NaN for a sample that a reward left out
     values: torch.Tensor  # (K, N)
     applies: torch.Tensor  # (K, N) bool
     weights: torch.Tensor  # (K,)
@@ -27,6 +27,14 @@ class Scored(NamedTuple):
         names = tuple(name for name, of in zip(self.names, kept.tolist(), strict=True) if of)
         return self._replace(
             values=self.values[kept], applies=self.applies[kept], weights=self.weights[kept], names=names, measured=None
+        )
+
+    def of(self, chosen: torch.Tensor) -> Scored:
+        """Of some samples alone, chosen (N,) bool."""
+        given = {name: part for name, part in self._asdict().items() if name not in ("weights", "names")}
+        known = {name: part for name, part in given.items() if part is not None}
+        return self._replace(
+            **{name: part[chosen] if name == "previews" else part[..., chosen] for name, part in known.items()}
         )
 
     def shares(self, teaches: torch.Tensor) -> torch.Tensor:

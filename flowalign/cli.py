@@ -209,9 +209,12 @@ def score(
     scores = score_images(reward, option or [], rows, paths)
     table = Table("image", "prompt", "score")
     for path, row, value in zip(paths, rows, scores, strict=True):
-        table.add_row(path.name, row.prompt, f"{value:.4f}")
+        table.add_row(path.name, row.prompt, "left out" if value is None else f"{value:.4f}")
     console.print(table)
-    console.print(f"mean {sum(scores) / len(scores):.4f} of {len(scores)} images")
+    known = [value for value in scores if value is not None]
+    if not known:
+        raise UserError(f"reward {reward} left out all {len(scores)} images")
+    console.print(f"mean {sum(known) / len(known):.4f} of {len(known)} images")
     if output is not None:
         write_scores(output, paths, rows, scores)
 

@@ -110,7 +110,7 @@ class Display:
             text = f"{name} {result['mean']:.4f}"
             if result["standard_error"]:
                 text += f" ± {result['standard_error']:.4f}"
-            if self._first_summary is not None:
+            if self._first_summary is not None and name in self._first_summary:
                 text += f" ({result['mean'] - self._first_summary[name]['mean']:+.4f})"
             parts.append(text)
         self._first_summary = self._first_summary or summary

@@ -18,13 +18,15 @@ def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -
     scored: of all samples (N,); groups: (N,); differs: (N,) bool, whether the rewards of a sample's group do.
     """
     assert scored.measured is not None
-    means, stds = {"total": scored.total.mean().item()}, {"total": scored.total.std().item()}
-    for name, values, applies in zip(scored.names, scored.measured, scored.applies, strict=True):
+    known = ~scored.total.isnan()
+    means, stds = {}, {}
+    parts = ("total", *scored.names), (scored.total, *scored.measured), (known, *scored.applies)
+    for name, values, applies in zip(*parts, strict=True):
         if applies.sum() > 1:
             means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
     figures: dict[str, Any] = {"reward": means, "reward_std": stds, "zero_spread": 1 - differs.float().mean().item()}
     if scored.trust is not None:
-        figures["trust"] = scored.trust.mean().item()
+        figures["trust"] = scored.trust[known].mean().item()
     if flat := flat_rewards(scored, groups):
         figures["flat"] = flat
     return figures
@@ -70,7 +72,10 @@ class Idle:
         told = {name: f"reward {name!r} {does}" for name, does in flat.items()}
         self.reason = None
         if figures["zero_spread"] == 1 and not self.recipe.algorithm.learns_from_equal:
-            self.reason = "; ".join(told.values()) or "what the rewards add up to is equal within every prompt"
+            equal = "what the rewards add up to is equal within every prompt"
+            self.reason = "; ".join(told.values()) or (
+                equal if "total" in figures["reward"] else "no picture was judged"
+            )
             self.reason += ", since all pictures of a prompt are alike" if self._alike(samples) else ""
         elif figures["grad_norm"] == 0 and not skipped:
             self.reason = "the gradient is exactly 0, though rewards differ within prompts"

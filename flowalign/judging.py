@@ -4,18 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from flowalign.advantages import Scored
+from flowalign.algorithms.base import Algorithm
 from flowalign.config import Combine, Recipe
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import load_rewards
 from flowalign.mistakes import nearest
 from flowalign.offline import GroupStore
+from flowalign.processes import summed
 from flowalign.rollout import Samples
 from flowalign.settings import UserError
 from rewards import Reward, TrainableReward, as_reward
@@ -236,6 +238,60 @@ def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., A
         if any(rewards[name] is rewards[trained] for trained in recipe.rewards):
             raise UserError(f"the reward given as {name!r} for guard.rewards is trained on; an audit needs others")
     return {name: as_reward(reward, name) for name, reward in rewards.items()}
+
+
+class Lessons(NamedTuple):
+    """What an algorithm makes of N scored samples."""
+
+    advantages: torch.Tensor  # (N,) or (N, ...)
+    teaches: torch.Tensor  # (N,) bool: the samples to learn from
+    differs: torch.Tensor  # (N,) bool: those in whose group the rewards differ
+
+
+def lessons(algorithm: Algorithm, scored: Scored, groups: torch.Tensor) -> Lessons:
+    """The Lessons of all samples of a step; ValueError as `Algorithm.advantages`.
+
+    A sample that a reward left out takes no part in any statistic and teaches nothing; nor do the others of its group
+    where the algorithm learns from whole groups.
+    """
+
+    def of(scored: Scored, groups: torch.Tensor) -> Lessons:
+        advantages = algorithm.advantages(scored, groups)
+        return Lessons(advantages, algorithm.teaches(scored, groups), algorithm.differs(scored, groups))
+
+    known = ~scored.total.isnan()
+    if scored.previews is not None:
+        known &= ~scored.previews.isnan().any(1)
+    if algorithm.unit != "item":
+        known &= ~torch.isin(groups, groups[~known])
+    if known.all():
+        return of(scored, groups)
+    if not known.any():
+        nothing = torch.zeros(len(known), device=groups.device)
+        return Lessons(nothing, nothing.bool(), nothing.bool())
+    learnt = of(scored.of(known), groups[known])
+    whole = [part.new_zeros(len(known), *part.shape[1:]).index_put((known,), part) for part in learnt]
+    return Lessons(*whole)
+
+
+def tally(rewards: Mapping[str, Reward], accelerator: Accelerator | None = None) -> dict[str, dict[str, int]]:
+    """What each reward counted since it was last asked, over all processes."""
+    counts = {(name, key): count for name, one in rewards.items() for key, count in one.tally().items()}
+    if counts and accelerator is not None:
+        counts = dict(zip(counts, map(int, summed(accelerator, *counts.values())), strict=True))
+    found: dict[str, dict[str, int]] = {}
+    for (name, key), count in counts.items():
+        found.setdefault(name, {})[key] = count
+    return found
+
+
+def unread(tallies: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """A sentence for each reward that could not read all answers of its judge."""
+    return [
+        f"{name} could not read {counts['unparsable']} of {counts['answers']} answers"
+        for name, counts in tallies.items()
+        if counts.get("unparsable")
+    ]
 
 
 def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:

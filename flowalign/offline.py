@@ -106,7 +106,7 @@ class GroupStore:
                     f"(`flowalign score {name} --store {self.path}` adds it)"
                 )
         taught = list(recipe.trained_rewards)
-        judged = np.any([np.isfinite(self.rewards[name]) for name in taught] or [[False]], axis=0)
+        judged = np.any([np.isfinite(self.rewards[name]).any(1) for name in taught] or [[False]], axis=0)
         if not judged.all():
             row = self.rows[int(np.argwhere(~judged)[0][0])]
             raise UserError(
@@ -153,7 +153,9 @@ class GroupStore:
         scores = {}
         for name in names:
             values = torch.from_numpy(self.rewards[name][rows, members]).float().to(device)
-            scores[name] = Scores(values.nan_to_num(0.0), ~values.isnan())
+            # A reward judges a prompt's samples or none: one that is not known among others was left out.
+            judges = torch.from_numpy(np.isfinite(self.rewards[name][rows]).any(1)).to(device)
+            scores[name] = Scores(values.where(judges | ~values.isnan(), 0.0), ~values.isnan())
         return scores
 
     def references(self, name: str) -> dict[str, list[float]]:

@@ -113,6 +113,10 @@ def check_judges(rewards: Mapping[str, Reward]) -> None:
     for name, reward in rewards.items():
         if reward.scope != "sample":
             raise UserError(f"reward {name!r} compares a prompt's pictures; best-of-N needs one that judges each alone")
+        if reward.masks:
+            raise UserError(
+                f"reward {name!r} may leave pictures out (unparsable: mask), which cannot be chosen from; take tie"
+            )
 
 
 def survivors(candidates: int, schedule: Sequence[Prune]) -> list[int]:

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from flowalign.display import Display
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.evaluate.held_out import held_out_from
-from flowalign.judging import learning, load_learnt, refuse_learning
+from flowalign.judging import learning, load_learnt, refuse_learning, tally, unread
 from flowalign.manifest import FILE_NAME, MANIFEST, rows_of_files
 from flowalign.offline import GroupStore, collect
 from flowalign.options import parse_options
@@ -63,12 +65,12 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
     return rows, paths
 
 
-def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths: Sequence[Path]) -> list[float]:
-    """The score of each image; sizes may differ from image to image."""
+def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths: Sequence[Path]) -> list[float | None]:
+    """The score of each image, None for those left out; sizes may differ from image to image."""
     judge = _judge(reward, options)
     check_prompts(rows, {judge.name: judge}, "given")
-    scores = [0.0] * len(paths)
-    with Display().evaluating(len(paths)) as progress:
+    scores: list[float | None] = [None] * len(paths)
+    with _scoring({judge.name: judge}, len(paths)) as progress:
         for places in _batches(judge, rows):
             pictures = [read_picture(paths[place]) for place in places]
             for shape in dict.fromkeys(picture.shape for picture in pictures):
@@ -79,9 +81,19 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
                 media = torch.stack([pictures[i] for i in chosen])
                 values = zoo.score(judge, media, [row.prompt for row in part], [row.metadata for row in part])
                 for i, value in zip(chosen, values.tolist(), strict=True):
-                    scores[places[i]] = value
+                    scores[places[i]] = None if math.isnan(value) else value
             progress(len(places))
     return scores
+
+
+@contextmanager
+def _scoring(rewards: Mapping[str, zoo.Reward], pictures: int) -> Iterator[Callable[[int], None]]:
+    """A bar for pictures that are drawn or scored, and then a word on the answers that could not be read."""
+    display = Display()
+    with display.evaluating(pictures) as progress:
+        yield progress
+    for sentence in unread(tally(rewards)):
+        display.say(sentence)
 
 
 def _batches(judge: zoo.Reward, rows: Sequence[Row]) -> list[list[int]]:
@@ -101,7 +113,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     check_prompts(rows, rewards, recipe.prompts)
     policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
     _say_cut(policy, rows)
-    with Display().evaluating(len(rows) * recipe.collect.group_size) as progress:
+    with _scoring(rewards, len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
 
 
@@ -114,7 +126,7 @@ def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | N
     """Add a reward to a store; (N, G), NaN where it does not apply."""
     store = GroupStore.open(path)
     judge = _judge(reward, options)
-    with Display().evaluating(len(store) * store.manifest["group_size"]) as progress:
+    with _scoring({judge.name: judge}, len(store) * store.manifest["group_size"]) as progress:
         return store.rescore(name or judge.name, judge, progress)
 
 
@@ -138,7 +150,7 @@ def _judge(reward: str, options: Sequence[str]) -> zoo.Reward:
     return judge
 
 
-def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float]) -> None:
+def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float | None]) -> None:
     """A .csv or .jsonl file with a line for each image."""
     table = [
         {"image": image.name, "prompt": row.prompt, "score": value}
@@ -181,7 +193,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
             raise UserError(f"{run.path} has no checkpoint yet")
         title = f"{run.path}, {found[-1].name}"
         weights = load_weights(found[-1], policy, partial(load_learnt, learning(rewards)))
-    with Display().evaluating(len(rows) * settings.images_per_prompt) as progress:
+    with _scoring(rewards, len(rows) * settings.images_per_prompt) as progress:
         evaluated = evaluate(policy, rows, rewards, settings, (recipe.model.height, recipe.model.width), progress)
     if run is not None:
         about = {"guidance": settings.guidance, "sampler_steps": settings.steps, "checkpoint": weights}

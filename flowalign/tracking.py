@@ -27,8 +27,10 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def step_values(line: Mapping[str, Any]) -> dict[str, float]:
-    """A training step's line of the metrics, flat: reward/NAME, figures/NAME, seconds/PHASE, loss, grad_norm, ..."""
+    """A training step's line of the metrics, flat: reward/NAME, unparsable/NAME, seconds/PHASE, loss, grad_norm, ..."""
     values = {name: float(line[name]) for name in _STEP if name in line}
+    for name, counts in line.get("answers", {}).items():
+        values |= {f"{key}/{name}": float(count) for key, count in counts.items()}
     for section in ("reward", "reward_std", "figures", "seconds"):
         values |= {f"{section}/{name}": float(value) for name, value in line[section].items()}
     return values

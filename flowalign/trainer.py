@@ -25,7 +25,7 @@ from flowalign.idle import Idle, score_figures
 from flowalign.inputs import check_inputs, inputs_of
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.items import check_levels
-from flowalign.judging import Judging
+from flowalign.judging import Judging, lessons, tally, unread
 from flowalign.learner import Learner, optimizer_class
 from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
@@ -214,6 +214,7 @@ class Trainer:
             self.run_folder.log_step(line)
             self.accelerator.log(step_values(line), step=self.step)
         self.display.step(line)
+        sentences += [f"step {self.step}: {sentence}" for sentence in unread(figures.get("answers", {}))]
         for sentence in (*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms)):
             self.display.say(sentence)
 
@@ -251,21 +252,24 @@ class Trainer:
 
     def _score(self, samples: Samples) -> dict[str, Any]:
         """Rewards and advantages of the samples; statistics over all processes."""
-        samples.scored = own = self.judging.score(samples)
-        train, algorithm = self.recipe.train, self.recipe.algorithm
+        own = self.judging.score(samples)
+        train = self.recipe.train
         everyone = processes.all_scored(self.accelerator, own)
         groups = torch.arange(train.prompts_per_step, device=own.total.device).repeat_interleave(train.group_size)
-        learnt = everyone.trained()
-        teaches, differs = algorithm.teaches(learnt, groups), algorithm.differs(learnt, groups)
         part = slice(self.rank * len(samples), (self.rank + 1) * len(samples))
         try:
-            advantages = algorithm.advantages(learnt, groups)[part].to(own.total.device)
+            learnt = lessons(self.recipe.algorithm, everyone.trained(), groups)
         except ValueError as error:
             raise UserError(f"step {self.step + 1}: {error}") from error
-        samples.advantages = advantages if own.trust is None else (advantages.T * own.trust).T
-        samples.teaches, samples.differs = teaches[part], differs[part]
-        samples.shares = learnt.shares(teaches).T[part]
-        return score_figures(everyone, groups, differs)
+        advantages = learnt.advantages[part].to(own.total.device)
+        samples.advantages = advantages if own.trust is None else (advantages.T * own.trust.nan_to_num(1)).T
+        samples.teaches, samples.differs = learnt.teaches[part], learnt.differs[part]
+        samples.shares = everyone.trained().shares(learnt.teaches).T[part]
+        samples.scored = own._replace(total=own.total.nan_to_num(0))  # those left out do not teach
+        figures = score_figures(everyone, groups, learnt.differs)
+        if answers := tally(self.judging.rewards, self.accelerator):
+            figures["answers"] = answers
+        return figures
 
     # What surrounds the steps.
 
@@ -330,6 +334,9 @@ class Trainer:
             "trained_prompts": self.held_out.trained,
             "seconds": time.perf_counter() - started,
         }
+        answers = tally(self.evaluation_rewards, self.accelerator)
+        if answers:
+            about["answers"] = answers
         best: list[str] = []
         if self.guarding and audit:
             about["audit"] = audit.contents()
@@ -341,6 +348,8 @@ class Trainer:
             summary = self.run_folder.write_evaluation(self._name, evaluated, about)
             self.accelerator.log(evaluation_values(summary, about), step=self.step)
             self.display.evaluation(self.step, summary, about["seconds"], self.held_out)
+        for sentence in unread(answers):
+            self.display.say(f"evaluation at step {self.step}: {sentence}")
         if audit:
             self.display.audit(self.step, audit)
         self.evaluated_at = self.step
