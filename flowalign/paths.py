@@ -60,9 +60,10 @@ def _absolute(value: str, places: Sequence[Path]) -> str:
     for place in places:
         for known, rest in ((value, ""), (f"{file}{behind[:-1]}", f"{behind[-1:]}{name}")):
             if os.path.exists(place / known):  # unlike Path's, not over a text of a thousand letters
-                return f"{(place / known).absolute()}{rest}"
-    if not Path(value).is_absolute() and places[0] != Path():
-        _looked[f"{file}{behind[:-1]}"] = places[0].absolute()
+                return f"{os.path.abspath(place / known)}{rest}"
+    for beside in places:
+        if beside != Path() and not Path(value).is_absolute():
+            _looked[f"{file}{behind[:-1]}"] = beside
     return value
 
 
@@ -70,5 +71,5 @@ def sought(value: str) -> str:
     """Where a relative path was looked for, to stand behind it in an error; nothing for an absolute one."""
     if Path(value).is_absolute():
         return ""
-    beside = f"beside the recipe in {_looked[value]}, then in " if value in _looked else "in "
+    beside = f"beside the recipe in {os.path.abspath(_looked[value])} and in " if value in _looked else "in "
     return f" (looked {beside}the working folder {Path.cwd()})"

@@ -95,6 +95,7 @@ def test_files_are_found_beside_the_recipe_from_anywhere_and_stay_so_in_the_dump
     assert recipe.run.folder == str(home / "runs/x") and recipe.model.cache_conditions == str(home / "cache")
     (working / "recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(working / "recipe.yaml") == recipe
+    assert load_recipe(f"../{beside.name}/my.yaml") == recipe  # however it is named, so that a run can go on with it
 
 
 def test_the_recipes_folder_comes_before_the_working_folder_and_after_it_for_an_override(
@@ -145,11 +146,12 @@ def test_an_error_says_where_a_file_was_looked_for(places: tuple[Path, ...]) -> 
         (beside / file).unlink()
     for folder in ("lora", "groups"):
         (beside / folder).rmdir()
-    recipe = load_recipe(beside / "my.yaml")
-    where = f"(looked beside the recipe in {beside}, then in the working folder {working})"
+    recipe = load_recipe(beside / "my.yaml", ["evaluation.prompts=gone.txt"])
+    where = f"(looked beside the recipe in {beside} and in the working folder {working})"
     assert recipe.store and recipe.model.adapter
     for ask in (
         lambda: load_prompts(recipe.prompts),
+        lambda: load_prompts(recipe.evaluation.prompts or ""),
         lambda: GroupStore.open(Path(str(recipe.store))),
         lambda: load_rewards(recipe.rewards, "cpu"),
         lambda: adapter_files(str(recipe.model.adapter)),
