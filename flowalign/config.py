@@ -12,19 +12,16 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 from flowalign.algorithms import ALGORITHMS, Algorithm
 from flowalign.mistakes import explain, key_lines, nearest
 from flowalign.paths import Keys, expanded, located
+from flowalign.reward_sections import Combine, Rewards, RewardSettings, Shaping
 from flowalign.sections import (
     Collect,
-    Combine,
     Evaluation,
     Guard,
     Lora,
     Model,
-    Rewards,
-    RewardSettings,
     Rollout,
     Run,
     Sampler,
-    Shaping,
     Train,
 )
 from flowalign.settings import Section, UserError
