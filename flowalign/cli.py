@@ -1,6 +1,5 @@
 """The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
 
-import errno
 import importlib.metadata
 import json
 import os
@@ -19,7 +18,17 @@ from flowalign.cli_evaluate import data_app, eval_app
 from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
-from flowalign.command import RewardOptions, console, plain_console, quiet_libraries, tolerate, verdict, with_homes
+from flowalign.command import (
+    RewardOptions,
+    console,
+    disk_mistake,
+    memory_mistake,
+    plain_console,
+    quiet_libraries,
+    tolerate,
+    verdict,
+    with_homes,
+)
 from flowalign.command import device as _device
 from flowalign.interrupt import Interrupted
 from flowalign.settings import CheckFailed, UserError
@@ -394,14 +403,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, RewardError) as error:
         _say_error(str(error))
         raise SystemExit(1 if isinstance(error, CheckFailed) else 2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            sys.excepthook(*sys.exc_info())
-            raise SystemExit(2) from None
-        _say_error(f"cannot write {error.filename or 'to the disk'}: {error.strerror}; mend that, then use --resume")
-        raise SystemExit(2) from None
-    except Exception:
-        sys.excepthook(*sys.exc_info())  # a defect of ours, with its traceback
+    except Exception as error:
+        text = disk_mistake(error) if isinstance(error, OSError) else memory_mistake(error)
+        if text is None:
+            sys.excepthook(*sys.exc_info())  # a defect of ours, with its traceback
+        else:
+            _say_error(text)
         raise SystemExit(2) from None
 
 

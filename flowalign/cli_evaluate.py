@@ -41,13 +41,18 @@ ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="pictures of a prompt"
 Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]
 Count = Annotated[int | None, typer.Option(min=1, help="only the first prompts of the list")]
 Steps = Annotated[int | None, typer.Option(min=1, help=f"denoising steps; {OWN}")]
-Guidance = Annotated[float | None, typer.Option(min=1, help=f"{OWN}; GenEval's script has 9, for older models")]
+Guidance = Annotated[
+    float | None, typer.Option(min=1, max=1e6, help=f"{OWN}; GenEval's script has 9, for older models")
+]
 GridOption = Annotated[Grid | None, typer.Option(help=f"the sigmas; {OWN}")]
 SolverOption = Annotated[Solver | None, typer.Option(help=f"of the ODE; {OWN}")]
 Size = Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")]
 SequenceLength = Annotated[int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")]
 Batch = Annotated[int | None, typer.Option(min=1, help="pictures drawn at once; 16")]
-Seed = Annotated[int | None, typer.Option(help=f"of the noise, beside the prompt's place and the picture's; {OWN}")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=-(2**62), max=2**62, help=f"of the noise, beside the prompt's place and the picture's; {OWN}"),
+]
 Output = Annotated[
     Path | None,
     typer.Option(help="folder of pictures and results; by default one under runs/ of this model and these settings"),
@@ -235,7 +240,7 @@ def evaluate_panel(
 def write_geneval_prompts(
     output: Annotated[Path, typer.Argument(help="the .jsonl file to write")],
     count: Annotated[int, typer.Option(min=1, help="prompts")] = 50_000,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=-(2**62), max=2**62)] = 0,
     exclude: Annotated[Path | None, typer.Option(help="a prompt list of which none may be written")] = None,
     mix: Annotated[
         str | None, typer.Option(metavar="TASK=SHARE,...", help="shares of the tasks; the default is Flow-GRPO's")

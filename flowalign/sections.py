@@ -16,6 +16,7 @@ from flowalign.settings import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]  # what is added to one must fit into 64 bits
 Rate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -241,7 +242,7 @@ class Evaluation(Sampler):
     """What is measured; null: the training rewards."""
     pictures: NotNegative = 12
     """Fixed prompts whose pictures are kept at every evaluation."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise."""
 
     @field_validator("rewards")
@@ -255,7 +256,7 @@ class Run(Section):
 
     folder: str | None = None
     """The run folder; null: runs/ and the recipe's name."""
-    seed: int = 0
+    seed: Seed = 0
     """Of prompts, noise and initial weights."""
     checkpoint_every: Positive = 10
     """Training steps between checkpoints."""

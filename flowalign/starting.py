@@ -46,6 +46,7 @@ def check_start(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite begins it anew; give one of them")
     FolderLock.check(folder)
+    _check_disk(folder)
     if resume:
         return _check_resume(folder, recipe)
     if _is_free(folder):
@@ -71,6 +72,17 @@ def check_sources(recipe: Recipe) -> None:
     path = recipe.model.path
     if path != EMBEDDED and (Path(path).exists() or not is_hub_id(path)):
         pipeline_index(path)
+
+
+def _check_disk(folder: Path) -> None:
+    """Raises UserError where nothing can be written, which a file's rights alone do not tell."""
+    place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    probe = place / f".partial_{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot write to run folder {folder}: {place}: {error.strerror or error}") from error
 
 
 def _check_resume(folder: Path, recipe: Recipe) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from flowalign.cli import main
-from flowalign.command import plain_console
+from flowalign.command import disk_mistake, memory_mistake, plain_console
 from flowalign.data import Row
 from flowalign.display import Display, summary_table
 from flowalign.runs import save_pictures
@@ -218,6 +218,36 @@ def test_an_unwritable_run_folder_is_named(failing, tmp_path: Path, tiny_model: 
     (tmp_path / "file").write_text("")
     error = failing("train", "toyworld_ocr", f"model.path={tiny_model}", "run.folder=file/run")
     assert "cannot write to run folder file/run" in error
+
+
+def test_a_path_that_nobody_foresaw_is_one_sentence_and_our_own_fault_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in (tmp_path / "file" / "x", tmp_path / "nowhere" / "x", "/proc/x", tmp_path):
+        with pytest.raises(OSError, match=r"Errno") as caught:
+            Path(name).write_text("")
+        assert disk_mistake(caught.value).startswith(f"{name}: ")
+    with pytest.raises(FileNotFoundError) as caught:
+        (Path(disk_mistake.__code__.co_filename).parent / "nowhere.json").read_text()
+    assert disk_mistake(caught.value) is None
+    assert disk_mistake(ConnectionResetError(104, "Connection reset by peer")) is None
+
+
+def test_more_memory_than_there_is_is_one_sentence_and_another_error_none() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert memory_mistake(caught.value).startswith("out of memory (")
+    assert memory_mistake(RuntimeError("shapes differ")) is None
+
+
+def test_an_option_that_is_no_yaml_is_one_sentence(pictures: Path, tmp_path: Path, failing) -> None:
+    error = failing(
+        "score", "ocr", "--images", str(pictures), "--prompts", f"{tmp_path}/prompts.txt", "--option", "a=["
+    )
+    assert "--option 'a=[': the value is not YAML; put quotes around it" in error
+
+
+def test_a_seed_that_does_not_fit_is_one_sentence(failing) -> None:
+    assert "run.seed should be less than or equal to" in failing("train", "toyworld_ocr", f"run.seed={2**70}")
 
 
 # Rewards

@@ -87,7 +87,7 @@ def test_a_wheel_holds_the_embedded_model_and_its_prompts(wheel):
 @pytest.mark.slow
 def test_a_wheel_installs_the_command_and_carries_the_licence(wheel):
     (entry_points,) = (name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
-    assert "flowalign = flowalign.cli:main" in wheel.read(entry_points).decode()
+    assert "flowalign = flowalign.__main__:main" in wheel.read(entry_points).decode()
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel.namelist())
 
 

@@ -277,6 +277,19 @@ def test_somebody_s_own_folder_is_left_alone(run: Path, begun: Path, name: str) 
     assert (own / name).read_text() == '{"name": "mine"}'
 
 
+@pytest.mark.parametrize("place", ["file", "file/run", "broken", "/proc/run"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_place_that_takes_no_folder_is_said_before_anything_loads(
+    run: Path, begun: Path, place: str, resume: bool
+) -> None:
+    (run / "file").write_text("")
+    (run / "broken").symlink_to("nowhere")
+    recipe = recipe_from_dict({**values_of(run, begun), "run": {"folder": str(run / place)}})
+    with pytest.raises(UserError, match=rf"^cannot write to run folder {run / place}: .*: (Not a|No such)"):
+        check_start(recipe, resume=resume)
+    assert (run / "file").read_text() == "" and (run / "broken").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [

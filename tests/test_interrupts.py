@@ -1,0 +1,34 @@
+"""Ctrl-C ends a command with one line and exit code 130, whatever it is importing or doing."""
+
+import subprocess
+import sys
+
+import pytest
+
+AT = """
+import os, signal, sys
+left = [sys.argv.pop(1)]
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in left:
+            left.clear()
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from flowalign.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["flowalign.cli", "typer", "pydantic", "flowalign.config", "torch"])
+def test_ctrl_c_while_a_module_is_imported_is_one_line(module: str) -> None:
+    command = [sys.executable, "-c", AT, module, "score", "colorfulness", "--images", "/none", "--prompts", "/none.txt"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout + found.stderr) == (130, "interrupted; what is done is kept\n")
+
+
+def test_an_error_without_ctrl_c_keeps_its_traceback() -> None:
+    broken = "import sys; sys.modules['flowalign.config'] = None\nfrom flowalign.__main__ import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", broken, "train", "toyworld_ocr"], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 2 and "Traceback" in found.stderr
