@@ -243,7 +243,7 @@ def test_an_option_that_is_no_yaml_is_one_sentence(pictures: Path, tmp_path: Pat
     error = failing(
         "score", "ocr", "--images", str(pictures), "--prompts", f"{tmp_path}/prompts.txt", "--option", "a=["
     )
-    assert "--option 'a=[': the value is not YAML; put quotes around it" in error
+    assert "--option 'a=['" in error and "is not YAML" in error
 
 
 def test_a_seed_that_does_not_fit_is_one_sentence(failing) -> None:
