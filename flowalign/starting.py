@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -77,10 +78,8 @@ def check_sources(recipe: Recipe) -> None:
 def _check_disk(folder: Path) -> None:
     """Raises UserError where nothing can be written, which a file's rights alone do not tell."""
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    probe = place / f".partial_{os.getpid()}"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        os.rmdir(tempfile.mkdtemp(prefix=".partial_", dir=place))
     except OSError as error:
         raise UserError(f"cannot write to run folder {folder}: {place}: {error.strerror or error}") from error
 
