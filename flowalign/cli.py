@@ -1,7 +1,6 @@
 """The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
 
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -104,12 +103,13 @@ def train(
     check_start(resolved, resume=resume, overwrite=overwrite)
     check_sources(resolved)
     quiet_libraries()
+    from flowalign.display import gain_table
     from flowalign.trainer import Trainer
 
     trainer = Trainer(resolved, resume=resume, overwrite=overwrite, profile=profile)
     folder = trainer.run()
-    if trainer.main:
-        _print_gain(folder)
+    if trainer.main and (table := gain_table(folder)):
+        console.print(table)
     if trainer.guarded():
         raise typer.Exit(1)
 
@@ -379,19 +379,6 @@ def doctor() -> None:
     console.print(table)
     if any(part in NEEDED and not works for part, works, _ in found):
         raise typer.Exit(1)
-
-
-def _print_gain(folder: Path) -> None:
-    """First and last evaluation side by side."""
-    files = sorted((folder / "evaluations").glob("step_*.json")) if (folder / "evaluations").is_dir() else []
-    if len(files) < 2:
-        return
-    before, after = (json.loads(file.read_text(encoding="utf-8"))["summary"] for file in (files[0], files[-1]))
-    table = Table("held-out reward", "before", "after", "gain", title="same prompts, same noise", title_justify="left")
-    for name in before:
-        first, last = before[name]["mean"], after[name]["mean"]
-        table.add_row(name, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}")
-    console.print(table)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,7 +20,8 @@ eval_app = typer.Typer(no_args_is_help=True, help="Say how good a model is, with
 data_app = typer.Typer(no_args_is_help=True, help="Write prompt lists.")
 
 OWN = "by default a run's evaluation's, else what its kind of model is drawn with"
-Grid, Solver = Literal["model", "uniform"], Literal["euler", "dpm++"]  # as `flowalign.sections.Sampler` has them
+Grid = Literal["model", "uniform"]  # as `flowalign.sections.Sampler` has them
+Solver = Literal["euler", "dpm++"]
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"
 
@@ -119,7 +120,12 @@ def evaluate_geneval(
     from flowalign.evaluate.geneval import load_judge
     from flowalign.options import parse_options
 
-    given = {"size": size, "max_sequence_length": max_sequence_length, "steps": steps, "guidance": guidance}
+    given: dict[str, Any] = {
+        "size": size,
+        "max_sequence_length": max_sequence_length,
+        "steps": steps,
+        "guidance": guidance,
+    }
     given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
     drawing = _drawing(model, images, images_per_prompt, adapter, given)
     embedded = drawing is not None and drawing.embedded
@@ -168,7 +174,12 @@ def evaluate_ocr(
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
 
-    given = {"size": size, "max_sequence_length": max_sequence_length, "steps": steps, "guidance": guidance}
+    given: dict[str, Any] = {
+        "size": size,
+        "max_sequence_length": max_sequence_length,
+        "steps": steps,
+        "guidance": guidance,
+    }
     given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
     drawing = _drawing(model, images, images_per_prompt, adapter, given)
     embedded = drawing is not None and drawing.embedded
@@ -211,7 +222,12 @@ def evaluate_panel(
     from flowalign.evaluate.panel import evaluate_panel as evaluate
     from flowalign.options import parse_options
 
-    given = {"size": size, "max_sequence_length": max_sequence_length, "steps": steps, "guidance": guidance}
+    given: dict[str, Any] = {
+        "size": size,
+        "max_sequence_length": max_sequence_length,
+        "steps": steps,
+        "guidance": guidance,
+    }
     given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
     tuned = _drawing(model, None, images_per_prompt, adapter, given)
     assert tuned is not None  # a model is given

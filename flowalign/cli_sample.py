@@ -1,7 +1,7 @@
 """The command line's `flowalign sample`: pictures, or the best of many."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -57,7 +57,14 @@ def sample(
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder; choose another")
     rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
-    given = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "size": size, "seed": seed}
+    given: dict[str, Any] = {
+        "steps": steps,
+        "guidance": guidance,
+        "grid": grid,
+        "solver": solver,
+        "size": size,
+        "seed": seed,
+    }
     drawing = drawing_of(
         model, adapter, device=device(), images=images, max_sequence_length=max_sequence_length, **given
     )

@@ -1,23 +1,17 @@
 """What a person sees of a run in the terminal."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flowalign.bars import Advance, Bars
 from flowalign.command import plain_console, verdict
 
 if TYPE_CHECKING:
@@ -30,12 +24,11 @@ Summary = Mapping[str, Mapping[str, Any]]
 
 
 class Display:
-    """Progress with time left and the reward as it moves; a line a step where the output is no terminal."""
+    """A line for each step and evaluation, above bars with the time left where the output is a terminal."""
 
-    def __init__(self, *, quiet: bool = False):
-        self.console = plain_console(quiet=quiet)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+    def __init__(self, *, quiet: bool = False, console: Console | None = None):
+        self.console = console or plain_console(quiet=quiet)
+        self.bars = Bars(self.console)
         self._first_summary: Summary | None = None
         self._max_minutes: float | None = None
         self._steps = 0
@@ -62,46 +55,30 @@ class Display:
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[None]:
-        """The progress bar of a run."""
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            TextColumn("{task.fields[note]}", markup=False),
-        )
+        """The bar of a run."""
         self._steps = steps
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as progress:
-            self._progress, self._task = progress, progress.add_task("training", total=steps, completed=done, note="")
+        with self.bars.steps(steps, done):
             yield
-        self._progress = self._task = None
 
-    @contextmanager
-    def evaluating(self, pictures: int, doing: str = "evaluating") -> Iterator[Callable[[int], None]]:
-        """A second bar while pictures are drawn and scored; yields the function that moves it."""
-        if self._progress is None:
-            with self.training(0, 0), self.evaluating(pictures, doing) as advance:
-                yield advance
-            return
-        progress = self._progress
-        task = progress.add_task(doing, total=pictures, note="")
-        yield lambda count: progress.update(task, advance=count)
-        progress.remove_task(task)
+    def phase(self, doing: str, total: float | None = None) -> AbstractContextManager[Advance]:
+        """The bar of a part of a step, of so many pictures or passes where that is known."""
+        return self.bars.phase(doing, total)
+
+    def evaluating(self, pictures: int, doing: str = "evaluating") -> AbstractContextManager[Advance]:
+        """The bar while pictures are drawn and scored; yields the function that moves it."""
+        return self.bars.phase(doing, pictures)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """A finished training step."""
         rewards = " ".join(f"{name} {value:.3f}" for name, value in line["reward"].items())
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=line["step"], note=rewards)
-            if self._max_minutes is not None:  # the end that is in sight: the time's, at the pace so far
-                pace = math.ceil(line["step"] * self._max_minutes / line["minutes"])
-                self._progress.update(self._task, total=min(self._steps, max(pace, line["step"])))
-        if not self.console.is_terminal:
-            seconds = " ".join(f"{name} {value:.1f} s" for name, value in line["seconds"].items())
-            figures = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
-            self.say(f"step {line['step']}: {rewards} | {figures} | {seconds}")
+        total = self._steps
+        if self._max_minutes is not None:  # the end that is in sight: the time's, at the pace so far
+            pace = math.ceil(line["step"] * self._max_minutes / line["minutes"])
+            total = min(total, max(pace, line["step"]))
+        self.bars.step(line["step"], total)
+        seconds = " ".join(f"{name} {value:.1f} s" for name, value in line["seconds"].items())
+        figures = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
+        self.say(f"step {line['step']}: {rewards} | {figures} | {seconds}")
 
     def evaluation(self, step: int, summary: Summary, seconds: float, held_out: "HeldOut") -> None:
         """An evaluation's means, and how far they are from the first one of this process."""
@@ -133,6 +110,30 @@ def arithmetic_table(recipe: "Recipe", processes: int = 1) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2))
     for quantity, how in recipe.arithmetic(processes):
         table.add_row(quantity, how)
+    return table
+
+
+def gain_table(folder: Path) -> Table | None:
+    """First and last evaluation of a run side by side, what was trained on first; None where there are no two."""
+    from flowalign.evaluate.intervals import FEW
+    from flowalign.evaluate.report import changes
+
+    found = changes(folder)
+    if found is None:
+        return None
+    held_out, rows = found
+    title = f"{held_out.words if held_out.trained else held_out.word + ' prompts'}, same noise"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for column in ("reward", "is", "before", "after", "gain ± s.e.", "95 %"):
+        table.add_column(column, justify="left" if column in ("reward", "is") else "right", overflow="fold")
+    for name, trained, change in sorted(rows, key=lambda row: not row[1]):
+        error = "" if math.isnan(change.standard_error) else f" ± {change.standard_error:.3f}"
+        interval = "none" if change.interval is None else " to ".join(f"{end:+.3f}" for end in change.interval)
+        kind = "trained" if trained else "held out"
+        ends = (f"{change.before:.3f}", f"{change.after:.3f}", f"{change.gain:+.3f}{error}")
+        table.add_row(name, kind, *ends, interval)
+    if any(change.prompts < FEW for *_, change in rows):
+        table.caption = f"fewer than {FEW} prompts, so the intervals are rough"
     return table
 
 

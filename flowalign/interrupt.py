@@ -27,7 +27,8 @@ def asked_to_stop(say: Callable[[str], None]) -> Iterator[threading.Event]:
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()
         restore()
-        say("stopping after this step; once more to stop at once (the last checkpoint stays)")
+        what = "stopping: a training step is finished first, an evaluation is not"
+        say(f"{what}; once more to stop at once (the last checkpoint stays)")
 
     for kind in before:
         signal.signal(kind, ask)

@@ -13,7 +13,7 @@ from flowalign.finite import what_to_lower
 from flowalign.items import Items
 from flowalign.policies.base import Policy
 from flowalign.processes import Share, is_shared_out, shared_out, sum_gradients, summed
-from flowalign.rollout import Samples
+from flowalign.rollout import Progress, Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
 from flowalign.selftest import LOWEST_SCALE, SelfTest
@@ -49,8 +49,12 @@ class Learner:
         self.update = 0
         self.in_lockstep = is_shared_out(policy.transformer)
 
-    def learn(self, samples: Samples, step: int, test: SelfTest | None = None) -> dict[str, Any]:
+    def learn(
+        self, samples: Samples, step: int, test: SelfTest | None = None, progress: Progress | None = None
+    ) -> dict[str, Any]:
         """The updates of training step `step`, which a test may look at; returns the figures to log.
+
+        `progress` is told of every micro-batch, as a part of its update.
 
         Raises UserError for a loss or a gradient that is not finite; in half precision an update whose gradient
         overflows is skipped, and the scale of the losses halved.
@@ -70,7 +74,7 @@ class Learner:
                 chunks = self._chunks(units, share)
                 if test and not norms:
                     test.begin(items.batch(chunks[0][0], self.update), self.scaler.get_scale())
-                norms.append(self._update(items, chunks, share.total, step, figures, test))
+                norms.append(self._update(items, chunks, share.total, step, figures, test, progress))
         taken = [norm for norm in norms if norm is not None]
         if taken:
             algorithm.after_update(self.policy, self.update)
@@ -110,6 +114,7 @@ class Learner:
         step: int,
         figures: "Figures",
         test: SelfTest | None,
+        progress: Progress | None,
     ) -> float | None:
         """One optimizer update on chunks of `total` units over all processes; the gradient norm, or None if skipped."""
         algorithm, train = self.recipe.algorithm, self.recipe.train
@@ -127,6 +132,8 @@ class Learner:
             figures.add({"loss": loss.detach(), **seen}, counted)
             if test:
                 test.saw(chunk, counted, seen)
+            if progress:
+                progress(1 / len(chunks))
         if isinstance(gradients, torch.Tensor):
             self._join(gradients, figures)
         else:

@@ -22,7 +22,8 @@ from rewards.combine import Scores
 if TYPE_CHECKING:
     from flowalign.policies.base import Condition, Policy
 
-Progress = Callable[[int], None]
+Progress = Callable[[float], None]
+"""Called with how many more pictures are done; a denoising step is a part of one."""
 Finished = Callable[[torch.Tensor, Sequence[Row]], None]
 Survivors = Callable[[torch.Tensor, Sequence[int]], list[int]]
 """(one-step predictions x0_hat (R, ...), the places of these R samples) -> which of the R go on, ascending."""
@@ -117,15 +118,14 @@ def rollout(
         chosen = slice(start, start + together)
         own = dict(enumerate(keys[chosen], start))
         text = condition[groups[chosen].to(policy.device)]
-        part = _denoise(policy, text, own, sampler, window, size, keep, batch, survivors or {})
+        moved = partial(progress, len(own) / sampler.steps) if progress else None
+        part = _denoise(policy, text, own, sampler, window, size, keep, batch, survivors or {}, moved)
         parts.append(part)
         media.append(policy.decode(part.latents))
         refuse_not_finite([samples[place].prompt for place in part.places], part.latents, media[-1])
         if "previews" in keep:
             shown = [policy.decode(preview) for preview in part.previews]
             previews.append(torch.stack([*shown, media[-1]], dim=1))
-        if progress:
-            progress(len(own))
         if finished:
             finished(media[-1], [samples[place] for place in part.places])
     places = [place for part in parts for place in part.places]
@@ -160,6 +160,7 @@ def _denoise(
     keep: Collection[Keep],
     batch: int,
     survivors: Mapping[int, Survivors],
+    moved: Callable[[], None] | None,
 ) -> _Denoised:
     """Samples from noise to latents, `batch` in a forward pass; keys are by the sample's place and end in its member.
 
@@ -202,6 +203,8 @@ def _denoise(
             x = taken.next_sample
         else:
             x = solve(velocity, x, step)
+        if moved:
+            moved()
     if settings is None or settings.dynamics == "ode" or "trajectory" not in keep:
         return _Denoised(list(keys), x, None, previews)
     kept = Trajectory(

@@ -197,6 +197,6 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         evaluated = evaluate(policy, rows, rewards, settings, (recipe.model.height, recipe.model.width), progress)
     if run is not None:
         about = {"guidance": settings.guidance, "sampler_steps": settings.steps, "checkpoint": weights}
-        known_prompts = {"prompts": known.count, "trained_prompts": known.trained}
+        known_prompts = {"prompts": known.prompts, "trained_prompts": known.trained}
         run.write_evaluation("eval", evaluated, {**about, **known_prompts})
     return f"{title}, {sampling_words(settings, recipe.model, settings.seed)}, {known.words}", evaluated.summary()

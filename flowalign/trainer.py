@@ -1,11 +1,12 @@
 """The one training loop, for every algorithm: rollout, score, advantages, loss, update, evaluate, checkpoint."""
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,7 +32,7 @@ from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
-from flowalign.rollout import Samples, rollout
+from flowalign.rollout import Progress, Samples, rollout
 from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import Check, SelfTest
@@ -41,6 +42,10 @@ from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
 from rewards.weights import chosen_device
+
+
+class _Leave(Exception):
+    """An evaluation is left, since a process was asked to stop."""
 
 
 class Trainer:
@@ -89,6 +94,7 @@ class Trainer:
         self.evaluation_rewards, weights = evaluation_rewards(recipe, self.judging)
         check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
         self.held_out = held_out(self.evaluation_rows, self.rows)
+        self.trained_rewards = [name for name, weight in weights.items() if weight > 0]  # as evaluations name them
         self.guarding: Guarding | None = None
         if recipe.guard and self.evaluation_rows:
             self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, self.rows, self.device)
@@ -113,6 +119,7 @@ class Trainer:
         self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
         self.tested = False
+        self.stop = threading.Event()
         self.idle = Idle(recipe, self.accelerator)
         self.evaluated_at: int | None = None
         self.run_folder = RunFolder(recipe.folder)
@@ -136,7 +143,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end and write evaluation, weights and report; returns the run folder.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, when the step in progress is finished and saved.
+        Raises Interrupted after Ctrl-C or SIGTERM, when the step in progress is finished and saved. An evaluation is
+        not finished; the run that goes on makes it anew.
         """
         recipe, train = self.recipe, self.recipe.train
         self.claimed.check()
@@ -144,20 +152,17 @@ class Trainer:
         first = self.step
         training, folder = self.display.training(train.steps, self.step), self.run_folder.held()
         with asked_to_stop(self.display.say) as self.stop, training, folder:
-            if self.step == 0 and self.evaluated_at != 0:
+            if self.evaluated_at != self.step and (self.step == 0 or self._due()):
                 self._evaluate()
             while self.step < train.steps and not self._out_of_time() and not self.guarded():
                 with self._traced(first):
                     self._train_step()
-                due = recipe.evaluation.every and self.step % recipe.evaluation.every == 0
-                if due and self.step < train.steps and not self._out_of_time():
+                if self._due():
                     self._evaluate()
-                (asked,) = processes.summed(self.accelerator, self.stop.is_set())  # all leave after the same step
-                if self.step % recipe.run.checkpoint_every == 0 or asked:
+                if self._asked():  # all leave after the same step
+                    self._stop()
+                if self.step % recipe.run.checkpoint_every == 0:
                     self._checkpoint()
-                if asked:
-                    self._report(stopped="asked to stop")
-                    raise Interrupted(f"stopped after step {self.step} of {train.steps}; go on with --resume")
                 if self.idle.over:
                     self._give_up()
             if self.evaluated_at != self.step:
@@ -171,6 +176,22 @@ class Trainer:
         if recipe.run.trackers:
             self.accelerator.end_training()
         return self.run_folder.path
+
+    def _due(self) -> bool:
+        """Whether an evaluation on the way is to follow this step."""
+        every, end = self.recipe.evaluation.every, self.recipe.train.steps
+        return bool(every) and self.step % every == 0 and self.step < end and not self._out_of_time()
+
+    def _asked(self) -> bool:
+        """Whether any process was asked to stop; all get the same answer."""
+        (asked,) = processes.summed(self.accelerator, self.stop.is_set())
+        return bool(asked)
+
+    def _stop(self, doing: str = "") -> NoReturn:
+        if self.step > 0:
+            self._checkpoint()
+            self._report(stopped="asked to stop")
+        raise Interrupted(f"stopped {doing}after step {self.step} of {self.recipe.train.steps}; go on with --resume")
 
     def _give_up(self) -> None:
         why = f"the last {self.idle.in_a_row} steps taught nothing: {self.idle.reason}"
@@ -188,16 +209,18 @@ class Trainer:
         started = time.perf_counter()
         self.seconds.clear()
         self.policy.forwards = 0
-        with self._phase("rollout"), not_finite_explained(self.recipe, self.step + 1, self.step > 0):
-            samples = self._samples()
-        with self._phase("reward"):
+        pictures = self.recipe.samples_per_step // self.world
+        explained = not_finite_explained(self.recipe, self.step + 1, self.step > 0)
+        with self._phase("rollout", "rollout", pictures) as advance, explained:
+            samples = self._samples(advance)
+        with self._phase("reward", "scoring"):
             figures = self._score(samples)
             learnt, alarms = self.judging.learn(samples, self.step, self.accelerator)
         test = None
         if not self.tested and (figures["zero_spread"] < 1 or self.recipe.algorithm.learns_from_equal):
             test = SelfTest(self.policy, self.recipe.algorithm, samples, self.accelerator, self._self_tested)
-        with self._phase("train"):
-            figures |= self.learner.learn(samples, self.step, test)
+        with self._phase("train", "training", self.recipe.train.passes * self.recipe.train.updates_per_step) as advance:
+            figures |= self.learner.learn(samples, self.step, test, advance)
         self.step += 1
         sentences = self.idle.step(self.step, samples, figures, self.tested)
         self._spend((time.perf_counter() - started) / 60)
@@ -224,7 +247,7 @@ class Trainer:
         self.minutes += minutes
         self.forwards += int(forwards)
 
-    def _samples(self) -> Samples:
+    def _samples(self, progress: Progress) -> Samples:
         """This process's share of the step's groups: drawn by the behaviour policy, or taken from the store."""
         recipe, train = self.recipe, self.recipe.train
         count = train.prompts_per_step // self.world
@@ -248,6 +271,7 @@ class Trainer:
                 keep=recipe.algorithm.keep,
                 training_step=(recipe.run.seed, self.step),
                 finished=self.judging.judge,
+                progress=progress,
             )
 
     def _score(self, samples: Samples) -> dict[str, Any]:
@@ -311,10 +335,14 @@ class Trainer:
             raise CheckFailed(f"self-test failed: {failed[0].check}: {failed[0].detail}")
 
     def _evaluate(self) -> None:
-        settings: Evaluation = self.recipe.evaluation
-        if not self.evaluation_rows:
-            return
-        started = time.perf_counter()
+        if self.evaluation_rows:
+            try:
+                self._evaluated()
+            except _Leave:
+                self._stop("in the evaluation ")
+
+    def _evaluated(self) -> None:
+        settings, started = self.recipe.evaluation, time.perf_counter()
         diverged = not_finite_explained(self.recipe, self.step, self.step > 0)
         with out_of_memory_explained("evaluation", self.recipe), diverged, self.averaged():
             evaluated = self._measure(self.evaluation_rows, settings)
@@ -330,8 +358,9 @@ class Trainer:
             "forwards": self.forwards,  # measuring is not part of the training budget
             "guidance": settings.guidance,
             "sampler_steps": settings.steps,
-            "prompts": self.held_out.count,
+            "prompts": self.held_out.prompts,
             "trained_prompts": self.held_out.trained,
+            "trained_rewards": self.trained_rewards,
             "seconds": time.perf_counter() - started,
         }
         answers = tally(self.evaluation_rewards, self.accelerator)
@@ -358,9 +387,18 @@ class Trainer:
     def _measure(self, rows: Sequence[Row], settings: Evaluation) -> Evaluated:
         """The evaluation of rows with the weights as they are, shared among the processes, known to all of them."""
         shard, spare = processes.rows_of_process(rows, self.rank, self.world, self.learner.in_lockstep)
-        observe = self.guarding.auditor.observe if self.guarding else None
-        with self.display.evaluating(len(shard) * settings.images_per_prompt) as progress:
+        observe, own = self.guarding.auditor.observe if self.guarding else None, None
+        with self.display.evaluating(len(shard) * settings.images_per_prompt) as advance, suppress(_Leave):
+
+            def progress(count: float) -> None:
+                advance(count)
+                if self._asked() if self.learner.in_lockstep else self.stop.is_set():  # others wait in lockstep alone
+                    raise _Leave
+
             own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe, spare)
+        if self._asked():
+            raise _Leave
+        assert own is not None  # or this process was asked
         return own if self.world == 1 else evaluated_by_all(own, settings.pictures)
 
     def guarded(self) -> bool:
@@ -408,10 +446,11 @@ class Trainer:
         return limit is not None and self.minutes >= limit
 
     @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
+    def _phase(self, name: str, shown: str, total: float | None = None) -> Iterator[Progress]:
         started = time.perf_counter()
-        with out_of_memory_explained(name, self.recipe), torch.profiler.record_function(name):
-            yield
+        explained, traced = out_of_memory_explained(name, self.recipe), torch.profiler.record_function(name)
+        with explained, traced, self.display.phase(shown, total) as advance:
+            yield advance
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started

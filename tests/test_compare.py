@@ -277,11 +277,10 @@ def test_resuming_keeps_what_is_finished_and_goes_on_with_the_rest(place: Path) 
 
 def test_the_progress_bar_ends_where_time_will() -> None:
     recipe = load_recipe("sd35_medium_ocr", ["run.max_minutes=1"])
-    display = Display()
-    display.console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    display = Display(console=Console(file=io.StringIO(), force_terminal=True, width=120))
     display.begin(recipe, recipe.folder, {"trainable": 1, "all": 1}, 1)
     with display.training(1_000_000, 0):
-        display.step({"step": 3, "minutes": 0.45, "reward": {}})
+        display.step({"step": 3, "minutes": 0.45, "reward": {}, "figures": {}, "seconds": {}})
     assert "3/7" in display.console.file.getvalue()
 
 

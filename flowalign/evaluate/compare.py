@@ -92,7 +92,7 @@ def compare(
         "target": target,
         "best_of": yardstick,
         "shared": _shared(recipes[0]),
-        "prompts": known.count,
+        "prompts": known.prompts,
         "trained_prompts": known.trained,
     }
     result = summarise(about, recipes, {(run.name, run.run.seed): run.folder for run in runs})

@@ -177,7 +177,8 @@ def draw(
                     Display().say(sentence)
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
-            drawn = rollout(policy, chunk, drawing.images, drawing.sampler, size, key, batch=drawing.batch)
+            images, batch = drawing.images, drawing.batch
+            drawn = rollout(policy, chunk, images, drawing.sampler, size, key, batch=batch, progress=progress)
             for row in chunk:
                 own = folder / f"{row.index:05d}"
                 (own / "samples").mkdir(parents=True, exist_ok=True)
@@ -186,7 +187,7 @@ def draw(
             for place in missing:
                 _write_picture(paths[place], Image.fromarray(pixels[place]))
             stopwatch.lap("draw")
-        if progress:
+        elif progress:
             progress(len(paths))
 
 

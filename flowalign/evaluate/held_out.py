@@ -14,7 +14,7 @@ class HeldOut(NamedTuple):
     """How many of an evaluation's prompts are trained on; None where that is not known."""
 
     trained: int | None
-    count: int
+    prompts: int
 
     @property
     def word(self) -> str:
@@ -29,7 +29,7 @@ class HeldOut(NamedTuple):
         if self.trained is None:
             return "it is not known whether these prompts were trained on"
         are = "is" if self.trained == 1 else "are"
-        return f"not held out: {self.trained:,} of {counted(self.count, 'prompt')} {are} trained on"
+        return f"not held out: {self.trained:,} of {counted(self.prompts, 'prompt')} {are} trained on"
 
 
 def held_out(rows: Sequence[Row], training_rows: Sequence[Row]) -> HeldOut:

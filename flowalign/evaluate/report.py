@@ -17,7 +17,7 @@ import yaml
 
 from flowalign.evaluate import plots
 from flowalign.evaluate.hacking_page import hacking_section
-from flowalign.evaluate.held_out import held_out_of
+from flowalign.evaluate.held_out import HeldOut, held_out_of
 from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combined_interval, difference_interval
 from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
 from flowalign.runs import MAP, picture_names
@@ -96,10 +96,10 @@ def paired_change(before: Sequence[Row], after: Sequence[Row], reward: str, tag:
         return None
     first, last = ([[pair[end] for pair in pairs] for pairs in groups.values()] for end in (0, 1))
     error = clustered_error([[b - a for a, b in pairs] for pairs in groups.values()])
-    means = (float(np.mean([score for own in scores for score in own])) for scores in (first, last))
+    start, end = (float(np.mean([score for own in scores for score in own])) for scores in (first, last))
     count = sum(len(own) for own in first)
     error = math.nan if error is None else error
-    return Change(*means, error, difference_interval(first, last), count, len(groups))
+    return Change(start, end, error, difference_interval(first, last), count, len(groups))
 
 
 def overall_change(tasks: Sequence[Change]) -> Change:
@@ -110,6 +110,16 @@ def overall_change(tasks: Sequence[Change]) -> Change:
     return Change(
         before, after, error, interval, sum(task.count for task in tasks), sum(task.prompts for task in tasks)
     )
+
+
+def changes(folder: Path) -> tuple[HeldOut, list[tuple[str, bool, Change]]] | None:
+    """Every reward's name, whether it was trained on, and its change over a run; None without two evaluations."""
+    evaluations = read_evaluations(folder)
+    if len(evaluations) < 2:
+        return None
+    recipe = parsed(folder / "recipe.yaml", yaml.safe_load) or {}
+    scores = _scores(evaluations, recipe, folder)
+    return held_out_of(evaluations[-1]), [(score["name"], score["trained"], score["main"]) for score in scores]
 
 
 def write_report(folder: Path) -> Path:
@@ -167,12 +177,13 @@ def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
     if settings[0] != settings[1]:
         which = f"the evaluations of steps {first['step']} and {last['step']}"
         raise UserError(f"{folder}: {which} differ in prompts, guidance or sampler steps and cannot be compared")
+    trained = last.get("trained_rewards", list(recipe.get("rewards", {})))  # older versions did not say
     for name, summary in last["summary"].items():
         tags = summary.get("tasks") or ()
         tasks = {tag: task for tag in tags if (task := paired_change(before, after, name, tag))}
         if change := paired_change(before, after, name):
             main = overall_change(list(tasks.values())) if tasks else change
-            about = {"name": name, "trained": name in recipe.get("rewards", {}), "main": main, "pictures": change}
+            about = {"name": name, "trained": name in trained, "main": main, "pictures": change}
             scores.append({**about, "tasks": tasks, **_moved(_scored(before, after, name))})
     return scores
 

@@ -1,0 +1,83 @@
+"""The bars of a terminal: one of the steps, and below it one of what is being done, which both fit into 40 columns."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+Advance = Callable[[float], None]
+_ROOMY = 60  # columns from which on the time that has gone is shown too
+_NAME = 10  # letters of the longest phase, so that bars begin in one place
+
+
+class _Count(ProgressColumn):
+    """How many of how many; nothing where the end is not known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(
+            "" if task.total is None else f"{round(task.completed)}/{round(task.total)}", "green", justify="right"
+        )
+
+
+class _TimeLeft(ProgressColumn):
+    """At the pace since this process began: however long a step takes, the second one knows."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        made = task.completed - task.fields.get("before", 0)
+        if task.total is None or task.elapsed is None or made <= 0:
+            return Text("-:--:-- left", "cyan")
+        seconds = task.elapsed / made * (task.total - task.completed)
+        return Text(f"{timedelta(seconds=max(0, round(seconds)))} left", "cyan")
+
+
+class Bars:
+    """Bars that are shown while there is something to do; none where the output is no terminal that can move them."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self._progress: Progress | None = None
+        self._steps: TaskID | None = None
+        self._phase: TaskID | None = None
+
+    @contextmanager
+    def _shown(self) -> Iterator[Progress]:
+        if self._progress is not None:
+            yield self._progress
+            return
+        elapsed = [TimeElapsedColumn()] if self.console.width >= _ROOMY else []
+        name = TextColumn(f"{{task.description:{_NAME}}}", markup=False)
+        count, left = (column(Column(no_wrap=True)) for column in (_Count, _TimeLeft))  # the bar alone gives way
+        columns = (name, BarColumn(bar_width=None), count, *elapsed, left)
+        able = self.console.is_terminal and not self.console.is_dumb_terminal
+        with Progress(*columns, console=self.console, expand=True, disable=not able) as self._progress:
+            try:
+                yield self._progress
+            finally:
+                self._progress = self._steps = self._phase = None
+
+    @contextmanager
+    def steps(self, total: int, done: int) -> Iterator[None]:
+        """The bar of a run's steps."""
+        with self._shown() as progress:
+            self._steps = progress.add_task("step", total=total, completed=done, before=done)
+            yield
+
+    def step(self, done: int, total: int | None = None) -> None:
+        """So many steps are done, of so many."""
+        if self._progress is not None and self._steps is not None:
+            self._progress.update(self._steps, completed=done, **({} if total is None else {"total": total}))
+
+    @contextmanager
+    def phase(self, doing: str, total: float | None) -> Iterator[Advance]:
+        """What is being done, and how much of it there is; yields the function that moves its bar."""
+        with self._shown() as progress:
+            if self._phase is not None:  # the one before stays until now, so that nothing flickers
+                progress.remove_task(self._phase)
+            task = self._phase = progress.add_task(doing, total=total)
+            yield lambda count: progress.update(task, advance=count)
