@@ -93,7 +93,8 @@ def train(
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
     from flowalign.display import arithmetic_table
-    from flowalign.starting import check_sources, check_start
+    from flowalign.existing import check_recipe
+    from flowalign.starting import check_start
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
@@ -101,7 +102,7 @@ def train(
         console.print(arithmetic_table(resolved, int(os.environ.get("WORLD_SIZE", "1"))))
         return
     check_start(resolved, resume=resume, overwrite=overwrite)
-    check_sources(resolved)
+    check_recipe(resolved)
     quiet_libraries()
     from flowalign.display import gain_table
     from flowalign.trainer import Trainer
@@ -133,6 +134,11 @@ def compare(
     resume: Annotated[bool, typer.Option("--resume", help="keep finished runs, go on with the others")] = False,
 ) -> None:
     """Train recipes under one budget, from the same model, prompts and seeds, and write one report of them."""
+    from flowalign.config import load_recipe
+    from flowalign.existing import check_recipe
+
+    for one in recipes:
+        check_recipe(load_recipe(one, changes or []))
     quiet_libraries()
     from flowalign.evaluate import compare as comparison
     from flowalign.evaluate.compare_page import leaderboard, legend
@@ -166,13 +172,20 @@ app.command()(plan)
 @app.command()
 def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:
     """Draw and score groups into the recipe's store; what is there already is kept."""
+    from flowalign.config import load_recipe
+    from flowalign.existing import check_prompts, check_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    if resolved.store is None:
+        raise UserError("the recipe names no store; give store=FOLDER")
+    check_recipe(resolved)
+    check_prompts(resolved.prompts)
     quiet_libraries()
     import numpy as np
 
-    from flowalign.config import load_recipe
     from flowalign.scoring import collect_recipe
 
-    store = collect_recipe(load_recipe(recipe, overrides or []), _device())
+    store = collect_recipe(resolved, _device())
     table = Table("reward", "mean", "std", title=f"{store.path}: {len(store)} prompts", title_justify="left")
     for name, values in store.rewards.items():
         known = values[~np.isnan(values)]
@@ -196,6 +209,11 @@ def score(
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
     """Score pictures, or the groups of a store, with a reward."""
+    from flowalign.existing import check_pictures, check_prompts, check_rewards
+
+    check_rewards([reward])
+    check_pictures(images)
+    check_prompts(prompts)
     import numpy as np
 
     from flowalign.scoring import read_images, rescore_store, score_images, write_scores
@@ -275,6 +293,9 @@ def serve(
     option: RewardOptions = None,
 ) -> None:
     """Serve rewards over HTTP, for recipes that name them as http://host:port/REWARD."""
+    from flowalign.existing import check_rewards
+
+    check_rewards(rewards)
     quiet_libraries()
     import rewards as zoo
     from flowalign.options import parse_options
@@ -318,6 +339,11 @@ def check_reward(
     option: RewardOptions = None,
 ) -> None:
     """Try a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
+    from flowalign.existing import check_pictures, check_prompts, check_rewards
+
+    check_rewards([reward])
+    check_pictures(images)
+    check_prompts(prompts)
     quiet_libraries()
     from flowalign.scoring import check_reward as findings_of
 

@@ -68,19 +68,21 @@ def evaluate_recipe(
     ] = None,
 ) -> None:
     """Measure a model on a recipe's evaluation prompts with its rewards."""
-    quiet_libraries()
     from flowalign.config import load_recipe
+    from flowalign.existing import check_recipe
+
+    target = expanded(target)
+    folder = Path(target) if Path(target).is_dir() else None
+    if folder is not None and not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+    recipe = load_recipe(folder / "recipe.yaml" if folder else target, overrides or [])
+    check_recipe(recipe)
+    quiet_libraries()
     from flowalign.display import summary_table
     from flowalign.runs import RunFolder
     from flowalign.scoring import evaluate_recipe as evaluate
 
-    target = expanded(target)
-    if Path(target).is_dir():
-        run, _ = RunFolder.open(Path(target))
-        recipe = load_recipe(run.path / "recipe.yaml", overrides or [])
-        title, summary = evaluate(recipe, run, device())
-    else:
-        title, summary = evaluate(load_recipe(target, overrides or []), None, device())
+    title, summary = evaluate(recipe, None if folder is None else RunFolder.open(folder)[0], device())
     console.print(summary_table(title, summary))
 
 
@@ -115,6 +117,7 @@ def evaluate_geneval(
     output: Output = None,
 ) -> None:
     """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
+    _check(model, images, prompts)
     quiet_libraries()
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
@@ -170,6 +173,7 @@ def evaluate_ocr(
     output: Output = None,
 ) -> None:
     """Draw prompts that quote a text and read the pictures; what is done already is kept."""
+    _check(model, images, prompts)
     quiet_libraries()
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
@@ -216,6 +220,7 @@ def evaluate_panel(
     output: Output = None,
 ) -> None:
     """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
+    _check(model, None, prompts, reward)
     quiet_libraries()
     import rewards as zoo
     from flowalign.evaluate.panel import BASE, TUNED
@@ -282,14 +287,24 @@ def _mix(text: str) -> dict[str, float]:
     return shares
 
 
+def _check(model: str | None, images: Path | None, prompts: str | None, rewards: Sequence[str] = ()) -> None:
+    """What can be said of a benchmark's sources before anything heavy is imported."""
+    from flowalign.existing import check_model, check_pictures, check_prompts, check_rewards
+
+    if (model is None) is (images is None):
+        raise UserError("give either MODEL, to draw with it, or --images, to judge pictures")
+    check_model(model)
+    check_pictures(images)
+    check_prompts(prompts)
+    check_rewards(rewards)
+
+
 def _drawing(
     model: str | None, images: Path | None, images_per_prompt: int, adapter: str | None, given: Mapping[str, Any]
 ) -> "Drawing | None":
     """How to draw, or None for pictures of somebody's; `given` are the options about drawing, None where not given."""
     from flowalign.evaluate.drawing import drawing_of
 
-    if (model is None) is (images is None):
-        raise UserError("give either MODEL, to draw with it, or --images, to judge pictures")
     if model is None:
         for name, value in {"adapter": adapter, **given}.items():
             if value is not None:

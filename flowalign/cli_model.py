@@ -28,6 +28,9 @@ def check(
     ] = None,
 ) -> None:
     """Compare a model with its plain diffusers pipeline, in float32. Exit code 1 if a check fails."""
+    from flowalign.existing import check_model
+
+    check_model(path)
     quiet_libraries()
     from flowalign.policies.check import check_model
     from flowalign.policies.loading import EMBEDDED, model_settings

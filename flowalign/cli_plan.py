@@ -24,8 +24,10 @@ def plan(
     ] = None,
 ) -> None:
     """Estimate memory, batches, forwards and hours from the configuration files. Exit code 1 if it cannot work."""
-    quiet_libraries()
     from flowalign.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    quiet_libraries()
     from flowalign.display import arithmetic_table
     from flowalign.modelsize import meta_policy
     from flowalign.planning import GIB, TFLOPS, Costs
@@ -36,7 +38,6 @@ def plan(
             raise UserError(f"{name} {value:g} must be a number above 0")
     if sharded and gpus == 1:
         raise UserError("--sharded shares weights out among several GPUs; give --gpus 2 or more with it")
-    resolved = load_recipe(recipe, overrides or [])
     costs = Costs(meta_policy(resolved.model), gpus) if sharded else None
     found = planned(resolved, gpus, vram * GIB, tflops or TFLOPS, costs)
     console.print(_memory_table(found))

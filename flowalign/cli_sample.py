@@ -37,6 +37,17 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures."""
+    from flowalign.existing import check_model, check_rewards
+    from flowalign.prompt_files import check_characters
+
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError("a prompt is empty; write what to draw")
+    for prompt in prompts:
+        check_characters(prompt, f"the prompt {prompt!r}")
+    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} is not an empty folder; choose another")
+    check_model(model)
+    check_rewards(reward or [])
     quiet_libraries()
     from flowalign import scaling
     from flowalign.data import Row
@@ -45,17 +56,10 @@ def sample(
     from flowalign.options import parse_options
     from flowalign.policies.cutting import cut_prompts
     from flowalign.policies.loading import load_policy
-    from flowalign.prompt_files import check_characters
     from flowalign.rollout import rollout
     from flowalign.runs import save_pictures
     from flowalign.sampling.noise import EVALUATION
 
-    if not all(prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty; write what to draw")
-    for prompt in prompts:
-        check_characters(prompt, f"the prompt {prompt!r}")
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"--output {output} is not an empty folder; choose another")
     rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
     given: dict[str, Any] = {
         "steps": steps,

@@ -22,6 +22,7 @@ from flowalign.display import Display
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.evaluate.held_out import held_out_from
+from flowalign.existing import check_pictures
 from flowalign.judging import learning, load_learnt, refuse_learning, tally, unread
 from flowalign.manifest import FILE_NAME, MANIFEST, rows_of_files
 from flowalign.offline import GroupStore, collect
@@ -41,8 +42,7 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
     Rows that name files (as those of the folder's own MANIFEST, which serves where there is no list) are of those;
     others are of the images in natural order. Raises UserError for images and rows that do not belong together.
     """
-    if not folder.is_dir():
-        raise UserError(f"--images {folder} is no folder")
+    check_pictures(folder)
     paths = pictures_in(folder)
     manifest = folder / MANIFEST
     if prompts is None:

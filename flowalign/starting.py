@@ -17,12 +17,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from weakref import finalize
 
-from flowalign.assets import EMBEDDED
 from flowalign.config import Recipe, load_recipe
-from flowalign.data import load_prompts
-from flowalign.policies.folders import is_hub_id, pipeline_index
 from flowalign.settings import UserError
-from rewards.catalogue import check_name
 
 # On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
 _MAY_CHANGE = {
@@ -60,19 +56,6 @@ def check_start(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
             "another place"
         )
     return []
-
-
-def check_sources(recipe: Recipe) -> None:
-    """Raises UserError or RewardError for a file, model or reward that the recipe names and that is not there."""
-    for prompts in (None if recipe.store else recipe.prompts, recipe.evaluation.prompts):
-        if prompts:
-            load_prompts(prompts)
-    for entries in (recipe.rewards, recipe.evaluation.rewards, recipe.guard and recipe.guard.rewards):
-        for name, entry in (entries or {}).items():
-            check_name(entry.loads(name))
-    path = recipe.model.path
-    if path != EMBEDDED and (Path(path).exists() or not is_hub_id(path)):
-        pipeline_index(path)
 
 
 def _check_disk(folder: Path) -> None:

@@ -34,6 +34,18 @@ print("code", code, "imported", [name for name in {heavy!r} if name in sys.modul
         (["train", "toyworld_ocr", "model.path=./no_such_model"], True),
         (["train", "toyworld_ocr", "rewards.orc=1"], True),
         (["train", "toyworld_ocr", "guard.rewards={a: {load: no_such_file.py:A}}"], True),
+        (["collect", "toyworld_ocr"], True),
+        (["compare", "no_such_recipe", "--budget", "1"], True),
+        (["score", "ocr", "--images", "no_such_folder"], True),
+        (["sample", "toyworld", "a sign", "--output", "tests"], True),
+        (["eval", "recipe", "tests"], True),
+        (["eval", "geneval", "./no_such_model"], True),
+        (["eval", "ocr", "--images", "no_such_folder"], True),
+        (["eval", "panel", "toyworld", "--prompts", "toyworld/words_test", "--reward", "orc"], True),
+        (["serve", "orc"], True),
+        (["rewards", "check", "no_such_file.py:A"], True),
+        (["model", "check", "./no_such_model"], True),
+        (["plan", "no_such_recipe"], True),
     ],
 )
 def test_no_heavy_library_is_imported(arguments: list[str], fails: bool) -> None:

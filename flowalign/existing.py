@@ -1,0 +1,51 @@
+"""Whether what a person names is there: models, prompt lists, rewards, folders of pictures.
+
+Nothing heavy is imported, so that a command that cannot work says so at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowalign.assets import EMBEDDED
+from flowalign.config import Recipe
+from flowalign.data import load_prompts
+from flowalign.paths import expanded
+from flowalign.policies.folders import is_hub_id, pipeline_index
+from flowalign.settings import UserError
+from rewards.catalogue import check_name
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises UserError or RewardError for a prompt list, model or reward of the recipe that is not there."""
+    check_prompts(None if recipe.store else recipe.prompts, recipe.evaluation.prompts)
+    for entries in (recipe.rewards, recipe.evaluation.rewards, recipe.guard and recipe.guard.rewards):
+        check_rewards([entry.loads(name) for name, entry in (entries or {}).items()])
+    check_model(recipe.model.path)
+
+
+def check_model(name: str | None) -> None:
+    """Raises UserError for what is neither a pipeline's nor a run's folder and cannot be a hub id; None is fine."""
+    if name is None or name == EMBEDDED:
+        return
+    path = Path(expanded(name))
+    if not (path / "recipe.yaml").is_file() and (path.exists() or not is_hub_id(name)):
+        pipeline_index(path)
+
+
+def check_prompts(*lists: str | Sequence[str] | None) -> None:
+    """Raises UserError for a prompt list that cannot be read; None is fine."""
+    for sources in lists:
+        if sources is not None:
+            load_prompts(sources)
+
+
+def check_rewards(names: Sequence[str]) -> None:
+    """Raises RewardError for a name that is no reward's, or a file that is not there."""
+    for name in names:
+        check_name(name)
+
+
+def check_pictures(folder: Path | None) -> None:
+    """Raises UserError for what is no folder; None is fine."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--images {folder} is no folder")
