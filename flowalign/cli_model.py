@@ -28,9 +28,9 @@ def check(
     ] = None,
 ) -> None:
     """Compare a model with its plain diffusers pipeline, in float32. Exit code 1 if a check fails."""
-    from flowalign.existing import check_model
+    from flowalign.existing import check_model as check_there
 
-    check_model(path)
+    check_there(path)
     quiet_libraries()
     from flowalign.policies.check import check_model
     from flowalign.policies.loading import EMBEDDED, model_settings
