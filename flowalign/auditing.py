@@ -12,6 +12,7 @@ from flowalign.conditions import cached_policy
 from flowalign.config import Evaluation, Recipe, load_recipe
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
+from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate
 from flowalign.evaluate.hacking import Audit, spaced
 from flowalign.guard import Guarding, evaluation_rewards
@@ -83,7 +84,8 @@ def _audited(
     with policy.reference() if base is None else nullcontext():
         guarding.learn(base or policy, partial(draw, base or policy))
     evaluated = draw(policy, rows, settings)
-    return f"{title} against {against or 'the model it began as'}", guarding.audit(policy, evaluated, base)
+    title += f" against {against or 'the model it began as'}"
+    return f"{title}, {sampling_words(settings, recipe.model, settings.seed)}", guarding.audit(policy, evaluated, base)
 
 
 def _base(recipe: Recipe, against: str, device: torch.device | str, policy: Policy) -> Policy:

@@ -68,10 +68,10 @@ class Bars:
             self._steps = progress.add_task("step", total=total, completed=done, before=done)
             yield
 
-    def step(self, done: int, total: int | None = None) -> None:
+    def step(self, done: int, total: int) -> None:
         """So many steps are done, of so many."""
         if self._progress is not None and self._steps is not None:
-            self._progress.update(self._steps, completed=done, **({} if total is None else {"total": total}))
+            self._progress.update(self._steps, completed=done, total=total)
 
     @contextmanager
     def phase(self, doing: str, total: float | None) -> Iterator[Advance]:

@@ -123,13 +123,8 @@ def evaluate_geneval(
     from flowalign.evaluate.geneval import load_judge
     from flowalign.options import parse_options
 
-    given: dict[str, Any] = {
-        "size": size,
-        "max_sequence_length": max_sequence_length,
-        "steps": steps,
-        "guidance": guidance,
-    }
-    given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
+    given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
     drawing = _drawing(model, images, images_per_prompt, adapter, given)
     embedded = drawing is not None and drawing.embedded
     listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
@@ -178,13 +173,8 @@ def evaluate_ocr(
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
 
-    given: dict[str, Any] = {
-        "size": size,
-        "max_sequence_length": max_sequence_length,
-        "steps": steps,
-        "guidance": guidance,
-    }
-    given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
+    given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
     drawing = _drawing(model, images, images_per_prompt, adapter, given)
     embedded = drawing is not None and drawing.embedded
     listed = prompts or ("toyworld/words_test" if embedded else None)
@@ -227,13 +217,8 @@ def evaluate_panel(
     from flowalign.evaluate.panel import evaluate_panel as evaluate
     from flowalign.options import parse_options
 
-    given: dict[str, Any] = {
-        "size": size,
-        "max_sequence_length": max_sequence_length,
-        "steps": steps,
-        "guidance": guidance,
-    }
-    given |= {"grid": grid, "solver": solver, "seed": seed, "batch": batch}
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
+    given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
     tuned = _drawing(model, None, images_per_prompt, adapter, given)
     assert tuned is not None  # a model is given
     options = parse_options(reward, option or [])

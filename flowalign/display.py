@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flowalign.config import Recipe
     from flowalign.evaluate.hacking import Audit
     from flowalign.evaluate.held_out import HeldOut
+    from flowalign.evaluate.intervals import Interval
     from flowalign.selftest import Check
 
 Summary = Mapping[str, Mapping[str, Any]]
@@ -128,28 +129,41 @@ def gain_table(folder: Path) -> Table | None:
         table.add_column(column, justify="left" if column in ("reward", "is") else "right", overflow="fold")
     for name, trained, change in sorted(rows, key=lambda row: not row[1]):
         error = "" if math.isnan(change.standard_error) else f" ± {change.standard_error:.3f}"
-        interval = "none" if change.interval is None else " to ".join(f"{end:+.3f}" for end in change.interval)
         kind = "trained" if trained else "held out"
-        ends = (f"{change.before:.3f}", f"{change.after:.3f}", f"{change.gain:+.3f}{error}")
-        table.add_row(name, kind, *ends, interval)
+        ends = (
+            f"{change.before:.3f}",
+            f"{change.after:.3f}",
+            f"{change.gain:+.3f}{error}",
+            _between(change.interval, "+.3f"),
+        )
+        table.add_row(name, kind, *ends)
     if any(change.prompts < FEW for *_, change in rows):
         table.caption = f"fewer than {FEW} prompts, so the intervals are rough"
     return table
 
 
 def summary_table(title: str, summary: Summary) -> Table:
-    """Means, standard errors and GenEval tasks of an evaluation."""
-    table = Table(title=title, title_justify="left")
-    for column in ("reward", "task", "mean", "± s.e.", "pictures"):
+    """Means, standard errors, intervals and GenEval tasks of an evaluation with intervals."""
+    from flowalign.evaluate.intervals import FEW
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in ("reward", "task", "mean", "± s.e.", "95 %", "pictures"):
         table.add_column(column, justify="left" if column in ("reward", "task") else "right")
     for name, result in summary.items():
-        rows = [("all", result), *result.get("tasks", {}).items()]
-        for task, row in rows:
+        for task, row in [("all", result), *result.get("tasks", {}).items()]:
             error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
-            table.add_row(name, task, f"{row['mean']:.4f}", error, str(row["count"]))
+            table.add_row(name, task, f"{row['mean']:.4f}", error, _between(row["interval"]), str(row["count"]))
+            if row["prompts"] < FEW:
+                table.caption = f"fewer than {FEW} prompts, or of a task, so their intervals are rough"
         if "overall" in result:
-            table.add_row(name, "mean of tasks", f"{result['overall']:.4f}", "", "")
+            table.add_row(
+                name, "mean of tasks", f"{result['overall']:.4f}", "", _between(result["overall_interval"]), ""
+            )
     return table
+
+
+def _between(interval: "Interval", style: str = ".4f") -> str:
+    return "none" if interval is None else f"{interval[0]:{style}} to {interval[1]:{style}}"
 
 
 def audit_table(title: str, audit: "Audit") -> Table:

@@ -28,7 +28,7 @@ from flowalign.config import Recipe
 from flowalign.data import Row, step_rows
 from flowalign.paths import sought
 from flowalign.policies.base import Policy
-from flowalign.rollout import Samples, rollout
+from flowalign.rollout import Progress, Samples, rollout
 from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
@@ -218,7 +218,7 @@ def collect(
     rows: Sequence[Row],
     rewards: Mapping[str, Reward],
     policy: Policy,
-    progress: Callable[[int], None],
+    progress: Progress,
 ) -> GroupStore:
     """Draw and score `collect.group_size` samples of every row that the store at `path` does not hold yet.
 

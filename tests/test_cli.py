@@ -349,7 +349,10 @@ def test_a_progress_bar_shows_names_as_they_are(capsys, monkeypatch: pytest.Monk
     display.self_test([Check("[/a]", False, "[b] :smile:")])
     shown = capsys.readouterr().out
     assert "[/x] 0.500" in shown and "[/drawing] :smile:" in shown and "[/a]: [b] :smile:" in shown
-    table = summary_table("[/title]", {"[/r]": {"mean": 1.0, "standard_error": None, "count": 1}})
+    table = summary_table(
+        "[/title]",
+        {"[/r]": {"mean": 1.0, "standard_error": None, "count": 1, "prompts": 1, "interval": None}},
+    )
     plain_console().print(table)
     shown = capsys.readouterr().out
     assert "[/title]" in shown and "[/r]" in shown

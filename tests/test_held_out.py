@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flowalign.cli import main
 from flowalign.config import recipe_from_dict
 from flowalign.data import Row, normalised, shared_rows
 from flowalign.evaluate.compare_page import legend
@@ -77,3 +78,19 @@ def test_a_comparison_says_so_too(trained: int, begins: str) -> None:
         "trained_prompts": trained,
     }
     assert legend(result).startswith(begins)
+
+
+def test_an_evaluation_of_a_recipe_says_how_it_drew_and_two_right_prompts_are_not_certain(
+    values, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    values["rewards"] = {"constant": {"load": f"{tmp_path / 'judge.py'}:constant"}}
+    values["evaluation"] |= {"count": 2}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(values))
+    with pytest.raises(SystemExit) as stopped:
+        main(["eval", "recipe", str(tmp_path / "recipe.yaml")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    assert "3 steps, guidance 1, model grid, euler, 64 x 64 pixels, seed 0" in shown
+    assert "not held out: 2 of 2 prompts are trained on" in shown
+    assert "0.3424 to 1.0000" in shown and "fewer than 20 prompts" in shown

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 import rewards as zoo
 from flowalign.config import Evaluation, RewardSettings
 from flowalign.data import Row
-from flowalign.evaluate.intervals import clustered_error
+from flowalign.evaluate.intervals import clustered_error, combined_interval, mean_interval
 from flowalign.paths import sought
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, rollout
@@ -45,28 +45,37 @@ class Evaluated:
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)  # of every picture, where asked for
 
-    def summary(self) -> dict[str, dict[str, Any]]:
-        """Per reward: mean, standard error and count; by GenEval task where rows have one, and the tasks' mean."""
-        names = dict.fromkeys(name for scores in self.scores for name in scores)
-        return {name: self._summarise(name) for name in names}
+    def summary(self, *, intervals: bool = False) -> dict[str, dict[str, Any]]:
+        """Per reward: mean, standard error and count; by GenEval task where rows have one, and the tasks' mean.
 
-    def _summarise(self, name: str) -> dict[str, Any]:
+        `intervals` of 95 % and the number of prompts are added where asked for, since they take a while.
+        """
+        names = dict.fromkeys(name for scores in self.scores for name in scores)
+        return {name: self._summarise(name, intervals) for name in names}
+
+    def _summarise(self, name: str, intervals: bool) -> dict[str, Any]:
         judged = [(row, scores[name]) for row, scores in zip(self.rows, self.scores, strict=True) if name in scores]
-        result = _mean(judged)
+        result = _mean(judged, intervals)
         tags = dict.fromkeys(row.metadata["tag"] for row, _ in judged if "tag" in row.metadata)
         if tags:
-            result["tasks"] = {tag: _mean([one for one in judged if one[0].metadata.get("tag") == tag]) for tag in tags}
-            result["overall"] = float(np.mean([task["mean"] for task in result["tasks"].values()]))
+            by_tag = {tag: [one for one in judged if one[0].metadata.get("tag") == tag] for tag in tags}
+            tasks = result["tasks"] = {tag: _mean(own, intervals) for tag, own in by_tag.items()}
+            means = [task["mean"] for task in tasks.values()]
+            result["overall"] = float(np.mean(means))
+            if intervals:
+                found = [task["interval"] for task in tasks.values()]
+                result["overall_interval"] = combined_interval(means, found)
         return result
 
 
-def _mean(judged: Sequence[tuple[Row, float]]) -> dict[str, Any]:
+def _mean(judged: Sequence[tuple[Row, float]], intervals: bool) -> dict[str, Any]:
     """Of scores with their rows. The standard error is over prompts, whose pictures succeed and fail together."""
     groups: dict[str, list[float]] = {}
     for row, value in judged:
         groups.setdefault(row.prompt, []).append(value)
-    mean = float(np.mean([value for _, value in judged]))
-    return {"mean": mean, "standard_error": clustered_error(list(groups.values())), "count": len(judged)}
+    mean, own = float(np.mean([value for _, value in judged])), list(groups.values())
+    result = {"mean": mean, "standard_error": clustered_error(own), "count": len(judged)}
+    return {**result, "prompts": len(own), "interval": mean_interval(own)} if intervals else result
 
 
 def load_rewards(
