@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rewards.base import RewardError
 from rewards.frames import mean_of_frames
 from rewards.vlm import VLM, VLMReward
 
@@ -37,6 +38,8 @@ class ArtifactVLM(VLMReward):
         backend: VLM | None = None,
         **options: Any,
     ):
+        if "{prompt}" in question:
+            raise RewardError("reward 'artifact_vlm': the question is asked without the prompt; leave {prompt} out")
         super().__init__(frames, backend, options, unparsable)
         self.question = question
 

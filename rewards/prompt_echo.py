@@ -30,6 +30,8 @@ class PromptEcho(VLMReward):
     def __init__(self, question: str = QUESTION, frames: int = 4, backend: VLM | None = None, **options: Any):
         if options.get("url"):
             raise RewardError("reward 'prompt_echo': a server cannot tell how likely a prompt is; give a local `model`")
+        if "{prompt}" in question:
+            raise RewardError("reward 'prompt_echo': the prompt is the answer; leave {prompt} out of the question")
         super().__init__(frames, backend, options)
         self.question = question
 

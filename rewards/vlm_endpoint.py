@@ -100,8 +100,9 @@ class EndpointVLM(VLM):
         self.timeout = timeout
         self.concurrency = concurrency
         self.top_logprobs = top_logprobs
+        self.stop = tenacity.stop_after_attempt(retries + 1)
         self.retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(retries + 1),
+            stop=self.stop,
             wait=_Wait(backoff),
             retry=tenacity.retry_if_exception(_may_pass),
             reraise=True,
@@ -160,7 +161,7 @@ class EndpointVLM(VLM):
         """What `read` makes of the server's answers, in the questions' order; the first failure ends the others."""
         links = {id(image): _data_link(image) for row in images for image in row}
         over = threading.Event()
-        stop = tenacity.stop_any(self.retrying.stop, tenacity.stop_when_event_set(over))
+        stop = tenacity.stop_any(self.stop, tenacity.stop_when_event_set(over))
         retrying = self.retrying.copy(sleep=sleep_using_event(over), stop=stop)
 
         def ask(row: int) -> Answer:

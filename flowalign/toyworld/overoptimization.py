@@ -27,6 +27,7 @@ from flowalign.toyworld.proxies import BACKBONE, fit_learned
 from flowalign.toyworld.render import render
 from rewards.artifact import save_head
 from rewards.pictures import read_picture
+from rewards.weights import whole
 
 Settings = dict[str, Any]
 
@@ -181,6 +182,7 @@ def _references(world: str, count: int = 300) -> torch.Tensor:
     rng, pool = np.random.default_rng(0), words(held_out=False)
     drawn = [render(random_example(rng, pool, float(world == "shapes"))[1]) for _ in range(count)]
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1
-    autoencoder = AutoencoderKL.from_pretrained(asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
+    load = AutoencoderKL.from_pretrained
+    autoencoder = whole(load, asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
     parts = [autoencoder.decode(autoencoder.encode(part).latent_dist.mean).sample for part in pixels.split(50)]
     return ((torch.cat(parts) + 1) / 2).clamp(0, 1)

@@ -7,6 +7,7 @@ CLIP text encoders. Randomness is counted: batch and noise of a step depend on (
 import json
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 from flowalign.toyworld import grammar
 from flowalign.toyworld.render import SIZE, render
 from rewards.geneval import TASKS
+from rewards.weights import whole
 
 MAX_TOKENS = 20
 WIDTH = 128
@@ -143,7 +145,7 @@ def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -
     """L1 + 2 MSE + a small KL; sets the scaling and shift of the latents from their statistics."""
     finished = work / "vae"
     if finished.exists():
-        return AutoencoderKL.from_pretrained(finished)
+        return whole(AutoencoderKL.from_pretrained, finished)
     torch.manual_seed(seed)
     model = make_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
@@ -250,10 +252,10 @@ def train_transformer(
     torch.manual_seed(seed)
     transformer, text = make_transformer(), TextTower(tokenizer)
     if start is not None:
-        transformer = SD3Transformer2DModel.from_pretrained(start, subfolder="transformer", dtype=torch.float32)
+        load = partial(whole, subfolder="transformer", dtype=torch.float32)
+        transformer = load(SD3Transformer2DModel.from_pretrained, start)
         for index, name in enumerate(("text_encoder", "text_encoder_2")):
-            loaded = CLIPTextModelWithProjection.from_pretrained(start, subfolder=name, dtype=torch.float32)
-            text.encoders[index] = loaded
+            text.encoders[index] = load(CLIPTextModelWithProjection.from_pretrained, start, subfolder=name)
     transformer.train()
     text.train()
     optimizers = _optimizers(transformer, text)

@@ -524,6 +524,12 @@ def test_a_rubric_refuses_what_does_not_go_together(options, message):
         rewards.load("rubric", backend=Judge(brighter), **options)
 
 
+@pytest.mark.parametrize("name", ["artifact_vlm", "prompt_echo"])
+def test_a_question_that_is_asked_without_the_prompt_has_no_place_for_it(name):
+    with pytest.raises(rewards.RewardError, match=rf"^reward '{name}': the .* leave {{prompt}} out"):
+        rewards.load(name, backend=Judge(brighter), question="Is {prompt} in it?")
+
+
 def test_thinking_and_further_keys_reach_the_server():
     with serving(thought()) as (url, requests):
         options = {"dimensions": ["alignment"], "body": {"reasoning_effort": "none", "chat_template_kwargs": {"a": 1}}}
