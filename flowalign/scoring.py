@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from flowalign.offline import GroupStore, collect
 from flowalign.options import parse_options
 from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
+from flowalign.rollout import Progress
 from flowalign.runs import RunFolder, replace_text
 from flowalign.settings import UserError
 from rewards.pictures import pictures_in, read_picture
@@ -87,7 +88,7 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
 
 
 @contextmanager
-def _scoring(rewards: Mapping[str, zoo.Reward], pictures: int) -> Iterator[Callable[[int], None]]:
+def _scoring(rewards: Mapping[str, zoo.Reward], pictures: int) -> Iterator[Progress]:
     """A bar for pictures that are drawn or scored, and then a word on the answers that could not be read."""
     display = Display()
     with display.evaluating(pictures) as progress:

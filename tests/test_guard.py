@@ -318,7 +318,8 @@ def test_a_resumed_run_audits_as_one_that_was_not_stopped(watched, tmp_path):
 def test_audit_of_a_run_repeats_its_last_evaluation(watched, tmp_path):
     folder = Trainer(recipe_from_dict(watched)).run()
     title, found = audit(str(folder))
-    assert title == f"{folder}, step_000004 against the model it began as"
+    how = "3 steps, guidance 1, model grid, euler, 64 x 64 pixels, seed 0"
+    assert title == f"{folder}, step_000004 against the model it began as, {how}"
     last = audits(folder)[-1]
     assert found.alarms == last["alarms"]
     assert found.kl == pytest.approx(last["kl"], rel=1e-4)
