@@ -138,7 +138,7 @@ def test_a_store_keeps_which_pictures_were_left_out(picky: dict[str, Any], tmp_p
     left_out = torch.from_numpy(store.rewards["picky"]).isnan()
     assert 0 < left_out.sum() < left_out.numel()
     trainer = Trainer(recipe, display=Display(quiet=True))
-    samples = trainer._samples()
+    samples = store.draw(trainer.policy, recipe, 0, slice(None))
     assert samples.scores is not None
     scores = samples.scores["picky"]
     assert torch.equal(scores.values.isnan(), ~scores.applies) and not scores.applies.all()
