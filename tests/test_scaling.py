@@ -230,7 +230,7 @@ def test_a_reward_that_judges_no_prompt_cannot_choose(policy: Policy) -> None:
         def __call__(self, media, prompts, metadata):
             return torch.zeros(len(media))
 
-    with pytest.raises(UserError, match="signs judges none of the held-out prompts"):
+    with pytest.raises(UserError, match="signs judges none of the evaluation prompts"):
         evaluate_best_of(policy, ROWS, {"signs": Signs()}, "signs", [1], Evaluation(steps=2), SIZE)
 
 
