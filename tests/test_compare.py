@@ -190,7 +190,7 @@ def test_best_of_n_is_in_the_leaderboard_and_on_the_page(made: Path) -> None:
     page = Page(made / "comparison.html")
     assert "What best-of-n gives without training" in page.text and rows[2][2] in page.text
     panels = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
-    assert "contrast held-out against transformer forwards a picture" in panels
+    assert "contrast evaluation against transformer forwards a picture" in panels
 
 
 def test_the_least_n_that_reaches_a_value_is_its_price() -> None:
@@ -240,10 +240,10 @@ def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_
     panels = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
     budgets = [
         f"{name} {kind} against {budget}"
-        for name, kind in (("brightness", "held-out"), ("contrast", "held-out"), ("brightness", "training"))
+        for name, kind in (("brightness", "evaluation"), ("contrast", "evaluation"), ("brightness", "training"))
         for budget in ("training minutes", "transformer forwards")
     ]
-    assert sorted(panels) == sorted([*budgets, "contrast held-out against transformer forwards a picture"])
+    assert sorted(panels) == sorted([*budgets, "contrast evaluation against transformer forwards a picture"])
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 4 and all((made / link).is_file() for link in links)
     assert not re.search(r"https?://|<script|<link|@import|url\((?!#)", (made / "comparison.html").read_text())
