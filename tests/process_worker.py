@@ -170,14 +170,14 @@ def run(case: dict[str, Any], rank: int) -> None:
     drawn: dict[str, torch.Tensor] = {}
     learn = trainer.learner.learn
 
-    def watched(samples, step, before_first):
+    def watched(samples, step, *more):
         drawn[f"{step}/latents"] = samples.latents
         drawn[f"{step}/advantages"] = samples.advantages.contiguous()
         if case.get("asked") and rank == 1 and step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         if samples.trajectory:
             drawn[f"{step}/log_probs"] = samples.trajectory.log_probs
-        return learn(samples, step, before_first)
+        return learn(samples, step, *more)
 
     trainer.learner.learn = watched
     save_file(trainer.policy.trainable_state(), folder / f"start_{rank}.safetensors")

@@ -149,14 +149,13 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
     if label != "3s":  # the pipeline's own recipe has two prompts a step
         base = {**tiny, "algorithm": {}, "evaluation": {**tiny["evaluation"], "count": 3}}
         base |= {"rewards": {"red": {"weight": 1.0}, "green": {"weight": 2.0}}, "prompts": str(folder / "train.txt")}
-        base |= {"train": {**tiny["train"], "steps": 2}, "rollout": {**tiny["rollout"], "batch": 4}}
+        base |= {"train": {**tiny["train"], "steps": 2}, "rollout": {**tiny["rollout"], "window": None, "batch": 4}}
         add("pipeline_flow_grpo", "flow_grpo", {}, base)
         kept = {"cache_conditions": str(folder / "conditions")}
         add("pipeline_nft", "nft", {"model": {"gradient_checkpointing": True, **kept}}, base)
         add("pipeline_marble", "marble", {}, base)
         # The KL's gradient, 0 in the first update, overflows in the next: no process takes it.
         half = {"model": {"dtype": "fp16"}, "algorithm": {"name": "nft", "kl_weight": 1e5}, "train": {"steps": 4}}
-        half["rollout"] = {"window": None}
         add("pipeline_half", "nft", half, base)
         add("half", "nft", {"train": {"steps": 1}, "model": kept}, base)
     return found
@@ -164,7 +163,7 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
 
 def resumed(cases: list[dict[str, Any]], folder: Path, label: str, of: str) -> dict[str, Any]:
     """The pipeline's NFT run as `label` goes on with it, from the half of it that `of` ran."""
-    values = next(case["values"] for case in cases if case["values"]["run"]["folder"].endswith(f"half_{of}"))
+    values = next(case["values"] for case in cases if Path(case["values"]["run"]["folder"]).name == f"half_{of}")
     changes = {
         "train": {**values["train"], "steps": 2},
         "run": {**values["run"], "folder": str(folder / f"on_{label}")},
