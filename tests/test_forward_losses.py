@@ -363,6 +363,15 @@ def test_conflict_averse_weights_solve_racos_problem(seed):
     np.testing.assert_allclose(conflict_averse_weights(gram, fixed, radius).numpy(), expected, atol=0.03)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-3, 1e3, 1e6])
+def test_conflict_averse_weights_do_not_depend_on_the_size_of_the_gradients(size):
+    vectors, fixed = drawn(3, 5, seed=1), torch.tensor([0.125, 0.25, 0.625], dtype=torch.float64)
+    vectors[1] -= 2 * vectors[0]
+    found = conflict_averse_weights((size * vectors) @ (size * vectors).T, fixed, 0.4)
+    expected = conflict_averse_weights(vectors @ vectors.T, fixed, 0.4)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def test_without_a_radius_raco_is_the_fixed_sum():
     vectors, fixed = drawn(3, 4), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     torch.testing.assert_close(conflict_averse_weights(vectors @ vectors.T, fixed, 0.0), fixed)

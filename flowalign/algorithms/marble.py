@@ -66,6 +66,7 @@ def preferred_weights(gram: torch.Tensor, preference: torch.Tensor) -> torch.Ten
 def conflict_averse_weights(gram: torch.Tensor, weights: torch.Tensor, radius: float) -> torch.Tensor:
     """RACO's weights (K,) of K gradients of inner products (K, K), for the fixed `weights` (K,) and c = `radius`."""
     inner, fixed = gram.detach().cpu().double().numpy(), weights.detach().cpu().double().numpy()
+    inner = inner / (inner.diagonal().max() or 1.0)  # the solver's tolerances are those of numbers near 1
     length = radius * np.sqrt(max(fixed @ inner @ fixed, 0.0))
     values, vectors = np.linalg.eigh(inner)
     root = vectors * np.sqrt(values.clip(min=0))  # root @ root.T = inner
