@@ -22,8 +22,8 @@ from flowalign.settings import UserError
 
 # On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
 _MAY_CHANGE = {
-    *(("train", "steps"), ("train", "micro_batch"), ("rollout", "batch"), ("evaluation", "batch")),
-    *(("model", "gradient_checkpointing"), ("model", "cache_conditions")),
+    *(("train", "steps"), ("train", "idle_steps"), ("train", "micro_batch"), ("rollout", "batch")),
+    *(("evaluation", "batch"), ("model", "gradient_checkpointing"), ("model", "cache_conditions")),
 }
 _LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of disks that know none; there a person must take care

@@ -247,7 +247,7 @@ class Trainer:
         self.minutes += minutes
         self.forwards += int(forwards)
 
-    def _samples(self, progress: Progress) -> Samples:
+    def _samples(self, progress: Progress | None = None) -> Samples:
         """This process's share of the step's groups: drawn by the behaviour policy, or taken from the store."""
         recipe, train = self.recipe, self.recipe.train
         count = train.prompts_per_step // self.world
@@ -409,7 +409,8 @@ class Trainer:
     def _checkpoint(self) -> None:
         if self.main:
             counted = {"step": self.step, "update": self.learner.update, "forwards": self.forwards}
-            counters = {**counted, "minutes": self.minutes, "scaler": self.learner.scaler.state_dict()}
+            counted |= {"idle": self.idle.in_a_row, "minutes": self.minutes}
+            counters = {**counted, "scaler": self.learner.scaler.state_dict()}
             keep = self.recipe.run.keep_checkpoints
             memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
@@ -425,6 +426,7 @@ class Trainer:
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, remember)
             self.step, self.learner.update = counters["step"], counters["update"]
             self.minutes, self.forwards = counters["minutes"], counters["forwards"]
+            self.idle.in_a_row = counters.get("idle", 0)
             if counters.get("scaler"):
                 self.learner.scaler.load_state_dict(counters["scaler"])
         if self.main:

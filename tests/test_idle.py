@@ -103,6 +103,16 @@ def test_a_constant_reward_is_named_after_the_first_step_and_ends_the_run(
     assert (recipe.folder / "checkpoints" / "step_000002").is_dir()
 
 
+def test_a_run_that_goes_on_counts_the_steps_before_it_and_may_be_told_not_to(make: Callable[..., Recipe]) -> None:
+    trained(make("constant", train={"steps": 2, "idle_steps": 3}))
+    trainer = Trainer(make("constant", train={"steps": 4, "idle_steps": 3}), resume=True, display=Said())
+    with pytest.raises(UserError, match="stopped after step 3, the last 3 steps taught nothing"):
+        trainer.run()
+    recipe = make("constant", train={"steps": 4, "idle_steps": 0})
+    trained(recipe, resume=True)
+    assert len(lines(recipe)) == 4
+
+
 def test_without_a_limit_a_run_goes_on_to_its_end(make: Callable[..., Recipe]) -> None:
     recipe = make("constant", train={"steps": 3, "idle_steps": 0})
     trained(recipe)
