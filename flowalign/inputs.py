@@ -135,9 +135,10 @@ def model_folder(name: str) -> Path | None:
 
 def _store(path: Path, rewards: Sequence[str]) -> dict[str, str]:
     """A store's prompts and its scores by some rewards; its manifest has the checksums of its latents."""
-    if not (path / "manifest.json").is_file():
+    try:
+        shards = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("shards")
+    except (OSError, ValueError, AttributeError):
         return {}  # opening it says so
-    shards = read_json(path / "manifest.json", "and collect anew").get("shards")
     names = ["rows.jsonl", *(f"rewards/{quote(name, safe='')}.json" for name in rewards)]
     files = [file for name in names for file in sorted(path.glob(f"shard_*/{name}"))]
     latents = {"latents": _sum(json.dumps(shards, sort_keys=True).encode())}

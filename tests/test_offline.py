@@ -407,7 +407,7 @@ def test_the_command_line_collects_and_scores(
         (["collect", "recipe.yaml", "model.path=/no/model"], "'/no/model' does not exist"),
         (["collect", "recipe.yaml", "collect.group_size=1"], "collect.group_size should be greater than or equal to 2"),
         (["collect", "recipe.yaml", "store=judge.py"], "judge.py is no store of groups"),
-        (["collect", "recipe.yaml", "store=."], ". is no store of groups: its manifest.json cannot be read"),
+        (["collect", "recipe.yaml", "store=."], " is no store of groups: its manifest.json cannot be read"),
         (["score", "judge.py:brightness", "--store", "store"], "has a reward 'brightness' already"),
         (["score", "judge.py:darkness", "--store", "."], ". is no store of groups"),
         (["score", "judge.py:darkness", "--store", "store", "--images", "."], "leave --images, --prompts"),
@@ -541,7 +541,10 @@ def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> N
     [
         ({"collect": {"group_size": 3}}, "with group_size 4, the recipe has 3; choose another folder"),
         ({"rollout": {"steps": 3}}, "with sampler .*'steps': 2.*the recipe has .*'steps': 3"),
-        ({"rollout": {"guidance": 2.0}}, "with sampler .*'guidance': 1.0.*the recipe has .*'guidance': 2.0"),
+        (
+            {"rollout": {"guidance": 2.0}, "train": {"guidance": 1.0}},
+            "with sampler .*'guidance': 1.0.*the recipe has .*'guidance': 2.0",
+        ),
         ({"model": {"width": 128}}, r"with size \[64, 64\], the recipe has \[64, 128\]"),
         ({"run": {"seed": 5}}, "with seed 0, the recipe has 5"),
         ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\], the recipe has \['compressibility'\]"),
