@@ -360,7 +360,7 @@ def _parse_override(text: str) -> tuple[Keys, Any]:
         raise UserError(f"override {text!r} must be written key=value, such as train.steps=50")
     try:
         return tuple(key.split(".")), yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError of a date that is none
         raise UserError(f"override {text!r}: the value is not YAML") from error
 
 

@@ -18,6 +18,7 @@ from flowalign.evaluate.evaluation import load_rewards
 from flowalign.mistakes import nearest
 from flowalign.offline import GroupStore
 from flowalign.processes import summed
+from flowalign.reward_sections import Shaping
 from flowalign.rollout import Samples
 from flowalign.settings import UserError
 from rewards import Reward, TrainableReward, as_reward
@@ -196,25 +197,36 @@ class Judging:
         )
 
     def _shaped(self, name: str, score: Scores, prompts: Sequence[str]) -> Scores:
+        """UserError where the shaping makes NaN or infinity of a score: NaN would pass for a picture left out."""
         shaping, asked = self.shaping.get(name), score.applies
         if shaping is None or not asked.any():
             return score
         values = score.values.clone()
+        values[asked] = self._bent(name, shaping, values[asked], prompts, asked)
+        if not values[asked].isfinite().all():
+            seen = score.values[asked]
+            raise UserError(
+                f"rewards.{name}.shaping: {shaping.form} of scores from {seen.min():g} to {seen.max():g} is not "
+                "finite; give references and a scale of their size"
+            )
+        return Scores(values, asked)
+
+    def _bent(
+        self, name: str, shaping: Shaping, values: torch.Tensor, prompts: Sequence[str], asked: torch.Tensor
+    ) -> torch.Tensor:
+        """The shaped scores (A,) of the A of B prompts that are asked (B,) bool."""
         if shaping.form == "standardise":  # over all prompts
             listed = self.references.get(name, {}).values() or [shaping.reference]
-            values[asked] = standardised(values[asked], torch.tensor(list(listed)).to(values))
-            return Scores(values, asked)
+            return standardised(values, torch.tensor(list(listed)).to(values))
         if isinstance(shaping.reference, str):
             known = self.references[name]
             own = [known[prompt] for prompt, yes in zip(prompts, asked.tolist(), strict=True) if yes]
         else:
-            own = [list(shaping.reference)] * int(asked.sum())
+            own = [list(shaping.reference)] * len(values)
         reference = torch.tensor(own).to(values)
         if shaping.form == "sigmoid":
-            values[asked] = centred_sigmoid(values[asked], reference, shaping.scale)
-        else:
-            values[asked] = centred_log_sigmoid(values[asked], reference, shaping.quantile)
-        return Scores(values, asked)
+            return centred_sigmoid(values, reference, shaping.scale)
+        return centred_log_sigmoid(values, reference, shaping.quantile)
 
 
 def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]]) -> dict[str, Reward]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flowalign.settings import Section
 
@@ -66,13 +66,21 @@ class RewardSettings(Section):
 
     weight: Annotated[float, Field(ge=0)] = 1.0
     """Its part in the total that is learnt from, beside the other weights: ratios count, not sizes, so one reward alone
-    has 1. Of 0: scored and logged, never learnt from."""
+    has 1. Of 0: scored and logged, never learnt from. Others lie between 1e-6 and 1e6."""
     load: str | None = None
     """A built-in name, "file.py:Name" or "package.module:Name"; left out, the reward's key is its name."""
     options: dict[str, Any] = {}
     """Passed to the reward."""
     shaping: Shaping | None = None
     """How it is bent before it is learnt from; it is measured as it is."""
+
+    @field_validator("weight")
+    @classmethod
+    def _weighs(cls, weight: float) -> float:
+        """Beyond these bounds sums in float32 lose one of two rewards, or overflow."""
+        if weight and not 1e-6 <= weight <= 1e6:
+            raise ValueError(f"{weight:g} must be 0 or between 1e-6 and 1e6; only the ratio of weights counts")
+        return weight
 
     def loads(self, key: str) -> str:
         """What `rewards.load` is given, for an entry under `key`."""

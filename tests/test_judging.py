@@ -188,6 +188,22 @@ def test_a_shaped_reward_is_learnt_from_shaped_and_measured_as_it_is(values: dic
 
 
 @pytest.mark.parametrize(
+    "shaping",
+    [
+        {"form": "sigmoid", "scale": 1e308, "reference": [0.5]},  # infinity times 0
+        {"form": "log_sigmoid", "reference": [1e300, -1e300]},
+    ],
+)
+def test_a_shaping_that_makes_nan_of_a_score_is_an_error_and_not_a_picture_left_out(
+    values: dict[str, Any], shaping: dict[str, Any]
+) -> None:
+    judge = judging(values, rewards={"first": {"load": "colorfulness", "shaping": shaping}})
+    scores = {"first": Scores(torch.tensor([0.5, 0.75]), torch.tensor([True, True]))}
+    with pytest.raises(UserError, match=r"rewards\.first\.shaping: .* of scores from 0\.5 to 0\.75 is not finite"):
+        judge.scored(scores, PROMPTS)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"combine": {"form": "worst", "floor": 0.5}}, "floor belongs to form bonus, not to worst"),
