@@ -19,6 +19,7 @@ from PIL import Image
 from flowalign.cli import main
 from flowalign.config import Sampler
 from flowalign.data import Row
+from flowalign.evaluate import panel
 from flowalign.evaluate.drawing import Drawing, draw, drawing_of, listed
 from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
 from flowalign.evaluate.intervals import (
@@ -629,8 +630,30 @@ def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_m
     differences = {(row["guidance"], row["reward"]): row for row in summary["differences"]}
     found = differences[1.0, "level"]
     assert found["mean"] == pytest.approx(np.mean(scores[1, 1] - scores[0, 1])) and found["mean"] != 0
-    expected = mean_interval([[difference] for difference in scores[1, 1] - scores[0, 1]])
-    assert found["interval"] == pytest.approx(expected)
+    prompts = [cell["prompt"] for cell in cells[:6]]  # rows that are alike are one prompt
+    differences_of = [
+        (scores[1, 1] - scores[0, 1])[[own == prompt for own in prompts]] for prompt in dict.fromkeys(prompts)
+    ]
+    assert found["interval"] == pytest.approx(mean_interval(differences_of)) and found["prompts"] == 2
+
+
+def test_a_panel_counts_alike_rows_as_one_prompt_and_left_out_pictures_not_at_all() -> None:
+    scores = {"base": np.array([[0.1, 0.3], [0.5, 0.9], [0.4, 0.2]]), "tuned": np.array([[0.2, 0.3], [0.6, 1], [1, 0]])}
+    missing = np.array([[0, 1], [0, 0], [0, 0]]) == 1
+    parts = [
+        panel.Part(name, 1.0, {"level": own, "some": np.where(missing, np.nan, own)}) for name, own in scores.items()
+    ]
+    parts[0].scores["some"][2, 0] = np.nan
+    bounds = dict.fromkeys(("level", "some"), (0.0, 1.0))
+    found = panel.summarise(parts, bounds, ["a", "b", "a"])
+    means = {(row["model"], row["reward"]): row for row in found["means"]}
+    groups = [[0.1, 0.3, 0.4, 0.2], [0.5, 0.9]]
+    expected = {"mean": pytest.approx(0.4), "interval": mean_interval(groups, (0, 1)), "prompts": 2}
+    assert {key: means["base", "level"][key] for key in expected} == expected
+    assert means["base", "some"]["mean"] == pytest.approx((0.1 + 0.5 + 0.9 + 0.2) / 4)
+    level, some = found["differences"]
+    assert level["mean"] == pytest.approx((0.1 + 0.1 + 0.1 + 0.6 - 0.2) / 6) and level["prompts"] == 2
+    assert some["mean"] == pytest.approx((0.1 + 0.1 + 0.1 - 0.2) / 4)  # of the pictures that both models have
 
 
 # How a model is drawn, and where that goes

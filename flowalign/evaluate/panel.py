@@ -21,7 +21,7 @@ from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
 from flowalign.evaluate.evaluation import check_prompts
 from flowalign.evaluate.held_out import held_out_by
-from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval
+from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval, mean_of
 from flowalign.evaluate.results import (
     EVALUATION,
     RESULTS,
@@ -48,7 +48,7 @@ class Part(NamedTuple):
 
     model: str
     guidance: float
-    scores: Mapping[str, np.ndarray]  # of each reward, (N, pictures of a prompt)
+    scores: Mapping[str, np.ndarray]  # of each reward, (N, pictures of a row)
 
 
 def evaluate_panel(
@@ -92,13 +92,17 @@ def evaluate_panel(
         pictures = listed(folder, drawing.images, rows)
         with Display().evaluating(len(pictures), f"judging {model}") as progress:
             lines = _scored(folder / RESULTS, pictures, drawing, rewards, stopwatch, progress)
-        parts.append(Part(model, guidance, _by_prompt(lines, drawing.images, list(rewards))))
+        parts.append(Part(model, guidance, _by_row(lines, drawing.images, list(rewards))))
+    for part in parts:
+        if mute := [name for name, values in part.scores.items() if np.isnan(values).all()]:
+            raise UserError(f"reward {mute[0]!r} left out all pictures of {part.model} at guidance {part.guidance:g}")
     bounds = {name: reward.range for name, reward in rewards.items()}
     replace_text(output / "panel.csv", _table(parts, rows))
     known = held_out_by(last.model.adapter, rows)
     trained = {} if known is None else {"trained_prompts": known.trained, "held_out": known.words}
-    about = {"drawn": last.words, **trained, "prompts": len(rows)}
-    summary = {"benchmark": "panel", **settings, **summarise(parts, bounds), **about}
+    prompts_of = [row.prompt for row in rows]
+    about = {"drawn": last.words, **trained, "prompts": len(set(prompts_of))}
+    summary = {"benchmark": "panel", **settings, **summarise(parts, bounds, prompts_of), **about}
     write_summary(output, summary)
     return summary, output
 
@@ -133,40 +137,53 @@ def _scored(
     return continued(path, len(pictures), batch, judge, progress)
 
 
-def _by_prompt(lines: Sequence[Line], images: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The scores of a prompt's pictures, (N, images) of each reward; NaN where it does not apply to the prompt."""
+def _by_row(lines: Sequence[Line], images: int, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """The scores of a row's pictures, (N, images) of each reward; NaN where it does not apply to the row."""
     return {name: np.array([line["scores"].get(name, np.nan) for line in lines]).reshape(-1, images) for name in names}
 
 
-def summarise(parts: Sequence[Part], bounds: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def summarise(
+    parts: Sequence[Part], bounds: Mapping[str, tuple[float, float]], prompts: Sequence[str]
+) -> dict[str, Any]:
     """Means of every part, and where there are both models the differences tuned - base, with 95 % intervals.
 
-    `bounds` are the lowest and highest score of each reward.
+    `bounds` are the lowest and highest score of each reward, `prompts` those of the N rows; rows that are alike are
+    one prompt.
     """
     means = [
-        {"model": part.model, "guidance": part.guidance, "reward": name, **_mean(values, bounds[name])}
+        {"model": part.model, "guidance": part.guidance, "reward": name, **_mean(values, bounds[name], prompts)}
         for part in parts
         for name, values in part.scores.items()
     ]
     base, tuned = ({p.guidance: p for p in parts if p.model == model} for model in (BASE, TUNED))
     differences = [
-        {"guidance": guidance, "reward": name, **_difference(base[guidance].scores[name], values)}
+        {"guidance": guidance, "reward": name, **_difference(base[guidance].scores[name], values, prompts)}
         for guidance, part in tuned.items()
         for name, values in part.scores.items()
+        if not np.isnan(values - base[guidance].scores[name]).all()
     ]
     return {"means": means, "differences": differences}
 
 
-def _mean(values: np.ndarray, bounds: tuple[float, float]) -> dict[str, Any]:
-    """Of the prompts to which a reward applies, of which `evaluate_panel` has seen one at least."""
-    known = values[~np.isnan(values).any(1)].tolist()
-    return _row(float(np.mean(known)), mean_interval(known, bounds), known)
+def _mean(values: np.ndarray, bounds: tuple[float, float], prompts: Sequence[str]) -> dict[str, Any]:
+    """Of the pictures of which a reward says something, of which `evaluate_panel` has seen one at least."""
+    known = _by_prompt(values, ~np.isnan(values), prompts)
+    return _row(mean_of(known), mean_interval(known, bounds), known)
 
 
-def _difference(base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
-    known = ~np.isnan(base).any(1)
-    before, after = base[known].tolist(), tuned[known].tolist()
-    return _row(float(np.mean(after) - np.mean(before)), difference_interval(before, after), before)
+def _difference(base: np.ndarray, tuned: np.ndarray, prompts: Sequence[str]) -> dict[str, Any]:
+    known = ~np.isnan(tuned - base)
+    before, after = (_by_prompt(values, known, prompts) for values in (base, tuned))
+    return _row(mean_of(after) - mean_of(before), difference_interval(before, after), before)
+
+
+def _by_prompt(values: np.ndarray, known: np.ndarray, prompts: Sequence[str]) -> Groups:
+    """The known of the scores (N, images), those of alike prompts together."""
+    groups: dict[str, list[float]] = {}
+    for prompt, own, there in zip(prompts, values, known, strict=True):
+        if there.any():
+            groups.setdefault(prompt, []).extend(own[there].tolist())
+    return list(groups.values())
 
 
 def _row(mean: float, interval: Interval, groups: Groups) -> dict[str, Any]:
@@ -181,7 +198,7 @@ def _table(parts: Sequence[Part], rows: Sequence[Row]) -> str:
     writer.writerow(["model", "guidance", "index", "prompt", *names])
     for part in parts:
         for place, row in enumerate(rows):
-            scores = [part.scores[name][place].mean() for name in names]
-            cells = ["" if np.isnan(score) else repr(float(score)) for score in scores]
+            known = [own[~np.isnan(own)] for own in (part.scores[name][place] for name in names)]
+            cells = [repr(float(own.mean())) if len(own) else "" for own in known]
             writer.writerow([part.model, f"{part.guidance:g}", row.index, row.prompt, *cells])
     return buffer.getvalue()
