@@ -1,6 +1,6 @@
 """Pictures with their prompts: a folder's MANIFEST has a line {"file_name": ..., "prompt": ...} for each.
 
-As folders of pictures are described to https://huggingface.co/docs/datasets/image_dataset#imagefolder.
+Other tools write the same as a table. As folders of pictures are described to https://huggingface.co/docs/datasets/image_dataset#imagefolder.
 """
 
 from collections.abc import Sequence
@@ -10,13 +10,21 @@ from pathlib import Path
 from flowalign.data import Row, load_prompts
 from flowalign.settings import UserError
 
-MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"
+MANIFEST, TABLE, FILE_NAME = "metadata.jsonl", "metadata.csv", "file_name"
+
+
+def manifest_of(folder: Path) -> Path | None:
+    """The file that says whose a folder's pictures are, if it has one; UserError if it has two."""
+    found = [folder / name for name in (MANIFEST, TABLE) if (folder / name).is_file()]
+    if len(found) > 1:
+        raise UserError(f"{folder} has a {MANIFEST} and a {TABLE}; remove the one that does not hold")
+    return found[0] if found else None
 
 
 def rows_of_files(folder: Path, source: str, paths: Sequence[Path]) -> tuple[list[Row], list[Path]]:
     """The rows of a list that names files, without the names, and the files; each of `paths` must be one of them."""
     rows: list[Row] = []
-    named: list[Path] = []
+    named: dict[Path, None] = {}
     for row in load_prompts(source):
         name = row.metadata.get(FILE_NAME)
         if not isinstance(name, str) or not name:
@@ -25,8 +33,8 @@ def rows_of_files(folder: Path, source: str, paths: Sequence[Path]) -> tuple[lis
             raise UserError(f"{source}: prompt {row.index + 1} is of {name}, which {folder} does not hold")
         if folder / name in named:
             raise UserError(f"{source}: two prompts are of {name}; each image has one")
-        named.append(folder / name)
+        named[folder / name] = None
         rows.append(replace(row, metadata={key: value for key, value in row.metadata.items() if key != FILE_NAME}))
-    if left := [path for path in paths if path not in set(named)]:
+    if left := [path for path in paths if path not in named]:
         raise UserError(f"{left[0]} is in no row of {source}; remove it, or add a row with its {FILE_NAME}")
-    return rows, named
+    return rows, list(named)

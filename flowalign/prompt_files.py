@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,22 @@ def _prompt(where: str, value: Any, column: str, *, said: bool) -> tuple[str, di
 
 
 def check_characters(text: str, what: str) -> None:
-    """UserError for a text with half a character or a byte of another encoding, which no tokenizer takes."""
+    """UserError for a text with half a character, a byte of another encoding or a control character such as NUL."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{what} holds what is no character ({error.reason}); write it anew in UTF-8") from error
+    if controls := [one for one in text if unicodedata.category(one) == "Cc" and not one.isspace()]:
+        raise UserError(f"{what} holds the control character U+{ord(controls[0]):04X}; remove it")
 
 
 def _is_picture(key: str, value: Any) -> bool:
     """Whether a column and what a row has in it name the picture that is to be edited."""
     name = key.casefold()
-    if not value or _PICTURE.fullmatch(name):
-        return bool(value)
+    if not value or isinstance(value, int | float):  # images: 4 says how many
+        return False
+    if _PICTURE.fullmatch(name):
+        return True
     if name not in ("source", "src", "input", "original", "before"):
         return False
     from rewards.pictures import SUFFIXES  # which brings the libraries that open pictures
@@ -124,8 +129,9 @@ def _text(path: Path) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        guess = "" if encoding.startswith("utf-16") else ", but perhaps Windows-1252, as spreadsheets write a plain CSV"
         raise UserError(
-            f"prompts {str(path)!r} cannot be read: line {line} is not {encoding.removesuffix('-sig').upper()}; "
+            f"prompts {str(path)!r} cannot be read: line {line} is not {encoding.removesuffix('-sig').upper()}{guess}; "
             "save the file as UTF-8"
         ) from error
     if "\0" in text:
@@ -139,7 +145,10 @@ def _lines(text: str) -> list[str]:
 
 
 def _from_lines(text: str, path: Path) -> list[Entry]:
-    return [(f"line {number}", line.strip()) for number, line in _filled(_lines(text), path)]
+    lines = [(f"line {number}", line.strip()) for number, line in _filled(_lines(text), path)]
+    if all(line.startswith('{"') and line.endswith("}") for _, line in lines):
+        raise UserError(f"prompts {str(path)!r} holds JSON, a row a line; call it {path.with_suffix('.jsonl').name}")
+    return lines
 
 
 def _filled(lines: Sequence[str], path: Path) -> list[tuple[int, str]]:
@@ -161,8 +170,8 @@ def _from_json(text: str, path: Path) -> list[Entry]:
     if not text.lstrip().startswith("["):
         try:
             json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg == "Extra data":
+        except (ValueError, RecursionError) as error:
+            if getattr(error, "msg", "") == "Extra data":
                 return _from_json_lines(text, path)
     return _entries(_parsed(text, path, 1), path)
 
@@ -170,7 +179,7 @@ def _from_json(text: str, path: Path) -> list[Entry]:
 def _parsed(text: str, path: Path, first: int) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         line, column = getattr(error, "lineno", 1), getattr(error, "colno", 1)
         what = getattr(error, "msg", str(error))
         raise UserError(f"{path}, line {first + line - 1}: not JSON: {what} at column {column}") from error

@@ -24,7 +24,7 @@ from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
 from flowalign.evaluate.held_out import held_out_from
 from flowalign.existing import check_pictures
 from flowalign.judging import learning, load_learnt, refuse_learning, tally, unread
-from flowalign.manifest import FILE_NAME, MANIFEST, rows_of_files
+from flowalign.manifest import FILE_NAME, MANIFEST, manifest_of, rows_of_files
 from flowalign.offline import GroupStore, collect
 from flowalign.options import parse_options
 from flowalign.policies.base import Policy
@@ -45,9 +45,9 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
     """
     check_pictures(folder)
     paths = pictures_in(folder)
-    manifest = folder / MANIFEST
+    manifest = manifest_of(folder)
     if prompts is None:
-        if not manifest.is_file():
+        if manifest is None:
             raise UserError(f"--images {folder} has no {MANIFEST} that says what its images show; give --prompts")
         return rows_of_files(folder, str(manifest), paths)
     rows = load_prompts(prompts)
@@ -56,12 +56,12 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
     if len(paths) != len(rows):
         raise UserError(f"{folder} holds {len(paths)} images, {prompts} {len(rows)} prompts; each image needs its own")
     given = {path.name: row.prompt for path, row in zip(paths, rows, strict=True)}
-    for row in load_prompts(str(manifest)) if manifest.is_file() else ():
+    for row in load_prompts(str(manifest)) if manifest else ():
         name = str(row.metadata.get(FILE_NAME))
         if given.get(name, row.prompt) != row.prompt:
             raise UserError(
                 f"{folder / name} is of {row.prompt!r}, as {manifest} says, and {prompts} has {given[name]!r} for it; "
-                f"leave --prompts out, or remove {MANIFEST}"
+                f"leave --prompts out, or remove {manifest.name}"
             )
     return rows, paths
 

@@ -18,6 +18,7 @@ from flowalign.command import disk_mistake, memory_mistake, plain_console
 from flowalign.data import Row
 from flowalign.display import Display, summary_table
 from flowalign.runs import save_pictures
+from flowalign.scoring import read_images
 from flowalign.selftest import Check
 
 
@@ -174,6 +175,15 @@ def test_pictures_and_rows_that_do_not_belong_together_are_one_sentence(
     assert f"--images {folder} has no metadata.jsonl that says what its images show; give --prompts" in failing(
         *command
     )
+    table = folder / "metadata.csv"  # as other tools write it
+    table.write_text('file_name,text\r\n02.png,"one, two"\r\n00.png,three\r\n', encoding="utf-8-sig")
+    found, paths = read_images(folder, None)
+    assert [row.prompt for row in found] == ["one, two", "three"] and [path.name for path in paths] == [
+        "02.png",
+        "00.png",
+    ]
+    manifest.write_text("{}")
+    assert f"{folder} has a metadata.jsonl and a metadata.csv; remove the one that does not hold" in failing(*command)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,9 @@ def test_a_jsonl_file_gives_metadata_beside_the_prompt(write, end):
 
 
 @given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=1, max_size=5)
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip), min_size=1, max_size=5
+    )
 )
 def test_any_prompt_survives_a_jsonl_file(tmp_path_factory, prompts):
     path = tmp_path_factory.mktemp("prompts") / "a.jsonl"
@@ -148,6 +150,7 @@ def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked
         load_prompts(path)
     assert load_prompts(f"{path}#prompt")[0].prompt == "make it red"
     assert load_prompts(write("none.jsonl", json.dumps({"prompt": "red", key: None, "source": "coco"}) + "\n"))
+    assert load_prompts(write("count.jsonl", json.dumps({"prompt": "red", "images": 4}) + "\n"))
 
 
 # Mistakes
@@ -185,7 +188,15 @@ def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked
         ("a.txt", "\n \n", r"a\.txt' is empty"),
         ("a.jsonl", "", r"a\.jsonl' is empty"),
         ("a.xlsx", "a\n", r"a\.xlsx': use a file of \.txt, .*, or one of toyworld/words_train"),
-        ("a.txt", b"a\nb\ncaf\xe9\n", r"a\.txt' cannot be read: line 3 is not UTF-8; save the file as UTF-8"),
+        (
+            "a.txt",
+            b"a\nb\ncaf\xe9\n",
+            r"a\.txt' cannot be read: line 3 is not UTF-8, but perhaps Windows-1252, .* save the file as UTF-8",
+        ),
+        ("a.csv", "prompt\r\na café\r\n".encode("cp1252"), r"line 2 is not UTF-8, but perhaps Windows-1252"),
+        ("a.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', r"a\.txt' holds JSON, a row a line; call it a\.jsonl$"),
+        ("a.jsonl", '{"prompt": "a\\u0000b"}\n', r"line 1: the prompt holds the control character U\+0000; remove it"),
+        ("a.txt", "a\x1b[31m cat\n", r"line 1: the prompt holds the control character U\+001B"),
         ("a.txt", "ab\n".encode("utf-16-le"), r"a\.txt' cannot be read: it holds bytes of 0"),
     ],
 )
@@ -193,6 +204,12 @@ def test_a_mistake_in_a_file_is_one_sentence_with_its_place(write, name, text, s
     with pytest.raises(UserError, match=sentence) as caught:
         load_prompts(write(name, text))
     assert "\n" not in str(caught.value)
+
+
+def test_json_that_python_will_not_read_is_one_sentence(write):
+    for text in ("[" * 100_000, '{"a":' * 100_000, '{"prompt": "a", "n": ' + 5000 * "9" + "}"):
+        with pytest.raises(UserError, match=r"a\.json, line 1: not JSON: .*(recursion|digits)"):
+            load_prompts(write("a.json", text))
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "absent.jsonl"])

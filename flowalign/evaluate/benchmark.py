@@ -11,7 +11,7 @@ from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
-from flowalign.manifest import MANIFEST
+from flowalign.manifest import MANIFEST, manifest_of
 from flowalign.settings import UserError
 
 BATCH = 16  # pictures that are judged at once
@@ -74,9 +74,9 @@ class Benchmark:
     def where(self, row: Row) -> str:
         """Where a mistake in a row's prompt is, to begin a sentence with."""
         if self.prompts is None:
-            whole = Path(str(self.source)) / MANIFEST
-            own = Path(str(self.source)) / f"{row.index:05d}" / MANIFEST
-            return f"{whole}, prompt {row.index + 1}" if whole.is_file() else str(own)
+            folder = Path(str(self.source))
+            whole = manifest_of(folder)
+            return f"{whole}, prompt {row.index + 1}" if whole else str(folder / f"{row.index:05d}" / MANIFEST)
         return f"prompts {self.prompts}, prompt {row.index + 1}"
 
     def judged(

@@ -24,7 +24,7 @@ from flowalign.config import Model, Sampler
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
-from flowalign.manifest import MANIFEST, rows_of_files
+from flowalign.manifest import MANIFEST, manifest_of, rows_of_files
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.cutting import cut_prompts
@@ -203,8 +203,8 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
     A folder with a MANIFEST, such as `flowalign sample` writes, holds the pictures itself, and that says their rows.
     Raises UserError, with the path, for anything missing, unreadable or too much.
     """
-    if (folder / MANIFEST).is_file():
-        return _manifested(folder, images, rows)
+    if manifest := manifest_of(folder):
+        return _manifested(manifest, images, rows)
     numbered = (place for place in folder.glob("*") if place.is_dir() and place.name.isdecimal())
     folders = sorted(numbered, key=lambda place: natural(place.name))
     if not folders:
@@ -228,10 +228,11 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
     return [picture for place, row in zip(folders, found, strict=True) for picture in _pictures(place, row, images)]
 
 
-def _manifested(folder: Path, images: int, rows: Sequence[Row] | None) -> list[Picture]:
+def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list[Picture]:
+    folder = manifest.parent
     groups: dict[str, list[Path]] = {}
     found: dict[str, Row] = {}
-    for row, path in zip(*rows_of_files(folder, str(folder / MANIFEST), pictures_in(folder)), strict=True):
+    for row, path in zip(*rows_of_files(folder, str(manifest), pictures_in(folder)), strict=True):
         key = json.dumps(_metadata(row), sort_keys=True)
         found.setdefault(key, replace(row, index=len(found)))
         groups.setdefault(key, []).append(path)
@@ -243,7 +244,7 @@ def _manifested(folder: Path, images: int, rows: Sequence[Row] | None) -> list[P
             )
     wanted = [row.prompt for row in rows or found.values()]
     if wanted != [row.prompt for row in found.values()]:
-        raise UserError(f"{folder / MANIFEST} has not the prompts of the list in their order; leave --prompts out")
+        raise UserError(f"{manifest} has not the prompts of the list in their order; leave --prompts out")
     pairs = zip(rows or found.values(), groups.values(), strict=True)
     return [_seen(path, folder, row) for row, paths in pairs for path in paths]
 
