@@ -61,7 +61,7 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
         if given.get(name, row.prompt) != row.prompt:
             raise UserError(
                 f"{folder / name} is of {row.prompt!r}, as {manifest} says, and {prompts} has {given[name]!r} for it; "
-                f"leave --prompts out, or remove {manifest.name}"
+                "leave --prompts out, or remove that file"
             )
     return rows, paths
 

@@ -297,6 +297,7 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "no LoRA at all": ({"transformer_blocks.0.attn.to_q.weight": torch.ones(2, 2)}, "is no LoRA that this reads"),
     "a checkpoint's": (lora({QUERY: random_pair(32, 32)}, "{}.lora_{}.default.weight"), "is no LoRA that this reads"),
     "nothing": ({}, "holds no weights"),
+    "quantised": ({A: GOOD[A].to(torch.int8), B: GOOD[B]}, f"holds torch.int8 in {A}, so it is quantised"),
     "DoRA": (GOOD | {f"transformer.{QUERY}.lora_magnitude_vector": torch.ones(32)}, "holds DoRA (transformer."),
     "LoHa": ({f"lora_unet_{QUERY}.hada_w1_a": torch.ones(2, 2)}, "holds LoHa (lora_unet_"),
     "LoKr": ({f"lora_unet_{QUERY}.lokr_w1": torch.ones(2, 2)}, "holds LoKr (lora_unet_"),
@@ -330,6 +331,11 @@ def test_what_is_not_wholly_understood_is_refused_with_its_key(kind: str, tiny_m
         ({"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa_niter_4"}, "was begun with pissa_niter_4"),
         ({"r": 3, "lora_alpha": 3}, "says rank 3 in adapter_config.json"),
         ({"r": 2, "lora_alpha": 4}, "says two scales for"),
+        ({"r": 2}, "has in adapter_config.json r 2 and lora_alpha None, which must be numbers"),
+        ({"r": 2, "lora_alpha": "2"}, "has in adapter_config.json r 2 and lora_alpha '2', which must be numbers"),
+        ({"r": 2, "lora_alpha": 2, "rank_pattern": [2]}, "as rank_pattern what is no mapping of names to numbers: [2]"),
+        ({"r": 2, "lora_alpha": 2, "alpha_pattern": {"(": 2}}, "as alpha_pattern what is no mapping of names to"),
+        ({"r": 2, "lora_alpha": 2, "alpha_pattern": {QUERY: "2"}}, "as alpha_pattern what is no mapping of names"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(
@@ -341,6 +347,23 @@ def test_a_configuration_that_does_not_fit_is_refused(
     pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_model, text_encoder_3=None, tokenizer_3=None)
     with pytest.raises(UserError, match=re.escape(message)):
         merge_adapter(pipeline, str(tmp_path), SD3Policy.native)
+
+
+def test_what_makes_weights_that_are_not_finite_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_model, text_encoder_3=None, tokenizer_3=None)
+    header = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": NaN}'}
+    for tensors, about in ((GOOD, header), ({name: 1e30 * own for name, own in GOOD.items()}, None)):
+        save_file(tensors, tmp_path / "x.safetensors", metadata=about)
+        with pytest.raises(UserError, match=f"makes weights that are not finite, of {re.escape(A)} times (nan|1)$"):
+            merge_adapter(pipeline, str(tmp_path / "x.safetensors"), SD3Policy.native)
+
+
+def test_endings_of_any_case_are_read_and_hidden_files_are_not(tmp_path: Path) -> None:
+    save_file(GOOD, tmp_path / "X.SAFETENSORS")
+    (tmp_path / "._X.safetensors").write_bytes(b"x")
+    assert (
+        adapter_files(str(tmp_path)) == adapter_files(str(tmp_path / "X.SAFETENSORS")) == [tmp_path / "X.SAFETENSORS"]
+    )
 
 
 def test_a_file_that_is_no_weights_is_one_sentence(
@@ -366,7 +389,9 @@ def test_a_file_that_is_no_weights_is_one_sentence(
         str(tmp_path / "bare"): "holds no .safetensors file",
         str(tmp_path / "run"): f"is a run folder; give its adapter, {tmp_path / 'run' / 'lora'}",
         str(tmp_path / "gone"): "does not exist; give a LoRA's file or folder",
-        "nobody/nothing": "and the hub did not give it",
+        "nobody/nothing": f"is no local file or folder (looked in the working folder {Path.cwd()}), and the hub did not",
+        "./nothing/there": "does not exist (looked in the working folder",
+        300 * "x": "does not exist (looked in the working folder",
     }
     for adapter, message in wanted.items():
         with pytest.raises(SystemExit):

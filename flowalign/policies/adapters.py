@@ -9,6 +9,7 @@ where it went, or the file is refused: diffusers' own loader leaves out what it 
 import copy
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,16 +70,16 @@ def adapter_files(adapter: str) -> list[Path]:
     anything else, in a sentence that says what is there.
     """
     path = Path(expanded(adapter))
-    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", adapter):
+    if not os.path.exists(path) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", adapter):
         path = _from_hub(adapter)
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path's, not over a text of a thousand letters
         _refuse(
             adapter,
             f"does not exist{sought(adapter)}; give a LoRA's file or folder, such as a run's lora/, or a hub id",
         )
     file = path if path.is_file() else _only_file(adapter, path)
-    if file.suffix in PICKLES or file.suffix != ".safetensors":
-        _refuse(adapter, damage(file) if file.suffix in PICKLES else "is no .safetensors file")
+    if file.suffix.lower() != ".safetensors":
+        _refuse(adapter, damage(file) if file.suffix.lower() in PICKLES else "is no .safetensors file")
     return [file, *(beside for beside in (file.with_name(CONFIG),) if beside.is_file())]
 
 
@@ -88,8 +89,9 @@ def _only_file(adapter: str, folder: Path) -> Path:
     for name in _NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
-    found = [path for path in found if path.suffix == ".safetensors"] or found
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    safe = [path for path in there if path.suffix.lower() == ".safetensors"]
+    found = safe or [path for path in there if path.suffix.lower() in PICKLES]
     if not found:
         _refuse(adapter, "holds no .safetensors file; give a LoRA's folder, such as a run's lora/")
     if len(found) > 1:
@@ -108,7 +110,10 @@ def _from_hub(adapter: str) -> Path:
         wanted = ["*.safetensors", CONFIG]
         return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        _refuse(adapter, f"is no local file or folder, and the hub did not give it ({type(error).__name__})")
+        _refuse(
+            adapter,
+            f"is no local file or folder{sought(adapter)}, and the hub did not give it ({type(error).__name__})",
+        )
 
 
 @dataclass
@@ -163,6 +168,8 @@ def merge_adapter(pipeline: Any, adapter: str, native: Native) -> None:
             changes[weight] = place, lora, scale
     for weight, (place, lora, scale) in changes.items():
         _add(weight, place, lora, scale)
+        if not weight.isfinite().all():
+            _refuse(adapter, f"makes weights that are not finite, of {lora.keys['A']} times {scale:g}")
 
 
 def export_lora(
@@ -227,6 +234,8 @@ def _pairs(adapter: str, tensors: Mapping[str, torch.Tensor]) -> list[_Lora]:
         lora = loras.setdefault((component, _flat(name)), _Lora(component, name))
         if part in lora.keys:
             _refuse(adapter, f"holds one weight twice, as {lora.keys[part]} and {key}")
+        if part != "alpha" and not tensor.is_floating_point():
+            _refuse(adapter, f"holds {tensor.dtype} in {key}, so it is quantised; give it in floating point")
         if not tensor.float().isfinite().all():
             _refuse(adapter, f"holds numbers that are not finite, in {key}")
         lora.keys[part], lora.tensors[part] = key, tensor
@@ -297,8 +306,22 @@ def _configurations(adapter: str, header: Mapping[str, str], beside: Sequence[Pa
             _refuse(adapter, f"is {kind} by {where}; this reads plain LoRA")
         if start.startswith(_CHANGES_THE_BASE):
             _refuse(adapter, f"was begun with {start} by {where}, which changes the base too; convert it to plain LoRA")
-        if isinstance(settings.get("r"), int) and isinstance(settings.get("lora_alpha"), int | float):
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not _is_pattern(settings.get(key) or {}):
+                _refuse(adapter, f"has in {where} as {key} what is no mapping of names to numbers: {settings[key]!r}")
+        scale = settings.get("r"), settings.get("lora_alpha")
+        if any(number is not None for number in scale):
+            if not isinstance(scale[0], int) or not isinstance(scale[1], int | float):
+                _refuse(adapter, f"has in {where} r {scale[0]!r} and lora_alpha {scale[1]!r}, which must be numbers")
             yield where, component, settings
+
+
+def _is_pattern(given: Any) -> bool:
+    """Whether these are numbers by names, which are regular expressions."""
+    try:
+        return all(isinstance(number, int | float) and bool(re.compile(name)) for name, number in given.items())
+    except (AttributeError, re.error):
+        return False
 
 
 def _scale(adapter: str, lora: _Lora, configurations: Sequence[Configuration]) -> float:

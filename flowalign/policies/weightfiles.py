@@ -13,7 +13,7 @@ def damage(path: Path) -> str | None:
 
     Reads the header alone, which says how long the file must be.
     """
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         return "is a pickle, which may run anything; save its tensors as safetensors"
     try:
         with path.open("rb") as file:
