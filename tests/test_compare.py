@@ -327,7 +327,10 @@ def test_the_mean_of_curves_ends_with_the_shortest() -> None:
         (["{steady}", "{daring}", "--output", "{taken}"], "is not an empty folder; go on with --resume"),
         (["{steady}", "{daring}", "--resume"], "holds none of these runs"),
         (
-            ["{steady}", "sd35_medium_ocr"],
+            [
+                *("{steady}", "sd35_medium_ocr", "--set", "prompts=toyworld/words_train"),
+                *("--set", "evaluation.prompts=toyworld/words_test"),
+            ],
             "steady (tiny) and sd35_medium_ocr (stabilityai/stable-diffusion-3.5-medium) differ in model.path",
         ),
     ],
