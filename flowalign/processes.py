@@ -216,6 +216,11 @@ def summed(accelerator: Accelerator, *values: float) -> list[float]:
     return found
 
 
+def any_of(accelerator: Accelerator, value: bool) -> bool:
+    """Whether it is true in any process; all get the same answer."""
+    return summed(accelerator, value) != [0]
+
+
 def gathered(accelerator: Accelerator, part: torch.Tensor) -> torch.Tensor:
     """The samples of all processes along the last axis, of a tensor (N,) or (K, N) of this process's."""
     whole: torch.Tensor = accelerator.gather(part.movedim(-1, 0).contiguous())

@@ -3,8 +3,8 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,38 +14,33 @@ from flowalign import processes
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.claims import Claims
 from flowalign.conditions import cached_policy
-from flowalign.config import Evaluation, Recipe
-from flowalign.data import Row, load_prompts, step_rows
+from flowalign.config import Recipe
+from flowalign.data import load_prompts, step_rows
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, evaluated_by_all
-from flowalign.evaluate.held_out import held_out
+from flowalign.evaluate.evaluation import check_prompts
 from flowalign.evaluate.report import write_report
 from flowalign.finite import not_finite_explained
-from flowalign.guard import Guarding, evaluation_rewards
-from flowalign.idle import Idle, score_figures
+from flowalign.idle import Idle
 from flowalign.inputs import check_inputs, inputs_of
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.items import check_levels
-from flowalign.judging import Judging, lessons, tally, unread
+from flowalign.judging import Judging, tally, unread
 from flowalign.learner import Learner, optimizer_class
+from flowalign.measuring import Leave, Measuring
 from flowalign.memory import out_of_memory_explained
 from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
-from flowalign.rollout import Progress, Samples, rollout
+from flowalign.rollout import Progress, Samples
 from flowalign.runs import RunFolder, command_line, now, versions
-from flowalign.sampling.noise import ROLLOUT
 from flowalign.selftest import Check, SelfTest
 from flowalign.settings import CheckFailed, UserError
 from flowalign.starting import check_start
+from flowalign.step_samples import score_samples, step_samples
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
 from rewards.weights import chosen_device
-
-
-class _Leave(Exception):
-    """An evaluation is left, since a process was asked to stop."""
 
 
 class Trainer:
@@ -80,38 +75,8 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.main = self.accelerator.is_main_process
         self.display = display or Display(quiet=not self.main)
-        self.judging = Judging(recipe, rewards, self.device)
-        self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
-        self.rows = self.store.rows if self.store is not None else load_prompts(recipe.prompts)
-        if self.store is not None:
-            self.store.check(recipe)
-        else:
-            check_prompts(self.rows, self.judging.trained, recipe.prompts)
-            step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
-        self.judging.check_prompts(self.rows)
-        settings = recipe.evaluation
-        self.evaluation_rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
-        self.evaluation_rewards, weights = evaluation_rewards(recipe, self.judging)
-        check_prompts(self.evaluation_rows, self.evaluation_rewards, settings.prompts)
-        self.held_out = held_out(self.evaluation_rows, self.rows)
-        self.trained_rewards = [name for name, weight in weights.items() if weight > 0]  # as evaluations name them
-        self.guarding: Guarding | None = None
-        if recipe.guard and self.evaluation_rows:
-            self.guarding = Guarding(recipe, recipe.guard, weights, self.evaluation_rows, self.rows, self.device)
-        prompts = [row.prompt for row in (*self.rows, *self.evaluation_rows)]
-        seed, whole = recipe.run.seed, not processes.shares_out()
-        self.policy = cached_policy(
-            recipe.model, prompts, self.device, seed, self.accelerator, given=policy, whole=whole
-        )
-        if self.store is not None:
-            self.store.check_model(self.policy)
-        check_levels(recipe, self.policy)
-        if self.policy.begin():
-            self.display.say("the policy was trained before; this run begins with the weights that it had before that")
-        processes.prepare(self.accelerator, self.policy.transformer)
-        self.learner = Learner(recipe, self.policy, self.accelerator)
-        if recipe.train.ema_decay:
-            self.policy.snapshot("ema")
+        self._look_at_inputs(rewards)
+        self._load_policy(policy)
         recipe.algorithm.state.clear()  # of an earlier run of the same recipe
         recipe.algorithm.begin(self.policy)
         self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm, **self.judging.learners})
@@ -130,14 +95,42 @@ class Trainer:
             self._resume()
             self.display.say("; ".join([f"goes on after step {self.step}", *changes]))
 
+    def _look_at_inputs(self, rewards: Mapping[str, Reward | Callable[..., Any]] | None) -> None:
+        """Rewards, what is trained on, and what is evaluated: all that can be wrong without a model."""
+        recipe = self.recipe
+        self.judging = Judging(recipe, rewards, self.device)
+        self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
+        self.rows = self.store.rows if self.store is not None else load_prompts(recipe.prompts)
+        if self.store is not None:
+            self.store.check(recipe)
+        else:
+            check_prompts(self.rows, self.judging.trained, recipe.prompts)
+            step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
+        self.judging.check_prompts(self.rows)
+        self.measuring = Measuring(recipe, self.judging, self.rows, self.accelerator, self.device, self.display)
+        self.guarding = self.measuring.guarding
+
+    def _load_policy(self, given: Policy | None) -> None:
+        """The policy with its weights as they are before any training, and its optimizer."""
+        recipe = self.recipe
+        prompts = [row.prompt for row in (*self.rows, *self.measuring.rows)]
+        seed, whole = recipe.run.seed, not processes.shares_out()
+        self.policy = cached_policy(
+            recipe.model, prompts, self.device, seed, self.accelerator, given=given, whole=whole
+        )
+        if self.store is not None:
+            self.store.check_model(self.policy)
+        check_levels(recipe, self.policy)
+        if self.policy.begin():
+            self.display.say("the policy was trained before; this run begins with the weights that it had before that")
+        processes.prepare(self.accelerator, self.policy.transformer)
+        self.learner = Learner(recipe, self.policy, self.accelerator)
+        if recipe.train.ema_decay:
+            self.policy.snapshot("ema")
+
     @property
     def _name(self) -> str:
         return f"step_{self.step:06d}"
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Pixels of the pictures, (height, width)."""
-        return self.recipe.model.height, self.recipe.model.width
 
     @torch.inference_mode(False)
     def run(self) -> Path:
@@ -184,8 +177,7 @@ class Trainer:
 
     def _asked(self) -> bool:
         """Whether any process was asked to stop; all get the same answer."""
-        (asked,) = processes.summed(self.accelerator, self.stop.is_set())
-        return bool(asked)
+        return processes.any_of(self.accelerator, self.stop.is_set())
 
     def _stop(self, doing: str = "") -> NoReturn:
         if self.step > 0:
@@ -248,52 +240,11 @@ class Trainer:
         self.forwards += int(forwards)
 
     def _samples(self, progress: Progress | None = None) -> Samples:
-        """This process's share of the step's groups: drawn by the behaviour policy, or taken from the store."""
-        recipe, train = self.recipe, self.recipe.train
-        count = train.prompts_per_step // self.world
-        share = slice(self.rank * count, (self.rank + 1) * count)
-        if self.store is not None:
-            return self.store.draw(self.policy, recipe, self.step, share)
-        rows = step_rows(self.rows, train.prompts_per_step, recipe.run.seed, self.step)
-        # All of the step's: a text encoder's last digits depend on how many prompts it sees at once.
-        condition = self.policy.encode([row.prompt for row in rows])
-        behaviour = recipe.algorithm.behaviour
-        with self.policy.using(behaviour) if behaviour else nullcontext():
-            return rollout(
-                self.policy,
-                rows[share],
-                train.group_size,
-                recipe.rollout,
-                self.size,
-                (ROLLOUT, recipe.run.seed, self.step),
-                batch=recipe.rollout.batch,
-                condition=condition[share],
-                keep=recipe.algorithm.keep,
-                training_step=(recipe.run.seed, self.step),
-                finished=self.judging.judge,
-                progress=progress,
-            )
+        source = self.rows if self.store is None else self.store
+        return step_samples(self.policy, source, self.recipe, self.judging, self.accelerator, self.step, progress)
 
     def _score(self, samples: Samples) -> dict[str, Any]:
-        """Rewards and advantages of the samples; statistics over all processes."""
-        own = self.judging.score(samples)
-        train = self.recipe.train
-        everyone = processes.all_scored(self.accelerator, own)
-        groups = torch.arange(train.prompts_per_step, device=own.total.device).repeat_interleave(train.group_size)
-        part = slice(self.rank * len(samples), (self.rank + 1) * len(samples))
-        try:
-            learnt = lessons(self.recipe.algorithm, everyone.trained(), groups)
-        except ValueError as error:
-            raise UserError(f"step {self.step + 1}: {error}") from error
-        advantages = learnt.advantages[part].to(own.total.device)
-        samples.advantages = advantages if own.trust is None else (advantages.T * own.trust.nan_to_num(1)).T
-        samples.teaches, samples.differs = learnt.teaches[part], learnt.differs[part]
-        samples.shares = everyone.trained().shares(learnt.teaches).T[part]
-        samples.scored = own._replace(total=own.total.nan_to_num(0))  # those left out do not teach
-        figures = score_figures(everyone, groups, learnt.differs)
-        if answers := tally(self.judging.rewards, self.accelerator):
-            figures["answers"] = answers
-        return figures
+        return score_samples(samples, self.recipe, self.judging, self.accelerator, self.step)
 
     # What surrounds the steps.
 
@@ -320,8 +271,7 @@ class Trainer:
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
         if self.main:
-            trained = self.rows if self.store is None else self.store.rows
-            for what, rows in (("training prompts", trained), ("evaluation prompts", self.evaluation_rows)):
+            for what, rows in (("training prompts", self.rows), ("evaluation prompts", self.measuring.rows)):
                 for sentence in cut_prompts(self.policy, (row.prompt for row in rows), what):
                     self.display.say(sentence)
 
@@ -335,35 +285,30 @@ class Trainer:
             raise CheckFailed(f"self-test failed: {failed[0].check}: {failed[0].detail}")
 
     def _evaluate(self) -> None:
-        if self.evaluation_rows:
+        if self.measuring.rows:
             try:
                 self._evaluated()
-            except _Leave:
+            except Leave:
                 self._stop("in the evaluation ")
 
     def _evaluated(self) -> None:
-        settings, started = self.recipe.evaluation, time.perf_counter()
+        settings, started, measuring = self.recipe.evaluation, time.perf_counter(), self.measuring
         diverged = not_finite_explained(self.recipe, self.step, self.step > 0)
         with out_of_memory_explained("evaluation", self.recipe), diverged, self.averaged():
-            evaluated = self._measure(self.evaluation_rows, settings)
-            audit = None
-            if self.guarding:
-                if not self.guarding.bands:
-                    with self.policy.reference():
-                        self.guarding.learn(self.policy, self._measure, evaluated if self.step == 0 else None)
-                audit = self.guarding.audit(self.policy, evaluated)
+            how = self.stop, self.learner.in_lockstep, self.step == 0
+            evaluated, audit = measuring.evaluate(self.policy, *how)
         about: dict[str, Any] = {
             "step": self.step,
             "minutes": self.minutes,
             "forwards": self.forwards,  # measuring is not part of the training budget
             "guidance": settings.guidance,
             "sampler_steps": settings.steps,
-            "prompts": self.held_out.prompts,
-            "trained_prompts": self.held_out.trained,
-            "trained_rewards": self.trained_rewards,
+            "prompts": measuring.held_out.prompts,
+            "trained_prompts": measuring.held_out.trained,
+            "trained_rewards": measuring.trained_rewards,
             "seconds": time.perf_counter() - started,
         }
-        answers = tally(self.evaluation_rewards, self.accelerator)
+        answers = tally(measuring.rewards, self.accelerator)
         if answers:
             about["answers"] = answers
         best: list[str] = []
@@ -376,30 +321,13 @@ class Trainer:
                     self.run_folder.keep_weights(name, self.policy.export, about)
             summary = self.run_folder.write_evaluation(self._name, evaluated, about)
             self.accelerator.log(evaluation_values(summary, about), step=self.step)
-            self.display.evaluation(self.step, summary, about["seconds"], self.held_out)
+            self.display.evaluation(self.step, summary, about["seconds"], measuring.held_out)
         for sentence in unread(answers):
             self.display.say(f"evaluation at step {self.step}: {sentence}")
         if audit:
             self.display.audit(self.step, audit)
         self.evaluated_at = self.step
         self.accelerator.wait_for_everyone()
-
-    def _measure(self, rows: Sequence[Row], settings: Evaluation) -> Evaluated:
-        """The evaluation of rows with the weights as they are, shared among the processes, known to all of them."""
-        shard, spare = processes.rows_of_process(rows, self.rank, self.world, self.learner.in_lockstep)
-        observe, own = self.guarding.auditor.observe if self.guarding else None, None
-        with self.display.evaluating(len(shard) * settings.images_per_prompt) as advance, suppress(_Leave):
-
-            def progress(count: float) -> None:
-                advance(count)
-                if self._asked() if self.learner.in_lockstep else self.stop.is_set():  # others wait in lockstep alone
-                    raise _Leave
-
-            own = evaluate(self.policy, shard, self.evaluation_rewards, settings, self.size, progress, observe, spare)
-        if self._asked():
-            raise _Leave
-        assert own is not None  # or this process was asked
-        return own if self.world == 1 else evaluated_by_all(own, settings.pictures)
 
     def guarded(self) -> bool:
         """Whether the guard ends the run."""
@@ -408,9 +336,14 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         if self.main:
-            counted = {"step": self.step, "update": self.learner.update, "forwards": self.forwards}
-            counted |= {"idle": self.idle.in_a_row, "minutes": self.minutes}
-            counters = {**counted, "scaler": self.learner.scaler.state_dict()}
+            counters = {
+                "step": self.step,
+                "update": self.learner.update,
+                "forwards": self.forwards,
+                "minutes": self.minutes,
+                "idle": self.idle.in_a_row,
+                "scaler": self.learner.scaler.state_dict(),
+            }
             keep = self.recipe.run.keep_checkpoints
             memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)

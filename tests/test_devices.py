@@ -124,7 +124,10 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
     monkeypatch.setattr("flowalign.evaluate.hacking.unit_features", features)
     monkeypatch.setattr("flowalign.trainer.cached_policy", model)
     found: list[Any] = []
-    monkeypatch.setattr("flowalign.trainer.check_prompts", lambda rows, judged, source: found.extend(judged.values()))
+    for module in ("trainer", "measuring"):
+        monkeypatch.setattr(
+            f"flowalign.{module}.check_prompts", lambda rows, judged, source: found.extend(judged.values())
+        )
     with pytest.raises(Enough):
         Trainer(recipe_from_dict(values), display=Display(quiet=True))
     assert len(found) >= 3 and {str(one.device) for one in found} == {"meta:1"}

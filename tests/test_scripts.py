@@ -164,7 +164,7 @@ def test_a_script_gives_what_is_measured_too_and_the_recipe_its_weights(
     given = {name: (lambda media, prompts, metadata: media.mean((1, 2, 3))) for name in ("measured", "second", "first")}
     trainer = Trainer(named, rewards={**given, "held_out": brightness}, display=Display(quiet=True))
     assert trainer.judging.weights == {"first": 1.0, "second": 0.25}
-    assert list(trainer.evaluation_rewards) == ["measured", "first", "second", "held_out"]
+    assert list(trainer.measuring.rewards) == ["measured", "first", "second", "held_out"]
     with pytest.raises(UserError, match=r"given as 'held_out' for guard.rewards is trained on"):
         Trainer(named, rewards={**given, "held_out": given["first"]})
 
