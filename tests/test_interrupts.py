@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -20,8 +21,10 @@ main()
 
 
 @pytest.mark.parametrize("module", ["flowalign.cli", "typer", "pydantic", "flowalign.config", "torch"])
-def test_ctrl_c_while_a_module_is_imported_is_one_line(module: str) -> None:
-    command = [sys.executable, "-c", AT, module, "score", "colorfulness", "--images", "/none", "--prompts", "/none.txt"]
+def test_ctrl_c_while_a_module_is_imported_is_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cube\n", encoding="utf-8")
+    given = ["--images", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt")]
+    command = [sys.executable, "-c", AT, module, "score", "colorfulness", *given]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout + found.stderr) == (130, "interrupted; what is done is kept\n")
 
