@@ -30,7 +30,7 @@ from flowalign.command import (
 )
 from flowalign.command import device as _device
 from flowalign.interrupt import Interrupted
-from flowalign.settings import CheckFailed, UserError
+from flowalign.settings import MOST, CheckFailed, UserError
 from rewards.errors import RewardError
 
 EXIT_CODES = (
@@ -129,7 +129,7 @@ def compare(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a change to every recipe; repeatable")
     ] = None,
     best_of: Annotated[
-        int, typer.Option(metavar="N", help="show what best of 1 to N give without training; 0 is none")
+        int, typer.Option(max=MOST, metavar="N", help="show what best of 1 to N give without training; 0 is none")
     ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished runs, go on with the others")] = False,
 ) -> None:
@@ -209,11 +209,12 @@ def score(
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
     """Score pictures, or the groups of a store, with a reward."""
-    from flowalign.existing import check_pictures, check_prompts, check_rewards
+    from flowalign.existing import check_pictures, check_prompts, check_rewards, check_scores
 
     check_rewards([reward])
     check_pictures(images)
     check_prompts(prompts)
+    check_scores(output)
     import numpy as np
 
     from flowalign.scoring import read_images, rescore_store, score_images, write_scores
@@ -231,8 +232,6 @@ def score(
     if name is not None:
         raise UserError("--name is the reward's name in a store; give --store with it")
     rows, paths = read_images(images, prompts)
-    if output is not None and output.suffix not in (".csv", ".jsonl"):
-        raise UserError(f"--output {output}: use a .csv or .jsonl file")
     scores = score_images(reward, option or [], rows, paths)
     table = Table("image", "prompt", "score")
     for path, row, value in zip(paths, rows, scores, strict=True):
@@ -389,6 +388,7 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to 
     try:
         shutil.copyfile(source, target)
     except OSError as error:
+        target.unlink(missing_ok=True)  # of a full disk there is an empty one
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     console.print(f"wrote {target}")
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from flowalign.command import RewardOptions, console, device, quiet_libraries
 from flowalign.paths import expanded
-from flowalign.settings import UserError, counted
+from flowalign.settings import MOST, UserError, counted
 
 if TYPE_CHECKING:
     from flowalign.evaluate.benchmark import Benchmark
@@ -38,18 +38,18 @@ Images = Annotated[
         help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png, or as sample writes them"
     ),
 ]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="pictures of a prompt")]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MOST, help="pictures of a prompt")]
 Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]
-Count = Annotated[int | None, typer.Option(min=1, help="only the first prompts of the list")]
-Steps = Annotated[int | None, typer.Option(min=1, help=f"denoising steps; {OWN}")]
+Count = Annotated[int | None, typer.Option(min=1, max=MOST, help="only the first prompts of the list")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help=f"denoising steps; {OWN}")]
 Guidance = Annotated[
     float | None, typer.Option(min=1, max=1e6, help=f"{OWN}; GenEval's script has 9, for older models")
 ]
 GridOption = Annotated[Grid | None, typer.Option(help=f"the sigmas; {OWN}")]
 SolverOption = Annotated[Solver | None, typer.Option(help=f"of the ODE; {OWN}")]
-Size = Annotated[int | None, typer.Option(min=8, help="pixels of a side; the default fits the model")]
-SequenceLength = Annotated[int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")]
-Batch = Annotated[int | None, typer.Option(min=1, help="pictures drawn at once; 16")]
+Size = Annotated[int | None, typer.Option(min=8, max=MOST, help="pixels of a side; the default fits the model")]
+SequenceLength = Annotated[int | None, typer.Option(min=0, max=MOST, help="T5 tokens; the default fits the model")]
+Batch = Annotated[int | None, typer.Option(min=1, max=MOST, help="pictures drawn at once; 16")]
 Seed = Annotated[
     int | None,
     typer.Option(min=-(2**62), max=2**62, help=f"of the noise, beside the prompt's place and the picture's; {OWN}"),
@@ -245,7 +245,7 @@ def evaluate_panel(
 @data_app.command("geneval")
 def write_geneval_prompts(
     output: Annotated[Path, typer.Argument(help="the .jsonl file to write")],
-    count: Annotated[int, typer.Option(min=1, help="prompts")] = 50_000,
+    count: Annotated[int, typer.Option(min=1, max=MOST, help="prompts")] = 50_000,
     seed: Annotated[int, typer.Option(min=-(2**62), max=2**62)] = 0,
     exclude: Annotated[Path | None, typer.Option(help="a prompt list of which none may be written")] = None,
     mix: Annotated[

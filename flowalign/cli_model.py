@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from flowalign.command import console, device, quiet_libraries, verdict
+from flowalign.settings import MOST
 
 model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_help=True)
 
@@ -19,12 +20,12 @@ def _group() -> None:
 def check(
     path: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
     size: Annotated[
-        int | None, typer.Option(min=8, help="pixels of a side; the default is 64 for toyworld, else 256")
+        int | None, typer.Option(min=8, max=MOST, help="pixels of a side; the default is 64 for toyworld, else 256")
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, help="denoising steps of every rollout")] = 4,
-    guidance: Annotated[float, typer.Option(min=1, help="of the rollout with guidance")] = 4.0,
+    steps: Annotated[int, typer.Option(min=2, max=MOST, help="denoising steps of every rollout")] = 4,
+    guidance: Annotated[float, typer.Option(min=1, max=1e6, help="of the rollout with guidance")] = 4.0,
     max_sequence_length: Annotated[
-        int | None, typer.Option(min=0, help="T5 tokens; the default fits the model")
+        int | None, typer.Option(min=0, max=MOST, help="T5 tokens; the default fits the model")
     ] = None,
 ) -> None:
     """Compare a model with its plain diffusers pipeline, in float32. Exit code 1 if a check fails."""

@@ -1,13 +1,12 @@
 """The command line's `flowalign plan`: memory, batches, forwards and hours of a recipe, before anything loads."""
 
-import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from flowalign.command import console, quiet_libraries
-from flowalign.settings import UserError
+from flowalign.settings import MOST, UserError
 
 if TYPE_CHECKING:
     from flowalign.planning import Plan
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="processes, one a GPU")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=MOST, help="processes, one a GPU")] = 1,
     vram: Annotated[float, typer.Option(metavar="GIB", help="memory of each GPU in GiB")] = 80.0,
     sharded: Annotated[bool, typer.Option(help="the frozen weights are shared out among the GPUs (FSDP2)")] = False,
     tflops: Annotated[
@@ -34,8 +33,8 @@ def plan(
     from flowalign.planning import plan as planned
 
     for name, value in (("--vram", vram), ("--tflops", tflops)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"{name} {value:g} must be a number above 0")
+        if value is not None and not 1e-3 <= value <= 1e9:
+            raise UserError(f"{name} {value:g} must be a number from .001 to 1e9")
     if sharded and gpus == 1:
         raise UserError("--sharded shares weights out among several GPUs; give --gpus 2 or more with it")
     costs = Costs(meta_policy(resolved.model), gpus) if sharded else None

@@ -7,7 +7,7 @@ import typer
 
 from flowalign.cli_evaluate import GridOption, Guidance, Seed, SequenceLength, Size, SolverOption, Steps
 from flowalign.command import RewardOptions, console, device, quiet_libraries
-from flowalign.settings import UserError
+from flowalign.settings import MOST, UserError
 
 
 def sample(
@@ -22,12 +22,13 @@ def sample(
     guidance: Guidance = None,
     grid: GridOption = None,
     solver: SolverOption = None,
-    images: Annotated[int, typer.Option(min=1, help="pictures per prompt")] = 1,
+    images: Annotated[int, typer.Option(min=1, max=MOST, help="pictures per prompt")] = 1,
     size: Size = None,
     max_sequence_length: SequenceLength = None,
     seed: Seed = None,
     best_of: Annotated[
-        int | None, typer.Option(metavar="N", help="draw N candidates of a prompt, keep the best and all scores")
+        int | None,
+        typer.Option(max=MOST, metavar="N", help="draw N candidates of each, keep the best and all scores"),
     ] = None,
     reward: Annotated[list[str] | None, typer.Option(help="chooses; repeatable, then ranks are added up")] = None,
     option: RewardOptions = None,

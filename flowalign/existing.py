@@ -3,6 +3,7 @@
 Nothing heavy is imported, so that a command that cannot work says so at once.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,3 +50,13 @@ def check_pictures(folder: Path | None) -> None:
     """Raises UserError for what is no folder; None is fine."""
     if folder is not None and not folder.is_dir():
         raise UserError(f"--images {folder} is no folder")
+
+
+def check_scores(file: Path | None) -> None:
+    """Raises UserError for a file of scores that could not be written once they are there; None is fine."""
+    if file is None:
+        return
+    if file.suffix not in (".csv", ".jsonl") or file.is_dir():
+        raise UserError(f"--output {file}: use a .csv or .jsonl file")
+    if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        raise UserError(f"--output {file}: {file.parent} is no folder that can be written to; choose another")

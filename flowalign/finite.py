@@ -35,8 +35,9 @@ def not_finite_explained(recipe: Recipe, step: int, trained: bool) -> Iterator[N
         yield
     except NotFinite as error:
         if not trained:
-            noise = recipe.rollout.noise_level
+            noise, guidance = recipe.rollout.noise_level, recipe.rollout.guidance
             ways = [f"lower rollout.noise_level ({noise:g})"] if noise else []
+            ways += [f"lower rollout.guidance ({guidance:g})"] if guidance > 1 else []
             ways += ["set model.dtype=fp32"] if recipe.model.dtype != "fp32" else []
             ways.append("look whether the model's files are whole")
             raise UserError(f"the model's {error.what} before any training; {' or '.join(ways)}") from error
@@ -52,6 +53,8 @@ def what_to_lower(recipe: Recipe) -> str:
     settings = {"train.learning_rate": train.learning_rate, "train.max_grad_norm": train.max_grad_norm}
     if isinstance(algorithm, FlowGRPO):
         settings["algorithm.clip_range"] = algorithm.clip_range
+    if getattr(algorithm, "kl_weight", 0):
+        settings["algorithm.kl_weight"] = algorithm.kl_weight
     if isinstance(algorithm, GDRO):
         settings["algorithm.beta"] = algorithm.beta
     if recipe.rollout.guidance > 1:

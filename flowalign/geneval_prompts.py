@@ -89,15 +89,15 @@ def write_training_prompts(
 def task_counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
     """How many of `count` rows each task gets: its share rounded down, what is left to the largest remainders.
 
-    Raises UserError for an unknown task, a negative or infinite weight, and a mix of zeros.
+    Raises UserError for an unknown task, a weight below 0 or above 1e9, and a mix of zeros.
     """
     for task, weight in mix.items():
         if task not in TASKS:
             raise UserError(
                 f"mix: there is no task {task!r}; did you mean {nearest(task, TASKS)!r}? (tasks: {', '.join(TASKS)})"
             )
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UserError(f"mix: the weight of {task} must be a number of at least 0, not {weight}")
+        if not 0 <= weight <= 1e9:
+            raise UserError(f"mix: the weight of {task} must be a number from 0 to 1e9, not {weight:g}")
     total = sum(mix.values())
     if total == 0:
         raise UserError("mix: at least one task needs a weight above 0")

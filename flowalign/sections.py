@@ -12,10 +12,11 @@ from flowalign.paths import expanded
 from flowalign.reward_sections import Rewards, RewardSettings, unshaped
 from flowalign.sampling.noise import WINDOW, counted_generator
 from flowalign.sampling.steps import Dynamics
-from flowalign.settings import Section
+from flowalign.settings import MOST, Section
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+NotNegative = Annotated[int, Field(ge=0, le=MOST)]
+Several = Annotated[int, Field(ge=2, le=MOST)]
 Seed = Annotated[int, Field(ge=-(2**62), le=2**62)]  # what is added to one must fit into 64 bits
 Rate = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
@@ -179,7 +180,7 @@ class Train(Section):
     """Training steps: one rollout and its updates each."""
     prompts_per_step: Positive = 48
     """Different prompts in a step, over all processes."""
-    group_size: Annotated[int, Field(ge=2)] = 24
+    group_size: Several = 24
     """Pictures of each prompt; their rewards are compared with one another."""
     updates_per_step: Positive = 2
     """Optimizer updates in a pass over a step's items; each sees its own part of them."""
@@ -273,7 +274,7 @@ class Collect(Section):
 
     prompts: Positive | None = None
     """The first so many prompts of the list; null: all."""
-    group_size: Annotated[int, Field(ge=2)] = 16
+    group_size: Several = 16
     """Pictures of each prompt."""
     shard_prompts: Positive = 32
     """Prompts drawn and written at once; what a kill can cost."""
@@ -317,9 +318,9 @@ class Guard(Section):
     features: Features | None = None
     """For the diversity of a prompt's pictures, where evaluation.images_per_prompt gives it several; null: the pictures
     themselves, shrunk to 16 x 16 pixels."""
-    count: Annotated[int, Field(ge=2)] = 64
+    count: Several = 64
     """So many of the evaluation prompts, evenly spaced, are audited."""
-    seeds: Annotated[int, Field(ge=2)] = 3
+    seeds: Several = 3
     """Sets of noise from which the bands of the base model are learnt."""
     false_alarm: Annotated[float, Field(gt=0, lt=0.5)] = 0.01
     """How often, at most, an evaluation of an unchanged model alarms."""

@@ -6,6 +6,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+MOST = 2**31 - 1  # of whole numbers: the product of any two fits into 64 bits
+
 
 class UserError(Exception):
     """A person's mistake in one sentence: what is wrong, where, and what would be right."""

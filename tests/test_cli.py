@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -258,6 +260,53 @@ def test_an_option_that_is_no_yaml_is_one_sentence(pictures: Path, tmp_path: Pat
 
 def test_a_seed_that_does_not_fit_is_one_sentence(failing) -> None:
     assert "run.seed should be less than or equal to" in failing("train", "toyworld_ocr", f"run.seed={2**70}")
+
+
+def test_numbers_that_no_computation_takes_are_one_sentence(failing, tmp_path: Path) -> None:
+    for key in ("train.group_size", "train.micro_batch", "rollout.steps", "evaluation.images_per_prompt"):
+        for value in (2**31, 2**62, 10**20):
+            assert f"{key} should be less than or equal to {2**31 - 1}" in failing(
+                "train", "toyworld_ocr", f"{key}={value}"
+            )
+    assert "--vram 1e+300 must be a number from .001 to 1e9" in failing("plan", "toyworld_ocr", "--vram", "1e300")
+    new = str(tmp_path / "new.jsonl")
+    assert "from 0 to 1e9, not 1e+308" in failing("data", "geneval", new, "--mix", "counting=1e308,position=1e308")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("sample", "toyworld", "a", f"--{name}") for name in ("images", "steps", "max-sequence-length", "best-of")),
+        *(("eval", "ocr", "toyworld", f"--{name}") for name in ("images-per-prompt", "count", "batch", "size")),
+        *(("model", "check", "toyworld", f"--{name}") for name in ("steps", "guidance")),
+        ("plan", "toyworld_ocr", "--gpus"),
+    ],
+    ids=" ".join,
+)
+def test_an_option_that_no_computation_takes_is_refused_at_once(words: tuple[str, ...], capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, str(10**20)])
+    assert stopped.value.code == 2
+    assert "less than or equal to" in capsys.readouterr().err
+
+
+def test_where_scores_cannot_be_written_is_said_before_any_is_made(failing, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "no_reward.py").write_text("raise SystemExit('it was loaded')")
+    for name, sentence in (("nowhere/s.csv", "is no folder that can be written to"), ("s.txt", "use a .csv or .jsonl")):
+        command = ("score", f"{tmp_path / 'no_reward.py'}:never_loaded", "--images", str(pictures))
+        assert sentence in failing(*command, "--output", str(tmp_path / name))
+
+
+def test_a_recipe_whose_copy_does_not_fit_leaves_nothing(failing, tmp_path: Path) -> None:
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, was[1]))
+        assert "cannot write" in failing("recipes", "copy", "toyworld_ocr", str(tmp_path / "copy.yaml"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("copy*"))
 
 
 # Rewards
