@@ -314,6 +314,8 @@ def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str,
     except (OSError, UnicodeDecodeError) as error:
         known = nearest(str(source), bundled_recipes())
         where = f"{above[-1]}: base: " if above else ""
+        if path.is_dir():
+            raise UserError(f"{where}{path} is a folder without a recipe.yaml, so no run; name a recipe") from error
         raise UserError(
             f"{where}no recipe {str(source)!r}: neither a readable file nor a bundled name{known}"
         ) from error

@@ -106,7 +106,7 @@ class RunFolder:
         if self.metrics.exists():
             lines = [
                 line
-                for line in self.metrics.read_text(encoding="utf-8").splitlines()
+                for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
                 if _step_of(line) in range(step + 1)
             ]
             replace_text(self.metrics, "".join(line + "\n" for line in lines))

@@ -287,7 +287,7 @@ def test_an_option_that_no_computation_takes_is_refused_at_once(words: tuple[str
     with pytest.raises(SystemExit) as stopped:
         main([*words, str(10**20)])
     assert stopped.value.code == 2
-    assert "less than or equal to" in capsys.readouterr().err
+    assert f"Invalid value for '{words[-1]}'" in capsys.readouterr().err
 
 
 def test_where_scores_cannot_be_written_is_said_before_any_is_made(failing, pictures: Path, tmp_path: Path) -> None:

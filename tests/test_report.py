@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowalign.evaluate.report import overall_change, paired_change, write_report
+from flowalign.evaluate.compare import _outcome
+from flowalign.evaluate.report import changes, overall_change, paired_change, write_report
 from flowalign.settings import UserError
 
 PROMPTS = ("a red circle", 'a sign "CAT"', "a blue ring", "two stars")
@@ -244,6 +245,16 @@ def test_run_with_its_first_evaluation_only(tmp_path):
     page = Page(write_report(folder))
     assert "only the evaluation of step 0 is there yet" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PROMPTS)
+
+
+def test_a_run_that_lost_its_first_evaluation_has_no_gain_to_show(run):
+    assert changes(run) is not None
+    (run / "evaluations" / "step_000000.json").unlink()
+    add_evaluation(run, 5, [0.1] * 4)
+    assert changes(run) is None
+    assert "unknown: the evaluation of step 0 is not there" in Page(write_report(run)).text
+    with pytest.raises(UserError, match="no evaluation of step 0, so that its gain is unknown"):
+        _outcome("made_up", 0, run, "ocr", None)
 
 
 def test_run_without_evaluations_leaves_out_a_half_written_step(tmp_path):

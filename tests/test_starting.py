@@ -316,7 +316,7 @@ def test_a_half_written_file_is_named(run: Path, begun: Path, file: str, content
 def test_torn_and_odd_lines_of_metrics_are_dropped(run: Path) -> None:
     folder = RunFolder(run / "run")
     whole = folder.metrics.read_text()
-    folder.metrics.write_text(whole + '7\n{"step": null}\n{"step": 3, "rew')
+    folder.metrics.write_bytes(whole.encode() + b'7\n{"step": null}\n\xd0\xff\n{"step": 3, "rew')
     (folder.path / "samples" / "step_mine").mkdir()
     (folder.checkpoints / "step_000001 (copy)").mkdir()
     folder.forget_after(2)

@@ -290,6 +290,8 @@ def _outcome(recipe: str, seed: int, folder: Path, reward: str, target: float | 
         | {"rewards": {name: held_out(summary) for name, summary in of["summary"].items()}}
         for of in read_evaluations(folder)
     ]
+    if not curve or curve[0]["step"] != 0:
+        raise UserError(f"{folder} has no evaluation of step 0, so that its gain is unknown; train that run anew")
     first, last = curve[0]["rewards"], curve[-1]["rewards"]
     if reward not in last:
         raise UserError(f"{reward} judges none of the evaluation prompts; rank by --reward {' or '.join(last)}")

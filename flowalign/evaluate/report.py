@@ -113,12 +113,15 @@ def overall_change(tasks: Sequence[Change]) -> Change:
 
 
 def changes(folder: Path) -> tuple[HeldOut, list[tuple[str, bool, Change]]] | None:
-    """Every reward's name, whether it was trained on, and its change over a run; None without two evaluations."""
+    """Every reward's name, whether it was trained on, and its change over a run; None without two evaluations.
+
+    The first must be that of step 0.
+    """
     evaluations = read_evaluations(folder)
-    if len(evaluations) < 2:
-        return None
     recipe = parsed(folder / "recipe.yaml", yaml.safe_load) or {}
     scores = _scores(evaluations, recipe, folder)
+    if not scores:
+        return None
     return held_out_of(evaluations[-1]), [(score["name"], score["trained"], score["main"]) for score in scores]
 
 
@@ -169,7 +172,7 @@ def _scored(before: Sequence[Row], after: Sequence[Row], reward: str) -> Iterato
 
 def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
     """Every measured reward: its change over all rows, by task and overall, and the rows that moved most."""
-    if len(evaluations) < 2:
+    if len(evaluations) < 2 or evaluations[0]["step"] != 0:  # of a run that lost its first one no gain is known
         return []
     first, last = evaluations[0], evaluations[-1]
     before, after, scores = first["rows"], last["rows"], []
