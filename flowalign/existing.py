@@ -29,7 +29,7 @@ def check_model(name: str | None) -> None:
     if name is None or name == EMBEDDED:
         return
     path = Path(expanded(name))
-    if not (path / "recipe.yaml").is_file() and (path.exists() or not is_hub_id(name)):
+    if not os.path.isfile(path / "recipe.yaml") and (os.path.exists(path) or not is_hub_id(name)):
         pipeline_index(path)
 
 

@@ -6,9 +6,11 @@ Every patch of a vision transformer gets a logit a_p; the picture's is a smooth 
     a = (1 / 4) log mean_p exp(4 a_p),        reward = 1 - sigmoid(a)
 
 The patches' own probabilities are a map of where the artifacts are. A picture that is not square is seen whole, in
-tiles, whose patches count alike, those of overlaps twice. A policy that learns may leave what the head was
-trained on; `refresh` trains on with its pictures as unlabelled ones, of which a known share is clean, by the
-non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6), beside the labelled ones.
+tiles, whose patches count alike, those of overlaps twice; a head that was trained on whole square pictures may take
+what a tile's edge cuts, such as half a letter, for an artifact, so train on pictures of the shape that is judged. A
+policy that learns may leave what the head was trained on; `refresh` trains on with its pictures as unlabelled ones, of
+which a known share is clean, by the non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6),
+beside the labelled ones.
 """
 
 from collections.abc import Mapping, Sequence

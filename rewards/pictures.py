@@ -9,8 +9,10 @@ import io
 import json
 import logging
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,10 +73,13 @@ def as_viewed(image: Image.Image) -> Image.Image:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a photograph with its own preview beside it, which no viewer shows
         raise ValueError(f"it has {frames} frames or pages; save the one that is meant as a picture of its own")
+    _fit_clear_colour(image)
     image.load()
     image = ImageOps.exif_transpose(_eight_bits(image))
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-    shown = _in_srgb(image)
+    shown = _by_gamma(_in_srgb(image), image.info)
     if alpha is None or alpha.getextrema() == (255, 255):
         return shown
     _say_white()
@@ -85,6 +90,25 @@ def as_viewed(image: Image.Image) -> Image.Image:
 def _say_white() -> None:
     """Once for a process, since a folder may be full of them."""
     logger.warning("pictures with transparent parts are laid on white")
+
+
+def _fit_clear_colour(image: Image.Image) -> None:
+    """A PNG's transparent colour as its pixels will be read, in 8 bits; ValueError for one of more bits than they."""
+    clear, raw = image.info.get("transparency"), str(image.tile[0][3]) if image.tile else ""
+    if image.format != "PNG" or clear is None:
+        return
+    if raw in ("L;2", "L;4"):
+        image.info["transparency"] = clear * 255 // (2 ** int(raw[-1]) - 1)
+    if raw.startswith("RGB;16"):
+        raise ValueError("its transparent colour is one of 16 bits; save it with an alpha channel")
+
+
+def _by_gamma(shown: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
+    """By a PNG's own gamma, where it has nothing better and that is not the usual 1 / 2.2, as browsers do."""
+    gamma = info.get("gamma")
+    if not gamma or "srgb" in info or "icc_profile" in info or abs(2.2 * gamma - 1) < 0.05:
+        return shown
+    return shown.point(3 * [round(255 * (level / 255) ** (1 / (2.2 * gamma))) for level in range(256)])
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

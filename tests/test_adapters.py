@@ -390,6 +390,7 @@ def test_a_file_that_is_no_weights_is_one_sentence(
         str(tmp_path / "run"): f"is a run folder; give its adapter, {tmp_path / 'run' / 'lora'}",
         str(tmp_path / "gone"): "does not exist; give a LoRA's file or folder",
         "nobody/nothing": f"is no local file or folder (looked in the working folder {Path.cwd()}), and the hub",
+        "no--body/nothing": "and the hub did not give it (HFValidationError)",
         "./nothing/there": "does not exist (looked in the working folder",
         300 * "x": "does not exist (looked in the working folder",
     }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from flowalign.assets import asset
 from flowalign.config import Model
 from flowalign.policies import schedules
-from flowalign.policies.loading import load_policy
+from flowalign.policies.loading import find_family, load_policy
 from flowalign.settings import UserError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -246,3 +246,8 @@ def test_the_embedded_folder_opens_in_plain_diffusers_as_the_readme_says() -> No
     plain = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
     ours = load_policy("toyworld").pipeline
     assert plain.scheduler.config == ours.scheduler.config and set(plain.components) == set(ours.components)
+
+
+def test_what_the_hub_calls_no_name_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"'no--body/nothing' is no local folder .* the hub did not give it"):
+        find_family(Model(path="no--body/nothing"))

@@ -101,7 +101,7 @@ def _only_file(adapter: str, folder: Path) -> Path:
 
 def _from_hub(adapter: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     repository, file = "/".join(adapter.split("/")[:2]), "/".join(adapter.split("/")[2:])
     try:
@@ -109,7 +109,7 @@ def _from_hub(adapter: str) -> Path:
             return Path(hf_hub_download(repository, file))
         wanted = ["*.safetensors", CONFIG]
         return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=["*/*"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         _refuse(
             adapter,
             f"is no local file or folder{sought(adapter)}, and the hub did not give it ({type(error).__name__})",

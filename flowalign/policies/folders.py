@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +29,12 @@ def is_hub_id(path: str) -> bool:
 def pipeline_index(path: Path | str) -> dict[str, Any]:
     """What a pipeline's model_index.json says; of a hub id it is fetched. Raises UserError for what is no pipeline."""
     place = Path(path)
-    if place.is_file():
+    if os.path.isfile(place):  # unlike Path's, not over a name of a thousand letters
         raise UserError(f"model.path: {str(path)!r} {_single_file(place)}")
     index = place / "model_index.json"
-    if not index.is_file():
-        if place.exists() or not is_hub_id(str(path)):
-            what = "holds no model_index.json" if place.exists() else f"does not exist{sought(str(path))}"
+    if not os.path.isfile(index):
+        if os.path.exists(place) or not is_hub_id(str(path)):
+            what = "holds no model_index.json" if os.path.exists(place) else f"does not exist{sought(str(path))}"
             raise UserError(f"model.path: {str(path)!r} {what}; give a diffusers pipeline folder or a hub id")
         index = _fetched(str(path))
     try:
@@ -63,11 +64,11 @@ def _single_file(file: Path) -> str:
 
 def _fetched(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(hf_hub_download(name, "model_index.json"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"model.path: {name!r} is no local folder{sought(name)}, and the hub did not give it "
             f"({type(error).__name__}); check the name, log in for gated models, or give a folder"

@@ -1,5 +1,6 @@
 """From a model's path to a policy."""
 
+import os
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def model_settings(
     Raises UserError for a run folder whose trained weights are no single adapter, or with an `adapter` beside it.
     """
     model = expanded(model)
-    if (Path(model) / "recipe.yaml").is_file():
+    if os.path.isfile(Path(model) / "recipe.yaml"):
         settings = _run_model(Path(model), adapter)
     else:
         settings = toyworld_model() if model == EMBEDDED else Model(path=model)
@@ -100,7 +101,7 @@ def usual_sampling(model: str) -> tuple[Sampler, int, str]:
     another model; toyworld and the families of pipelines have their own.
     """
     model = expanded(model)
-    if (Path(model) / "recipe.yaml").is_file():
+    if os.path.isfile(Path(model) / "recipe.yaml"):
         recipe = load_recipe(Path(model) / "recipe.yaml")
         evaluation, model = recipe.evaluation, recipe.model.path
         if evaluation.prompts is not None:

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -102,6 +104,42 @@ def test_what_is_transparent_is_laid_on_white_and_that_is_said_once(tmp_path, ca
     for _ in range(2):
         assert levels(tmp_path / "a.png") == [[[255, 255, 255], [9, 9, 9]]]
     assert [record.getMessage() for record in caplog.records] == ["pictures with transparent parts are laid on white"]
+
+
+def png(colour, bits, row, **chunks):
+    """A PNG of one row of pixels, written by hand, since Pillow writes few kinds."""
+    size = 8 * len(row) // (bits * {0: 1, 2: 3, 3: 1}[colour])
+    about = struct.pack(">2I5B", size, 1, bits, colour, 0, 0, 0)
+    parts = {"IHDR": about, **chunks, "IDAT": zlib.compress(b"\0" + row), "IEND": b""}
+    written = [(name.encode() + data) for name, data in parts.items()]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in written
+    )
+
+
+def test_a_transparent_colour_is_found_among_pixels_of_any_bits(tmp_path):
+    path = tmp_path / "a.png"
+    for bits, row, clear, shown in ((2, b"\x1b", 1, (0, 255, 170, 255)), (4, b"\x0a", 10, (0, 255))):
+        path.write_bytes(png(0, bits, row, tRNS=struct.pack(">H", clear)))
+        assert [pixel[0] for pixel in levels(path)[0]] == list(shown)
+    path.write_bytes(png(3, 8, b"\0\1", PLTE=bytes([255, 0, 0, 0, 0, 255]), tRNS=bytes([0, 255])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert levels(path) == [[[255, 255, 255], [0, 0, 255]]]
+    path.write_bytes(png(2, 16, bytes(6), tRNS=bytes(6)))
+    with pytest.raises(RewardError, match=r"a\.png cannot be read as an image: its transparent colour is one of 16"):
+        read_picture(path)
+
+
+def test_a_pngs_own_gamma_is_followed_where_nothing_better_says_its_colours(tmp_path):
+    path, linear = tmp_path / "a.png", struct.pack(">I", 100_000)
+    for chunks, shown in (
+        ({"gAMA": linear}, 186),  # 255 (128 / 255)^(1 / 2.2)
+        ({"gAMA": struct.pack(">I", 45_455)}, 128),
+        ({"sRGB": b"\0", "gAMA": linear}, 128),
+    ):
+        path.write_bytes(png(2, 8, bytes([128, 128, 128]), **chunks))
+        assert levels(path) == [[[shown] * 3]]
 
 
 def test_half_transparent_pixels_are_mixed_and_opaque_ones_say_nothing(tmp_path, caplog):
