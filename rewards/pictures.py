@@ -94,7 +94,8 @@ def _say_white() -> None:
 
 def _fit_clear_colour(image: Image.Image) -> None:
     """A PNG's transparent colour as its pixels will be read, in 8 bits; ValueError for one of more bits than they."""
-    clear, raw = image.info.get("transparency"), str(image.tile[0][3]) if image.tile else ""
+    clear, tiles = image.info.get("transparency"), getattr(image, "tile", [])  # of an opened file, until it is loaded
+    raw = str(tiles[0][3]) if tiles else ""
     if image.format != "PNG" or clear is None:
         return
     if raw in ("L;2", "L;4"):
