@@ -136,6 +136,7 @@ def kept(folder: Path, step: int) -> dict[str, torch.Tensor]:
 # Through the loop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
 def test_one_step_and_two_resumed_equal_three(run: str, make: Callable[..., Recipe]) -> None:
     whole = quiet_train(make(run, "whole", train={"steps": 3}))

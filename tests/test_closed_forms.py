@@ -36,6 +36,8 @@ from flowalign.rollout import rollout
 from flowalign.trainer import Trainer
 from rewards import as_reward
 
+pytestmark = pytest.mark.slow  # trainings to their end
+
 RANGE = 32.0  # the pixels 0 and 1 are the latents -16 and 16
 ALL_AT_ONCE = 100_000
 

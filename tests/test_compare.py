@@ -26,6 +26,8 @@ from flowalign.rollout import rollout
 from flowalign.sampling.noise import EVALUATION
 from flowalign.settings import UserError
 
+pytestmark = pytest.mark.slow  # trainings to their end
+
 JUDGE = """
 def brightness(media, prompts, metadata):
     return media.flatten(1).mean(1)

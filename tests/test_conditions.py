@@ -122,6 +122,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(make: Make, tmp_path: P
         cache_conditions(policy, model, PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_run_with_kept_conditions_has_the_numbers_of_one_without(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"]["steps"] = 2
     values["rollout"]["guidance"] = 2.0
@@ -148,6 +149,7 @@ def spoilt(file: Path, position: int) -> None:
     os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_text_encoders_are_not_even_read_once_every_prompt_is_kept(
     values: dict[str, Any], tiny_sd35: Path, tmp_path: Path
 ) -> None:

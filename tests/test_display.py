@@ -112,6 +112,7 @@ def test_the_last_table_has_errors_and_names_what_was_trained_on(tmp_path: Path,
 # Ctrl-C
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end(
     values, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -305,6 +305,7 @@ def test_a_sustained_alarm_ends_the_run_where_asked(watched):
     assert len(alarmed) < 10
 
 
+@pytest.mark.slow
 def test_a_resumed_run_audits_as_one_that_was_not_stopped(watched, tmp_path):
     watched["train"]["steps"] = 2
     whole = audits(Trainer(recipe_from_dict(watched)).run())
@@ -315,6 +316,7 @@ def test_a_resumed_run_audits_as_one_that_was_not_stopped(watched, tmp_path):
     assert audits(trainer.run()) == whole
 
 
+@pytest.mark.slow
 def test_audit_of_a_run_repeats_its_last_evaluation(watched, tmp_path):
     folder = Trainer(recipe_from_dict(watched)).run()
     title, found = audit(str(folder))

@@ -241,6 +241,7 @@ sys.exit(status != 0)
 """
 
 
+@pytest.mark.slow
 def test_snapshots_of_weights_that_are_shared_out_are_used_and_not_passed_by() -> None:
     """In two processes: FSDP gathers from buffers of its own, and would take no others put in their place."""
     with socket.socket() as free:

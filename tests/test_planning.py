@@ -130,6 +130,7 @@ def measured_peak(policy: PipelinePolicy, rows: int) -> int:
     return peak
 
 
+@pytest.mark.slow
 def test_the_estimated_peak_is_near_the_measured_one() -> None:
     model = toyworld_model().model_copy(update={"dtype": "fp32"})
     planned = transformer_pass(meta_policy(model), 8, backward=True).peak

@@ -97,6 +97,7 @@ def test_a_step_is_compared_with_the_floor_beside_it_and_warm_ups_are_left_out(
     assert {"rollout", "reward", "train"} < set(found)
 
 
+@pytest.mark.slow
 def test_a_trace_of_the_second_step_is_written(values: dict[str, Any]) -> None:
     values["train"]["steps"] = 3
     recipe = recipe_from_dict(values)
@@ -109,6 +110,7 @@ def test_a_trace_of_the_second_step_is_written(values: dict[str, Any]) -> None:
     assert "aten::addmm" in (folder / "step_000002.txt").read_text()
 
 
+@pytest.mark.slow
 def test_of_a_single_step_that_one_is_traced(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"]["steps"] = 1
     folder = Trainer(recipe_from_dict(values), display=Display(quiet=True), profile=True).run() / "profile"

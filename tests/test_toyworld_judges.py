@@ -77,6 +77,7 @@ def test_the_better_picture_of_a_pair_is_true_and_the_other_is_not_or_is_damaged
     assert {damage for _, damage in found} == {True, False}
 
 
+@pytest.mark.slow
 def test_the_world_s_preference_chooses_the_better_picture_of_held_out_prompts_and_kinds_of_damage() -> None:
     found = held_out_pairs(3, 256, list(HELD_OUT.values()))
     reward = rewards.load("pickscore", model="toyworld/judges/preference")

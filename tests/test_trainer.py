@@ -45,6 +45,7 @@ def means(folder: Path) -> list[float]:
     return [json.loads(file.read_text())["summary"]["brightness"]["mean"] for file in files]
 
 
+@pytest.mark.slow
 def test_the_held_out_reward_rises(values: dict[str, Any]) -> None:
     folder = quiet_train(changed(values, train={"steps": 15, "group_size": 8}, evaluation={"every": 0}))
     before, after = means(folder)

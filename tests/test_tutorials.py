@@ -56,6 +56,7 @@ def test_the_custom_reward_tutorial_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert names["folder"] == Path("runs/darker")
 
 
+@pytest.mark.slow
 def test_the_model_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -109,6 +109,7 @@ def test_a_discriminator_goes_on_exactly_from_its_state(vit: Path, references: P
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_saturated_discriminator_raises_an_alarm_and_a_collapsed_one_another(vit: Path, references: Path) -> None:
     keen, lame = dino(vit, references, updates=150, learning_rate=2e-2), dino(vit, references, learning_rate=1e-9)
     for step in range(5):
