@@ -18,7 +18,8 @@ demo: setup
 	rm -rf runs/demo
 	$(BIN)/flowalign train toyworld_ocr_crd run.folder=runs/demo
 
-# Both parts run, whatever becomes of the first; two tests at a time, each on one core.
+# Both parts run, whatever becomes of the first; two tests at a time, each on one core. The model's precision is the
+# processor's; `FLOWALIGN_AUTO_DTYPE=bf16 make test` (or fp32) runs them in the other one.
 test: setup
 	@status=0; \
 	$(BIN)/python -m pytest -n 2 -m 'not slow' || status=1; \

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from flowalign.algorithms.base import Algorithm, Batch, Noised, guided_velocity
 from flowalign.lazy import torch
-from flowalign.settings import Section
+from flowalign.settings import MOST, Section
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
@@ -32,7 +32,7 @@ class Decay(Section):
     """Its value up to update `start`; 0 copies the weights."""
     slope: Annotated[float, Field(ge=0)] = 0.0
     """Its rise with every update after `start`."""
-    start: Annotated[int, Field(ge=0)] = 0
+    start: Annotated[int, Field(ge=0, le=MOST)] = 0
     """The update from which it rises."""
     last: Level = 1.0
     """Where the rise ends."""
@@ -64,7 +64,7 @@ class ForwardAlgorithm(Algorithm):
     """The settings of an algorithm that learns from finished samples noised anew."""
 
     needs: ClassVar = "final"
-    timesteps: Annotated[int, Field(gt=0)] = 2
+    timesteps: Annotated[int, Field(gt=0, le=MOST)] = 2
     """Noise levels that each sample is trained at."""
     timestep_sampling: TimestepSampling = "grid"
     """Drawn from the rollout's own sigmas without repeating; one from each of as many equal parts of them, so that more

@@ -42,6 +42,7 @@ from flowalign.algorithms.forward import Level, noised, predictions, reward_leve
 from flowalign.algorithms.nft import NFT, contrast
 from flowalign.lazy import clarabel, sparse, torch
 from flowalign.lazy import numpy as np
+from flowalign.settings import MOST
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
@@ -107,11 +108,11 @@ class Marble(NFT):
     """Divide advantages by the standard deviation of the whole step's rewards, of the group's, or by none."""
     balance: Literal["min_norm", "raco", "fixed"] = "min_norm"
     """How the rewards' gradients are joined: MARBLE's, with the recipe's weights as a preference, RACO's, or summed."""
-    every: Annotated[int, Field(gt=0)] = 10
+    every: Annotated[int, Field(gt=0, le=MOST)] = 10
     """Updates from one balancing, with a backward pass for each reward, to the next."""
     ema: Level = 0.7
     """How much of the mean weights a balancing keeps."""
-    uniform_from: Annotated[int, Field(ge=0)] | None = None
+    uniform_from: Annotated[int, Field(ge=0, le=MOST)] | None = None
     """The update from which only the recipe's weights count, for the paper's last, uniform stage; null: never."""
     radius: Annotated[float, Field(ge=0)] = 0.4
     """RACO's c: how far it may turn from the fixed sum."""
