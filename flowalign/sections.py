@@ -255,7 +255,7 @@ class Evaluation(Sampler):
 class Run(Section):
     """Where the run lives and when it ends."""
 
-    folder: str | None = None
+    folder: Annotated[str, Field(min_length=1)] | None = None
     """The run folder; null: runs/ and the recipe's name."""
     seed: Seed = 0
     """Of prompts, noise and initial weights."""
