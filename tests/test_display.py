@@ -143,14 +143,12 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
 
 
 def test_ctrl_c_in_the_first_evaluation_leaves_a_run_that_begins_again(values, tmp_path: Path) -> None:
-    first = Trainer(recipe_from_dict(values))
-
     class Asking(Display):
         def evaluating(self, pictures, doing="evaluating"):
             signal.raise_signal(signal.SIGINT)
             return super().evaluating(pictures, doing)
 
-    first.display = Asking()
+    first = Trainer(recipe_from_dict(values), display=Asking())
     with pytest.raises(Interrupted, match="stopped in the evaluation after step 0"):
         first.run()
     folder = Trainer(recipe_from_dict(values), resume=True).run()

@@ -164,7 +164,7 @@ def test_a_written_list_loads_and_is_disjoint_from_the_bundled_one(tmp_path):
     [
         ({"count": 0}, "count must be at least 1 prompt, not 0"),
         ({"mix": {"color": 1}}, "mix: there is no task 'color'; did you mean 'colors'?"),
-        ({"mix": {"colors": -1}}, "mix: the weight of colors must be a number of at least 0, not -1"),
+        ({"mix": {"colors": -1}}, "mix: the weight of colors must be a number from 0 to 1e9, not -1"),
         ({"mix": {"colors": float("nan")}}, "the weight of colors must be a number"),
         ({"mix": {"colors": 0}}, "at least one task needs a weight above 0"),
         ({"mix": {}}, "at least one task needs a weight above 0"),

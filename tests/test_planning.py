@@ -286,7 +286,7 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--vram", "0"])
     assert ended.value.code == 2
-    assert "--vram 0 must be a number above 0" in capsys.readouterr().err
+    assert "--vram 0 must be a number from .001 to 1e9" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--sharded"])
     assert ended.value.code == 2
