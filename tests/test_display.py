@@ -119,7 +119,6 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
     values["evaluation"] |= {"every": 2, "batch": 1}
     whole = {**values, "run": {**values["run"], "folder": str(tmp_path / "whole")}}
     Trainer(recipe_from_dict(whole)).run()
-    stopped = Trainer(recipe_from_dict(values))
 
     class Asking(Display):
         def evaluating(self, pictures, doing="evaluating"):
@@ -127,7 +126,7 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
                 signal.raise_signal(signal.SIGINT)
             return super().evaluating(pictures, doing)
 
-    stopped.display = Asking()
+    stopped = Trainer(recipe_from_dict(values), display=Asking())
     with pytest.raises(Interrupted, match="stopped in the evaluation after step 2 of 4; go on with --resume"):
         stopped.run()
     assert "an evaluation is not; once more to stop at once" in capsys.readouterr().out
