@@ -1,6 +1,5 @@
 """The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
 
-import importlib.metadata
 import os
 import shutil
 import sys
@@ -66,6 +65,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 def _show_version(asked: bool) -> None:
     if asked:
+        import importlib.metadata
+
         console.print(f"flowalign {importlib.metadata.version('flowalign')}")
         raise typer.Exit
 

@@ -18,14 +18,12 @@ class CheckFailed(UserError):
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, values never change, a field's docstring is its description.
+    """A part of a recipe: unknown keys are errors, values never change, each field has a docstring.
 
     Numbers are finite, and true and false are no numbers.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

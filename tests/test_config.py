@@ -1,10 +1,14 @@
 """Recipes: what loads, what a mistake is answered with, and the batch arithmetic."""
 
+import ast
 import copy
+import inspect
+import itertools
 import json
 import math
 import re
 import string
+import textwrap
 from typing import get_args
 
 import pytest
@@ -162,13 +166,25 @@ def test_every_setting_is_described_where_it_is_held():
         if section in seen:
             continue
         seen.add(section)
-        own = {key for key, field in section.model_fields.items() if not field.description}
+        own = set(section.model_fields) - _described(section)
         held = {key: _sections_in(field.annotation) for key, field in section.model_fields.items()}
         # A section describes itself, and so does an algorithm's name.
         silent = {key for key in own if key != "name" and not any(part.__doc__ for part in held[key])}
         assert not silent, section
         sections += [part for parts in held.values() for part in parts]
     assert {Lora, Rollout, RewardSettings, Guard, Combine, Shaping} < seen
+
+
+def _described(section: type[Section]) -> set[str]:
+    """The fields that a string literal follows in the source, here or in a class above."""
+    found = set()
+    for kind in section.__mro__[: section.__mro__.index(Section)]:
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                assert isinstance(text.value, ast.Constant) and isinstance(text.value.value, str), (kind, text.lineno)
+                found.add(field.target.id)
+    return found
 
 
 def _sections_in(annotation) -> list[type[Section]]:
