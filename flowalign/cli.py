@@ -299,7 +299,7 @@ def serve(
     quiet_libraries()
     import rewards as zoo
     from flowalign.options import parse_options
-    from rewards.server import serve as run_server
+    from rewards.http.server import serve as run_server
 
     options = parse_options(rewards, option or [])
     served = [name.rpartition(":")[2] for name in rewards]

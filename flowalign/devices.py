@@ -2,7 +2,7 @@
 
 import torch
 
-from rewards.weights import chosen_device
+from rewards.devices import chosen_device
 
 
 def own_device() -> torch.device:

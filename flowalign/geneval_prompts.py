@@ -19,7 +19,8 @@ from flowalign.data import Row, load_prompts
 from flowalign.runs import replace_text
 from flowalign.settings import UserError
 from rewards.base import nearest
-from rewards.geneval import COLORS, RELATIONS, TASKS
+from rewards.detectors.base import COLORS
+from rewards.geneval import RELATIONS, TASKS
 
 PUBLISHED_MIX: Mapping[str, float] = {
     "position": 0.7,

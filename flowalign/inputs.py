@@ -18,6 +18,7 @@ from flowalign.data import load_prompts
 from flowalign.policies.loading import EMBEDDED
 from flowalign.settings import UserError
 from flowalign.starting import read_json
+from rewards.catalogue import module_named
 
 Inputs = Mapping[str, Mapping[str, str]]  # by the recipe's key, of each file the checksum of its content
 
@@ -85,7 +86,7 @@ def _code(load: str) -> dict[str, str]:
     if source.endswith(".py"):
         return _files(source)
     try:
-        spec = importlib.util.find_spec(source)
+        spec = importlib.util.find_spec(module_named(source))
     except (ImportError, ValueError):
         return {}  # loading it says so
     return _files(spec.origin) if spec else {}

@@ -34,7 +34,7 @@ from rewards.combine import (
     weighted_sum,
     worst_case,
 )
-from rewards.weights import make_current
+from rewards.devices import make_current
 
 _SEPARATOR = "/"
 

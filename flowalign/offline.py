@@ -35,7 +35,7 @@ from flowalign.sampling.noise import STORE
 from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import Scores, score_all
-from rewards.pictures import read_picture
+from rewards.media import read_picture
 
 FORMAT = 1
 

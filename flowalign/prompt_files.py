@@ -92,7 +92,7 @@ def _is_picture(key: str, value: Any) -> bool:
         return True
     if name not in ("source", "src", "input", "original", "before"):
         return False
-    from rewards.pictures import SUFFIXES  # which brings the libraries that open pictures
+    from rewards.media import SUFFIXES  # which brings the libraries that open pictures
 
     return str(value).lower().endswith(SUFFIXES)
 

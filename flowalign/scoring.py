@@ -32,7 +32,7 @@ from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout import Progress
 from flowalign.runs import RunFolder, replace_text
 from flowalign.settings import UserError
-from rewards.pictures import pictures_in, read_picture
+from rewards.media import pictures_in, read_picture
 
 _BATCH = 16
 

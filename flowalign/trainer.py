@@ -40,7 +40,7 @@ from flowalign.step_samples import score_samples, step_samples
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
-from rewards.weights import chosen_device
+from rewards.devices import chosen_device
 
 
 class Trainer:

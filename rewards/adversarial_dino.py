@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from rewards.backbones.vit import VisionBackbone
 from rewards.base import RewardError, TrainableReward, at_least_one
-from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, load_training_state, training_state
-from rewards.pictures import folder_pictures
-from rewards.vit import VisionBackbone
+from rewards.media import chosen_frames, folder_pictures, mean_of_frames
 
 PATCH_WEIGHT = 0.3
 SATURATED_LOSS = 0.02  # of at most about 1.3: every picture lies beyond its margin
@@ -42,7 +41,7 @@ class AdversarialDINO(TrainableReward):
     """See the module.
 
     references: folder of pictures to look like; 200 are enough (the paper's ablation).
-    model: a timm vision transformer, as `rewards.vit.load_vit` takes it. hidden: width of the head.
+    model: a timm vision transformer, as `rewards.backbones.vit.load_vit` takes it. hidden: width of the head.
     updates: head steps after each training step that is a multiple of `every`. batch: pictures of each kind in one.
     buffer: generated pictures, the last so many, that are learnt from. patches: patches of a picture that are.
     A tile of a picture that is not square counts as a picture in `batch` and `buffer`.

@@ -15,10 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError, TrainableReward, at_least_one
-from rewards.frames import chosen_frames
 from rewards.learning import counted, load_training_state, training_state
+from rewards.media import chosen_frames, pictures_by_prompt, read_picture
 from rewards.pickscore import MODEL, PickScore
-from rewards.pictures import pictures_by_prompt, read_picture
 
 COLLAPSED_SPREAD = 1e-4  # of cosines
 PATIENCE = 10  # training steps in a row before an alarm

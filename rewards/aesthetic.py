@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from rewards.backbones.clip import ClipReward
+from rewards.backbones.weights import read_weights
 from rewards.base import RewardError
-from rewards.checkpoints import read_weights
-from rewards.clip import ClipReward
-from rewards.frames import chosen_frames, mean_of_frames
+from rewards.media import chosen_frames, mean_of_frames
 
 
 def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -22,12 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from rewards.backbones.vit import VisionBackbone
+from rewards.backbones.weights import located
 from rewards.base import RewardError, TrainableReward, reason
-from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, load_training_state, training_state
-from rewards.pictures import folder_pictures
-from rewards.vit import VisionBackbone
-from rewards.weights import located
+from rewards.media import chosen_frames, folder_pictures, mean_of_frames
 
 SHARPNESS = 4.0  # of the smooth maximum
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from rewards.catalogue import module_named
 from rewards.errors import RewardError as RewardError
 from rewards.errors import nearest as nearest
 
@@ -227,7 +228,10 @@ def import_object(spec: str) -> Any:
     if not source or not name:
         raise RewardError(f"{spec!r} must be written 'file.py:Name' or 'package.module:Name'")
     try:
-        module = _import_file(Path(source).expanduser()) if source.endswith(".py") else importlib.import_module(source)
+        if source.endswith(".py"):
+            module = _import_file(Path(source).expanduser())
+        else:
+            module = importlib.import_module(module_named(source))
     except RewardError:
         raise
     except Exception as error:

@@ -29,6 +29,15 @@ BUILT_IN = {
     "yes_no": "rewards.yes_no:YesNo",
 }
 ENTRY_POINT_GROUP = "flowalign.rewards"
+# Modules that a recipe may know by an earlier name.
+_MOVED = {
+    "rewards.clip_colors": "rewards.detectors.colors",
+    "rewards.mask2former": "rewards.detectors.mask2former",
+    "rewards.ocr_engine": "rewards.detectors.ocr_engine",
+    "rewards.remote": "rewards.http.remote",
+    "rewards.vlm_endpoint": "rewards.vlm.endpoint",
+    "rewards.vlm_local": "rewards.vlm.local",
+}
 
 
 def available() -> list[str]:
@@ -53,6 +62,11 @@ def check_name(name_or_path: str) -> None:
             f"there is no reward {name_or_path!r}; did you mean {nearest(name_or_path, known)!r}? "
             f"(known: {', '.join(known)}; or 'file.py:Name', 'package.module:Name')"
         )
+
+
+def module_named(source: str) -> str:
+    """The module that "package.module" names today."""
+    return _MOVED.get(source, source)
 
 
 def describe(name: str) -> str:

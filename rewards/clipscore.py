@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from rewards.backbones.clip import ClipReward
 from rewards.base import RewardError
-from rewards.clip import ClipReward
-from rewards.frames import mean_of_frames
+from rewards.media import mean_of_frames
 
 HESSEL_WEIGHT = 2.5
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rewards.base import Golden, Reward
-from rewards.frames import chosen_frames, mean_of_frames
+from rewards.media import chosen_frames, mean_of_frames
 
 
 class Colorfulness(Reward):

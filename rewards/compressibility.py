@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rewards.base import Reward, RewardError
-from rewards.frames import chosen_frames, mean_of_frames
+from rewards.media import chosen_frames, mean_of_frames
 
 
 class Compressibility(Reward):

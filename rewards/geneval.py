@@ -8,24 +8,20 @@ reference also appends a 1).
 A detection is ``{"class": str, "box": [x0, y0, x1, y1], "score": float, "color": str}``, boxes in pixels.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from rewards.base import Reward, RewardError, import_object, nearest
+from rewards.detectors.base import COLORS, SCORE_THRESHOLD, Detection, Detector
 
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-SCORE_THRESHOLD = 0.3
 COUNTING_SCORE_THRESHOLD = 0.9
 MAX_OBJECTS = 16
 POSITION_THRESHOLD = 0.1
-
-Detection = Mapping[str, Any]
-Detector = Callable[[torch.Tensor], list[list[Detection]]]
 
 
 class Verdict(NamedTuple):
@@ -175,8 +171,9 @@ class GenEval(Reward):
     """GenEval's score of each image, by any detector.
 
     `detector` maps images (B, 3, H, W) in [0, 1] to one list of detections per image; it may be given as
-    ``"package.module:Name"``, a class then made with `detector_options`: ``"rewards.mask2former:Mask2Former"`` is the
-    benchmark's. `strict_weight` mixes the official verdict into the soft score: 0 is soft, 1 is strict.
+    ``"package.module:Name"``, a class then made with `detector_options`; the benchmark's is
+    ``"rewards.detectors.mask2former:Mask2Former"``.
+    `strict_weight` mixes the official verdict into the soft score: 0 is soft, 1 is strict.
     Metadata rows are GenEval's: ``{"tag": ..., "include": [...], "exclude": [...]}``.
     """
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from rewards.checkpoints import checkpoint
-from rewards.clip import ClipReward
-from rewards.frames import mean_of_frames
+from rewards.backbones.clip import ClipReward
+from rewards.backbones.weights import checkpoint
+from rewards.media import mean_of_frames
 
 
 class HPSv2(ClipReward):

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from rewards.aesthetic import linear_layers
+from rewards.backbones.preprocessing import Preprocessing
+from rewards.backbones.weights import located, read_weights
 from rewards.base import Reward, RewardError, at_least_one, reason
-from rewards.checkpoints import read_weights
-from rewards.frames import chosen_frames, mean_of_frames
-from rewards.preprocessing import Preprocessing
-from rewards.weights import chosen_device, located
+from rewards.devices import chosen_device
+from rewards.media import chosen_frames, mean_of_frames
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the raw scores on the authors' data
 PIXEL_MEAN, PIXEL_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

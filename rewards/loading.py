@@ -8,7 +8,7 @@ import torch
 
 from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
 from rewards.catalogue import BUILT_IN, check_name, installed
-from rewards.weights import given_device, on_device
+from rewards.devices import given_device, on_device
 
 
 class FunctionReward(Reward):
@@ -39,7 +39,7 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
     """
     check_name(name_or_path)
     if name_or_path.startswith(("http://", "https://")):
-        remote = import_object("rewards.remote:RemoteReward")
+        remote = import_object("rewards.http.remote:RemoteReward")
         return _built(remote, name_or_path, {"urls": name_or_path, **options})
     if name_or_path in BUILT_IN:
         return _built(import_object(BUILT_IN[name_or_path]), name_or_path, options)

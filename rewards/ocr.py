@@ -3,7 +3,8 @@
 Source: Flow-GRPO (Liu et al., 2025), `ocr.py`. What differs: a failed engine is an error and not a score of 0; the
 engine is RapidOCR, whose models lie inside its wheel; a video's score is the mean over all frames that are read, also
 those that score 0. A prompt that quotes several texts wants all of them, where the published score is the first one's;
-quotes are those of `rewards.quotes`, and what reads alike is alike: full-width forms, curly apostrophes, ligatures.
+quotes are those of `rewards.detectors.quotes`, and what reads alike is alike: full-width forms, curly apostrophes,
+ligatures.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.fuzz import partial_ratio_alignment
 
 from rewards.base import Golden, Reward, RewardError, at_least_one
-from rewards.frames import chosen_frames, mean_of_frames
-from rewards.quotes import plain, quoted_texts, unwrapped
+from rewards.detectors.quotes import plain, quoted_texts, unwrapped
+from rewards.media import chosen_frames, mean_of_frames
 
 
 def quoted_text(prompt: str) -> str | None:
@@ -73,7 +74,7 @@ class OCR(Reward):
     threads: cores that the engine uses, all of them if None.
     frames: how many of a video's frames are read, the middles of as many equal spans.
     recogniser: another one than RapidOCR's own, which knows Latin, Chinese and Japanese letters: a language
-        (`rewards.ocr_engine.languages`, such as "cyrillic" or "korean"), whose model RapidOCR downloads, or the .onnx
+        (see `ocr_engine.languages`, such as "cyrillic" or "korean"), whose model RapidOCR downloads, or the .onnx
         file of a PP-OCR recogniser. keys: the file of its characters, one a line, in place of those in the model.
 
     A text with letters that the recogniser does not know is an error: its score would be low whatever is drawn.
@@ -94,7 +95,7 @@ class OCR(Reward):
         keys: str | None = None,
     ):
         at_least_one(self.name, batch_size=batch_size, threads=threads, frames=frames)
-        from rewards.ocr_engine import READERS, Settings, alphabet  # here, so that text_score needs no engine
+        from rewards.detectors.ocr_engine import READERS, Settings, alphabet  # here, so that text_score needs no engine
 
         if mode not in READERS:
             raise RewardError(f"reward 'ocr': mode must be one of {', '.join(READERS)}, not {mode!r}")

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError, shown
-from rewards.verdicts import preferred
-from rewards.vlm import VLM, VLMReward
+from rewards.vlm.base import VLM
+from rewards.vlm.reward import VLMReward
+from rewards.vlm.verdicts import preferred
 
 QUESTION = """These two images were generated from the caption below. Compare how well each follows the caption, how \
 good it looks and how free of flaws it is. You may reason first, inside <think> and </think>. Then give your verdict \

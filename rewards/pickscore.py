@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from rewards.backbones.clip import ClipReward
 from rewards.base import RewardError
-from rewards.clip import ClipReward
-from rewards.frames import mean_of_frames
+from rewards.media import mean_of_frames
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model's, as its authors use it

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError
-from rewards.frames import mean_of_frames
-from rewards.vlm import VLM, VLMReward
+from rewards.media import mean_of_frames
+from rewards.vlm.base import VLM
+from rewards.vlm.reward import VLMReward
 
 QUESTION = "Describe this image in detail."
 

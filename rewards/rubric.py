@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError
-from rewards.frames import mean_of_frames
-from rewards.verdicts import mark, statement
-from rewards.vlm import VLM, VLMReward
+from rewards.media import mean_of_frames
+from rewards.vlm.base import VLM
+from rewards.vlm.reward import VLMReward
+from rewards.vlm.verdicts import mark, statement
 
 DIMENSIONS = ("alignment", "coherence", "style")
 MAPPINGS = ("linear", "fifths")

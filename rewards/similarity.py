@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
+from rewards.backbones.features import unit_features
 from rewards.base import Reward, RewardError, at_least_one, reason, shown
-from rewards.features import unit_features
-from rewards.frames import chosen_frames, mean_of_frames
-from rewards.pictures import read_picture
+from rewards.media import chosen_frames, mean_of_frames, read_picture
 
 
 class Similarity(Reward):

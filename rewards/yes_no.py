@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from rewards.base import RewardError, shown
-from rewards.frames import mean_of_frames
-from rewards.pictures import open_picture
-from rewards.vlm import VLM, VLMReward
+from rewards.media import mean_of_frames, open_picture
+from rewards.vlm.base import VLM
+from rewards.vlm.reward import VLMReward
 
 QUESTION = 'Does this image show exactly what the caption "{prompt}" says, in good quality? Answer Yes or No.'
 COMPARISON = (

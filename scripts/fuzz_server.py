@@ -29,13 +29,13 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from rewards.wire import JSON, SAFETENSORS, encode
+from rewards.http.wire import JSON, SAFETENSORS, encode
 
 console = Console(highlight=False)
 TOKEN = "fuzz"
 SERVER = """
 import rewards
-from rewards.server import serve
+from rewards.http.server import serve
 serve({"colorfulness": rewards.load("colorfulness")}, port=0, max_items=8, max_bytes=2**20)
 """
 MEDIA = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -24,7 +24,7 @@ from transformers import CLIPModel
 from flowalign.toyworld.judges import clip as clips
 from flowalign.toyworld.judges import preference, vision
 from flowalign.toyworld.judges.measuring import measure
-from rewards.vit import load_vit
+from rewards.backbones.vit import load_vit
 
 STAGES = ("vit", "clip", "damage", "alike", "aesthetic", "preference")
 

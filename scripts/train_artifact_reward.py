@@ -14,8 +14,8 @@ from scipy.stats import rankdata
 
 from rewards import RewardError
 from rewards.artifact import Head, fit, head_logits, load_head, picture_patches, save_head
-from rewards.pictures import folder_pictures
-from rewards.vit import VisionBackbone
+from rewards.backbones.vit import VisionBackbone
+from rewards.media import folder_pictures
 
 
 def area_under_curve(clean: torch.Tensor, artifacts: torch.Tensor) -> float:

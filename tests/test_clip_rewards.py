@@ -31,10 +31,10 @@ import rewards
 from flowalign.toyworld.judges import examples
 from flowalign.toyworld.judges.spoiling import quality_examples
 from flowalign.toyworld.pretraining import make_tokenizer
-from rewards import clip as clip_module
 from rewards.aesthetic import linear_layers
-from rewards.checkpoints import read_weights
-from rewards.vit import VisionBackbone
+from rewards.backbones import clip as clip_module
+from rewards.backbones.vit import VisionBackbone
+from rewards.backbones.weights import read_weights
 
 PROMPTS = ["a photo of a red star", 'a sign that says "OWL"', "a photo of two rings"]
 SIZES = [(32, 32), (48, 80), (70, 40), (20, 25)]

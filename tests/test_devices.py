@@ -18,8 +18,8 @@ from flowalign.data import Row
 from flowalign.display import Display
 from flowalign.judging import Judging
 from flowalign.trainer import Trainer
-from rewards.features import unit_features
-from rewards.weights import chosen_device, given_device, on_device
+from rewards.backbones.features import unit_features
+from rewards.devices import chosen_device, given_device, on_device
 
 SECOND = torch.device("meta", 1)  # a device with an index that needs no card
 
@@ -27,7 +27,7 @@ JUDGES = """
 import os
 from accelerate.state import PartialState
 from rewards import Reward
-from rewards.weights import chosen_device
+from rewards.backbones.weights import chosen_device
 class Placed(Reward):
     def __init__(self, device=None, name="placed"):
         self.device, self.inside, self.name = device, str(chosen_device()), name

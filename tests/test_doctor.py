@@ -74,7 +74,7 @@ def test_a_missing_extra_names_the_command_that_adds_it(monkeypatch):
 def test_what_is_missing_or_forbidden_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(assets, "_PLACES", (tmp_path,))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.delitem(sys.modules, "rewards.ocr_engine", raising=False)
+    monkeypatch.delitem(sys.modules, "rewards.detectors.ocr_engine", raising=False)
     monkeypatch.setitem(sys.modules, "rapidocr", None)
     found = rows()
     for part, word in {

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import rewards
 from flowalign.toyworld.grammar import shape_scene, task_prompts
 from rewards import RewardError
-from rewards.geneval import COLORS, RELATIONS, TASKS, GenEval, judge, kept_detections, relations, soft_score
+from rewards.detectors.base import COLORS
+from rewards.geneval import RELATIONS, TASKS, GenEval, judge, kept_detections, relations, soft_score
 
 CLASSES = ("cat", "dog", "cup")
 

@@ -19,7 +19,8 @@ from flowalign.geneval_prompts import (
     write_training_prompts,
 )
 from flowalign.settings import UserError
-from rewards.geneval import COLORS, RELATIONS, TASKS
+from rewards.detectors.base import COLORS
+from rewards.geneval import RELATIONS, TASKS
 
 NAMES = ("cat", "orange", "bus", "person", "wine glass")
 OFFICIAL = dict(zip(TASKS, (80, 99, 80, 94, 100, 100), strict=True))

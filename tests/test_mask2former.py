@@ -23,13 +23,15 @@ from transformers import (
 import rewards
 from flowalign.data import load_prompts
 from rewards import RewardError
-from rewards.clip_colors import ColorClassifier
-from rewards.geneval import COLORS, refuse_unknown_classes
-from rewards.mask2former import Mask2Former, class_names, extents, instances
-from rewards.preprocessing import as_levels
+from rewards.backbones.preprocessing import as_levels
+from rewards.backbones.weights import bundled
+from rewards.detectors.base import COLORS
+from rewards.detectors.colors import ColorClassifier
+from rewards.detectors.mask2former import Mask2Former, class_names, extents, instances
+from rewards.geneval import refuse_unknown_classes
 
-SPEC = "rewards.mask2former:Mask2Former"
-COCO = [row for row in rewards.weights.bundled("geneval/object_names.txt").read_text().split("\n") if row]
+SPEC = "rewards.detectors.mask2former:Mask2Former"
+COCO = [row for row in bundled("geneval/object_names.txt").read_text().split("\n") if row]
 CAT, DOG = COCO.index("cat"), COCO.index("dog")
 PROMPT = {"tag": "single_object", "include": [{"class": "cat", "count": 1}]}
 

@@ -30,7 +30,7 @@ from flowalign.scoring import rescore_store
 from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 from rewards import RewardError
-from rewards.pictures import read_picture
+from rewards.media import read_picture
 
 JUDGES = """
 import torch

@@ -28,11 +28,11 @@ from starlette.testclient import TestClient
 
 import rewards
 from rewards import Reward, RewardError
-from rewards.asking import client_of, is_loopback
 from rewards.base import TrainableReward
-from rewards.remote import RemoteReward
-from rewards.server import app, serve
-from rewards.wire import JSON, SAFETENSORS, Limits, decode, encode
+from rewards.http.asking import client_of, is_loopback
+from rewards.http.remote import RemoteReward
+from rewards.http.server import app, serve
+from rewards.http.wire import JSON, SAFETENSORS, Limits, decode, encode
 
 JUDGE = """
 import os, time
@@ -368,10 +368,10 @@ def test_what_cannot_be_served_is_refused():
 
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "rewards.server")
+    monkeypatch.delitem(sys.modules, "rewards.http.server")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(RewardError, match=r"pip install 'flowalign\[serve\]'"):
-        importlib.import_module("rewards.server")
+        importlib.import_module("rewards.http.server")
 
 
 def test_health_and_errors_are_json_and_name_what_is_right():

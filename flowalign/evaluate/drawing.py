@@ -33,7 +33,7 @@ from flowalign.rollout import Progress, rollout
 from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling.noise import EVALUATION
 from flowalign.settings import UserError, counted
-from rewards.pictures import FORMATS, natural, pictures_in, read_picture
+from rewards.media import FORMATS, natural, pictures_in, read_picture
 
 # Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
 _NOT_PICTURES = {"path", "adapter", "dtype", "attention", "compile", "lora", "gradient_checkpointing"}

@@ -22,18 +22,9 @@ from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from flowalign.settings import CheckFailed, UserError
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
 from rewards.base import RewardError, import_object
-from rewards.geneval import (
-    COLORS,
-    RELATIONS,
-    TASKS,
-    Detector,
-    Verdict,
-    judge,
-    kept_detections,
-    refuse_unknown_classes,
-    soft_score,
-)
-from rewards.pictures import read_picture
+from rewards.detectors.base import COLORS, Detector
+from rewards.geneval import RELATIONS, TASKS, Verdict, judge, kept_detections, refuse_unknown_classes, soft_score
+from rewards.media import read_picture
 
 __all__ = ["Verdict", "judge", "soft_score"]
 
@@ -103,7 +94,7 @@ def load_judge(spec: str, options: Mapping[str, Any] | None = None) -> Judge:
     if ":" in spec:
         made, values = import_object(spec), dict(options or {})
     else:
-        made, values = import_object("rewards.mask2former:Mask2Former"), {"model": spec, **(options or {})}
+        made, values = import_object("rewards.detectors.mask2former:Mask2Former"), {"model": spec, **(options or {})}
     if values and not isinstance(made, type):
         raise UserError(f"--detector {spec} is no class, so it takes no --detector-option")
     try:

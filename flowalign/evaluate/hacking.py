@@ -21,7 +21,7 @@ from flowalign.evaluate.divergence import Divergence
 from flowalign.evaluate.evaluation import Evaluated, Seen
 from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from flowalign.settings import UserError
-from rewards.features import unit_features
+from rewards.backbones.features import unit_features
 
 CORRECTED, PANEL, DIVERSITY, VELOCITY = "corrected", "panel", "diversity", "velocity_ratio"
 _SIDE = 16  # pixels that pictures are shrunk to where no model compares them

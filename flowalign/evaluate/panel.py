@@ -38,7 +38,7 @@ from flowalign.runs import replace_text
 from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import score_all
-from rewards.pictures import read_picture
+from rewards.media import read_picture
 
 BASE, TUNED = "base", "tuned"
 

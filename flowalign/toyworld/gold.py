@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from flowalign.toyworld.render import Scene, render
 from rewards.base import Golden
-from rewards.frames import chosen_frames, mean_of_frames
+from rewards.media import chosen_frames, mean_of_frames
 from rewards.ocr import OCR
 
 LIGHTEST, DARKEST_GROUND, LIGHTEST_INK = 255.0, 220.0, 75.0  # 8-bit levels between which the world draws

@@ -26,8 +26,8 @@ from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.proxies import BACKBONE, fit_learned
 from flowalign.toyworld.render import render
 from rewards.artifact import save_head
-from rewards.pictures import read_picture
-from rewards.weights import whole
+from rewards.backbones.weights import whole
+from rewards.media import read_picture
 
 Settings = dict[str, Any]
 

@@ -21,8 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from flowalign.toyworld import grammar
 from flowalign.toyworld.render import SIZE, render
+from rewards.backbones.weights import whole
 from rewards.geneval import TASKS
-from rewards.weights import whole
 
 MAX_TOKENS = 20
 WIDTH = 128

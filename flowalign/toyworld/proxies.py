@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from rewards import Reward
 from rewards.artifact import load_head
-from rewards.frames import chosen_frames, mean_of_frames
+from rewards.backbones.vit import VisionBackbone
 from rewards.learning import Head, counted
+from rewards.media import chosen_frames, mean_of_frames
 from rewards.ocr import OCR
-from rewards.vit import VisionBackbone
 
 BACKBONE = "toyworld/judges/vit"
 _HIDDEN = 64

@@ -19,9 +19,9 @@ from rewards import Reward, RewardError, TrainableReward
 from rewards.adversarial_dino import AdversarialDINO, hinge_loss
 from rewards.adversarial_pickscore import PATIENCE, AdversarialPickScore
 from rewards.artifact import Artifact, fit, picture_logits, save_head, unlabelled_loss
+from rewards.backbones.preprocessing import Preprocessing
+from rewards.backbones.vit import VisionBackbone
 from rewards.learning import Head
-from rewards.preprocessing import Preprocessing
-from rewards.vit import VisionBackbone
 
 PROMPTS = ["a red sky", "a blue sea"]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.quotes import plain, quoted_texts
+from rewards.detectors.quotes import plain, quoted_texts
 
 
 @pytest.mark.parametrize(

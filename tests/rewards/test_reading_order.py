@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.reading_order import reading_order
+from rewards.detectors.reading_order import reading_order
 
 LINES = [[4, 7, 3], [9, 2], [3, 3, 3, 5]]  # letters of the words of each line
 

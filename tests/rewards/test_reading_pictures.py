@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-import rewards.pictures
+import rewards.media
 from rewards import RewardError
-from rewards.pictures import folder_pictures, natural, open_picture, pictures_in, read_picture
-from rewards.wire import JSON, Limits, decode
+from rewards.http.wire import JSON, Limits, decode
+from rewards.media import folder_pictures, natural, open_picture, pictures_in, read_picture
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -98,7 +98,7 @@ def transparent(mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
 def test_what_is_transparent_is_laid_on_white_and_that_is_said_once(tmp_path, caplog, mode):
-    rewards.pictures._say_white.cache_clear()
+    rewards.media._say_white.cache_clear()
     image, options = transparent(mode)
     image.save(tmp_path / "a.png", **options)
     for _ in range(2):
@@ -145,7 +145,7 @@ def test_a_pngs_own_gamma_is_followed_where_nothing_better_says_its_colours(tmp_
 def test_half_transparent_pixels_are_mixed_and_opaque_ones_say_nothing(tmp_path, caplog):
     Image.new("RGBA", (1, 1), (255, 0, 0, 51)).save(tmp_path / "a.png")
     assert levels(tmp_path / "a.png") == [[[255, 204, 204]]]
-    rewards.pictures._say_white.cache_clear()
+    rewards.media._say_white.cache_clear()
     caplog.clear()
     Image.new("RGBA", (1, 1), (255, 0, 0, 255)).save(tmp_path / "b.png")
     assert levels(tmp_path / "b.png") == [[[255, 0, 0]]] and not caplog.records

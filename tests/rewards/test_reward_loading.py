@@ -197,3 +197,17 @@ def test_loading_one_reward_imports_no_other_and_nothing_of_flowalign(source):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "module"),
+    [
+        ("rewards.mask2former:Mask2Former", "rewards.detectors.mask2former"),
+        ("rewards.clip_colors:ColorClassifier", "rewards.detectors.colors"),
+        ("rewards.remote:RemoteReward", "rewards.http.remote"),
+        ("rewards.vlm_local:LocalVLM", "rewards.vlm.local"),
+    ],
+)
+def test_the_spellings_of_earlier_recipes_go_on_working(spelling: str, module: str) -> None:
+    found = import_object(spelling)
+    assert found.__module__ == module and found is import_object(f"{module}:{spelling.partition(':')[2]}")

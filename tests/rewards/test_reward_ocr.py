@@ -20,9 +20,9 @@ from flowalign.data import Row
 from flowalign.evaluate.evaluation import check_prompts
 from rewards import RewardError
 from rewards.combine import score_all
+from rewards.detectors.ocr_engine import ink_lines
+from rewards.detectors.quotes import plain
 from rewards.ocr import OCR, quoted_text, text_score
-from rewards.ocr_engine import ink_lines
-from rewards.quotes import plain
 
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
 

@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import rewards
-from rewards.vlm import Unfinished, VLMError, final
-from rewards.vlm_local import PADDED, LocalVLM
+from rewards.vlm.base import Unfinished, VLMError, final
+from rewards.vlm.local import PADDED, LocalVLM
 
 YES = ("Yes", "yes", "YES", " Yes", " yes", " YES")
 NO = ("No", "no", "NO", " No", " no", " NO")

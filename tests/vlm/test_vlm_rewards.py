@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import rewards
-from rewards.verdicts import mark, preferred
-from rewards.vlm import VLM, VLMError
+from rewards.vlm.base import VLM, VLMError
+from rewards.vlm.verdicts import mark, preferred
 
 
 def picture(height, width, seed):

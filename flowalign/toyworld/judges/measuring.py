@@ -18,7 +18,7 @@ from flowalign.toyworld.judges.preference import Pair, held_out_pairs
 from flowalign.toyworld.judges.spoiling import quality_examples
 from flowalign.toyworld.judges.training import Log
 from rewards import Reward, load, score
-from rewards.clip import ClipFeatures
+from rewards.backbones.clip import ClipFeatures
 
 
 def measure(folder: Path, log: Log, rounds: int) -> None:

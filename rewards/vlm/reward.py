@@ -1,13 +1,7 @@
-"""Vision-language models as judges: one interface, a model of one's own or an OpenAI-compatible server behind it.
-
-Every picture is shown in 8-bit RGB. A video is judged frame by frame, with the published question about one picture,
-and scores the mean of its frames. Shapes: N questions, each with one or more pictures and one text; C choices.
-"""
+"""What every reward with a vision-language model behind it shares: its pictures, questions and unreadable answers."""
 
 import inspect
 import math
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,56 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from rewards.backbones.preprocessing import as_levels
 from rewards.base import Reward, RewardError, nearest, shown
-from rewards.frames import chosen_frames
-from rewards.preprocessing import as_levels
-
-Pictures = Sequence[Sequence[Image.Image]]  # of N questions, those that each is about
-UNPARSABLE = ("error", "tie", "mask")
-CUT_OFF = "was cut off before its verdict; raise max_tokens, now {}, or switch its reasoning off with `thinking: false`"
-# How models mark what they think before they answer: <think>, [THINK], and others of the kind.
-REASONING = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection)[>\]▷]", re.IGNORECASE)
-
-
-class VLMError(RewardError):
-    """What went wrong with a judge, in one sentence, and the number of the question where only one is concerned."""
-
-    def __init__(self, message: str, row: int | None = None):
-        super().__init__(message)
-        self.row = row
-
-
-class Unparsable(VLMError):
-    """Answers that do not begin with any of the choices: `problems` says why, by row; `found` has NaN in their rows."""
-
-    def __init__(self, problems: Mapping[int, str], found: torch.Tensor):
-        row = min(problems)
-        super().__init__(problems[row], row)
-        self.problems, self.found = problems, found
-
-
-class Unfinished(str):
-    """What a model had written of an answer that was cut off; no judge reads a verdict in it."""
-
-
-class VLM(ABC):
-    """A judge that sees pictures; what it answers to a question depends on that question alone."""
-
-    @abstractmethod
-    def answer(self, images: Pictures, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """The N greedy answers, of at most `max_tokens` tokens; those that were cut off are `Unfinished`."""
-
-    @abstractmethod
-    def choice_log_probs(self, images: Pictures, texts: Sequence[str], choices: Sequence[str]) -> torch.Tensor:
-        """Log-probabilities (N, C), float32, that the answer's first token reads as each choice.
-
-        Case and surrounding spaces do not count: "Yes", " yes" and "YES" are one choice. Raises Unparsable when some
-        answers begin with something else, such as the model's reasoning.
-        """
-
-    @abstractmethod
-    def continuation_log_prob(self, images: Pictures, question: str, continuations: Sequence[str]) -> torch.Tensor:
-        """Mean log-probabilities (N,), float32, of the tokens of each continuation as the answer to the question."""
+from rewards.media import chosen_frames
+from rewards.vlm.base import CUT_OFF, UNPARSABLE, VLM, Pictures, Unparsable, VLMError, at_least, final, first_line
 
 
 class VLMReward(Reward):
@@ -165,10 +113,10 @@ def opened(options: Mapping[str, Any]) -> VLM:
     Raises VLMError for an option that the one or the other does not have.
     """
     kind: type[VLM]
-    if options.get("url"):  # imported here, since both build on this file
-        from rewards.vlm_endpoint import EndpointVLM as kind  # noqa: N813
+    if options.get("url"):  # imported here: each is heavy, and one is enough
+        from rewards.vlm.endpoint import EndpointVLM as kind  # noqa: N813
     else:
-        from rewards.vlm_local import LocalVLM as kind  # noqa: N813
+        from rewards.vlm.local import LocalVLM as kind  # noqa: N813
     known = list(inspect.signature(kind).parameters)
     for option in options:
         if option not in known:
@@ -179,37 +127,3 @@ def opened(options: Mapping[str, Any]) -> VLM:
         missing = "`model`, its name on the server" if options.get("url") else "`model` (folder or hub id) or `url`"
         raise VLMError(f"it lacks {missing}")
     return kind(**options)
-
-
-def switches(thinking: bool | None, name: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The further keys that the option `name` gives a judge; VLMError unless it and `thinking` are of their kind."""
-    if thinking is not None and not isinstance(thinking, bool):
-        raise VLMError(f"thinking must be true or false, not {thinking!r}")
-    if further is not None and not isinstance(further, Mapping):
-        raise VLMError(f"{name} must be keys and values, not {further!r}")
-    return dict(further or {})
-
-
-def at_least(option: str, value: int, lowest: int) -> None:
-    """VLMError unless the option's value is a whole number of at least `lowest`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-        raise VLMError(f"{option} must be a whole number of at least {lowest}, not {value!r}")
-
-
-def final(answer: str) -> str | None:
-    """What an answer says after its reasoning; None where it, or its reasoning, was cut off."""
-    marks = list(REASONING.finditer(answer))
-    if isinstance(answer, Unfinished) or (marks and not marks[-1][1]):
-        return None
-    return answer[marks[-1].end() :].strip() if marks else answer.strip()
-
-
-def plain(text: str) -> str:
-    """A short answer without what does not count: its case and the spaces around it."""
-    return text.strip().lower()
-
-
-def first_line(text: str) -> str:
-    """What an error shows of a text."""
-    line = (text.strip().splitlines() or [""])[0]
-    return line if len(line) <= 200 else line[:197] + "..."

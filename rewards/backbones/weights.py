@@ -1,20 +1,19 @@
 """Where a reward's weights come from: a folder or file of one's own, the hub, or the package itself."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file
 
-from rewards.base import RewardError
+from rewards.base import RewardError, reason
 
 # In a checkout beside the package, in an installation inside its sister package.
 _PLACES = tuple(Path(__file__).parent.parent / place for place in ("assets", "flowalign/assets"))
 BUNDLED = "toyworld/"
-_given: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
 
 def bundled(name: str) -> Path:
@@ -28,42 +27,6 @@ def bundled(name: str) -> Path:
 def located(model: str) -> str:
     """A bundled name ("toyworld/judges/clip") as its path; any other path or hub id as it is."""
     return str(bundled(model)) if model.startswith(BUNDLED) and not Path(model).exists() else model
-
-
-def chosen_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` with its index, but a processor without; None: that of `on_device`, else the accelerator's current one.
-
-    An index tells the devices of several processes apart, in what is loaded for one and kept for others too.
-    """
-    found = _given.get() if device is None else torch.device(device)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = found or accelerator or torch.device("cpu")
-    if found.type == "cpu":
-        return torch.device("cpu")
-    if found.index is None and accelerator is not None and found.type == accelerator.type:
-        return torch.device(found.type, torch.accelerator.current_device_index())
-    return found
-
-
-def given_device() -> torch.device | None:
-    """That of the innermost `on_device`."""
-    return _given.get()
-
-
-@contextmanager
-def on_device(device: str | torch.device) -> Iterator[None]:
-    """What is loaded within chooses this device, unless it is told another."""
-    token = _given.set(chosen_device(device))
-    try:
-        yield
-    finally:
-        _given.reset(token)
-
-
-def make_current(device: torch.device) -> None:
-    """For the thread that calls it: a new one begins on card 0, whatever the others work on."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
 
 
 def whole(load: Callable[..., Any], *place: Any, **options: Any) -> Any:
@@ -89,3 +52,41 @@ def whole(load: Callable[..., Any], *place: Any, **options: Any) -> Any:
             first = ", ".join(sorted(names)[:3])
             raise ValueError(f"{fault} {first}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
     return network
+
+
+def checkpoint(file: str, reward: str) -> Path:
+    """The path of a weights file: a path, a bundled name, or "organisation/repository/file" on the hub.
+
+    Raises RewardError, in the name of `reward`, when there is no such file.
+    """
+    path = Path(located(file)).expanduser()
+    if path.is_file():
+        return path
+    parts = file.split("/")
+    if len(parts) < 3 or not all(parts):
+        raise RewardError(
+            f"reward {reward!r}: there is no file {file}, and a file on the hub is ORGANISATION/REPO/FILE"
+        )
+    try:
+        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+    except Exception as error:
+        raise RewardError(
+            f"reward {reward!r}: {file} is neither a file nor to be had from the hub: {reason(error)}"
+        ) from error
+
+
+def read_weights(file: str, reward: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors or torch file that `checkpoint` finds, in float32; also those under "state_dict"."""
+    path = checkpoint(file, reward)
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise RewardError(f"reward {reward!r}: {path} cannot be read as weights: {reason(error)}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise RewardError(f"reward {reward!r}: {path} holds no tensors by name")
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}

@@ -14,10 +14,11 @@ import torch
 from timm.data.config import resolve_model_data_config
 from torch.nn import functional as F
 
+from rewards.backbones.preprocessing import Mode, Preprocessing
+from rewards.backbones.weights import located
 from rewards.base import RewardError, at_least_one, reason
-from rewards.pictures import read_picture
-from rewards.preprocessing import Mode, Preprocessing
-from rewards.weights import chosen_device, located
+from rewards.devices import chosen_device
+from rewards.media import read_picture
 
 _MODES: dict[str, Mode] = {"center": "shortest", "squash": "squash", "border": "longest"}
 

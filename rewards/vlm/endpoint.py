@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from tenacity.nap import sleep_using_event
 
-from rewards.asking import client_of
 from rewards.base import RewardError, reason
-from rewards.vlm import (
+from rewards.http.asking import client_of
+from rewards.vlm.base import (
     REASONING,
     VLM,
     Pictures,

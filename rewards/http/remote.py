@@ -1,7 +1,8 @@
 """A reward that a server scores: `rewards.load("http://host:8000/ocr")`, or several servers of one reward.
 
-Several addresses, separated by commas, share the work, and what one fails to answer another is asked. `rewards.wire`
-loses nothing, so that scores are those of the reward in this process, bit for bit where both machines compute alike.
+Several addresses, separated by commas, share the work, and what one fails to answer another is asked.
+`rewards.http.wire` loses nothing, so that scores are those of the reward in this process, bit for bit where both
+machines compute alike.
 """
 
 import math
@@ -15,9 +16,9 @@ from typing import Any
 import httpx2
 import torch
 
-from rewards.asking import Asker, Server
 from rewards.base import Reward, RewardError, as_scores, nearest, reason
-from rewards.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
+from rewards.http.asking import Asker, Server
+from rewards.http.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
 
 
 class RemoteReward(Reward):

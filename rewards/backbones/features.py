@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from rewards.backbones.clip import ClipFeatures
+from rewards.backbones.vit import VisionBackbone
 from rewards.base import RewardError
-from rewards.clip import ClipFeatures
-from rewards.vit import VisionBackbone
 
 
 def unit_features(

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
+from rewards.backbones.preprocessing import Preprocessing, as_levels
+from rewards.backbones.weights import located, whole
 from rewards.base import Reward, RewardError, at_least_one, reason
-from rewards.frames import chosen_frames
-from rewards.preprocessing import Preprocessing, as_levels
-from rewards.weights import chosen_device, located, whole
+from rewards.devices import chosen_device
+from rewards.media import chosen_frames
 
 
 class TransformersClip(nn.Module):

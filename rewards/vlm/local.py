@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from rewards.backbones.weights import located, whole
 from rewards.base import reason
-from rewards.vlm import REASONING, VLM, Pictures, Unfinished, Unparsable, VLMError, at_least, plain, switches
-from rewards.weights import chosen_device, located, whole
+from rewards.devices import chosen_device
+from rewards.vlm.base import REASONING, VLM, Pictures, Unfinished, Unparsable, VLMError, at_least, plain, switches
 
 # Model types whose padded questions were measured to be judged as each alone. Those of any other type are judged
 # together only where they are of one length and their pictures of one size, so that nothing is padded.

@@ -10,8 +10,8 @@ import open_clip
 import torch
 from torch.nn import functional as F
 
-from rewards.clip import ClipFeatures
-from rewards.geneval import COLORS
+from rewards.backbones.clip import ClipFeatures
+from rewards.detectors.base import COLORS
 
 OPENAI = "ViT-L-14-quickgelu/openai"
 """GenEval's ViT-L-14 of OpenAI, which open_clip 3 computes with the right activation under this name alone."""
@@ -22,7 +22,7 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 class ColorClassifier:
     """Which of GenEval's ten colours an object has.
 
-    clip: an open_clip ARCHITECTURE/TAG, or a CLIP model as `rewards.clip` finds it: a folder, a hub id, "hf-hub:...".
+    clip: an open_clip ARCHITECTURE/TAG, or a CLIP model: a folder, a hub id, "hf-hub:...".
     owner: in whose name errors are raised. device: the accelerator if there is one.
     """
 

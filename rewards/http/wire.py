@@ -1,11 +1,11 @@
-"""What passes between `rewards.remote` and `rewards.server`: media as safetensors or PNG, the rest as JSON, no pickle.
+"""What passes between `remote` and `server`: media as safetensors or PNG, the rest as JSON, no pickle.
 
 A request for scores is one of
 
 - `application/safetensors`: one tensor "media", (B, 3, H, W) or (B, F, 3, H, W), of F16, BF16 or F32 in [0, 1] or of
   U8 (which counts levels of 255); the file's metadata holds "prompts" and "metadata", each a JSON list of B entries.
 - `application/json`: a list of {"png": base64, "prompt": text, "metadata": {}}, the pictures all of one size, read as
-  `rewards.pictures` reads files.
+  `rewards.media` reads files.
 
 The format of safetensors: https://github.com/huggingface/safetensors#format.
 """
@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from rewards.base import RewardError, reason
-from rewards.pictures import as_viewed
+from rewards.media import as_viewed
 
 PROTOCOL = 1
 SAFETENSORS, JSON = "application/safetensors", "application/json"

@@ -1,6 +1,6 @@
 """Rewards behind HTTP: `serve({"ocr": rewards.load("ocr")})`, for `rewards.load("http://host:8000/ocr")`.
 
-GET /health, GET /spec, POST /score/NAME with a request of `rewards.wire` -> {"scores": [B numbers, null where the
+GET /health, GET /spec, POST /score/NAME with a request of `rewards.http.wire` -> {"scores": [B numbers, null where the
 reward left an item out], "counted": {what: number}}, and
 POST /applies/NAME with {"rows": [metadata with its "prompt"]} -> {"applies": [B booleans]}. Every failure answers
 {"error": sentence}: 400 the request is wrong, 401 the token, 404 no such reward, 408 it stopped coming, 413 it is too
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from rewards.asking import is_loopback
 from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, nearest, reason
+from rewards.devices import chosen_device, make_current
+from rewards.http.asking import is_loopback
+from rewards.http.wire import JSON, PROTOCOL, TEXT_BYTES, TOKEN_VARIABLE, Limits, TooLarge, decode, from_json, secret
 from rewards.loading import FunctionReward
-from rewards.weights import chosen_device, make_current
-from rewards.wire import JSON, PROTOCOL, TEXT_BYTES, TOKEN_VARIABLE, Limits, TooLarge, decode, from_json, secret
 
 try:
     import uvicorn

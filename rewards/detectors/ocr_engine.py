@@ -21,8 +21,8 @@ from rapidocr.utils.model_resolver import list_supported_langs
 from rapidocr.utils.typings import TaskType
 
 from rewards.base import RewardError, nearest, reason
-from rewards.quotes import plain
-from rewards.reading_order import reading_order
+from rewards.detectors.quotes import plain
+from rewards.detectors.reading_order import reading_order
 
 INK = 45  # levels of 255 in any channel by which ink differs from the background
 MARGIN = 3  # pixels of background kept around a line

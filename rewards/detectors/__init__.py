@@ -1,0 +1,1 @@
+"""What finds objects, colours and text in pictures."""

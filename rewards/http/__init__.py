@@ -1,0 +1,1 @@
+"""Rewards over HTTP: the server, the reward that asks one, and what passes between them."""

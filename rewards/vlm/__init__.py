@@ -1,0 +1,1 @@
+"""Vision-language models as judges: of one's own or behind a server, and how their answers are read."""
