@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 EMBEDDED = "toyworld"  # the name of the model that comes with the package
 _PLACES = (Path(__file__).parent / "assets", Path(__file__).parent.parent / "assets")

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
-from flowalign.settings import UserError
 
 SUMS = "SHA256SUMS"  # in the format that `sha256sum --check` reads
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from weakref import WeakValueDictionary
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 _holders: WeakValueDictionary[int, "Claims"] = WeakValueDictionary()  # who last claimed a thing, by the thing's id
 

@@ -28,8 +28,8 @@ from flowalign.command import (
     with_homes,
 )
 from flowalign.command import device as _device
+from flowalign.config.base import MOST, CheckFailed, UserError
 from flowalign.interrupt import Interrupted
-from flowalign.settings import MOST, CheckFailed, UserError
 from rewards.errors import RewardError
 
 EXIT_CODES = (

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from flowalign.command import RewardOptions, console, device, quiet_libraries
-from flowalign.paths import expanded
-from flowalign.settings import MOST, UserError, counted
+from flowalign.config.base import MOST, UserError, counted
+from flowalign.config.paths import expanded
 
 if TYPE_CHECKING:
     from flowalign.evaluate.benchmark import Benchmark
@@ -20,7 +20,7 @@ eval_app = typer.Typer(no_args_is_help=True, help="Say how good a model is, with
 data_app = typer.Typer(no_args_is_help=True, help="Write prompt lists.")
 
 OWN = "by default a run's evaluation's, else what its kind of model is drawn with"
-Grid = Literal["model", "uniform"]  # as `flowalign.sections.Sampler` has them
+Grid = Literal["model", "uniform"]  # as `flowalign.config.sections.Sampler` has them
 Solver = Literal["euler", "dpm++"]
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"

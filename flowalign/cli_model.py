@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from flowalign.command import console, device, quiet_libraries, verdict
-from flowalign.settings import MOST
+from flowalign.config.base import MOST
 
 model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_help=True)
 

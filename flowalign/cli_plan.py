@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from flowalign.command import console, quiet_libraries
-from flowalign.settings import MOST, UserError
+from flowalign.config.base import MOST, UserError
 
 if TYPE_CHECKING:
     from flowalign.planning import Plan

@@ -7,7 +7,7 @@ import typer
 
 from flowalign.cli_evaluate import GridOption, Guidance, Seed, SequenceLength, Size, SolverOption, Steps
 from flowalign.command import RewardOptions, console, device, quiet_libraries
-from flowalign.settings import MOST, UserError
+from flowalign.config.base import MOST, UserError
 
 
 def sample(

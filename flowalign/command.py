@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from flowalign.paths import expanded
+from flowalign.config.paths import expanded
 
 
 def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:

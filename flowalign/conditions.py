@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.inputs import model_folder
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Condition, Policy, forward_dtype
 from flowalign.policies.loading import load_policy
 from flowalign.runs import replace_text
-from flowalign.settings import UserError
 
 AT_ONCE = 16  # prompts that are encoded together
 _NO_TEXT = ("transformer", "vae", "unet")  # the parts of a pipeline that do not change what a prompt is encoded to

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.assets import asset
+from flowalign.config.base import UserError
+from flowalign.config.paths import expanded
 from flowalign.lazy import torch
-from flowalign.paths import expanded
 from flowalign.prompt_files import READERS, read_prompt_file
 from flowalign.sampling.noise import PROMPTS, counted_generator
-from flowalign.settings import UserError
 
 BUNDLED = {
     "toyworld/words_train": "toyworld/prompts/words_train.txt",

@@ -13,13 +13,13 @@ from huggingface_hub import constants as hub
 
 import rewards
 from flowalign.assets import asset
+from flowalign.config.base import UserError
 from flowalign.data import BUNDLED
 from flowalign.devices import own_device
 from flowalign.policies.attention import CANDIDATES, attention_seconds, use_attention
 from flowalign.policies.base import forward_dtype
 from flowalign.policies.compiling import why_not_compiled
 from flowalign.runs import versions
-from flowalign.settings import UserError
 from flowalign.toyworld.render import Scene, render
 
 Row = tuple[str, bool, str]  # part, whether it works, and how or why not

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from flowalign.assets import EMBEDDED
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
+from flowalign.config.paths import expanded
 from flowalign.data import load_prompts
-from flowalign.paths import expanded
 from flowalign.policies.folders import is_hub_id, pipeline_index
-from flowalign.settings import UserError
 from rewards.catalogue import check_name
 
 

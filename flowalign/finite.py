@@ -7,7 +7,7 @@ import torch
 
 from flowalign.algorithms import GDRO, FlowGRPO
 from flowalign.config import Recipe
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 
 class NotFinite(UserError):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from flowalign.advantages import Scored
+from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
 from flowalign.data import Row
@@ -70,7 +71,7 @@ class _Pixel(Policy):
 @torch.inference_mode(False)
 def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
     """The forwards of the first training steps over all processes: the first may save what later ones cannot."""
-    algorithm = recipe.algorithm.model_copy(deep=True)
+    algorithm = algorithm_of(recipe).model_copy(deep=True)
     if isinstance(algorithm, ForwardAlgorithm):  # how many levels count, not where they lie on a pixel's schedule
         algorithm = algorithm.model_copy(update={"timestep_range": (0.0, 1.0)})
     together = recipe.unit_items - 1 if recipe.in_parts else recipe.items_per_step + recipe.train.group_size
@@ -85,7 +86,7 @@ def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
 
 
 def _step(recipe: Recipe, policy: _Pixel, learner: Learner, step: int) -> Forwards:
-    train, algorithm = recipe.train, recipe.algorithm
+    train, algorithm = recipe.train, algorithm_of(recipe)
     policy.forwards = policy.with_gradient = 0
     rows = [Row(place, str(place)) for place in range(train.prompts_per_step)]
     samples = rollout(
@@ -117,6 +118,6 @@ def _score(samples: Samples, recipe: Recipe, step: int) -> None:
     weights = torch.tensor([entry.weight for entry in recipe.rewards.values()])
     every = torch.ones_like(values, dtype=torch.bool)
     scored = Scored(values.mean(0), values, every, weights, names, previews).trained()
-    samples.scored, samples.teaches = scored, recipe.algorithm.teaches(scored, samples.groups)
-    samples.advantages = recipe.algorithm.advantages(scored, samples.groups)
+    samples.scored, samples.teaches = scored, algorithm_of(recipe).teaches(scored, samples.groups)
+    samples.advantages = algorithm_of(recipe).advantages(scored, samples.groups)
     samples.shares = scored.shares(samples.teaches).T

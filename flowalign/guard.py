@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flowalign.config import Evaluation, Guard, Recipe
+from flowalign.config.base import UserError
 from flowalign.data import Row, shared_rows
 from flowalign.evaluate.bands import Band
 from flowalign.evaluate.divergence import Divergence, reference_divergence
@@ -17,7 +18,6 @@ from flowalign.evaluate.pages import read_evaluations
 from flowalign.judging import Judging
 from flowalign.policies.base import Policy
 from flowalign.sampling.noise import EVALUATION
-from flowalign.settings import UserError
 from rewards import Reward
 
 BEST, BEST_UNHACKED = "best", "best_unhacked"

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from flowalign.advantages import Scored, has_spread
+from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.processes import summed
 from flowalign.rollout import Samples
@@ -68,10 +69,10 @@ class Idle:
         All processes call it alike. samples: this process's; tested: whether the self-test is over.
         """
         skipped, before = figures.get("skipped_updates", 0), self.reason
-        flat = {} if self.recipe.algorithm.learns_from_equal else figures.get("flat", {})
+        flat = {} if algorithm_of(self.recipe).learns_from_equal else figures.get("flat", {})
         told = {name: f"reward {name!r} {does}" for name, does in flat.items()}
         self.reason = None
-        if figures["zero_spread"] == 1 and not self.recipe.algorithm.learns_from_equal:
+        if figures["zero_spread"] == 1 and not algorithm_of(self.recipe).learns_from_equal:
             equal = "what the rewards add up to is equal within every prompt"
             self.reason = "; ".join(told.values()) or (
                 equal if "total" in figures["reward"] else "no picture was judged"

@@ -14,9 +14,9 @@ from urllib.parse import quote
 
 from flowalign.assets import asset
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.data import load_prompts
 from flowalign.policies.loading import EMBEDDED
-from flowalign.settings import UserError
 from flowalign.starting import read_json
 from rewards.catalogue import module_named
 

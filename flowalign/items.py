@@ -9,12 +9,12 @@ import torch
 from flowalign.algorithms import Batch, Noised, Transition
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.rollout import Samples
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import FORWARD
 from flowalign.sampling.steps import column
-from flowalign.settings import UserError
 
 
 def check_levels(recipe: Recipe, policy: Policy) -> None:

@@ -13,14 +13,14 @@ from accelerate.utils import gather_object
 from flowalign.advantages import Scored
 from flowalign.algorithms.base import Algorithm
 from flowalign.config import Combine, Recipe
+from flowalign.config.base import UserError
+from flowalign.config.mistakes import nearest
+from flowalign.config.rewards import Shaping
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import load_rewards
-from flowalign.mistakes import nearest
 from flowalign.offline import GroupStore
 from flowalign.processes import summed
-from flowalign.reward_sections import Shaping
 from flowalign.rollout import Samples
-from flowalign.settings import UserError
 from rewards import Reward, TrainableReward, as_reward
 from rewards.combine import (
     Scores,

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
+from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.finite import what_to_lower
 from flowalign.items import Items
 from flowalign.policies.base import Policy
@@ -17,7 +19,6 @@ from flowalign.rollout import Progress, Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
 from flowalign.selftest import LOWEST_SCALE, SelfTest
-from flowalign.settings import UserError
 
 
 def optimizer_class(name: Literal["adamw", "adamw8bit"]) -> Callable[..., torch.optim.Optimizer]:
@@ -59,7 +60,7 @@ class Learner:
         Raises UserError for a loss or a gradient that is not finite; in half precision an update whose gradient
         overflows is skipped, and the scale of the losses halved.
         """
-        recipe, train, algorithm = self.recipe, self.recipe.train, self.recipe.algorithm
+        recipe, train, algorithm = self.recipe, self.recipe.train, algorithm_of(self.recipe)
         figures = Figures()
         norms: list[float | None] = []
         for turn in range(train.passes):
@@ -98,7 +99,7 @@ class Learner:
         the same figures and gradients to sum, and with a model that is shared out, up to the most that a process has.
         """
         items = torch.arange(units.shape[1])
-        draws = len(items) // (self.recipe.train.group_size if self.recipe.algorithm.unit != "item" else 1)
+        draws = len(items) // (self.recipe.train.group_size if algorithm_of(self.recipe).unit != "item" else 1)
         spare = torch.stack([items // draws, items % draws], dim=1)[None]  # as large as any: others wait for its passes
         own = units[share.places]
         size = max(1, self.recipe.train.micro_batch // len(items))
@@ -117,7 +118,7 @@ class Learner:
         progress: Progress | None,
     ) -> float | None:
         """One optimizer update on chunks of `total` units over all processes; the gradient norm, or None if skipped."""
-        algorithm, train = self.recipe.algorithm, self.recipe.train
+        algorithm, train = algorithm_of(self.recipe), self.recipe.train
         apart = algorithm.apart(self.update)
         gradients: torch.Tensor | float = 0.0
         finite = True
@@ -199,7 +200,7 @@ class Learner:
         seen: Mapping[str, float] = {}
         if gradients.isfinite().all():
             gram = gradients.double() @ gradients.double().T / self.scaler.get_scale() ** 2
-            weights, seen = self.recipe.algorithm.gradient_weights(gram.cpu())
+            weights, seen = algorithm_of(self.recipe).gradient_weights(gram.cpu())
         joined = weights.to(gradients) @ gradients
         parts = joined.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):

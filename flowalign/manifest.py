@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from flowalign.config.base import UserError
 from flowalign.data import Row, load_prompts
-from flowalign.settings import UserError
 
 MANIFEST, TABLE, FILE_NAME = "metadata.jsonl", "metadata.csv", "file_name"
 

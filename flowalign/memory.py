@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from flowalign.config import Recipe
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 
 @contextmanager

@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.folders import loading, part_class
 from flowalign.policies.loading import find_family
-from flowalign.settings import UserError
 
 DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

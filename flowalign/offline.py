@@ -25,14 +25,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
+from flowalign.config.paths import sought
 from flowalign.data import Row, step_rows
-from flowalign.paths import sought
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, Samples, rollout
 from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
-from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import Scores, score_all
 from rewards.media import read_picture

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from flowalign.mistakes import nearest
-from flowalign.paths import expanded
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
+from flowalign.config.mistakes import nearest
+from flowalign.config.paths import expanded
 
 _NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")  # such as 1e-3, a text for YAML 1.1
 

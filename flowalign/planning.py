@@ -12,7 +12,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from flowalign.algorithms import Algorithm
+from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
+from flowalign.config.base import CheckFailed, UserError
 from flowalign.data import load_prompts
 from flowalign.forwards import Forwards, step_forwards
 from flowalign.modelsize import (
@@ -27,7 +29,6 @@ from flowalign.modelsize import (
 )
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.processes import MESSAGE, refuse_all_trained
-from flowalign.settings import CheckFailed, UserError
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # assumed: the device's context, libraries' workspaces, fragmentation
@@ -165,7 +166,7 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     counts, model, train = costs.counts, recipe.model, recipe.train
     full, weights = model.lora is None, counts["trainable"]
     texts = _text_encoders(costs)
-    kept = snapshots(recipe.algorithm, train.ema_decay is not None) + (["reference"] if full else [])
+    kept = snapshots(algorithm_of(recipe), train.ema_decay is not None) + (["reference"] if full else [])
     small = train.optimizer == "adamw8bit"
     element, text_bytes = 4 if full else costs.element, texts * costs.element
     released = f"released after encoding; {text_bytes / GIB:.2f} GiB while the run starts"
@@ -193,7 +194,9 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     ]
     if gpus > 1:
         parts.append(Part("gradients sent", min(weights, MESSAGE) * 8, "8 B a weight of a message"))
-    if recipe.algorithm.apart(0):  # rows, their sum and their stack in float32, and twice in float64 for the products
+    if algorithm_of(recipe).apart(
+        0
+    ):  # rows, their sum and their stack in float32, and twice in float64 for the products
         losses = len(recipe.trained_rewards)
         parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
     parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} pictures and paths"))
@@ -207,7 +210,7 @@ def _text_encoders(costs: Costs) -> int:
 
 
 def _samples_bytes(recipe: Recipe, costs: Costs, gpus: int) -> float:
-    algorithm, window = recipe.algorithm, recipe.rollout.window_length
+    algorithm, window = algorithm_of(recipe), recipe.rollout.window_length
     states = 1
     if "trajectory" in algorithm.keep:
         states += window + 1 + window * ("means" in algorithm.keep)

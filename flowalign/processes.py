@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 
 from flowalign.advantages import Scored
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.devices import own_device
 from flowalign.policies.base import forward_dtype
-from flowalign.settings import UserError
 
 MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
 _LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another

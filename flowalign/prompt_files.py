@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowalign.paths import sought
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
+from flowalign.config.paths import sought
 
 Entry = tuple[str, Any]
 # The first of these rows in which a name fits decides: PartiPrompts has Prompt, DrawBench Prompts, Pick-a-Pic caption,

@@ -19,10 +19,10 @@ import torch
 from PIL import Image
 
 from flowalign.config import Recipe, dump_recipe, load_recipe
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import Evaluated
 from flowalign.manifest import FILE_NAME, MANIFEST
-from flowalign.settings import UserError
 from flowalign.starting import FolderLock, check_start, clear, read_info
 
 _PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")

@@ -23,13 +23,13 @@ from scipy.stats import rankdata
 
 import rewards as zoo
 from flowalign.config import Sampler
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.judging import refuse_learning
 from flowalign.options import parse_options
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, Samples, rollout
 from flowalign.runs import replace_text, save_pictures
-from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import score_all
 

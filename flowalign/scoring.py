@@ -17,6 +17,7 @@ import rewards as zoo
 from flowalign.checkpoint import checkpoints, load_weights
 from flowalign.conditions import cached_policy
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.drawing import sampling_words
@@ -31,7 +32,6 @@ from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout import Progress
 from flowalign.runs import RunFolder, replace_text
-from flowalign.settings import UserError
 from rewards.media import pictures_in, read_picture
 
 _BATCH = 16

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from weakref import finalize
 
 from flowalign.config import Recipe, load_recipe
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 # On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
 _MAY_CHANGE = {

@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from flowalign import processes
+from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.data import Row, step_rows
 from flowalign.idle import score_figures
 from flowalign.judging import Judging, lessons, tally
@@ -16,7 +18,6 @@ from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, Samples, rollout
 from flowalign.sampling.noise import ROLLOUT
-from flowalign.settings import UserError
 
 
 def step_samples(
@@ -40,7 +41,7 @@ def step_samples(
     rows = step_rows(source, train.prompts_per_step, recipe.run.seed, step)
     # All of the step's: a text encoder's last digits depend on how many prompts it sees at once.
     condition = policy.encode([row.prompt for row in rows])
-    behaviour = recipe.algorithm.behaviour
+    behaviour = algorithm_of(recipe).behaviour
     with policy.using(behaviour) if behaviour else nullcontext():
         return rollout(
             policy,
@@ -51,7 +52,7 @@ def step_samples(
             (ROLLOUT, recipe.run.seed, step),
             batch=recipe.rollout.batch,
             condition=condition[share],
-            keep=recipe.algorithm.keep,
+            keep=algorithm_of(recipe).keep,
             training_step=(recipe.run.seed, step),
             finished=judging.judge,
             progress=progress,
@@ -71,7 +72,7 @@ def score_samples(
     groups = torch.arange(train.prompts_per_step, device=own.total.device).repeat_interleave(train.group_size)
     part = slice(accelerator.process_index * len(samples), (accelerator.process_index + 1) * len(samples))
     try:
-        learnt = lessons(recipe.algorithm, everyone.trained(), groups)
+        learnt = lessons(algorithm_of(recipe), everyone.trained(), groups)
     except ValueError as error:
         raise UserError(f"step {step + 1}: {error}") from error
     advantages = learnt.advantages[part].to(own.total.device)

@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 _STEP = (
     "loss",

@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 import torch
 
 from flowalign import processes
+from flowalign.algorithms.base import algorithm_of
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.claims import Claims
 from flowalign.conditions import cached_policy
 from flowalign.config import Recipe
+from flowalign.config.base import CheckFailed, UserError
 from flowalign.data import load_prompts, step_rows
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import check_prompts
@@ -34,7 +36,6 @@ from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout import Progress, Samples
 from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.selftest import Check, SelfTest
-from flowalign.settings import CheckFailed, UserError
 from flowalign.starting import check_start
 from flowalign.step_samples import score_samples, step_samples
 from flowalign.tracing import traced
@@ -77,9 +78,9 @@ class Trainer:
         self.display = display or Display(quiet=not self.main)
         self._look_at_inputs(rewards)
         self._load_policy(policy)
-        recipe.algorithm.state.clear()  # of an earlier run of the same recipe
-        recipe.algorithm.begin(self.policy)
-        self.claimed = Claims({"policy": self.policy, "recipe": recipe.algorithm, **self.judging.learners})
+        algorithm_of(recipe).state.clear()  # of an earlier run of the same recipe
+        algorithm_of(recipe).begin(self.policy)
+        self.claimed = Claims({"policy": self.policy, "recipe": algorithm_of(recipe), **self.judging.learners})
         self.step = 0
         self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
         self.seconds: dict[str, float] = defaultdict(float)
@@ -209,8 +210,8 @@ class Trainer:
             figures = self._score(samples)
             learnt, alarms = self.judging.learn(samples, self.step, self.accelerator)
         test = None
-        if not self.tested and (figures["zero_spread"] < 1 or self.recipe.algorithm.learns_from_equal):
-            test = SelfTest(self.policy, self.recipe.algorithm, samples, self.accelerator, self._self_tested)
+        if not self.tested and (figures["zero_spread"] < 1 or algorithm_of(self.recipe).learns_from_equal):
+            test = SelfTest(self.policy, algorithm_of(self.recipe), samples, self.accelerator, self._self_tested)
         with self._phase("train", "training", self.recipe.train.passes * self.recipe.train.updates_per_step) as advance:
             figures |= self.learner.learn(samples, self.step, test, advance)
         self.step += 1
@@ -345,7 +346,7 @@ class Trainer:
                 "scaler": self.learner.scaler.state_dict(),
             }
             keep = self.recipe.run.keep_checkpoints
-            memory = {"algorithm": self.recipe.algorithm.state, "rewards": self.judging.state()}
+            memory = {"algorithm": algorithm_of(self.recipe).state, "rewards": self.judging.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
             self.run_folder.update_info(checkpoint=self.step)
         self.accelerator.wait_for_everyone()
@@ -355,7 +356,7 @@ class Trainer:
         found = checkpoints(self.run_folder.checkpoints)
         if found:
             remember: dict[str, Restore] = {"rewards": self.judging.load_state}
-            remember["algorithm"] = self.recipe.algorithm.state.update
+            remember["algorithm"] = algorithm_of(self.recipe).state.update
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, remember)
             self.step, self.learner.update = counters["step"], counters["update"]
             self.minutes, self.forwards = counters["minutes"], counters["forwards"]

@@ -18,12 +18,12 @@ import numpy as np
 
 from flowalign.campaign import train_unless_done
 from flowalign.command import quiet_libraries
+from flowalign.config.base import UserError
 from flowalign.evaluate.overoptimization import GOLD
 from flowalign.evaluate.pages import parsed, read_evaluations
 from flowalign.guard import BEST_UNHACKED
 from flowalign.interrupt import Interrupted
 from flowalign.runs import command_line, now, replace_text, versions
-from flowalign.settings import UserError
 from flowalign.toyworld.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
 from rewards import RewardError
 

@@ -18,10 +18,10 @@ from typing import Any
 from flowalign.campaign import train_unless_done
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe
+from flowalign.config.base import UserError
 from flowalign.evaluate.overoptimization import outcome, read_run, write_results
 from flowalign.interrupt import Interrupted
 from flowalign.runs import RunFolder, command_line, now, versions
-from flowalign.settings import UserError
 from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
 from rewards import RewardError
 

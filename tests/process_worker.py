@@ -32,13 +32,13 @@ from torch.distributed.tensor import DTensor
 
 from flowalign import trainer as training
 from flowalign.config import recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.data import load_prompts
 from flowalign.display import Display
 from flowalign.interrupt import Interrupted
 from flowalign.offline import collect
 from flowalign.policies.base import Condition, Policy
 from flowalign.sampling import counted_generator
-from flowalign.settings import UserError
 from rewards import TrainableReward
 
 SIDE = 4  # of a latent, which is shown as a picture of four times as many pixels

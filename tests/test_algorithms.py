@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign.config import Model, Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.items import Items
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.processes import Share
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 
 JUDGES = """

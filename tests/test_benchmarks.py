@@ -18,6 +18,7 @@ from PIL import Image
 
 from flowalign.cli import main
 from flowalign.config import Sampler
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.evaluate import panel
 from flowalign.evaluate.drawing import Drawing, draw, drawing_of, listed
@@ -32,7 +33,6 @@ from flowalign.evaluate.intervals import (
 from flowalign.evaluate.results import Stopwatch, continued
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy, model_settings
-from flowalign.settings import UserError
 from flowalign.toyworld.detector import ExactDetector
 from flowalign.toyworld.grammar import shape_scene, sign_prompt, sign_scene, task_prompts
 from flowalign.toyworld.render import Scene, render

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from flowalign.config import Lora, Model
+from flowalign.config.base import UserError
 from flowalign.policies import attention
 from flowalign.policies.attention import attention_seconds, fastest_backend
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import load_policy
 from flowalign.sampling import counted_generator
-from flowalign.settings import UserError
 
 CPU = torch.device("cpu")
 SHAPE = (512, 2, 32)

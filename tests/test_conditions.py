@@ -16,10 +16,10 @@ import yaml
 from flowalign import conditions
 from flowalign.conditions import CachedConditions, cache_conditions, cached_policy
 from flowalign.config import Model, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 
 PROMPTS = ["two stars", "three stars", "a star"]

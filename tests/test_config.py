@@ -16,7 +16,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowalign.algorithms import ALGORITHMS
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.config import (
     Combine,
@@ -35,8 +34,10 @@ from flowalign.config import (
     load_recipe,
     recipe_from_dict,
 )
-from flowalign.settings import Section, UserError
+from flowalign.config.algorithm import algorithm_class, algorithm_names
+from flowalign.config.base import Section, UserError
 
+ALGORITHMS = {name: algorithm_class(name) for name in algorithm_names()}
 GOOD = """\
 name: demo
 prompts: toyworld/words_train

@@ -16,9 +16,9 @@ import typer
 
 from flowalign import cli
 from flowalign.config import recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.doctor import NEEDED
 from flowalign.options import parse_options
-from flowalign.settings import UserError
 
 
 def code_of(*arguments: str) -> int:
@@ -93,7 +93,7 @@ def test_a_defect_ends_with_2_and_its_traceback(
     def broken() -> None:
         raise ZeroDivisionError("a defect")
 
-    monkeypatch.setattr("flowalign.config.bundled_recipes", broken)
+    monkeypatch.setattr("flowalign.config.recipe.bundled_recipes", broken)
     assert code_of("recipes") == 2
     assert "a defect" in capsys.readouterr().err
 

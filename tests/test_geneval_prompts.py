@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flowalign.config.base import UserError
 from flowalign.data import Row, load_prompts
 from flowalign.geneval_prompts import (
     NUMBERS,
@@ -18,7 +19,6 @@ from flowalign.geneval_prompts import (
     training_prompts,
     write_training_prompts,
 )
-from flowalign.settings import UserError
 from rewards.detectors.base import COLORS
 from rewards.geneval import RELATIONS, TASKS
 

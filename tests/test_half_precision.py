@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign.config import Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.policies.loading import load_policy
 from flowalign.rollout import rollout
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import RewardError
 

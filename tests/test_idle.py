@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from flowalign.config import Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 
 JUDGES = """

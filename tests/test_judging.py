@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 import rewards
 from flowalign.config import Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.judging import Judging
 from flowalign.runs import RunFolder
 from flowalign.scoring import collect_recipe, evaluate_recipe, score_images
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import Reward, RewardError, TrainableReward
 from rewards.combine import Scores

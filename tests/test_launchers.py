@@ -19,10 +19,10 @@ from torch import nn
 
 from flowalign import processes
 from flowalign.config import Model, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.policies.loading import load_policy
 from flowalign.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
-from flowalign.settings import UserError
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -186,7 +186,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from flowalign.algorithms.forward import squared_error
 from flowalign.processes import prepare
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 from process_worker import SIDE, SmallPolicy
 
 rank = 0 if os.fork() else 1

@@ -16,11 +16,11 @@ from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.algorithms.gdro import GDRO
 from flowalign.cli import main
 from flowalign.config import recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.judging import lessons, tally, unread
 from flowalign.scaling import check_judges
 from flowalign.scoring import collect_recipe
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import Reward, RewardError
 from rewards.combine import score_all, uncertainty_weighted, weighted_sum, worst_case

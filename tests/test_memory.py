@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.checkpoint import _optimizer_tensors, _restore_optimizer
 from flowalign.config import recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.learner import optimizer_class
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 
 

@@ -10,11 +10,11 @@ import torch
 from flowalign.cli import main
 from flowalign.command import console
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.policies import loading
 from flowalign.policies.check import check_model
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
-from flowalign.settings import UserError
 
 Flux = Callable[[bool], Path]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.assets import asset
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.policies import schedules
 from flowalign.policies.loading import find_family, load_policy
-from flowalign.settings import UserError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 Edit = Callable[[Path], Any]

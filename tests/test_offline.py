@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from flowalign import offline
 from flowalign.cli import main
 from flowalign.config import Model, Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.data import load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import load_rewards
@@ -27,7 +28,6 @@ from flowalign.offline import GroupStore, collect
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.scoring import rescore_store
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 from rewards import RewardError
 from rewards.media import read_picture

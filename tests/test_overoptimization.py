@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 
 import rewards
 from flowalign.assets import asset
+from flowalign.config.base import UserError
 from flowalign.evaluate.overoptimization import mean_curve, outcome, read_run, table, write_results
-from flowalign.settings import UserError
 from flowalign.toyworld.artifacts import KINDS, damaged
 from flowalign.toyworld.gold import SignQuality, cleanliness
 from flowalign.toyworld.grammar import random_lines, sign_prompt, sign_scene, words

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from flowalign.checkpoint import checkpoints
 from flowalign.config import recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.runs import RunFolder
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import TrainableReward
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from flowalign.config import Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer
 from rewards import TrainableReward
 

@@ -7,11 +7,11 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from flowalign.config import Lora, Model, Sampler
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.policies.loading import load_policy
 from flowalign.rollout import rollout
 from flowalign.sampling import counted_noise
-from flowalign.settings import UserError
 
 PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"']
 ROWS = [Row(index, prompt) for index, prompt in enumerate(PROMPTS)]

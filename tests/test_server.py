@@ -125,7 +125,7 @@ class Process:
     def __init__(self, folder, seconds):
         (folder / "judge.py").write_text(JUDGE)
         load = f"rewards.load({f'{folder}/judge.py:Slow'!r}, seconds={seconds})"
-        code = f"import rewards\nfrom rewards.server import serve\nserve({{'slow': {load}}}, port=0)"
+        code = f"import rewards\nfrom rewards.http.server import serve\nserve({{'slow': {load}}}, port=0)"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.popen = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from flowalign.checkpoint import checkpoints
 from flowalign.config import load_recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.inputs import check_inputs, inputs_of
 from flowalign.runs import RunFolder
-from flowalign.settings import UserError
 from flowalign.starting import FolderLock, check_start
 from flowalign.trainer import Trainer
 

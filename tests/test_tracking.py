@@ -7,8 +7,8 @@ import pytest
 from accelerate.tracking import GeneralTracker
 
 from flowalign.config import recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
-from flowalign.settings import UserError
 from flowalign.tracking import check_trackers
 from flowalign.trainer import Trainer
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign.config import Recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.evaluate.evaluation import evaluate, load_rewards
 from flowalign.policies.loading import load_policy
-from flowalign.settings import UserError
 from flowalign.trainer import Trainer, train
 from rewards import RewardError
 

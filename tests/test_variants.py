@@ -9,11 +9,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowalign.algorithms import ALGORITHMS
 from flowalign.config import Recipe, Rollout, dump_recipe, load_recipe, recipe_from_dict
-from flowalign.settings import UserError
+from flowalign.config.algorithm import algorithm_class, algorithm_names
+from flowalign.config.base import UserError
 
 # Windows that move
+
+
+ALGORITHMS = {name: algorithm_class(name) for name in algorithm_names()}
 
 
 @given(

@@ -1,19 +1,29 @@
-"""The algorithms, by the name a recipe gives them: one file per paper."""
+"""The algorithms: one file per paper. What stands here is imported when it is first used."""
 
-from flowalign.algorithms.base import Algorithm, Batch, Noised, Transition
-from flowalign.algorithms.crd import CRD
-from flowalign.algorithms.flow_grpo import FlowGRPO
-from flowalign.algorithms.gdro import GDRO
-from flowalign.algorithms.marble import Marble
-from flowalign.algorithms.nft import NFT
-from flowalign.algorithms.prdp import PRDP
+from typing import TYPE_CHECKING
 
-ALGORITHMS: dict[str, type[Algorithm]] = {
-    kind.model_fields["name"].default: kind for kind in (FlowGRPO, NFT, GDRO, CRD, Marble, PRDP)
+from flowalign.lazy import exports
+
+if TYPE_CHECKING:
+    from flowalign.algorithms.base import Algorithm, Batch, Noised, Transition
+    from flowalign.algorithms.crd import CRD
+    from flowalign.algorithms.flow_grpo import FlowGRPO
+    from flowalign.algorithms.gdro import GDRO
+    from flowalign.algorithms.marble import Marble
+    from flowalign.algorithms.nft import NFT
+    from flowalign.algorithms.prdp import PRDP
+
+_FROM = {
+    "base": ("Algorithm", "Batch", "Noised", "Transition"),
+    "crd": ("CRD",),
+    "flow_grpo": ("FlowGRPO",),
+    "gdro": ("GDRO",),
+    "marble": ("Marble",),
+    "nft": ("NFT",),
+    "prdp": ("PRDP",),
 }
 
 __all__ = [
-    "ALGORITHMS",
     "CRD",
     "GDRO",
     "NFT",
@@ -25,3 +35,5 @@ __all__ = [
     "Noised",
     "Transition",
 ]
+
+__getattr__ = exports(__name__, _FROM)

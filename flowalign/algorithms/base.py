@@ -5,18 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 
-from flowalign.advantages import Scale, Scored, advantages, has_spread, summed_advantages
+from flowalign.advantages import Scored, advantages, has_spread, summed_advantages
+from flowalign.config.algorithm import AlgorithmSettings
+from flowalign.config.base import UserError
 from flowalign.lazy import torch
 from flowalign.sampling.steps import Dynamics
-from flowalign.settings import Section
 
 if TYPE_CHECKING:
+    from flowalign.config.recipe import Recipe
     from flowalign.policies.base import Condition, Policy
-    from flowalign.sections import Rollout, Train
 
 Figures: TypeAlias = "dict[str, torch.Tensor]"
 Keep = Literal["trajectory", "means", "previews", "float64"]
@@ -88,31 +89,8 @@ def guided_velocity(
     return torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts])
 
 
-class Algorithm(Section, ABC):
-    """The settings of an algorithm and its loss. The class variables say what it must be given."""
-
-    needs: ClassVar[Literal["trajectory", "final"]]
-    unit: ClassVar[Literal["item", "group", "path"]] = "item"
-    """What a loss never parts: nothing, a group at one noise level, or a group with all its trained steps."""
-    behaviour: ClassVar[str | None] = None
-    """The snapshot that draws the rollouts; None: the trained weights."""
-    offline: ClassVar[bool] = False
-    """Whether it can learn from a store of groups that another policy drew."""
-    has_advantages: ClassVar[bool] = True
-    """Whether it learns from advantages, or from the rewards themselves."""
-
-    name: str
-    """As a recipe gives it."""
-    advantage: Literal["total", "summed"] = "total"
-    """Advantages of the weighted total, or the weighted sum of each reward's own advantages (GDPO)."""
-    advantage_std: Scale = "global"
-    """Divide advantages by the standard deviation of the whole step's rewards, of the group's, or by none."""
-    advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """Advantages are clipped to [-this, this]."""
-    equal_groups: Literal["skip", "keep"] = "skip"
-    """Whether groups whose rewards are all equal are left out of a step."""
-    kl_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the reference; 0 spends no forward on it."""
+class Algorithm(AlgorithmSettings, ABC):
+    """An algorithm: its settings and its loss."""
 
     _state: dict[str, Any] = PrivateAttr(default_factory=dict)  # tensors
 
@@ -120,11 +98,6 @@ class Algorithm(Section, ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """What the algorithm remembers from update to update beside the policy's snapshots; checkpoints hold it."""
         return self._state
-
-    @property
-    def parts_rewards(self) -> bool:
-        """Whether it learns from each reward apart and not from their total."""
-        return self.advantage == "summed"
 
     @property
     def learns_from_equal(self) -> bool:
@@ -135,25 +108,6 @@ class Algorithm(Section, ABC):
     def keep(self) -> frozenset[Keep]:
         """What a rollout must keep beside the finished samples."""
         return frozenset({"trajectory"}) if self.needs == "trajectory" else frozenset()
-
-    def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """Raises ValueError, in one sentence, for settings that do not go together.
-
-        `rewards` is the number of those that are learnt from.
-        """
-        if not self.kl_weight and self.has_advantages and train.reference_guidance is not None:
-            raise ValueError(
-                "train.reference_guidance: with algorithm.kl_weight 0 no reference takes part; leave it out"
-            )
-
-    def refuse(self, why: str, *settings: str) -> None:
-        """Raises ValueError for the first of the settings that is not at its default: it would be ignored."""
-        if name := self.changed(*settings):
-            raise ValueError(f"algorithm.{name}: {why}")
-
-    def draws(self, rollout: Rollout) -> int:
-        """Items that each sample makes."""
-        return rollout.window_length
 
     def begin(self, policy: Policy) -> None:
         """Take the snapshots that the algorithm lives on; called once, before the first step."""
@@ -195,3 +149,10 @@ class Algorithm(Section, ABC):
 
     def after_update(self, policy: Policy, update: int) -> None:
         """Move snapshots after a training step's last optimizer update, number `update`; many algorithms have none."""
+
+
+def algorithm_of(recipe: Recipe) -> Algorithm:
+    """The recipe's algorithm; UserError for an installed one that has settings but no loss."""
+    if not isinstance(recipe.algorithm, Algorithm):
+        raise UserError(f"algorithm {recipe.algorithm.name!r} is no flowalign.algorithms.base.Algorithm")
+    return recipe.algorithm

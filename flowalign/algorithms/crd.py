@@ -33,8 +33,8 @@ from flowalign.algorithms.forward import (
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
+    from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
-    from flowalign.sections import Rollout, Train
 
 Kind = Literal["mse", "bce"]
 LOWEST_KL = 1e-4  # what is left of the KL's weight at reward 0

@@ -31,8 +31,8 @@ from flowalign.lazy import torch
 from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
 if TYPE_CHECKING:
+    from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
-    from flowalign.sections import Rollout, Train
 
 
 def replay(policy: Policy, batch: Batch, guidance: float, *, exact: bool = False) -> SdeStep:

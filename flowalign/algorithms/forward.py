@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from flowalign.algorithms.base import Algorithm, Batch, Noised, guided_velocity
+from flowalign.config.base import MOST, Section
 from flowalign.lazy import torch
-from flowalign.settings import MOST, Section
 
 if TYPE_CHECKING:
+    from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
-    from flowalign.sections import Rollout, Train
 
 Level = Annotated[float, Field(ge=0, le=1)]
 TimestepSampling = Literal["grid", "grid_strata", "uniform", "logit_normal"]

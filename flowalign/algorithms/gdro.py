@@ -24,8 +24,8 @@ from flowalign.algorithms.forward import ForwardAlgorithm, TimestepSampling, noi
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
+    from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
-    from flowalign.sections import Rollout, Train
 
 
 def _listwise(implicit_reward: torch.Tensor, reward: torch.Tensor, temperature: float, top_1: bool) -> torch.Tensor:

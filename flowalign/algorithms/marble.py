@@ -40,13 +40,13 @@ from flowalign.advantages import Scored, reward_advantages
 from flowalign.algorithms.base import Batch, Figures
 from flowalign.algorithms.forward import Level, noised, predictions, reward_level, squared_error
 from flowalign.algorithms.nft import NFT, contrast
+from flowalign.config.base import MOST
 from flowalign.lazy import clarabel, sparse, torch
 from flowalign.lazy import numpy as np
-from flowalign.settings import MOST
 
 if TYPE_CHECKING:
+    from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
-    from flowalign.sections import Rollout, Train
 
 
 def min_norm_weights(gram: torch.Tensor) -> torch.Tensor:

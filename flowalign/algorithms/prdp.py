@@ -24,8 +24,8 @@ from flowalign.algorithms.flow_grpo import replay
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
+    from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
-    from flowalign.sections import Rollout, Train
 
 
 def pair_loss(

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.base import UserError
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
 from flowalign.manifest import MANIFEST, manifest_of
-from flowalign.settings import UserError
 
 BATCH = 16  # pictures that are judged at once
 

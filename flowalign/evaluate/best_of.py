@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from flowalign.config import Evaluation
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.evaluate.evaluation import Evaluated, evaluate
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress
 from flowalign.sampling.noise import EVALUATION
 from flowalign.scaling import Cost, Prune, best_of, check_judges, check_search, cost
-from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import score_all
 

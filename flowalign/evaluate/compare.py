@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from flowalign.config import Recipe, load_recipe
+from flowalign.config.base import UserError
+from flowalign.config.mistakes import nearest
 from flowalign.data import load_prompts
 from flowalign.devices import own_device
 from flowalign.display import Display
@@ -25,11 +27,9 @@ from flowalign.evaluate.evaluation import load_rewards
 from flowalign.evaluate.held_out import held_out_from
 from flowalign.evaluate.pages import parsed, read_evaluations
 from flowalign.judging import learning
-from flowalign.mistakes import nearest
 from flowalign.policies.loading import load_policy
 from flowalign.runs import now, replace_text
 from flowalign.scaling import check_judges
-from flowalign.settings import UserError
 from flowalign.starting import refuse_changes
 from flowalign.trainer import Trainer
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from flowalign.config import Model, Sampler
+from flowalign.config.base import UserError, counted
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
@@ -32,7 +33,6 @@ from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, us
 from flowalign.rollout import Progress, rollout
 from flowalign.runs import replace_text, to_uint8
 from flowalign.sampling.noise import EVALUATION
-from flowalign.settings import UserError, counted
 from rewards.media import FORMATS, natural, pictures_in, read_picture
 
 # Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.

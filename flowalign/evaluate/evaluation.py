@@ -12,13 +12,13 @@ from accelerate.utils import gather_object
 
 import rewards as zoo
 from flowalign.config import Evaluation, RewardSettings
+from flowalign.config.base import UserError
+from flowalign.config.paths import sought
 from flowalign.data import Row
 from flowalign.evaluate.intervals import clustered_error, combined_interval, mean_interval
-from flowalign.paths import sought
 from flowalign.policies.base import Policy
 from flowalign.rollout import Progress, rollout
 from flowalign.sampling.noise import EVALUATION
-from flowalign.settings import UserError
 from rewards.combine import score_all
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from flowalign.config.base import CheckFailed, UserError
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
 from flowalign.evaluate.intervals import combined_interval, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
-from flowalign.settings import CheckFailed, UserError
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
 from rewards.base import RewardError, import_object
 from rewards.detectors.base import COLORS, Detector

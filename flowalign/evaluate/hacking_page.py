@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from flowalign.config.base import counted
 from flowalign.evaluate import plots
 from flowalign.evaluate.pages import parsed, picture
 from flowalign.runs import picture_names
-from flowalign.settings import counted
 
 Row = dict[str, Any]
 SHOWN = 4  # prompts of which pictures are shown

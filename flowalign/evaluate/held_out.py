@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flowalign.config import Recipe, load_recipe
+from flowalign.config.base import UserError, counted
 from flowalign.data import Row, load_prompts, normalised, shared_rows
 from flowalign.offline import GroupStore
-from flowalign.settings import UserError, counted
 
 
 class HeldOut(NamedTuple):

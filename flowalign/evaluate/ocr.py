@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.base import CheckFailed, UserError
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.drawing import Picture, batches_of_a_size
 from flowalign.evaluate.intervals import Groups, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
-from flowalign.settings import CheckFailed, UserError
 from rewards.ocr import OCR, quoted_text, text_score
 
 SCORES = ("accuracy", "similarity", "exact")

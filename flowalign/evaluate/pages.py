@@ -11,8 +11,8 @@ import jinja2
 import yaml
 from PIL import Image
 
+from flowalign.config.base import UserError
 from flowalign.runs import replace_text
-from flowalign.settings import UserError
 
 SMALL = 128  # pixels; pictures under this side are embedded as they are and scaled up without smoothing
 

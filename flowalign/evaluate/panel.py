@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flowalign.config.base import UserError
 from flowalign.data import Row, load_prompts
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
@@ -35,7 +36,6 @@ from flowalign.evaluate.results import (
 from flowalign.judging import refuse_learning
 from flowalign.rollout import Progress
 from flowalign.runs import replace_text
-from flowalign.settings import UserError
 from rewards import Reward
 from rewards.combine import score_all
 from rewards.media import read_picture

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flowalign.config.base import UserError
 from flowalign.evaluate.pages import parsed
 from flowalign.rollout import Progress
 from flowalign.runs import replace_text
-from flowalign.settings import UserError
 
 Line = dict[str, Any]
 DRAWING, EVALUATION, RESULTS = "drawing.json", "evaluation.json", "results.jsonl"

@@ -24,9 +24,9 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 
-from flowalign.paths import expanded, sought
+from flowalign.config.base import UserError
+from flowalign.config.paths import expanded, sought
 from flowalign.policies.weightfiles import PICKLES, damage
-from flowalign.settings import UserError
 
 CONFIG = "adapter_config.json"  # PEFT's, beside its adapter_model.safetensors and beside what we export
 _NAMES = (LORA_WEIGHT_NAME_SAFE, "adapter_model.safetensors")

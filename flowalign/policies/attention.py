@@ -20,7 +20,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import nn
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 CANDIDATES = ("native", "_native_cudnn", "flash", "_flash_3", "xformers")
 """Backends that are exact and have gradients, among which auto chooses."""

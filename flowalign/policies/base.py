@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 Grid = Literal["model", "uniform"]
 

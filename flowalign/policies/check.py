@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flowalign.config import Lora, Model, Rollout, Sampler
+from flowalign.config.base import UserError
 from flowalign.data import Row
 from flowalign.policies.adapters import merge_adapter
 from flowalign.policies.base import Condition
@@ -24,7 +25,6 @@ from flowalign.policies.weights import target_modules
 from flowalign.rollout import rollout
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import EVALUATION
-from flowalign.settings import UserError
 from flowalign.toyworld.render import Scene, render
 from rewards.contract import Finding
 

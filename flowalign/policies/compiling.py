@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 # A block is compiled once for each way that it is called in: with and without gradients and adapters, for one size of
 # batches and then for any. At torch's own limit of 8 it would go on uncompiled without a word.

@@ -15,6 +15,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.policies.adapters import Native, export_lora, merge_adapter
 from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, Policy, forward_dtype
@@ -22,7 +23,6 @@ from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
-from flowalign.settings import UserError
 
 
 class PipelinePolicy(Policy):

@@ -7,10 +7,10 @@ import torch
 from diffusers import FluxPipeline
 
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.policies.adapters import in_blocks
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
-from flowalign.settings import UserError
 
 EMBEDDED_GUIDANCE = 3.5  # of the pipeline and of the field's training recipes, in rollouts and losses alike
 

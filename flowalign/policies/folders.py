@@ -12,10 +12,10 @@ from typing import Any
 
 from safetensors import safe_open
 
+from flowalign.config.base import UserError
+from flowalign.config.paths import sought
 from flowalign.lazy import torch
-from flowalign.paths import sought
 from flowalign.policies.weightfiles import PICKLES, damage
-from flowalign.settings import UserError
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ORIGINALS = {"joint_blocks.": "StableDiffusion3Pipeline", "double_blocks.": "FluxPipeline"}

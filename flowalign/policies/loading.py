@@ -9,13 +9,13 @@ import torch
 from flowalign.assets import EMBEDDED as EMBEDDED
 from flowalign.assets import asset
 from flowalign.config import Model, Sampler, load_recipe
-from flowalign.paths import expanded
+from flowalign.config.base import UserError
+from flowalign.config.paths import expanded
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
 from flowalign.policies.folders import pipeline_index
 from flowalign.policies.sd3 import SD3Policy
-from flowalign.settings import UserError
 
 # By the pipeline's class in model_index.json; installed packages add theirs as entry points of the same name.
 FAMILIES: dict[str, type[PipelinePolicy]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
 
 _log = logging.getLogger(__name__)
 _SHIFT = (

@@ -7,10 +7,10 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from flowalign.config import Model
+from flowalign.config.base import UserError
 from flowalign.policies.adapters import in_blocks
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
-from flowalign.settings import UserError
 
 # The names of Stability's own code, which ComfyUI and kohya's LoRA files have.
 NATIVE = {

@@ -9,8 +9,8 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from flowalign.config import Lora
-from flowalign.mistakes import nearest
-from flowalign.settings import UserError
+from flowalign.config.base import UserError
+from flowalign.config.mistakes import nearest
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 
 from flowalign.assets import asset
 from flowalign.config import Recipe, RewardSettings, load_recipe, recipe_from_dict
+from flowalign.config.base import UserError
 from flowalign.data import load_prompts
 from flowalign.devices import own_device
 from flowalign.evaluate.evaluation import load_rewards
@@ -21,7 +22,6 @@ from flowalign.evaluate.overoptimization import GOLD, PROXY
 from flowalign.offline import GroupStore, collect
 from flowalign.policies.loading import load_policy
 from flowalign.runs import replace_text, save_pictures
-from flowalign.settings import UserError
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.proxies import BACKBONE, fit_learned
 from flowalign.toyworld.render import render

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from rewards.base import RewardError, reason
 
 # In a checkout beside the package, in an installation inside its sister package.
-_PLACES = tuple(Path(__file__).parent.parent / place for place in ("assets", "flowalign/assets"))
+_PLACES = tuple(Path(__file__).parents[2] / place for place in ("assets", "flowalign/assets"))
 BUNDLED = "toyworld/"
 
 

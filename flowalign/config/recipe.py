@@ -9,42 +9,20 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from flowalign.algorithms import ALGORITHMS, Algorithm
-from flowalign.mistakes import explain, key_lines, nearest
-from flowalign.paths import Keys, expanded, located
-from flowalign.reward_sections import Combine, Rewards, RewardSettings, Shaping
-from flowalign.sections import (
+from flowalign.config.algorithm import AlgorithmSettings, algorithm_class, algorithm_names
+from flowalign.config.base import Section, UserError
+from flowalign.config.mistakes import explain, key_lines, nearest
+from flowalign.config.paths import Keys, expanded, located
+from flowalign.config.rewards import Combine, Rewards, RewardSettings
+from flowalign.config.sections import (
     Collect,
     Evaluation,
     Guard,
-    Lora,
     Model,
     Rollout,
     Run,
-    Sampler,
     Train,
 )
-from flowalign.settings import Section, UserError
-
-__all__ = [
-    "Collect",
-    "Combine",
-    "Evaluation",
-    "Guard",
-    "Lora",
-    "Model",
-    "Recipe",
-    "RewardSettings",
-    "Rollout",
-    "Run",
-    "Sampler",
-    "Shaping",
-    "Train",
-    "bundled_recipes",
-    "dump_recipe",
-    "load_recipe",
-    "recipe_from_dict",
-]
 
 
 class Recipe(Section):
@@ -58,7 +36,7 @@ class Recipe(Section):
     found by its name."""
     rewards: Rewards
     combine: Combine = Combine()
-    algorithm: SerializeAsAny[Algorithm]
+    algorithm: SerializeAsAny[AlgorithmSettings]
     store: str | None = None
     """A store of groups to learn from in place of rollouts (`flowalign collect` makes one)."""
     collect: Collect = Collect()
@@ -74,9 +52,7 @@ class Recipe(Section):
     def _ode_where_no_trajectory_is_needed(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        given, rollout = values.get("algorithm"), values.get("rollout", {})
-        name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", given)
-        kind = ALGORITHMS.get(name) if isinstance(name, str) else None
+        kind, rollout = _algorithm_of(values), values.get("rollout", {})
         if isinstance(rollout, Rollout):
             rollout = rollout.model_dump(include=rollout.model_fields_set)
         if kind is None or kind.needs != "final" or not isinstance(rollout, Mapping) or "dynamics" in rollout:
@@ -98,22 +74,19 @@ class Recipe(Section):
     @field_validator("algorithm", mode="before")
     @classmethod
     def _algorithm_by_name(cls, value: Any) -> Any:
-        if isinstance(value, Algorithm):
+        if isinstance(value, AlgorithmSettings):
             return value
         settings = {"name": value} if isinstance(value, str) else value
         if not isinstance(settings, Mapping) or "name" not in settings:
-            raise ValueError(f"algorithm needs a name, one of {', '.join(ALGORITHMS)}")
-        name = settings["name"]
-        if name not in ALGORITHMS:
-            raise ValueError(f"unknown algorithm {name!r}{nearest(str(name), ALGORITHMS)}")
-        return ALGORITHMS[name].model_validate(settings)
+            raise ValueError(f"algorithm needs a name, one of {', '.join(algorithm_names())}")
+        return algorithm_class(str(settings["name"])).model_validate(settings)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "Recipe":
         if self.algorithm.needs == "trajectory" and self.rollout.dynamics == "ode":
             raise ValueError(f"rollout.dynamics ode leaves no stochastic step to {self.algorithm.name}")
         if self.store is not None and not self.algorithm.offline:
-            able = ", ".join(name for name, kind in ALGORITHMS.items() if kind.offline)
+            able = ", ".join(name for name in algorithm_names() if algorithm_class(name).offline)
             raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
         for key in ("base", "bonus"):
             name = getattr(self.combine, key)
@@ -257,6 +230,13 @@ class Recipe(Section):
         ]
 
 
+def _algorithm_of(values: Mapping[str, Any]) -> type[AlgorithmSettings] | None:
+    """The class of the algorithm that a recipe's plain values name; None where they name none that is known."""
+    given = values.get("algorithm")
+    name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", given)
+    return algorithm_class(name) if isinstance(name, str) and name in algorithm_names() else None
+
+
 def _with_weights(rewards: Any) -> Any:
     """`ocr: 0.5` is short for `ocr: {weight: 0.5}`."""
     if not isinstance(rewards, Mapping):
@@ -300,7 +280,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         section = str(next((found["loc"][0] for found in error.errors() if found["loc"]), ""))
         path, lines = origins.get(section, origins["name"] if "name" in origins else next(iter(origins.values())))
-        raise UserError(explain(error, Recipe, path, lines, given)) from None
+        raise UserError(explain(error, Recipe, path, lines, given, _algorithm_of(values))) from None
 
 
 Origins = dict[str, tuple[Path, dict[Keys, int]]]
@@ -348,7 +328,7 @@ def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe
     try:
         return Recipe.model_validate(located(dict(values), lambda _: [Path()]))
     except ValidationError as error:
-        raise UserError(explain(error, Recipe, Path(where), {}, {})) from None
+        raise UserError(explain(error, Recipe, Path(where), {}, {}, _algorithm_of(values))) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from flowalign.config.base import MOST, Section
+from flowalign.config.paths import expanded
+from flowalign.config.rewards import Rewards, RewardSettings, unshaped
 from flowalign.lazy import torch
-from flowalign.paths import expanded
-from flowalign.reward_sections import Rewards, RewardSettings, unshaped
 from flowalign.sampling.noise import WINDOW, counted_generator
 from flowalign.sampling.steps import Dynamics
-from flowalign.settings import MOST, Section
 
 Positive = Annotated[int, Field(gt=0, le=MOST)]
 NotNegative = Annotated[int, Field(ge=0, le=MOST)]

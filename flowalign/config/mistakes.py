@@ -8,8 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from rapidfuzz.distance import OSA, Indel
 
-from flowalign.algorithms import ALGORITHMS
-from flowalign.paths import Keys
+from flowalign.config.paths import Keys
 
 _TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[float, ...]"}  # pydantic names a union's branch in an error's place
 
@@ -37,9 +36,17 @@ def key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
 
 
 def explain(
-    error: ValidationError, model: type[BaseModel], path: Path, lines: Mapping[Keys, int], given: Mapping[Keys, str]
+    error: ValidationError,
+    model: type[BaseModel],
+    path: Path,
+    lines: Mapping[Keys, int],
+    given: Mapping[Keys, str],
+    algorithm: type[BaseModel] | None = None,
 ) -> str:
-    """One sentence for the first mistake: where it stands, what is wrong, what would be right."""
+    """One sentence for the first mistake: where it stands, what is wrong, what would be right.
+
+    `algorithm` is the section of the one that the recipe names.
+    """
     # An unknown key first: it is often why another one is missing.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     if first["loc"] and first["loc"][-1] in _TYPE_TAGS:  # of a union's branches the one that was come furthest in
@@ -58,7 +65,7 @@ def explain(
     line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
     where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {shown!r}{nearest(keys[-1], _fields_at(model, keys[:-1]))}"
+        return f"{where}: unknown key {shown!r}{nearest(keys[-1], _fields_at(model, keys[:-1], algorithm))}"
     if first["type"] == "missing":
         return f"{where}: {shown} is missing"
     message = first["msg"].removeprefix("Value error, ")
@@ -69,13 +76,13 @@ def explain(
     return f"{where}: {shown}: {message}"
 
 
-def _fields_at(model: type[BaseModel], keys: Keys) -> list[str]:
+def _fields_at(model: type[BaseModel], keys: Keys, algorithm: type[BaseModel] | None) -> list[str]:
     """The keys that the section at this place knows."""
     section = model
     for key in keys:
-        if key == "algorithm":
-            return sorted({name for algorithm in ALGORITHMS.values() for name in algorithm.model_fields})
-        if key in section.model_fields:  # else a reward's own name, whose section is RewardSettings already
+        if key == "algorithm" and algorithm:
+            section = algorithm
+        elif key in section.model_fields:  # else a reward's own name, whose section is RewardSettings already
             section = _section_of(section.model_fields[key].annotation) or section
     return list(section.model_fields)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from flowalign.settings import Section
+from flowalign.config.base import Section
 
 
 class Shaping(Section):
