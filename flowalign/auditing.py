@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 
 from flowalign.checkpoint import checkpoints, load_weights
-from flowalign.conditions import cached_policy
 from flowalign.config import Evaluation, Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import expanded
-from flowalign.data import Row, load_prompts
+from flowalign.disk.run_folder import RunFolder
 from flowalign.display import Display
 from flowalign.evaluate.drawing import sampling_words
-from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate
+from flowalign.evaluate.evaluation import Evaluated, evaluate
 from flowalign.evaluate.hacking import Audit, spaced
 from flowalign.guard import Guarding, evaluation_rewards
-from flowalign.judging import Judging, load_learnt
 from flowalign.policies.base import Policy
+from flowalign.policies.conditions import cached_policy
 from flowalign.policies.loading import load_policy, model_settings
-from flowalign.runs import RunFolder
+from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.score import Judging, check_prompts, load_learnt
 
 
 def audit(

@@ -4,9 +4,9 @@ import gc
 from pathlib import Path
 
 from flowalign.config import Recipe
+from flowalign.disk.run_folder import RunFolder
+from flowalign.disk.starting import refuse_changes
 from flowalign.display import Display
-from flowalign.runs import RunFolder
-from flowalign.starting import refuse_changes
 from flowalign.trainer import Trainer
 
 

@@ -93,9 +93,9 @@ def train(
 ) -> None:
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
+    from flowalign.disk.starting import check_start
     from flowalign.display import arithmetic_table
     from flowalign.existing import check_recipe
-    from flowalign.starting import check_start
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
@@ -298,7 +298,7 @@ def serve(
     check_rewards(rewards)
     quiet_libraries()
     import rewards as zoo
-    from flowalign.options import parse_options
+    from flowalign.config.options import parse_options
     from rewards.http.server import serve as run_server
 
     options = parse_options(rewards, option or [])

@@ -78,8 +78,8 @@ def evaluate_recipe(
     recipe = load_recipe(folder / "recipe.yaml" if folder else target, overrides or [])
     check_recipe(recipe)
     quiet_libraries()
+    from flowalign.disk.run_folder import RunFolder
     from flowalign.display import summary_table
-    from flowalign.runs import RunFolder
     from flowalign.scoring import evaluate_recipe as evaluate
 
     title, summary = evaluate(recipe, None if folder is None else RunFolder.open(folder)[0], device())
@@ -119,9 +119,9 @@ def evaluate_geneval(
     """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
     _check(model, images, prompts)
     quiet_libraries()
+    from flowalign.config.options import parse_options
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
-    from flowalign.options import parse_options
 
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
     given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
@@ -213,9 +213,9 @@ def evaluate_panel(
     _check(model, None, prompts, reward)
     quiet_libraries()
     import rewards as zoo
+    from flowalign.config.options import parse_options
     from flowalign.evaluate.panel import BASE, TUNED
     from flowalign.evaluate.panel import evaluate_panel as evaluate
-    from flowalign.options import parse_options
 
     given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
     given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}

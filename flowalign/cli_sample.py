@@ -39,7 +39,7 @@ def sample(
 ) -> None:
     """Draw pictures."""
     from flowalign.existing import check_model, check_rewards
-    from flowalign.prompt_files import check_characters
+    from flowalign.rollout.prompt_files import check_characters
 
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; write what to draw")
@@ -50,16 +50,16 @@ def sample(
     check_model(model)
     check_rewards(reward or [])
     quiet_libraries()
-    from flowalign import scaling
-    from flowalign.data import Row
+    from flowalign.config.options import parse_options
+    from flowalign.disk.media import save_pictures
     from flowalign.evaluate.drawing import drawing_of
-    from flowalign.evaluate.evaluation import check_prompts
-    from flowalign.options import parse_options
+    from flowalign.experiments import scaling
     from flowalign.policies.cutting import cut_prompts
     from flowalign.policies.loading import load_policy
-    from flowalign.rollout import rollout
-    from flowalign.runs import save_pictures
+    from flowalign.rollout.generate import rollout
+    from flowalign.rollout.prompts import Row
     from flowalign.sampling.noise import EVALUATION
+    from flowalign.score import check_prompts
 
     rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
     given: dict[str, Any] = {
@@ -89,7 +89,9 @@ def sample(
     key, batch = (EVALUATION, drawing.seed, 0), drawing.batch
     if best_of is None:
         drawn = rollout(policy, rows, images, drawing.sampler, pixels, key, batch=batch)
-        written = list(zip(save_pictures(output, drawn.media, drawn.rows), drawn.prompts, strict=True))
+        written = list(
+            zip(save_pictures(output, drawn.media, [row.about for row in drawn.rows]), drawn.prompts, strict=True)
+        )
     else:
         found = scaling.best_of(
             policy, rows, judges, best_of, drawing.sampler, pixels, key, batch=batch, schedule=schedule, kept=images

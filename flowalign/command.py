@@ -51,7 +51,7 @@ console = plain_console()
 
 def device() -> str:
     """The device that is computed on, with its index."""
-    from flowalign.devices import own_device
+    from flowalign.policies.devices import own_device
 
     return str(own_device())
 

@@ -12,14 +12,14 @@ from diffusers import SD3Transformer2DModel
 from huggingface_hub import constants as hub
 
 import rewards
-from flowalign.assets import asset
 from flowalign.config.base import UserError
-from flowalign.data import BUNDLED
-from flowalign.devices import own_device
+from flowalign.disk.about import versions
+from flowalign.disk.assets import asset
 from flowalign.policies.attention import CANDIDATES, attention_seconds, use_attention
 from flowalign.policies.base import forward_dtype
 from flowalign.policies.compiling import why_not_compiled
-from flowalign.runs import versions
+from flowalign.policies.devices import own_device
+from flowalign.rollout.prompts import BUNDLED
 from flowalign.toyworld.render import Scene, render
 
 Row = tuple[str, bool, str]  # part, whether it works, and how or why not

@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from flowalign.assets import EMBEDDED
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import expanded
-from flowalign.data import load_prompts
+from flowalign.disk.assets import EMBEDDED
 from flowalign.policies.folders import is_hub_id, pipeline_index
+from flowalign.rollout.prompts import load_prompts
 from rewards.catalogue import check_name
 
 

@@ -1,31 +1,12 @@
-"""Numbers that are not finite: whose they are, since when, and which settings to lower."""
+"""A policy that has diverged: since when, and which settings to lower."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 from flowalign.algorithms import GDRO, FlowGRPO
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-
-
-class NotFinite(UserError):
-    """The pictures of a model are NaN or infinite; `what` is the sentence without whose they are."""
-
-    def __init__(self, what: str):
-        super().__init__(f"the model's {what}; its weights are not finite, or its precision is too small for it")
-        self.what = what
-
-
-def refuse_not_finite(prompts: Sequence[str], *drawn: torch.Tensor) -> None:
-    """Raises NotFinite where latents or pictures (B, ...) of B prompts hold NaN or infinity."""
-    finite = torch.stack([part.flatten(1).isfinite().all(1) for part in drawn]).all(0)
-    if finite.all():
-        return
-    kind = "NaN" if any(part.isnan().any() for part in drawn) else "infinite"
-    bad = (~finite).nonzero().flatten().tolist()
-    raise NotFinite(f"pictures are {kind} ({len(bad)} of {len(finite)}, first for {prompts[bad[0]]!r})")
+from flowalign.rollout.finite import NotFinite
 
 
 @contextmanager

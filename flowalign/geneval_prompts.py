@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from flowalign.assets import asset
 from flowalign.config.base import UserError
-from flowalign.data import Row, load_prompts
-from flowalign.runs import replace_text
+from flowalign.disk.assets import asset
+from flowalign.disk.files import replace_text
+from flowalign.rollout.prompts import Row, load_prompts
 from rewards.base import nearest
 from rewards.detectors.base import COLORS
 from rewards.geneval import RELATIONS, TASKS

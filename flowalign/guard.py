@@ -9,15 +9,15 @@ import torch
 
 from flowalign.config import Evaluation, Guard, Recipe
 from flowalign.config.base import UserError
-from flowalign.data import Row, shared_rows
 from flowalign.evaluate.bands import Band
 from flowalign.evaluate.divergence import Divergence, reference_divergence
-from flowalign.evaluate.evaluation import Evaluated, load_rewards
+from flowalign.evaluate.evaluation import Evaluated
 from flowalign.evaluate.hacking import Audit, Auditor, spaced
 from flowalign.evaluate.pages import read_evaluations
-from flowalign.judging import Judging
 from flowalign.policies.base import Policy
+from flowalign.rollout.prompts import Row, shared_rows
 from flowalign.sampling.noise import EVALUATION
+from flowalign.score import Judging, load_rewards
 from rewards import Reward
 
 BEST, BEST_UNHACKED = "best", "best_unhacked"

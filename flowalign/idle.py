@@ -10,7 +10,7 @@ from flowalign.advantages import Scored, has_spread
 from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.processes import summed
-from flowalign.rollout import Samples
+from flowalign.rollout.samples import Samples
 
 
 def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flowalign.assets import asset
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.data import load_prompts
-from flowalign.policies.loading import EMBEDDED
-from flowalign.starting import read_json
+from flowalign.disk.starting import read_json
+from flowalign.policies.folders import model_folder
+from flowalign.rollout.prompts import load_prompts
 from rewards.catalogue import module_named
 
 Inputs = Mapping[str, Mapping[str, str]]  # by the recipe's key, of each file the checksum of its content
@@ -112,26 +111,6 @@ def _files(name: Any) -> dict[str, str]:
     files = (file for file in path.rglob("*") if file.is_file())
     shown = {file: file.relative_to(path) for file in files}
     return {str(part): _digest(file) for file, part in shown.items() if not any(p.startswith(".") for p in part.parts)}
-
-
-def model_folder(name: str) -> Path | None:
-    """The file or folder of a name: the embedded model's, one on this disk, or what the hub gave before."""
-    path = asset("toyworld/model") if name == EMBEDDED else Path(name).expanduser()
-    try:
-        if path.exists():
-            return path
-    except (OSError, ValueError):  # too long for a name, as a prompt among a reward's options may be
-        return None
-    if name.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        index = try_to_load_from_cache(name, "model_index.json")
-    except HFValidationError:
-        return None
-    return Path(index).parent if isinstance(index, str) else None
 
 
 def _store(path: Path, rewards: Sequence[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
-from flowalign.rollout import Samples
+from flowalign.rollout.samples import Samples
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import FORWARD
 from flowalign.sampling.steps import column

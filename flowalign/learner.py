@@ -15,7 +15,8 @@ from flowalign.finite import what_to_lower
 from flowalign.items import Items
 from flowalign.policies.base import Policy
 from flowalign.processes import Share, is_shared_out, shared_out, sum_gradients, summed
-from flowalign.rollout import Progress, Samples
+from flowalign.rollout.generate import Progress
+from flowalign.rollout.samples import Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
 from flowalign.selftest import LOWEST_SCALE, SelfTest

@@ -9,14 +9,14 @@ from accelerate import Accelerator
 
 from flowalign import processes
 from flowalign.config import Evaluation, Recipe
-from flowalign.data import Row, load_prompts
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import Evaluated, check_prompts, evaluate, evaluated_by_all
+from flowalign.evaluate.evaluation import Evaluated, evaluate, evaluated_by_all
 from flowalign.evaluate.hacking import Audit
 from flowalign.evaluate.held_out import held_out
 from flowalign.guard import Guarding, evaluation_rewards
-from flowalign.judging import Judging
 from flowalign.policies.base import Policy
+from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.score import Judging, check_prompts
 
 
 class Leave(Exception):

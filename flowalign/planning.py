@@ -15,7 +15,6 @@ from flowalign.algorithms import Algorithm
 from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.config.base import CheckFailed, UserError
-from flowalign.data import load_prompts
 from flowalign.forwards import Forwards, step_forwards
 from flowalign.modelsize import (
     Line,
@@ -29,6 +28,7 @@ from flowalign.modelsize import (
 )
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.processes import MESSAGE, refuse_all_trained
+from flowalign.rollout.prompts import load_prompts
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # assumed: the device's context, libraries' workspaces, fragmentation

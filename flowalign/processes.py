@@ -5,7 +5,7 @@ too, or, where the launcher is configured for FSDP 2, a share of them: each bloc
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from torch.distributed.tensor import DTensor
 from flowalign.advantages import Scored
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.data import Row
-from flowalign.devices import own_device
 from flowalign.policies.base import forward_dtype
+from flowalign.policies.devices import own_device
+from flowalign.rollout.prompts import Row
 
 MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
 _LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another
@@ -214,6 +214,14 @@ def summed(accelerator: Accelerator, *values: float) -> list[float]:
     own = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     found: list[float] = accelerator.reduce(own, "sum").tolist()
     return found
+
+
+def summed_counts(accelerator: Accelerator, own: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
+    """Counts by two names, which all processes have alike, summed over the processes."""
+    if not own:
+        return {}
+    totals = iter(summed(accelerator, *(count for counts in own.values() for count in counts.values())))
+    return {name: {key: int(next(totals)) for key in counts} for name, counts in own.items()}
 
 
 def any_of(accelerator: Accelerator, value: bool) -> bool:

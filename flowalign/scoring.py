@@ -15,23 +15,25 @@ import torch
 
 import rewards as zoo
 from flowalign.checkpoint import checkpoints, load_weights
-from flowalign.conditions import cached_policy
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.data import Row, load_prompts
+from flowalign.config.options import parse_options
+from flowalign.disk.files import replace_text
+from flowalign.disk.media import FILE_NAME, MANIFEST
+from flowalign.disk.run_folder import RunFolder
 from flowalign.display import Display
 from flowalign.evaluate.drawing import sampling_words
-from flowalign.evaluate.evaluation import check_prompts, evaluate, load_rewards
+from flowalign.evaluate.evaluation import evaluate, write_evaluation
 from flowalign.evaluate.held_out import held_out_from
 from flowalign.existing import check_pictures
-from flowalign.judging import learning, load_learnt, refuse_learning, tally, unread
-from flowalign.manifest import FILE_NAME, MANIFEST, manifest_of, rows_of_files
-from flowalign.offline import GroupStore, collect
-from flowalign.options import parse_options
 from flowalign.policies.base import Policy
+from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
-from flowalign.rollout import Progress
-from flowalign.runs import RunFolder, replace_text
+from flowalign.rollout.generate import Progress
+from flowalign.rollout.manifest import manifest_of, rows_of_files
+from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.rollout.store import GroupStore, collect
+from flowalign.score import check_prompts, learning, load_learnt, load_rewards, refuse_learning, tally, unread
 from rewards.media import pictures_in, read_picture
 
 _BATCH = 16
@@ -199,7 +201,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     if run is not None:
         about = {"guidance": settings.guidance, "sampler_steps": settings.steps, "checkpoint": weights}
         known_prompts = {"prompts": known.prompts, "trained_prompts": known.trained}
-        run.write_evaluation("eval", evaluated, {**about, **known_prompts})
+        write_evaluation(run, "eval", evaluated, {**about, **known_prompts})
     return f"{title}, {sampling_words(settings, recipe.model, settings.seed)}, {known.words}", evaluated.summary(
         intervals=True
     )

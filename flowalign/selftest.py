@@ -15,7 +15,7 @@ from flowalign.algorithms import Algorithm, Batch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
-    from flowalign.rollout import Samples
+    from flowalign.rollout.samples import Samples
 
 LOWEST_SCALE = 2.0**-10  # of losses in half precision; below it their gradients vanish
 

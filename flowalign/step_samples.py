@@ -9,15 +9,17 @@ from accelerate import Accelerator
 
 from flowalign import processes
 from flowalign.algorithms.base import algorithm_of
+from flowalign.algorithms.lessons import lessons
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.data import Row, step_rows
 from flowalign.idle import score_figures
-from flowalign.judging import Judging, lessons, tally
-from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
-from flowalign.rollout import Progress, Samples, rollout
+from flowalign.rollout.generate import Progress, rollout
+from flowalign.rollout.prompts import Row, step_rows
+from flowalign.rollout.samples import Samples
+from flowalign.rollout.store import GroupStore
 from flowalign.sampling.noise import ROLLOUT
+from flowalign.score import Judging, tally
 
 
 def step_samples(
@@ -81,6 +83,6 @@ def score_samples(
     samples.shares = everyone.trained().shares(learnt.teaches).T[part]
     samples.scored = own._replace(total=own.total.nan_to_num(0))  # those left out do not teach
     figures = score_figures(everyone, groups, learnt.differs)
-    if answers := tally(judging.rewards, accelerator):
+    if answers := processes.summed_counts(accelerator, tally(judging.rewards)):
         figures["answers"] = answers
     return figures

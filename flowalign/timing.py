@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from flowalign.data import Row
+from flowalign.rollout.prompts import Row
 from flowalign.trainer import Trainer
 from rewards.combine import score_all
 

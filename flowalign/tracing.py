@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flowalign.runs import replace_text
+from flowalign.disk.files import replace_text
 
 OPERATORS = 40  # rows of the table
 

@@ -14,29 +14,31 @@ from flowalign import processes
 from flowalign.algorithms.base import algorithm_of
 from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.claims import Claims
-from flowalign.conditions import cached_policy
 from flowalign.config import Recipe
 from flowalign.config.base import CheckFailed, UserError
-from flowalign.data import load_prompts, step_rows
+from flowalign.disk.about import command_line, now, versions
+from flowalign.disk.run_folder import RunFolder
+from flowalign.disk.starting import check_start
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import check_prompts
+from flowalign.evaluate.evaluation import write_evaluation
 from flowalign.evaluate.report import write_report
 from flowalign.finite import not_finite_explained
 from flowalign.idle import Idle
 from flowalign.inputs import check_inputs, inputs_of
 from flowalign.interrupt import Interrupted, asked_to_stop
 from flowalign.items import check_levels
-from flowalign.judging import Judging, tally, unread
 from flowalign.learner import Learner, optimizer_class
 from flowalign.measuring import Leave, Measuring
 from flowalign.memory import out_of_memory_explained
-from flowalign.offline import GroupStore
 from flowalign.policies.base import Policy
+from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
-from flowalign.rollout import Progress, Samples
-from flowalign.runs import RunFolder, command_line, now, versions
+from flowalign.rollout.generate import Progress
+from flowalign.rollout.prompts import load_prompts, step_rows
+from flowalign.rollout.samples import Samples
+from flowalign.rollout.store import GroupStore
+from flowalign.score import Judging, check_prompts, tally, unread
 from flowalign.selftest import Check, SelfTest
-from flowalign.starting import check_start
 from flowalign.step_samples import score_samples, step_samples
 from flowalign.tracing import traced
 from flowalign.tracking import check_trackers, evaluation_values, step_values
@@ -309,7 +311,7 @@ class Trainer:
             "trained_rewards": measuring.trained_rewards,
             "seconds": time.perf_counter() - started,
         }
-        answers = tally(measuring.rewards, self.accelerator)
+        answers = processes.summed_counts(self.accelerator, tally(measuring.rewards))
         if answers:
             about["answers"] = answers
         best: list[str] = []
@@ -320,7 +322,7 @@ class Trainer:
             for name in best:  # before the evaluation is there, after which a resumed run does not make it again
                 with self.averaged():
                     self.run_folder.keep_weights(name, self.policy.export, about)
-            summary = self.run_folder.write_evaluation(self._name, evaluated, about)
+            summary = write_evaluation(self.run_folder, self._name, evaluated, about)
             self.accelerator.log(evaluation_values(summary, about), step=self.step)
             self.display.evaluation(self.step, summary, about["seconds"], measuring.held_out)
         for sentence in unread(answers):

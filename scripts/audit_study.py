@@ -19,11 +19,12 @@ import numpy as np
 from flowalign.campaign import train_unless_done
 from flowalign.command import quiet_libraries
 from flowalign.config.base import UserError
+from flowalign.disk.about import command_line, now, versions
+from flowalign.disk.files import replace_text
 from flowalign.evaluate.overoptimization import GOLD
 from flowalign.evaluate.pages import parsed, read_evaluations
 from flowalign.guard import BEST_UNHACKED
 from flowalign.interrupt import Interrupted
-from flowalign.runs import command_line, now, replace_text, versions
 from flowalign.toyworld.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
 from rewards import RewardError
 

@@ -27,8 +27,8 @@ from flowalign import trainer as training
 from flowalign.checkpoint import checkpoints
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
+from flowalign.disk.run_folder import RunFolder
 from flowalign.display import Display
-from flowalign.runs import RunFolder
 
 CLOCK = ("minutes", "seconds")
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from flowalign.assets import asset
+from flowalign.disk.assets import asset
 from flowalign.toyworld.artifacts import HELD_OUT, KINDS, damaged
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.render import render

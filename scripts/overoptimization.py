@@ -19,9 +19,10 @@ from flowalign.campaign import train_unless_done
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
+from flowalign.disk.about import command_line, now, versions
+from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.overoptimization import outcome, read_run, write_results
 from flowalign.interrupt import Interrupted
-from flowalign.runs import RunFolder, command_line, now, versions
 from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
 from rewards import RewardError
 

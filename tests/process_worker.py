@@ -33,11 +33,11 @@ from torch.distributed.tensor import DTensor
 from flowalign import trainer as training
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.data import load_prompts
 from flowalign.display import Display
 from flowalign.interrupt import Interrupted
-from flowalign.offline import collect
 from flowalign.policies.base import Condition, Policy
+from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.store import collect
 from flowalign.sampling import counted_generator
 from rewards import TrainableReward
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from flowalign.cli import main
 from flowalign.config import Lora, Model, Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.policies.adapters import adapter_files, merge_adapter, module_places
 from flowalign.policies.base import Policy
 from flowalign.policies.flux import FluxPolicy
 from flowalign.policies.loading import load_policy
 from flowalign.policies.sd3 import SD3Policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 
 Flux = Callable[[bool], Path]
 Tensors = dict[str, torch.Tensor]

@@ -19,7 +19,6 @@ from PIL import Image
 from flowalign.cli import main
 from flowalign.config import Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.evaluate import panel
 from flowalign.evaluate.drawing import Drawing, draw, drawing_of, listed
 from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
@@ -33,6 +32,7 @@ from flowalign.evaluate.intervals import (
 from flowalign.evaluate.results import Stopwatch, continued
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy, model_settings
+from flowalign.rollout.prompts import Row
 from flowalign.toyworld.detector import ExactDetector
 from flowalign.toyworld.grammar import shape_scene, sign_prompt, sign_scene, task_prompts
 from flowalign.toyworld.render import Scene, render

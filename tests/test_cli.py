@@ -17,9 +17,9 @@ from PIL import Image
 
 from flowalign.cli import main
 from flowalign.command import disk_mistake, memory_mistake, plain_console
-from flowalign.data import Row
+from flowalign.disk.media import save_pictures
 from flowalign.display import Display, summary_table
-from flowalign.runs import save_pictures
+from flowalign.rollout.prompts import Row
 from flowalign.scoring import read_images
 from flowalign.selftest import Check
 
@@ -147,7 +147,7 @@ def test_pictures_and_prompts_are_paired_as_people_count(tmp_path: Path, picture
 def test_what_was_drawn_is_named_wide_enough_and_says_its_prompts(tmp_path: Path, pictures: Path, count: int) -> None:
     rows = [Row(index, f"prompt {index}", {"tag": "colors", "file_name": "x"}) for index in range(count)]
     media = (torch.arange(count) % 256)[:, None, None, None].expand(-1, 3, 1, 1) / 255
-    paths = save_pictures(tmp_path / "many", media, rows)
+    paths = save_pictures(tmp_path / "many", media, [row.about for row in rows])
     assert sorted(path.name for path in paths) == [path.name for path in paths]
     assert scored(tmp_path) == [(path.name, f"prompt {n}", n % 256) for n, path in enumerate(paths)]
 
@@ -157,7 +157,7 @@ def test_pictures_and_rows_that_do_not_belong_together_are_one_sentence(
 ) -> None:
     rows = [Row(index, prompt) for index, prompt in enumerate(("one", "two", "three"))]
     folder, command = tmp_path / "drawn", ["score", "colorfulness", "--images", str(tmp_path / "drawn")]
-    save_pictures(folder, torch.zeros(3, 3, 8, 8), rows)
+    save_pictures(folder, torch.zeros(3, 3, 8, 8), [row.about for row in rows])
     manifest = folder / "metadata.jsonl"
     succeed(*command)
     succeed(*command, "--prompts", str(tmp_path / "prompts.txt"))

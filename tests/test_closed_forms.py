@@ -27,12 +27,12 @@ from torch import nn
 
 from flowalign.advantages import Scored
 from flowalign.config import recipe_from_dict
-from flowalign.data import Row
 from flowalign.display import Display
 from flowalign.items import Items
-from flowalign.offline import collect
 from flowalign.policies.base import Condition, Policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
+from flowalign.rollout.store import collect
 from flowalign.trainer import Trainer
 from rewards import as_reward
 

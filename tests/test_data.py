@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowalign.config.base import UserError
-from flowalign.data import BUNDLED, Row, load_prompts, step_rows
+from flowalign.rollout.prompts import BUNDLED, Row, load_prompts, step_rows
 
 GENEVAL_ROW = {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
 

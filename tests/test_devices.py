@@ -14,9 +14,9 @@ import yaml
 
 import rewards
 from flowalign.config import recipe_from_dict
-from flowalign.data import Row
 from flowalign.display import Display
-from flowalign.judging import Judging
+from flowalign.rollout.prompts import Row
+from flowalign.score import Judging
 from flowalign.trainer import Trainer
 from rewards.backbones.features import unit_features
 from rewards.devices import chosen_device, given_device, on_device

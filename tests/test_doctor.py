@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 import torch
 
-from flowalign import assets, doctor
+from flowalign import doctor
+from flowalign.disk import assets
 from flowalign.doctor import EXTRAS, diagnose
 
 

@@ -17,8 +17,8 @@ import typer
 from flowalign import cli
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
+from flowalign.config.options import parse_options
 from flowalign.doctor import NEEDED
-from flowalign.options import parse_options
 
 
 def code_of(*arguments: str) -> int:

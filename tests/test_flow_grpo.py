@@ -13,9 +13,9 @@ from torch.distributions import Normal, kl_divergence
 from flowalign.algorithms import Batch, FlowGRPO, Transition
 from flowalign.algorithms.flow_grpo import clipped_ratio_loss
 from flowalign.config import Rollout
-from flowalign.data import Row
 from flowalign.policies.base import Condition, Policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling import DYNAMICS, sde_step
 
 ROLLOUT = Rollout(steps=6, window=(0, 4))

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowalign.config.base import UserError
-from flowalign.data import Row, load_prompts
 from flowalign.geneval_prompts import (
     NUMBERS,
     PUBLISHED_MIX,
@@ -19,6 +18,7 @@ from flowalign.geneval_prompts import (
     training_prompts,
     write_training_prompts,
 )
+from flowalign.rollout.prompts import Row, load_prompts
 from rewards.detectors.base import COLORS
 from rewards.geneval import RELATIONS, TASKS
 

@@ -12,12 +12,13 @@ from PIL import Image
 import rewards
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.data import load_prompts
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import evaluate, load_rewards
+from flowalign.evaluate.evaluation import evaluate
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import load_prompts
+from flowalign.score import load_rewards
 from flowalign.trainer import Trainer
 
 Mode = Callable[[], AbstractContextManager[None]]

@@ -15,7 +15,6 @@ from flowalign.cli import app
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.config.sections import Sampler
-from flowalign.data import Row
 from flowalign.display import Display
 from flowalign.evaluate.bands import Band, band, learn_bands
 from flowalign.evaluate.divergence import NOISE_LEVEL, reference_divergence
@@ -24,6 +23,7 @@ from flowalign.evaluate.hacking_page import hacking_section
 from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.report import write_report
 from flowalign.policies.base import Condition, Policy
+from flowalign.rollout.prompts import Row
 from flowalign.trainer import Trainer
 
 SIDE = 32

@@ -13,7 +13,7 @@ from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.display import Display
 from flowalign.policies.loading import load_policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
 from flowalign.trainer import Trainer
 from rewards import RewardError
 
@@ -187,7 +187,7 @@ def test_the_model_is_named_where_no_run_draws(tiny_model: Path, make: Callable[
     recipe = make("nft", "fp32")
     policy = load_policy(recipe.model)
     policy.velocity = lambda x, *_: torch.full_like(x, torch.nan)  # type: ignore[method-assign]
-    from flowalign.data import load_prompts
+    from flowalign.rollout.prompts import load_prompts
 
     rows = load_prompts(recipe.prompts)
     with pytest.raises(UserError, match=r"^the model's pictures are NaN \(4 of 4, first for 'a photo of two stars'\)"):

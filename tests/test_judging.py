@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 import rewards
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
+from flowalign.disk.run_folder import RunFolder
 from flowalign.display import Display
-from flowalign.judging import Judging
-from flowalign.runs import RunFolder
+from flowalign.score import Judging
 from flowalign.scoring import collect_recipe, evaluate_recipe, score_images
 from flowalign.trainer import Trainer
 from rewards import Reward, RewardError, TrainableReward

@@ -20,9 +20,9 @@ from torch import nn
 from flowalign import processes
 from flowalign.config import Model, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.policies.loading import load_policy
 from flowalign.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
+from flowalign.rollout.prompts import Row
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

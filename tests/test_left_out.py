@@ -14,12 +14,13 @@ import rewards
 from flowalign.advantages import Scored
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.algorithms.gdro import GDRO
+from flowalign.algorithms.lessons import lessons
 from flowalign.cli import main
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.display import Display
-from flowalign.judging import lessons, tally, unread
-from flowalign.scaling import check_judges
+from flowalign.experiments.scaling import check_judges
+from flowalign.score import tally, unread
 from flowalign.scoring import collect_recipe
 from flowalign.trainer import Trainer
 from rewards import Reward, RewardError

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import rewards
-from flowalign.data import load_prompts
+from flowalign.rollout.prompts import load_prompts
 from rewards import RewardError
 from rewards.backbones.preprocessing import as_levels
 from rewards.backbones.weights import bundled

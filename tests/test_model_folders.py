@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowalign.assets import asset
 from flowalign.config import Model
 from flowalign.config.base import UserError
+from flowalign.disk.assets import asset
 from flowalign.policies import schedules
 from flowalign.policies.loading import find_family, load_policy
 

@@ -17,16 +17,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flowalign import offline
 from flowalign.cli import main
 from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.data import load_prompts
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import load_rewards
-from flowalign.offline import GroupStore, collect
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
+from flowalign.rollout.generate import store as offline
+from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.store import GroupStore, collect
+from flowalign.score import load_rewards
 from flowalign.scoring import rescore_store
 from flowalign.trainer import Trainer, train
 from rewards import RewardError

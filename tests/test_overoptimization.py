@@ -13,8 +13,8 @@ import torch
 from diffusers import AutoencoderKL
 
 import rewards
-from flowalign.assets import asset
 from flowalign.config.base import UserError
+from flowalign.disk.assets import asset
 from flowalign.evaluate.overoptimization import mean_curve, outcome, read_run, table, write_results
 from flowalign.toyworld.artifacts import KINDS, damaged
 from flowalign.toyworld.gold import SignQuality, cleanliness

@@ -11,10 +11,10 @@ from PIL import Image
 from flowalign.cli import main
 from flowalign.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.data import load_prompts
-from flowalign.evaluate.evaluation import load_rewards
-from flowalign.offline import GroupStore
 from flowalign.policies.adapters import adapter_files
+from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.store import GroupStore
+from flowalign.score import load_rewards
 
 FILES = ("words.txt", "test.txt", "judge.py", "heads/x.safetensors")
 VALUES: dict[str, Any] = {

@@ -8,10 +8,10 @@ from diffusers import StableDiffusion3Pipeline
 
 from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.loading import load_policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"', "a photo of two rings"]

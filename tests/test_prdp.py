@@ -6,11 +6,11 @@ from torch import nn
 
 from flowalign.advantages import Scored
 from flowalign.config import recipe_from_dict
-from flowalign.data import Row
 from flowalign.forwards import step_forwards
 from flowalign.items import Items
 from flowalign.policies.base import Condition, Policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling import sde_step
 
 LATENT = (16, 64, 64)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from flowalign.checkpoint import checkpoints
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
+from flowalign.disk.run_folder import RunFolder
 from flowalign.display import Display
-from flowalign.runs import RunFolder
 from flowalign.trainer import Trainer
 from rewards import TrainableReward
 
@@ -163,10 +163,10 @@ def test_four_steps_are_two_and_two_resumed(small: dict[str, Any], name: str, tm
 
 
 def collected(values: dict[str, Any]) -> None:
-    from flowalign.data import load_prompts
-    from flowalign.evaluate.evaluation import load_rewards
-    from flowalign.offline import collect
     from flowalign.policies.loading import load_policy
+    from flowalign.rollout.prompts import load_prompts
+    from flowalign.rollout.store import collect
+    from flowalign.score import load_rewards
 
     recipe = recipe_from_dict(values)
     policy = load_policy(recipe.model)

@@ -15,12 +15,8 @@ from PIL import Image
 from flowalign.cli import main
 from flowalign.config import Evaluation, Model, Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.evaluate.best_of import best_of_weights, evaluate_best_of, evaluate_pruned, expected_best_of
-from flowalign.policies.base import Policy
-from flowalign.policies.loading import load_policy
-from flowalign.rollout import rollout
-from flowalign.scaling import (
+from flowalign.experiments.scaling import (
     Prune,
     best_of,
     check_judges,
@@ -29,6 +25,10 @@ from flowalign.scaling import (
     parse_schedule,
     standing,
 )
+from flowalign.policies.base import Policy
+from flowalign.policies.loading import load_policy
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from rewards import Reward, TrainableReward, as_reward
 
 ROWS = [Row(0, "a red star"), Row(1, "a photo of two rings"), Row(2, "a ring")]

@@ -8,9 +8,9 @@ from diffusers import StableDiffusion3Pipeline
 
 from flowalign.config import Lora, Model, Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.policies.loading import load_policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"']

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from flowalign.checkpoint import checkpoints
 from flowalign.config import load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
+from flowalign.disk.run_folder import RunFolder
+from flowalign.disk.starting import FolderLock, check_start
 from flowalign.display import Display
 from flowalign.inputs import check_inputs, inputs_of
-from flowalign.runs import RunFolder
-from flowalign.starting import FolderLock, check_start
 from flowalign.trainer import Trainer
 
 JUDGE = """
@@ -152,7 +152,7 @@ def test_rewards_of_a_script_are_known_again_by_their_code(run: Path, begun: Pat
 def holder(folder: Path) -> "subprocess.Popen[str]":
     """Another process that trains in the folder until it is killed."""
     code = (
-        "import sys; from pathlib import Path; from flowalign.starting import FolderLock; "
+        "import sys; from pathlib import Path; from flowalign.disk.starting import FolderLock; "
         "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     process = subprocess.Popen(

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowalign.assets import asset
-from flowalign.data import BUNDLED, load_prompts
+from flowalign.disk.assets import asset
+from flowalign.rollout.prompts import BUNDLED, load_prompts
 from flowalign.toyworld import grammar
 from flowalign.toyworld.detector import ExactDetector, detect
 from flowalign.toyworld.pretraining import MAX_TOKENS, make_tokenizer, train_transformer, write_prompts

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.display import Display
-from flowalign.evaluate.evaluation import evaluate, load_rewards
+from flowalign.evaluate.evaluation import evaluate
 from flowalign.policies.loading import load_policy
+from flowalign.score import load_rewards
 from flowalign.trainer import Trainer, train
 from rewards import RewardError
 
@@ -247,7 +248,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(values: dict[str, Any]) -> 
 def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
     recipe = changed(values)
     policy = load_policy(recipe.model)
-    from flowalign.data import load_prompts
+    from flowalign.rollout.prompts import load_prompts
 
     rows = load_prompts(recipe.prompts)
     rewards = load_rewards(recipe.rewards, "cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydantic import PrivateAttr
 
@@ -13,6 +13,7 @@ from flowalign.advantages import Scored, advantages, has_spread, summed_advantag
 from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import UserError
 from flowalign.lazy import torch
+from flowalign.rollout.samples import Keep
 from flowalign.sampling.steps import Dynamics
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from flowalign.policies.base import Condition, Policy
 
 Figures: TypeAlias = "dict[str, torch.Tensor]"
-Keep = Literal["trajectory", "means", "previews", "float64"]
 
 
 @dataclass(frozen=True)

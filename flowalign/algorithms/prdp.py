@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Algorithm, Batch, Figures, Keep
+from flowalign.algorithms.base import Algorithm, Batch, Figures
 from flowalign.algorithms.flow_grpo import replay
 from flowalign.lazy import torch
+from flowalign.rollout.samples import Keep
 
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train

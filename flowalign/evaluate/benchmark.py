@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.base import UserError
-from flowalign.data import Row, load_prompts
+from flowalign.disk.media import MANIFEST
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
-from flowalign.manifest import MANIFEST, manifest_of
+from flowalign.rollout.manifest import manifest_of
+from flowalign.rollout.prompts import Row, load_prompts
 
 BATCH = 16  # pictures that are judged at once
 

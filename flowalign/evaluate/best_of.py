@@ -14,12 +14,12 @@ import torch
 
 from flowalign.config import Evaluation
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.evaluate.evaluation import Evaluated, evaluate
+from flowalign.experiments.scaling import Cost, Prune, best_of, check_judges, check_search, cost
 from flowalign.policies.base import Policy
-from flowalign.rollout import Progress
+from flowalign.rollout.generate import Progress
+from flowalign.rollout.prompts import Row
 from flowalign.sampling.noise import EVALUATION
-from flowalign.scaling import Cost, Prune, best_of, check_judges, check_search, cost
 from rewards import Reward
 from rewards.combine import score_all
 
@@ -73,7 +73,7 @@ def evaluate_best_of(
     for count in counts:
         check_search(count, (), settings)
     check_judges(rewards)
-    asked = [row for row in rows if rewards[by].applies_to({**row.metadata, "prompt": row.prompt})]
+    asked = [row for row in rows if rewards[by].applies_to(row.about)]
     if not asked:
         raise UserError(f"{by} judges none of the evaluation prompts; choose by another reward")
     most = max(counts)

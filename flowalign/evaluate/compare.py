@@ -18,19 +18,19 @@ import torch
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.config.mistakes import nearest
-from flowalign.data import load_prompts
-from flowalign.devices import own_device
+from flowalign.disk.about import now
+from flowalign.disk.files import replace_text
+from flowalign.disk.starting import refuse_changes
 from flowalign.display import Display
 from flowalign.evaluate.best_of import evaluate_best_of
 from flowalign.evaluate.compare_page import leaderboard_markdown, write_comparison_page
-from flowalign.evaluate.evaluation import load_rewards
 from flowalign.evaluate.held_out import held_out_from
 from flowalign.evaluate.pages import parsed, read_evaluations
-from flowalign.judging import learning
+from flowalign.experiments.scaling import check_judges
+from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
-from flowalign.runs import now, replace_text
-from flowalign.scaling import check_judges
-from flowalign.starting import refuse_changes
+from flowalign.rollout.prompts import load_prompts
+from flowalign.score import learning, load_rewards
 from flowalign.trainer import Trainer
 
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from flowalign.config import Rollout, Sampler
-from flowalign.data import Row
 from flowalign.policies.base import Condition, Policy
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling import sde_step
 from flowalign.sampling.steps import gaussian_kl
 

@@ -22,16 +22,17 @@ from PIL import Image
 
 from flowalign.config import Model, Sampler
 from flowalign.config.base import UserError, counted
-from flowalign.data import Row, load_prompts
+from flowalign.disk.files import replace_text
+from flowalign.disk.media import MANIFEST, to_uint8
 from flowalign.display import Display
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
-from flowalign.manifest import MANIFEST, manifest_of, rows_of_files
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.cutting import cut_prompts
 from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, usual_sampling
-from flowalign.rollout import Progress, rollout
-from flowalign.runs import replace_text, to_uint8
+from flowalign.rollout.generate import Progress, rollout
+from flowalign.rollout.manifest import manifest_of, rows_of_files
+from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.sampling.noise import EVALUATION
 from rewards.media import FORMATS, natural, pictures_in, read_picture
 
@@ -283,7 +284,7 @@ def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], 
 
 def _metadata(row: Row) -> dict[str, Any]:
     """A row as GenEval writes it."""
-    return {**row.metadata, "prompt": row.prompt}
+    return row.about
 
 
 def _write_picture(path: Path, image: Image.Image) -> None:

@@ -1,23 +1,24 @@
 """The one evaluation: fixed prompts and counted noise in, scores with standard errors out."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 import rewards as zoo
-from flowalign.config import Evaluation, RewardSettings
-from flowalign.config.base import UserError
-from flowalign.config.paths import sought
-from flowalign.data import Row
+from flowalign.config import Evaluation
+from flowalign.disk.files import replace_text
+from flowalign.disk.media import MAP, marked, save_pictures
+from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.intervals import clustered_error, combined_interval, mean_interval
 from flowalign.policies.base import Policy
-from flowalign.rollout import Progress, rollout
+from flowalign.rollout.generate import Progress, rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling.noise import EVALUATION
 from rewards.combine import score_all
 
@@ -76,30 +77,6 @@ def _mean(judged: Sequence[tuple[Row, float]], intervals: bool) -> dict[str, Any
     mean, own = float(np.mean([value for _, value in judged])), list(groups.values())
     result = {"mean": mean, "standard_error": clustered_error(own), "count": len(judged)}
     return {**result, "prompts": len(own), "interval": mean_interval(own)} if intervals else result
-
-
-def load_rewards(
-    settings: Mapping[str, RewardSettings],
-    device: torch.device | str,
-    given: Mapping[str, zoo.Reward] = MappingProxyType({}),
-) -> dict[str, zoo.Reward]:
-    """The rewards of a recipe, by the name it gives them, on a device; those `given` are there already."""
-    for name, entry in settings.items():
-        file = entry.loads(name).rpartition(":")[0]
-        if name not in given and file.endswith(".py") and not Path(file).is_file():
-            raise UserError(f"rewards.{name}.load: there is no file {file}{sought(file)}")
-    return {
-        name: given[name] if name in given else zoo.load_on(device, entry.loads(name), **entry.options)
-        for name, entry in settings.items()
-    }
-
-
-def check_prompts(rows: Sequence[Row], rewards: Mapping[str, zoo.Reward], source: object) -> None:
-    """Raises UserError for the first prompt that no reward can judge, before a model is loaded."""
-    for row in rows:
-        if not any(reward.applies_to({**row.metadata, "prompt": row.prompt}) for reward in rewards.values()):
-            names = ", ".join(rewards)
-            raise UserError(f"prompts {source}: prompt {row.index + 1} ({row.prompt!r}) cannot be judged by {names}")
 
 
 def evaluate(
@@ -170,3 +147,26 @@ def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:
     maps = {name: torch.stack([found[name] for _, _, found in kept[:pictures]]) for name in own.maps}
     rows, scores, seen = ([one[place] for one in judged] for place in range(3))
     return Evaluated(rows, scores, stacked, maps, [one for one in seen if one is not None])
+
+
+def write_evaluation(run: RunFolder, name: str, evaluated: Evaluated, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the pictures samples/NAME/ of a run and last evaluations/NAME.json, which says that all is there.
+
+    Returns the summary.
+    """
+    rows = [
+        {"prompt": row.prompt, **({"tag": tag} if (tag := row.metadata.get("tag")) else {}), "scores": scores}
+        for row, scores in zip(evaluated.rows, evaluated.scores, strict=True)
+    ]
+    summary = evaluated.summary()
+    if len(evaluated.pictures):
+        folder = run.path / "samples" / name
+        shown = list({row.index: row for row in evaluated.rows}.values())[: len(evaluated.pictures)]
+        save_pictures(folder, evaluated.pictures, [row.about for row in shown])
+        for reward, found in evaluated.maps.items():
+            save_pictures(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.pictures, found))
+        replace_text(folder / "prompts.json", json.dumps([row.prompt for row in shown]) + "\n")
+    (run.path / "evaluations").mkdir(exist_ok=True)
+    contents = {**about, "rows": rows, "summary": summary}
+    replace_text(run.evaluation(name), json.dumps(contents) + "\n")
+    return summary

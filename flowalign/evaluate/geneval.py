@@ -147,7 +147,7 @@ def verdicts(judging: Judge, pictures: Sequence[Picture]) -> list[Line]:
                 "prompt": picture.row.prompt,
                 "correct": verdict.correct,
                 "reason": verdict.reason,
-                "metadata": json.dumps({**picture.row.metadata, "prompt": picture.row.prompt}),
+                "metadata": json.dumps(picture.row.about),
                 "details": json.dumps(boxes),
                 **judging.identity,
             }

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from flowalign.config.base import counted
+from flowalign.disk.media import picture_names
 from flowalign.evaluate import plots
 from flowalign.evaluate.pages import parsed, picture
-from flowalign.runs import picture_names
 
 Row = dict[str, Any]
 SHOWN = 4  # prompts of which pictures are shown

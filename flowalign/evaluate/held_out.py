@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError, counted
-from flowalign.data import Row, load_prompts, normalised, shared_rows
-from flowalign.offline import GroupStore
+from flowalign.rollout.prompts import Row, load_prompts, normalised, shared_rows
+from flowalign.rollout.store import GroupStore
 
 
 class HeldOut(NamedTuple):

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from flowalign.config.base import UserError
+from flowalign.disk.files import replace_text
 from flowalign.evaluate.pages import parsed, read_evaluations
 from flowalign.evaluate.plots import Chase, overoptimization_figure
-from flowalign.runs import replace_text
 
 PROXY, GOLD = "proxy", "gold"  # the names of both rewards in the runs' evaluations
 _COLUMNS = (

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from flowalign.config.base import UserError
-from flowalign.runs import replace_text
+from flowalign.disk.files import replace_text
 
 SMALL = 128  # pixels; pictures under this side are embedded as they are and scaled up without smoothing
 

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from flowalign.config.base import UserError
-from flowalign.data import Row, load_prompts
+from flowalign.disk.files import replace_text
 from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
-from flowalign.evaluate.evaluation import check_prompts
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval, mean_of
 from flowalign.evaluate.results import (
@@ -33,9 +32,9 @@ from flowalign.evaluate.results import (
     keep_settings,
     write_summary,
 )
-from flowalign.judging import refuse_learning
-from flowalign.rollout import Progress
-from flowalign.runs import replace_text
+from flowalign.rollout.generate import Progress
+from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.score import check_prompts, refuse_learning
 from rewards import Reward
 from rewards.combine import score_all
 from rewards.media import read_picture
@@ -70,7 +69,7 @@ def evaluate_panel(
     check_prompts(rows, rewards, prompts)
     refuse_learning(rewards, "it cannot be in a panel")
     for name, reward in rewards.items():
-        if not any(reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows):
+        if not any(reward.applies_to(row.about) for row in rows):
             raise UserError(f"reward {name!r} can judge none of the prompts {prompts}; leave it out or give others")
     last = [several[0] for several in drawings.values()][
         -1

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.base import UserError
+from flowalign.disk.files import replace_text
 from flowalign.evaluate.pages import parsed
-from flowalign.rollout import Progress
-from flowalign.runs import replace_text
+from flowalign.rollout.generate import Progress
 
 Line = dict[str, Any]
 DRAWING, EVALUATION, RESULTS = "drawing.json", "evaluation.json", "results.jsonl"

@@ -140,7 +140,7 @@ class Policy(ABC):
         return self._empty
 
     def free_text_encoders(self) -> None:
-        """Release the pipeline's text encoders: from here on `encode` needs a cache (`flowalign.conditions`).
+        """Release the pipeline's text encoders: from here on `encode` needs a cache (`flowalign.policies.conditions`).
 
         A model without a diffusers `pipeline` releases its encoders by its own method of this name.
         """

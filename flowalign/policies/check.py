@@ -15,14 +15,14 @@ import torch
 
 from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
 from flowalign.policies.adapters import merge_adapter
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import find_family
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import target_modules
-from flowalign.rollout import rollout
+from flowalign.rollout.generate import rollout
+from flowalign.rollout.prompts import Row
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import EVALUATION
 from flowalign.toyworld.render import Scene, render

@@ -14,7 +14,9 @@ from safetensors import safe_open
 
 from flowalign.config.base import UserError
 from flowalign.config.paths import sought
+from flowalign.disk.assets import asset
 from flowalign.lazy import torch
+from flowalign.policies.loading import EMBEDDED
 from flowalign.policies.weightfiles import PICKLES, damage
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -148,3 +150,23 @@ def _check_part(folder: Path) -> str | None:
             if shard not in found:
                 raise UserError(f"model.path: {folder / shard} is missing, which {index.name} names; fetch it again")
     return chosen or None
+
+
+def model_folder(name: str) -> Path | None:
+    """The file or folder of a name: the embedded model's, one on this disk, or what the hub gave before."""
+    path = asset("toyworld/model") if name == EMBEDDED else Path(name).expanduser()
+    try:
+        if path.exists():
+            return path
+    except (OSError, ValueError):  # too long for a name, as a prompt among a reward's options may be
+        return None
+    if name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        index = try_to_load_from_cache(name, "model_index.json")
+    except HFValidationError:
+        return None
+    return Path(index).parent if isinstance(index, str) else None

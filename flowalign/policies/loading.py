@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from flowalign.assets import EMBEDDED as EMBEDDED
-from flowalign.assets import asset
 from flowalign.config import Model, Sampler, load_recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import expanded
+from flowalign.disk.assets import EMBEDDED as EMBEDDED
+from flowalign.disk.assets import asset
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
@@ -36,7 +36,7 @@ def load_policy(
 ) -> PipelinePolicy:
     """The policy of a model's settings, or of its path with default settings.
 
-    Without `text_encoders` it cannot encode: `flowalign.conditions.cached_policy` has its conditions on disk.
+    Without `text_encoders` it cannot encode: `flowalign.policies.conditions.cached_policy` has its conditions on disk.
     Without `whole` its transformer waits on the processor for `flowalign.processes.prepare` to share it out.
     Raises UserError for a missing folder, one that is no diffusers pipeline, or a class without an adapter.
     """

@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from flowalign.assets import asset
 from flowalign.config import Recipe, RewardSettings, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.data import load_prompts
-from flowalign.devices import own_device
-from flowalign.evaluate.evaluation import load_rewards
+from flowalign.disk.assets import asset
+from flowalign.disk.files import replace_text
+from flowalign.disk.media import save_pictures
 from flowalign.evaluate.overoptimization import GOLD, PROXY
-from flowalign.offline import GroupStore, collect
+from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
-from flowalign.runs import replace_text, save_pictures
+from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.store import GroupStore, collect
+from flowalign.score import load_rewards
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.proxies import BACKBONE, fit_learned
 from flowalign.toyworld.render import render

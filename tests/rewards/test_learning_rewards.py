@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 import rewards
-from flowalign.assets import asset
+from flowalign.disk.assets import asset
 from rewards import Reward, RewardError, TrainableReward
 from rewards.adversarial_dino import AdversarialDINO, hinge_loss
 from rewards.adversarial_pickscore import PATIENCE, AdversarialPickScore

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
 import rewards
-from flowalign.data import Row
-from flowalign.evaluate.evaluation import check_prompts
+from flowalign.rollout.prompts import Row
+from flowalign.score import check_prompts
 from rewards import RewardError
 from rewards.combine import score_all
 from rewards.detectors.ocr_engine import ink_lines

@@ -4,23 +4,23 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+import rewards as zoo
 from flowalign.advantages import Scored
-from flowalign.algorithms.base import Algorithm
-from flowalign.config import Combine, Recipe
+from flowalign.config import Combine, Recipe, RewardSettings
 from flowalign.config.base import UserError
 from flowalign.config.mistakes import nearest
+from flowalign.config.paths import sought
 from flowalign.config.rewards import Shaping
-from flowalign.data import Row
-from flowalign.evaluate.evaluation import load_rewards
-from flowalign.offline import GroupStore
-from flowalign.processes import summed
-from flowalign.rollout import Samples
+from flowalign.rollout.prompts import Row
+from flowalign.rollout.samples import Samples
+from flowalign.rollout.store import GroupStore
 from rewards import Reward, TrainableReward, as_reward
 from rewards.combine import (
     Scores,
@@ -75,13 +75,13 @@ class Judging:
         for name in (self.recipe.combine.base, self.recipe.combine.bonus):
             if name is not None and name in self.rewards:
                 for row in rows:
-                    if not self.rewards[name].applies_to({**row.metadata, "prompt": row.prompt}):
+                    if not self.rewards[name].applies_to(row.about):
                         raise UserError(
                             f"combine: reward {name!r} does not apply to {row.prompt!r}; base and bonus must"
                         )
         for name, known in self.references.items():
             for row in rows:
-                asked = self.rewards[name].applies_to({**row.metadata, "prompt": row.prompt})
+                asked = self.rewards[name].applies_to(row.about)
                 if asked and row.prompt not in known:
                     raise UserError(
                         f"rewards.{name}.shaping: store {self.shaping[name].reference} has no reference scores "
@@ -100,9 +100,7 @@ class Judging:
             return
         met: set[str] = set()
         for row in rows:
-            own = [
-                name for name, reward in trained.items() if reward.applies_to({**row.metadata, "prompt": row.prompt})
-            ]
+            own = [name for name, reward in trained.items() if reward.applies_to(row.about)]
             met.update(own if len(own) > 1 else ())
         for name in trained:
             if name not in met and self.weights[name] != 1:
@@ -156,7 +154,7 @@ class Judging:
         media = accelerator.gather(samples.media)
         rows = samples.rows if accelerator.num_processes == 1 else gather_object(samples.rows)
         for name, reward in self.trainable.items():
-            asked = [reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows]
+            asked = [reward.applies_to(row.about) for row in rows]
             chosen = [place for place, yes in enumerate(asked) if yes]
             if chosen:
                 part = [rows[place] for place in chosen]
@@ -252,49 +250,9 @@ def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., A
     return {name: as_reward(reward, name) for name, reward in rewards.items()}
 
 
-class Lessons(NamedTuple):
-    """What an algorithm makes of N scored samples."""
-
-    advantages: torch.Tensor  # (N,) or (N, ...)
-    teaches: torch.Tensor  # (N,) bool: the samples to learn from
-    differs: torch.Tensor  # (N,) bool: those in whose group the rewards differ
-
-
-def lessons(algorithm: Algorithm, scored: Scored, groups: torch.Tensor) -> Lessons:
-    """The Lessons of all samples of a step; ValueError as `Algorithm.advantages`.
-
-    A sample that a reward left out takes no part in any statistic and teaches nothing; nor do the others of its group
-    where the algorithm learns from whole groups.
-    """
-
-    def of(scored: Scored, groups: torch.Tensor) -> Lessons:
-        advantages = algorithm.advantages(scored, groups)
-        return Lessons(advantages, algorithm.teaches(scored, groups), algorithm.differs(scored, groups))
-
-    known = ~scored.total.isnan()
-    if scored.previews is not None:
-        known &= ~scored.previews.isnan().any(1)
-    if algorithm.unit != "item":
-        known &= ~torch.isin(groups, groups[~known])
-    if known.all():
-        return of(scored, groups)
-    if not known.any():
-        nothing = torch.zeros(len(known), device=groups.device)
-        return Lessons(nothing, nothing.bool(), nothing.bool())
-    learnt = of(scored.of(known), groups[known])
-    whole = [part.new_zeros(len(known), *part.shape[1:]).index_put((known,), part) for part in learnt]
-    return Lessons(*whole)
-
-
-def tally(rewards: Mapping[str, Reward], accelerator: Accelerator | None = None) -> dict[str, dict[str, int]]:
-    """What each reward counted since it was last asked, over all processes."""
-    counts = {(name, key): count for name, one in rewards.items() for key, count in one.tally().items()}
-    if counts and accelerator is not None:
-        counts = dict(zip(counts, map(int, summed(accelerator, *counts.values())), strict=True))
-    found: dict[str, dict[str, int]] = {}
-    for (name, key), count in counts.items():
-        found.setdefault(name, {})[key] = count
-    return found
+def tally(rewards: Mapping[str, Reward]) -> dict[str, dict[str, int]]:
+    """What each reward of this process counted since it was last asked; those that count nothing are left out."""
+    return {name: counts for name, one in rewards.items() if (counts := one.tally())}
 
 
 def unread(tallies: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -304,17 +262,6 @@ def unread(tallies: Mapping[str, Mapping[str, int]]) -> list[str]:
         for name, counts in tallies.items()
         if counts.get("unparsable")
     ]
-
-
-def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:
-    """Those of the rewards that learn."""
-    return {name: one for name, one in rewards.items() if isinstance(one, TrainableReward) and one.learns}
-
-
-def refuse_learning(rewards: Mapping[str, Reward], why: str) -> None:
-    """Raises UserError for a reward that learns, where nothing has taught it yet: it would score everything alike."""
-    for name in learning(rewards):
-        raise UserError(f"reward {name!r} learns in training and says nothing before it; {why}")
 
 
 def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torch.Tensor]) -> None:
@@ -337,3 +284,38 @@ def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: C
         assert combine.base is not None and combine.bonus is not None  # the recipe was checked
         return base_and_bonus(scores, combine.base, combine.bonus, combine.floor)
     return weighted_sum(scores, weights)
+
+
+def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:
+    """Those of the rewards that learn."""
+    return {name: one for name, one in rewards.items() if isinstance(one, TrainableReward) and one.learns}
+
+
+def refuse_learning(rewards: Mapping[str, Reward], why: str) -> None:
+    """Raises UserError for a reward that learns, where nothing has taught it yet: it would score everything alike."""
+    for name in learning(rewards):
+        raise UserError(f"reward {name!r} learns in training and says nothing before it; {why}")
+
+
+def load_rewards(
+    settings: Mapping[str, RewardSettings],
+    device: torch.device | str,
+    given: Mapping[str, zoo.Reward] = MappingProxyType({}),
+) -> dict[str, zoo.Reward]:
+    """The rewards of a recipe, by the name it gives them, on a device; those `given` are there already."""
+    for name, entry in settings.items():
+        file = entry.loads(name).rpartition(":")[0]
+        if name not in given and file.endswith(".py") and not Path(file).is_file():
+            raise UserError(f"rewards.{name}.load: there is no file {file}{sought(file)}")
+    return {
+        name: given[name] if name in given else zoo.load_on(device, entry.loads(name), **entry.options)
+        for name, entry in settings.items()
+    }
+
+
+def check_prompts(rows: Sequence[Row], rewards: Mapping[str, zoo.Reward], source: object) -> None:
+    """Raises UserError for the first prompt that no reward can judge, before a model is loaded."""
+    for row in rows:
+        if not any(reward.applies_to(row.about) for reward in rewards.values()):
+            names = ", ".join(rewards)
+            raise UserError(f"prompts {source}: prompt {row.index + 1} ({row.prompt!r}) cannot be judged by {names}")

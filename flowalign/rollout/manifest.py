@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from flowalign.config.base import UserError
-from flowalign.data import Row, load_prompts
+from flowalign.disk.media import FILE_NAME, MANIFEST
+from flowalign.rollout.prompts import Row, load_prompts
 
-MANIFEST, TABLE, FILE_NAME = "metadata.jsonl", "metadata.csv", "file_name"
+TABLE = "metadata.csv"
 
 
 def manifest_of(folder: Path) -> Path | None:

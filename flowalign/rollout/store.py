@@ -27,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import sought
-from flowalign.data import Row, step_rows
+from flowalign.disk.files import replace_text
+from flowalign.disk.media import to_uint8
 from flowalign.policies.base import Policy
-from flowalign.rollout import Progress, Samples, rollout
-from flowalign.runs import replace_text, to_uint8
+from flowalign.rollout.generate import Progress, rollout
+from flowalign.rollout.prompts import Row, step_rows
+from flowalign.rollout.samples import Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
 from rewards import Reward
@@ -187,7 +189,7 @@ class GroupStore:
             folder = _shard(self.path, index)
             first = self.places.index((index, 0))
             rows = [row for row in self.rows[first : first + about["prompts"]] for _ in range(self._size)]
-            applies = [reward.applies_to({**row.metadata, "prompt": row.prompt}) for row in rows]
+            applies = [reward.applies_to(row.about) for row in rows]
             values = np.full(len(rows), np.nan)
             asked = [place for place, yes in enumerate(applies) if yes]
             for start in range(0, len(asked), whole):

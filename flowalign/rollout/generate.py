@@ -4,20 +4,17 @@ Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from flowalign.advantages import Scored
-from flowalign.algorithms.base import Keep
 from flowalign.config import Rollout, Sampler
-from flowalign.data import Row
-from flowalign.finite import refuse_not_finite
+from flowalign.rollout.finite import refuse_not_finite
+from flowalign.rollout.prompts import Row
+from flowalign.rollout.samples import Keep, Samples, Trajectory
 from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
-from flowalign.sampling.steps import Dynamics
-from rewards.combine import Scores
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Condition, Policy
@@ -27,53 +24,6 @@ Progress = Callable[[float], None]
 Finished = Callable[[torch.Tensor, Sequence[Row]], None]
 Survivors = Callable[[torch.Tensor, Sequence[int]], list[int]]
 """(one-step predictions x0_hat (R, ...), the places of these R samples) -> which of the R go on, ascending."""
-
-
-@dataclass
-class Trajectory:
-    """The stochastic steps of B samples, as they were taken."""
-
-    states: torch.Tensor  # (B, W + 1, ...), float32
-    log_probs: torch.Tensor  # (B, W), float64 where asked for
-    sigmas: torch.Tensor  # (W + 1,)
-    sigma_max: float
-    dynamics: Dynamics
-    noise_level: float | None
-    means: torch.Tensor | None = None  # (B, W, ...), of the steps' Gaussians, where asked for
-
-
-@dataclass
-class Samples:
-    """B generated samples. Groups are the rows of one prompt in one step."""
-
-    rows: list[Row]
-    groups: torch.Tensor  # (B,), the prompt's place in the step
-    condition: "Condition"  # one row a prompt; `groups` indexes it
-    latents: torch.Tensor  # (B, ...), x0
-    media: torch.Tensor  # (B, 3, H, W) in [0, 1]
-    grid: torch.Tensor  # (steps + 1,), the sigmas of the rollout
-    members: list[int] = field(default_factory=list)  # B, the place of a sample in its group
-    trajectory: Trajectory | None = None
-    previews: torch.Tensor | None = None  # (B, T, 3, H, W), one-step predictions after each step from the window on
-    scores: dict[str, Scores] | None = None  # of each reward, as measured
-    scored: Scored | None = None  # what the algorithm gets of them
-    shares: torch.Tensor | None = None  # (B, K), see Scored.shares
-    advantages: torch.Tensor | None = None  # (B,), or (B, K) or (B, T) as the algorithm has them
-    teaches: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: the samples to learn from
-    differs: torch.Tensor = field(default_factory=lambda: torch.empty(0))  # (B,) bool: whose group's rewards differ
-
-    @property
-    def prompts(self) -> list[str]:
-        """B prompts."""
-        return [row.prompt for row in self.rows]
-
-    @property
-    def metadata(self) -> list[dict[str, Any]]:
-        """B metadata rows."""
-        return [row.metadata for row in self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @torch.inference_mode(False)  # its samples are learnt from, wherever they were drawn

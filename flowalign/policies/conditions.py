@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from flowalign.config import Model
 from flowalign.config.base import UserError
-from flowalign.inputs import model_folder
+from flowalign.disk.files import replace_text
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Condition, Policy, forward_dtype
+from flowalign.policies.folders import model_folder
 from flowalign.policies.loading import load_policy
-from flowalign.runs import replace_text
 
 AT_ONCE = 16  # prompts that are encoded together
 _NO_TEXT = ("transformer", "vae", "unet")  # the parts of a pipeline that do not change what a prompt is encoded to
@@ -114,7 +114,7 @@ def cached_policy(
         if model.cache_conditions is not None:
             raise UserError(
                 "model.cache_conditions keeps what the recipe's own model encodes; for a policy of a script's own "
-                "leave it out, or call flowalign.conditions.cache_conditions"
+                "leave it out, or call flowalign.policies.conditions.cache_conditions"
             )
         return given
     needed = True

@@ -1,32 +1,19 @@
 """A run folder: recipe, versions, metrics, evaluations, pictures, checkpoints, weights, report."""
 
 import errno
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
-
-import numpy as np
-import torch
-from PIL import Image
 
 from flowalign.config import Recipe, dump_recipe, load_recipe
 from flowalign.config.base import UserError
-from flowalign.data import Row
-from flowalign.evaluate.evaluation import Evaluated
-from flowalign.manifest import FILE_NAME, MANIFEST
-from flowalign.starting import FolderLock, check_start, clear, read_info
+from flowalign.disk.about import versions
+from flowalign.disk.files import replace_text, replaced_folder
+from flowalign.disk.starting import FolderLock, check_start, clear, read_info
 
-_PACKAGES = ("flowalign", "torch", "diffusers", "transformers", "accelerate", "peft", "rapidocr", "onnxruntime")
-MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -115,28 +102,6 @@ class RunFolder:
         """Where the evaluation of that name is, or would be."""
         return self.path / "evaluations" / f"{name}.json"
 
-    def write_evaluation(self, name: str, evaluated: Evaluated, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the pictures samples/NAME/ and last evaluations/NAME.json, which says that all is there.
-
-        Returns the summary.
-        """
-        rows = [
-            {"prompt": row.prompt, **({"tag": tag} if (tag := row.metadata.get("tag")) else {}), "scores": scores}
-            for row, scores in zip(evaluated.rows, evaluated.scores, strict=True)
-        ]
-        summary = evaluated.summary()
-        if len(evaluated.pictures):
-            folder = self.path / "samples" / name
-            shown = list({row.index: row for row in evaluated.rows}.values())[: len(evaluated.pictures)]
-            save_pictures(folder, evaluated.pictures, shown)
-            for reward, found in evaluated.maps.items():
-                save_pictures(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.pictures, found))
-            replace_text(folder / "prompts.json", json.dumps([row.prompt for row in shown]) + "\n")
-        (self.path / "evaluations").mkdir(exist_ok=True)
-        contents = {**about, "rows": rows, "summary": summary}
-        replace_text(self.evaluation(name), json.dumps(contents) + "\n")
-        return summary
-
     def keep_weights(self, name: str, export: Callable[[Path], None], about: Mapping[str, Any]) -> None:
         """Write weights under a name of their own, such as best, with the step and audit of their evaluation."""
         with replaced_folder(self.path / name) as folder:
@@ -163,88 +128,3 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, in UTF-8: under another name first, then renamed.
-
-    What is no character, as in names of files of another encoding, is written as an escape.
-    """
-    partial = path.with_name(f".partial_{path.name}")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Images (B, 3, H, W) greyed, with maps (B, H, W) in [0, 1] laid over them in red."""
-    grey = images.mean(1, keepdim=True).expand_as(images)
-    red = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
-    return grey + 0.8 * maps[:, None] * (red - grey)
-
-
-def save_pictures(folder: Path, images: torch.Tensor, rows: Sequence[Row] = ()) -> list[Path]:
-    """The PNG files `picture_names` of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole.
-
-    With the images' B rows the folder's MANIFEST says whose each is.
-    """
-    names = picture_names(len(images))
-    with replaced_folder(folder) as partial:
-        for name, picture in zip(names, to_uint8(images), strict=True):
-            Image.fromarray(picture).save(partial / name)
-        if rows:
-            about = [{FILE_NAME: name, "prompt": row.prompt} for name, row in zip(names, rows, strict=True)]
-            lines = [json.dumps(own | row.metadata | own) + "\n" for own, row in zip(about, rows, strict=True)]
-            replace_text(partial / MANIFEST, "".join(lines))
-    return [folder / name for name in names]
-
-
-def picture_names(count: int) -> list[str]:
-    """00.png, 01.png, ..., all as wide as the last needs, so that any order of names is that of the pictures."""
-    width = max(2, len(str(count - 1)))
-    return [f"{index:0{width}d}.png" for index in range(count)]
-
-
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `folder`; of one that was not filled nothing is left."""
-    partial = folder.with_name(f".partial_{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
-    pixels: np.ndarray = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return pixels
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def command_line() -> str:
-    """What started this process."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -5,7 +5,7 @@ from pathlib import Path
 from flowalign.config.base import UserError
 
 EMBEDDED = "toyworld"  # the name of the model that comes with the package
-_PLACES = (Path(__file__).parent / "assets", Path(__file__).parent.parent / "assets")
+_PLACES = tuple(Path(__file__).parents[up] / "assets" for up in (1, 2))
 
 
 def asset(name: str) -> Path:

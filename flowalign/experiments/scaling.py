@@ -24,12 +24,14 @@ from scipy.stats import rankdata
 import rewards as zoo
 from flowalign.config import Sampler
 from flowalign.config.base import UserError
-from flowalign.data import Row
-from flowalign.judging import refuse_learning
-from flowalign.options import parse_options
+from flowalign.config.options import parse_options
+from flowalign.disk.files import replace_text
+from flowalign.disk.media import save_pictures
 from flowalign.policies.base import Policy
-from flowalign.rollout import Progress, Samples, rollout
-from flowalign.runs import replace_text, save_pictures
+from flowalign.rollout.generate import Progress, rollout
+from flowalign.rollout.prompts import Row
+from flowalign.rollout.samples import Samples
+from flowalign.score import refuse_learning
 from rewards import Reward
 from rewards.combine import score_all
 
@@ -247,7 +249,7 @@ def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:
     """
     prompts, kept = found.chosen.shape
     rows = [one.row for one in found.judged[:: len(found.judged) // prompts] for _ in range(kept)]
-    paths = save_pictures(folder, found.media, rows)
+    paths = save_pictures(folder, found.media, [row.about for row in rows])
     lines = []
     for place, one in enumerate(found.judged):
         picture = None

@@ -1,4 +1,4 @@
-"""Prompt lists: files as `flowalign.prompt_files` reads them, FILE or FILE#COLUMN, or a bundled name."""
+"""Prompt lists: files as `flowalign.rollout.prompt_files` reads them, FILE or FILE#COLUMN, or a bundled name."""
 
 import os
 import unicodedata
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flowalign.assets import asset
 from flowalign.config.base import UserError
 from flowalign.config.paths import expanded
+from flowalign.disk.assets import asset
 from flowalign.lazy import torch
-from flowalign.prompt_files import READERS, read_prompt_file
+from flowalign.rollout.prompt_files import READERS, read_prompt_file
 from flowalign.sampling.noise import PROMPTS, counted_generator
 
 BUNDLED = {
@@ -30,6 +30,11 @@ class Row:
     index: int
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The metadata with the prompt itself, as rewards and manifests have them."""
+        return {"prompt": self.prompt} | self.metadata | {"prompt": self.prompt}
 
 
 def load_prompts(sources: str | Sequence[str], count: int | None = None) -> list[Row]:

@@ -1,0 +1,52 @@
+"""Pictures as files: 8-bit PNGs in a folder that is replaced whole, whose MANIFEST says what each was made of."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from flowalign.disk.files import replace_text, replaced_folder
+
+MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # of each line
+MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
+
+
+def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) greyed, with maps (B, H, W) in [0, 1] laid over them in red."""
+    grey = images.mean(1, keepdim=True).expand_as(images)
+    red = torch.tensor([0.9, 0.1, 0.1]).view(3, 1, 1)
+    return grey + 0.8 * maps[:, None] * (red - grey)
+
+
+def save_pictures(folder: Path, images: torch.Tensor, about: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
+    """The PNG files `picture_names` of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole.
+
+    `about` says of each image what the folder's MANIFEST keeps, such as its prompt.
+    """
+    names = picture_names(len(images))
+    with replaced_folder(folder) as partial:
+        for name, picture in zip(names, to_uint8(images), strict=True):
+            Image.fromarray(picture).save(partial / name)
+        if about:
+            lines = [
+                json.dumps({FILE_NAME: name} | dict(one) | {FILE_NAME: name}) + "\n"
+                for name, one in zip(names, about, strict=True)
+            ]
+            replace_text(partial / MANIFEST, "".join(lines))
+    return [folder / name for name in names]
+
+
+def picture_names(count: int) -> list[str]:
+    """00.png, 01.png, ..., all as wide as the last needs, so that any order of names is that of the pictures."""
+    width = max(2, len(str(count - 1)))
+    return [f"{index:0{width}d}.png" for index in range(count)]
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
+    pixels: np.ndarray = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return pixels
