@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch
 
-from flowalign.checkpoint import checkpoints, load_weights
 from flowalign.config import Evaluation, Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import expanded
 from flowalign.disk.run_folder import RunFolder
-from flowalign.display import Display
+from flowalign.evaluate.audit.audit import Audit, spaced
+from flowalign.evaluate.audit.guard import Guarding, evaluation_rewards
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import Evaluated, evaluate
-from flowalign.evaluate.hacking import Audit, spaced
-from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.loading import load_policy, model_settings
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import Judging, check_prompts, load_learnt
+from flowalign.terminal import Terminal
+from flowalign.training.checkpoint import checkpoints, load_weights
 
 
 def audit(
@@ -78,7 +78,7 @@ def _audited(
 
     def draw(policy: Policy, rows: Sequence[Row], asked: Evaluation) -> Evaluated:
         size = recipe.model.height, recipe.model.width
-        with Display().evaluating(len(rows) * asked.images_per_prompt) as progress:
+        with Terminal().evaluating(len(rows) * asked.images_per_prompt) as progress:
             return evaluate(policy, rows, rewards, asked, size, progress, guarding.auditor.observe)
 
     with policy.reference() if base is None else nullcontext():

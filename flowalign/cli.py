@@ -16,20 +16,11 @@ from flowalign.cli_evaluate import data_app, eval_app
 from flowalign.cli_model import model_app
 from flowalign.cli_plan import plan
 from flowalign.cli_sample import sample
-from flowalign.command import (
-    RewardOptions,
-    console,
-    disk_mistake,
-    memory_mistake,
-    plain_console,
-    quiet_libraries,
-    tolerate,
-    verdict,
-    with_homes,
-)
+from flowalign.command import RewardOptions, console, disk_mistake, memory_mistake, quiet_libraries, with_homes
 from flowalign.command import device as _device
 from flowalign.config.base import MOST, CheckFailed, UserError
-from flowalign.interrupt import Interrupted
+from flowalign.terminal import plain_console, tolerate, verdict
+from flowalign.training.interrupt import Interrupted
 from rewards.errors import RewardError
 
 EXIT_CODES = (
@@ -94,8 +85,8 @@ def train(
     """Train a model with a recipe."""
     from flowalign.config import dump_recipe, load_recipe
     from flowalign.disk.starting import check_start
-    from flowalign.display import arithmetic_table
     from flowalign.existing import check_recipe
+    from flowalign.training.display import arithmetic_table
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
@@ -105,8 +96,8 @@ def train(
     check_start(resolved, resume=resume, overwrite=overwrite)
     check_recipe(resolved)
     quiet_libraries()
-    from flowalign.display import gain_table
     from flowalign.trainer import Trainer
+    from flowalign.training.display import gain_table
 
     trainer = Trainer(resolved, resume=resume, overwrite=overwrite, profile=profile)
     folder = trainer.run()
@@ -141,8 +132,8 @@ def compare(
     for one in recipes:
         check_recipe(load_recipe(one, changes or []))
     quiet_libraries()
-    from flowalign.evaluate import compare as comparison
-    from flowalign.evaluate.compare_page import leaderboard, legend
+    from flowalign.evaluate.report.comparison import leaderboard, legend
+    from flowalign.experiments import compare as comparison
 
     result = comparison.compare(
         recipes,
@@ -259,7 +250,7 @@ def audit(
     """Ask whether a model bought its reward with what the reward does not see. Exit code 1 if anything alarms."""
     quiet_libraries()
     from flowalign.auditing import audit as audited
-    from flowalign.display import audit_table
+    from flowalign.training.display import audit_table
 
     title, found = audited(
         target, against=against, adapter=adapter, recipe=recipe, overrides=overrides or [], device=_device()
@@ -276,8 +267,8 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs or of comparisons")],
 ) -> None:
     """Write the report.html of runs, and the comparison.html of comparisons, anew from what is on disk."""
-    from flowalign.evaluate.compare_page import rewrite_comparison_page
-    from flowalign.evaluate.report import write_report
+    from flowalign.evaluate.report.comparison import rewrite_comparison_page
+    from flowalign.evaluate.report.report import write_report
 
     for folder in runs:
         compared = (folder / "comparison.json").is_file()
@@ -398,7 +389,7 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to 
 def doctor() -> None:
     """Say what works on this machine, and why not. Exit code 1 if a part is missing that everything needs."""
     quiet_libraries()
-    from flowalign.doctor import NEEDED, diagnose
+    from flowalign.preflight.doctor import NEEDED, diagnose
 
     table, found = Table("part", "state", "detail"), diagnose()
     for part, works, detail in found:

@@ -79,8 +79,8 @@ def evaluate_recipe(
     check_recipe(recipe)
     quiet_libraries()
     from flowalign.disk.run_folder import RunFolder
-    from flowalign.display import summary_table
     from flowalign.scoring import evaluate_recipe as evaluate
+    from flowalign.training.display import summary_table
 
     title, summary = evaluate(recipe, None if folder is None else RunFolder.open(folder)[0], device())
     console.print(summary_table(title, summary))
@@ -253,7 +253,7 @@ def write_geneval_prompts(
     ] = None,
 ) -> None:
     """Write training prompts in GenEval's format."""
-    from flowalign.geneval_prompts import PUBLISHED_MIX, write_training_prompts
+    from flowalign.evaluate.geneval_prompts import PUBLISHED_MIX, write_training_prompts
 
     if output.exists():
         raise UserError(f"{output} exists; choose another name")

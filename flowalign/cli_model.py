@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flowalign.command import console, device, quiet_libraries, verdict
+from flowalign.command import console, device, quiet_libraries
 from flowalign.config.base import MOST
+from flowalign.terminal import verdict
 
 model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_help=True)
 
@@ -33,8 +34,8 @@ def check(
 
     check_there(path)
     quiet_libraries()
-    from flowalign.policies.check import check_model
     from flowalign.policies.loading import EMBEDDED, model_settings
+    from flowalign.preflight.check_model import check_model
 
     settings = model_settings(path, None, size, max_sequence_length)
     if size is None and settings.path != EMBEDDED:

@@ -9,7 +9,7 @@ from flowalign.command import console, quiet_libraries
 from flowalign.config.base import MOST, UserError
 
 if TYPE_CHECKING:
-    from flowalign.planning import Plan
+    from flowalign.preflight.plan import Plan
 
 
 def plan(
@@ -27,10 +27,10 @@ def plan(
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    from flowalign.display import arithmetic_table
-    from flowalign.modelsize import meta_policy
-    from flowalign.planning import GIB, TFLOPS, Costs
-    from flowalign.planning import plan as planned
+    from flowalign.preflight.model_size import meta_policy
+    from flowalign.preflight.plan import GIB, TFLOPS, Costs
+    from flowalign.preflight.plan import plan as planned
+    from flowalign.training.display import arithmetic_table
 
     for name, value in (("--vram", vram), ("--tflops", tflops)):
         if value is not None and not 1e-3 <= value <= 1e9:
@@ -45,7 +45,7 @@ def plan(
 
 
 def _memory_table(found: "Plan") -> Table:
-    from flowalign.planning import GIB
+    from flowalign.preflight.plan import GIB
 
     title = f"{found.recipe.name}: memory of each of {found.gpus} GPU(s) of {found.vram / GIB:g} GiB"
     table = Table(title=title, title_justify="left")

@@ -1,41 +1,17 @@
 """What the commands share: where they print, on what they compute, and quiet libraries."""
 
 import errno
-import io
 import os
 import re
-import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from flowalign.config.paths import expanded
-
-
-def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console for words that are not ours, such as prompts and paths: none of them is markup or an emoji's name.
-
-    What a terminal's encoding lacks is printed as an escape, such as \\u65e5. Colours are given as `Text`.
-    """
-    tolerate(sys.stderr if stderr else sys.stdout)
-    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
-
-
-def tolerate(stream: object) -> None:
-    """Have a stream print what its encoding lacks as an escape, where it would raise UnicodeEncodeError."""
-    if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")
-
-
-def verdict(passed: bool | None, good: str = "pass", bad: str = "FAIL") -> Text:
-    """A coloured word for a check; "-" for one that was not made."""
-    return Text("-") if passed is None else Text(good, "green") if passed else Text(bad, "red")
-
+from flowalign.terminal import plain_console
 
 RewardOptions = Annotated[
     list[str] | None,

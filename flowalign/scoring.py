@@ -14,14 +14,12 @@ import numpy as np
 import torch
 
 import rewards as zoo
-from flowalign.checkpoint import checkpoints, load_weights
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
 from flowalign.disk.files import replace_text
 from flowalign.disk.media import FILE_NAME, MANIFEST
 from flowalign.disk.run_folder import RunFolder
-from flowalign.display import Display
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import evaluate, write_evaluation
 from flowalign.evaluate.held_out import held_out_from
@@ -34,6 +32,8 @@ from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import check_prompts, learning, load_learnt, load_rewards, refuse_learning, tally, unread
+from flowalign.terminal import Terminal
+from flowalign.training.checkpoint import checkpoints, load_weights
 from rewards.media import pictures_in, read_picture
 
 _BATCH = 16
@@ -92,7 +92,7 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
 @contextmanager
 def _scoring(rewards: Mapping[str, zoo.Reward], pictures: int) -> Iterator[Progress]:
     """A bar for pictures that are drawn or scored, and then a word on the answers that could not be read."""
-    display = Display()
+    display = Terminal()
     with display.evaluating(pictures) as progress:
         yield progress
     for sentence in unread(tally(rewards)):
@@ -122,7 +122,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
 
 def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
     for sentence in cut_prompts(policy, (row.prompt for row in rows)):
-        Display().say(sentence)
+        Terminal().say(sentence)
 
 
 def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:

@@ -10,26 +10,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from flowalign import processes
 from flowalign.algorithms.base import algorithm_of
-from flowalign.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
-from flowalign.claims import Claims
 from flowalign.config import Recipe
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.disk.about import command_line, now, versions
 from flowalign.disk.run_folder import RunFolder
 from flowalign.disk.starting import check_start
-from flowalign.display import Display
 from flowalign.evaluate.evaluation import write_evaluation
-from flowalign.evaluate.report import write_report
-from flowalign.finite import not_finite_explained
-from flowalign.idle import Idle
-from flowalign.inputs import check_inputs, inputs_of
-from flowalign.interrupt import Interrupted, asked_to_stop
-from flowalign.items import check_levels
-from flowalign.learner import Learner, optimizer_class
-from flowalign.measuring import Leave, Measuring
-from flowalign.memory import out_of_memory_explained
+from flowalign.evaluate.report.report import write_report
 from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
@@ -38,10 +26,22 @@ from flowalign.rollout.prompts import load_prompts, step_rows
 from flowalign.rollout.samples import Samples
 from flowalign.rollout.store import GroupStore
 from flowalign.score import Judging, check_prompts, tally, unread
-from flowalign.selftest import Check, SelfTest
-from flowalign.step_samples import score_samples, step_samples
-from flowalign.tracing import traced
-from flowalign.tracking import check_trackers, evaluation_values, step_values
+from flowalign.training import processes
+from flowalign.training.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
+from flowalign.training.claims import Claims
+from flowalign.training.display import Display
+from flowalign.training.finite import not_finite_explained
+from flowalign.training.idle import Idle
+from flowalign.training.inputs import check_inputs, inputs_of
+from flowalign.training.interrupt import Interrupted, asked_to_stop
+from flowalign.training.items import check_levels
+from flowalign.training.learner import Learner, optimizer_class
+from flowalign.training.measuring import Leave, Measuring
+from flowalign.training.memory import out_of_memory_explained
+from flowalign.training.selftest import Check, SelfTest
+from flowalign.training.step_samples import score_samples, step_samples
+from flowalign.training.tracing import traced
+from flowalign.training.tracking import check_trackers, evaluation_values, step_values
 from rewards import Reward
 from rewards.devices import chosen_device
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from flowalign.campaign import train_unless_done
 from flowalign.command import quiet_libraries
 from flowalign.config.base import UserError
 from flowalign.disk.about import command_line, now, versions
 from flowalign.disk.files import replace_text
-from flowalign.evaluate.overoptimization import GOLD
-from flowalign.evaluate.pages import parsed, read_evaluations
-from flowalign.guard import BEST_UNHACKED
-from flowalign.interrupt import Interrupted
-from flowalign.toyworld.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
+from flowalign.evaluate.audit.guard import BEST_UNHACKED
+from flowalign.evaluate.report.html import parsed, read_evaluations
+from flowalign.experiments.campaign import train_unless_done
+from flowalign.experiments.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
+from flowalign.experiments.overoptimization_results import GOLD
+from flowalign.training.interrupt import Interrupted
 from rewards import RewardError
 
 ARMS = {  # world, defence, learning rate: the bundled recipe's where the run is honest

@@ -23,9 +23,9 @@ from rich.table import Table
 
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
-from flowalign.display import Display
-from flowalign.timing import time_steps
+from flowalign.preflight.step_time import time_steps
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 

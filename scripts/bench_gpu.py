@@ -32,14 +32,14 @@ from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import versions
-from flowalign.display import Display
 from flowalign.policies.attention import CANDIDATES, use_attention
 from flowalign.policies.base import Condition, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.sd3 import SD3Policy
+from flowalign.preflight.step_time import Decoding, play, recorded, seconds_of, time_steps
 from flowalign.sampling import counted_generator
-from flowalign.timing import Decoding, play, recorded, seconds_of, time_steps
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 TEXT = 77  # tokens of CLIP, before T5's
 MEDIUM: dict[str, Any] = {

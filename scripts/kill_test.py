@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign import trainer as training
-from flowalign.checkpoint import checkpoints
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.disk.run_folder import RunFolder
-from flowalign.display import Display
+from flowalign.training.checkpoint import checkpoints
+from flowalign.training.display import Display
 
 CLOCK = ("minutes", "seconds")
 

@@ -15,15 +15,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flowalign.campaign import train_unless_done
 from flowalign.command import quiet_libraries
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import command_line, now, versions
 from flowalign.disk.run_folder import RunFolder
-from flowalign.evaluate.overoptimization import outcome, read_run, write_results
-from flowalign.interrupt import Interrupted
-from flowalign.toyworld.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
+from flowalign.experiments.campaign import train_unless_done
+from flowalign.experiments.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
+from flowalign.experiments.overoptimization_results import outcome, read_run, write_results
+from flowalign.training.interrupt import Interrupted
 from rewards import RewardError
 
 TITLES = {"shapes": "shapes: a judge learned from few pictures", "signs": "signs: OCR that likes contrast"}

@@ -33,12 +33,12 @@ from torch.distributed.tensor import DTensor
 from flowalign import trainer as training
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
-from flowalign.interrupt import Interrupted
 from flowalign.policies.base import Condition, Policy
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.store import collect
 from flowalign.sampling import counted_generator
+from flowalign.training.display import Display
+from flowalign.training.interrupt import Interrupted
 from rewards import TrainableReward
 
 SIDE = 4  # of a latent, which is shown as a picture of four times as many pixels

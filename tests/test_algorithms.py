@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
-from flowalign.items import Items
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.processes import Share
 from flowalign.trainer import Trainer, train
+from flowalign.training.display import Display
+from flowalign.training.items import Items
+from flowalign.training.processes import Share
 
 JUDGES = """
 import torch

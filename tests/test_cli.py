@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from flowalign.cli import main
-from flowalign.command import disk_mistake, memory_mistake, plain_console
+from flowalign.command import disk_mistake, memory_mistake
 from flowalign.disk.media import save_pictures
-from flowalign.display import Display, summary_table
 from flowalign.rollout.prompts import Row
 from flowalign.scoring import read_images
-from flowalign.selftest import Check
+from flowalign.terminal import plain_console
+from flowalign.training.display import Display, summary_table
+from flowalign.training.selftest import Check
 
 
 @pytest.fixture
@@ -221,7 +222,7 @@ def test_a_full_disk_is_one_sentence(failing, tmp_path: Path, monkeypatch: pytes
     def full(folder: Path) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "report.html"))
 
-    monkeypatch.setattr("flowalign.evaluate.report.write_report", full)
+    monkeypatch.setattr("flowalign.evaluate.report.report.write_report", full)
     assert "No space left on device; mend that" in failing("report", str(tmp_path))
 
 

@@ -27,13 +27,13 @@ from torch import nn
 
 from flowalign.advantages import Scored
 from flowalign.config import recipe_from_dict
-from flowalign.display import Display
-from flowalign.items import Items
 from flowalign.policies.base import Condition, Policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.store import collect
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
+from flowalign.training.items import Items
 from rewards import as_reward
 
 pytestmark = pytest.mark.slow  # trainings to their end

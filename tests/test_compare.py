@@ -18,13 +18,13 @@ from rich.console import Console
 from flowalign.cli import main
 from flowalign.config import Sampler, load_recipe
 from flowalign.config.base import UserError
-from flowalign.display import Display
-from flowalign.evaluate.compare import compare, matching_n, price
-from flowalign.evaluate.plots import Curve, mean_curve
+from flowalign.evaluate.report.plots import Curve, mean_curve
+from flowalign.experiments.compare import compare, matching_n, price
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import load_prompts
 from flowalign.sampling.noise import EVALUATION
+from flowalign.training.display import Display
 
 pytestmark = pytest.mark.slow  # trainings to their end
 

@@ -15,12 +15,12 @@ import yaml
 
 from flowalign.config import Model, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.policies import conditions
 from flowalign.policies.base import Policy
 from flowalign.policies.conditions import CachedConditions, cache_conditions, cached_policy
 from flowalign.policies.loading import load_policy
 from flowalign.trainer import Trainer, train
+from flowalign.training.display import Display
 
 PROMPTS = ["two stars", "three stars", "a star"]
 Make = Callable[..., tuple[Policy, Model]]

@@ -14,10 +14,10 @@ import yaml
 
 import rewards
 from flowalign.config import recipe_from_dict
-from flowalign.display import Display
 from flowalign.rollout.prompts import Row
 from flowalign.score import Judging
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 from rewards.backbones.features import unit_features
 from rewards.devices import chosen_device, given_device, on_device
 
@@ -121,7 +121,7 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
     values["guard"] = {"rewards": {"held_out": {"load": "clipscore", "options": {"model": "toyworld/judges/clip"}}}}
     values["guard"]["features"] = {"model": "toyworld/judges/vit"}
     monkeypatch.setattr("flowalign.trainer.chosen_device", lambda device: SECOND)
-    monkeypatch.setattr("flowalign.evaluate.hacking.unit_features", features)
+    monkeypatch.setattr("flowalign.evaluate.audit.audit.unit_features", features)
     monkeypatch.setattr("flowalign.trainer.cached_policy", model)
     found: list[Any] = []
     for module in ("trainer", "measuring"):

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from flowalign.config import recipe_from_dict
-from flowalign.display import Display, gain_table
-from flowalign.interrupt import Interrupted
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display, gain_table
+from flowalign.training.interrupt import Interrupted
 
 LINE = {
     "minutes": 1.0,

@@ -7,9 +7,9 @@ import huggingface_hub
 import pytest
 import torch
 
-from flowalign import doctor
 from flowalign.disk import assets
-from flowalign.doctor import EXTRAS, diagnose
+from flowalign.preflight import doctor
+from flowalign.preflight.doctor import EXTRAS, diagnose
 
 
 def rows():

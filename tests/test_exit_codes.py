@@ -18,7 +18,7 @@ from flowalign import cli
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
-from flowalign.doctor import NEEDED
+from flowalign.preflight.doctor import NEEDED
 
 
 def code_of(*arguments: str) -> int:
@@ -102,7 +102,9 @@ def test_a_defect_ends_with_2_and_its_traceback(
 def test_doctor_ends_with_1_where_a_part_that_everything_needs_is_missing(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flowalign.doctor.diagnose", lambda: [(part, False, "not here"), ("packages", True, "all")])
+    monkeypatch.setattr(
+        "flowalign.preflight.doctor.diagnose", lambda: [(part, False, "not here"), ("packages", True, "all")]
+    )
     assert code_of("doctor") == (1 if part in NEEDED else 0)
 
 

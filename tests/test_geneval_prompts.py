@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowalign.config.base import UserError
-from flowalign.geneval_prompts import (
+from flowalign.evaluate.geneval_prompts import (
     NUMBERS,
     PUBLISHED_MIX,
     object_names,

@@ -12,7 +12,6 @@ from PIL import Image
 import rewards
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.evaluate.evaluation import evaluate
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
@@ -20,6 +19,7 @@ from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import load_prompts
 from flowalign.score import load_rewards
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 Mode = Callable[[], AbstractContextManager[None]]
 modes = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -15,16 +15,16 @@ from flowalign.cli import app
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.config.sections import Sampler
-from flowalign.display import Display
-from flowalign.evaluate.bands import Band, band, learn_bands
-from flowalign.evaluate.divergence import NOISE_LEVEL, reference_divergence
-from flowalign.evaluate.hacking import PANEL, VELOCITY, Audit, corrected_score, panel, spaced
-from flowalign.evaluate.hacking_page import hacking_section
-from flowalign.evaluate.looks import LOOKS, group_diversity, looks
-from flowalign.evaluate.report import write_report
+from flowalign.evaluate.audit.audit import PANEL, VELOCITY, Audit, corrected_score, panel, spaced
+from flowalign.evaluate.audit.bands import Band, band, learn_bands
+from flowalign.evaluate.audit.divergence import NOISE_LEVEL, reference_divergence
+from flowalign.evaluate.audit.looks import LOOKS, group_diversity, looks
+from flowalign.evaluate.report.audit_section import hacking_section
+from flowalign.evaluate.report.report import write_report
 from flowalign.policies.base import Condition, Policy
 from flowalign.rollout.prompts import Row
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 SIDE = 32
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 from rewards import RewardError
 
 

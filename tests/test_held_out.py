@@ -8,12 +8,12 @@ import pytest
 from flowalign.cli import main
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.evaluate.compare_page import legend
+from flowalign.evaluate.audit.guard import refuse_shared_prompts
 from flowalign.evaluate.held_out import HeldOut, held_out_from
-from flowalign.guard import refuse_shared_prompts
+from flowalign.evaluate.report.comparison import legend
 from flowalign.rollout.prompts import Row, normalised, shared_rows
-from flowalign.tracking import evaluation_values
 from flowalign.trainer import Trainer
+from flowalign.training.tracking import evaluation_values
 
 
 @pytest.mark.parametrize(

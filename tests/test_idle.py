@@ -11,8 +11,8 @@ import torch
 
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 JUDGES = """
 import torch

@@ -17,10 +17,10 @@ import rewards
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.disk.run_folder import RunFolder
-from flowalign.display import Display
 from flowalign.score import Judging
 from flowalign.scoring import collect_recipe, evaluate_recipe, score_images
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 from rewards import Reward, RewardError, TrainableReward
 from rewards.combine import Scores
 

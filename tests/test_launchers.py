@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from flowalign import processes
 from flowalign.config import Model, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.loading import load_policy
-from flowalign.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
 from flowalign.rollout.prompts import Row
+from flowalign.training import processes
+from flowalign.training.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -185,7 +185,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from flowalign.algorithms.forward import squared_error
-from flowalign.processes import prepare
+from flowalign.training.processes import prepare
 from flowalign.config.base import UserError
 from process_worker import SIDE, SmallPolicy
 

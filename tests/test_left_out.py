@@ -18,11 +18,11 @@ from flowalign.algorithms.lessons import lessons
 from flowalign.cli import main
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.experiments.scaling import check_judges
 from flowalign.score import tally, unread
 from flowalign.scoring import collect_recipe
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 from rewards import Reward, RewardError
 from rewards.combine import score_all, uncertainty_weighted, weighted_sum, worst_case
 

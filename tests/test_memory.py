@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flowalign.checkpoint import _optimizer_tensors, _restore_optimizer
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
-from flowalign.learner import optimizer_class
 from flowalign.trainer import Trainer
+from flowalign.training.checkpoint import _optimizer_tensors, _restore_optimizer
+from flowalign.training.display import Display
+from flowalign.training.learner import optimizer_class
 
 
 def exhausted(*_: Any, **__: Any) -> Any:

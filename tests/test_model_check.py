@@ -12,9 +12,9 @@ from flowalign.command import console
 from flowalign.config import Model
 from flowalign.config.base import UserError
 from flowalign.policies import loading
-from flowalign.policies.check import check_model
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
+from flowalign.preflight.check_model import check_model
 
 Flux = Callable[[bool], Path]
 

@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from flowalign.cli import main
 from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import store as offline
@@ -29,6 +28,7 @@ from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import load_rewards
 from flowalign.scoring import rescore_store
 from flowalign.trainer import Trainer, train
+from flowalign.training.display import Display
 from rewards import RewardError
 from rewards.media import read_picture
 

@@ -19,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 from flowalign.cli import main
 from flowalign.config import Model, Recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
-from flowalign.forwards import step_forwards
-from flowalign.modelsize import condition_rows, decode_pass, meta_policy, parameters, transformer_pass
-from flowalign.planning import GIB, RUNTIME, Costs, held, phases, plan, snapshots
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import load_policy, toyworld_model
+from flowalign.preflight.forwards import step_forwards
+from flowalign.preflight.model_size import condition_rows, decode_pass, meta_policy, parameters, transformer_pass
+from flowalign.preflight.plan import GIB, RUNTIME, Costs, held, phases, plan, snapshots
 from flowalign.trainer import train
+from flowalign.training.display import Display
 
 
 def test_the_embedded_model_s_parameters_are_exact() -> None:

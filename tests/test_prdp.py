@@ -6,12 +6,12 @@ from torch import nn
 
 from flowalign.advantages import Scored
 from flowalign.config import recipe_from_dict
-from flowalign.forwards import step_forwards
-from flowalign.items import Items
 from flowalign.policies.base import Condition, Policy
+from flowalign.preflight.forwards import step_forwards
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.sampling import sde_step
+from flowalign.training.items import Items
 
 LATENT = (16, 64, 64)
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from flowalign.processes import shared_out
 from flowalign.sampling import counted_generator
+from flowalign.training.processes import shared_out
 
 HERE = Path(__file__).parent
 

@@ -9,10 +9,10 @@ import torch
 import yaml
 
 from flowalign.config import Train, bundled_recipes, load_recipe, recipe_from_dict
-from flowalign.items import Items
 from flowalign.policies.base import Condition
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples
+from flowalign.training.items import Items
 
 PAGE = Path(__file__).parents[1] / "docs" / "published_settings.md"
 TABLES = {

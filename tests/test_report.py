@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flowalign.config.base import UserError
-from flowalign.evaluate.compare import _outcome
-from flowalign.evaluate.report import changes, overall_change, paired_change, write_report
+from flowalign.evaluate.report.report import changes, overall_change, paired_change, write_report
+from flowalign.experiments.compare import _outcome
 
 PROMPTS = ("a red circle", 'a sign "CAT"', "a blue ring", "two stars")
 TAGS = ("colors", None, "colors", "counting")

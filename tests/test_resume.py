@@ -14,12 +14,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flowalign.checkpoint import checkpoints
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.disk.run_folder import RunFolder
-from flowalign.display import Display
 from flowalign.trainer import Trainer
+from flowalign.training.checkpoint import checkpoints
+from flowalign.training.display import Display
 from rewards import TrainableReward
 
 JUDGES = """

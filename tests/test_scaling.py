@@ -15,7 +15,7 @@ from PIL import Image
 from flowalign.cli import main
 from flowalign.config import Evaluation, Model, Sampler
 from flowalign.config.base import UserError
-from flowalign.evaluate.best_of import best_of_weights, evaluate_best_of, evaluate_pruned, expected_best_of
+from flowalign.experiments.best_of import best_of_weights, evaluate_best_of, evaluate_pruned, expected_best_of
 from flowalign.experiments.scaling import (
     Prune,
     best_of,

@@ -10,10 +10,10 @@ import torch
 
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 from rewards import TrainableReward
 
 

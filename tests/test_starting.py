@@ -15,14 +15,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from flowalign.checkpoint import checkpoints
 from flowalign.config import load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.disk.run_folder import RunFolder
 from flowalign.disk.starting import FolderLock, check_start
-from flowalign.display import Display
-from flowalign.inputs import check_inputs, inputs_of
 from flowalign.trainer import Trainer
+from flowalign.training.checkpoint import checkpoints
+from flowalign.training.display import Display
+from flowalign.training.inputs import check_inputs, inputs_of
 
 JUDGE = """
 def brightness(media, prompts, metadata, head=None, heads=()):

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from flowalign import timing
 from flowalign.config import recipe_from_dict
-from flowalign.display import Display
-from flowalign.timing import Backward, Decoding, Forward, Scoring, play, recorded, time_steps
+from flowalign.preflight import step_time as timing
+from flowalign.preflight.step_time import Backward, Decoding, Forward, Scoring, play, recorded, time_steps
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 
 def trainer_of(values: dict[str, Any], **changes: Any) -> Trainer:

@@ -8,9 +8,9 @@ from accelerate.tracking import GeneralTracker
 
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
-from flowalign.tracking import check_trackers
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
+from flowalign.training.tracking import check_trackers
 
 
 class Notebook(GeneralTracker):

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.display import Display
 from flowalign.evaluate.evaluation import evaluate
 from flowalign.policies.loading import load_policy
 from flowalign.score import load_rewards
 from flowalign.trainer import Trainer, train
+from flowalign.training.display import Display
 from rewards import RewardError
 
 

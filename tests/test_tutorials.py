@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from flowalign.config.base import UserError
-from flowalign.modelsize import condition_rows, meta_policy
 from flowalign.policies.loading import load_policy
+from flowalign.preflight.model_size import condition_rows, meta_policy
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```(python|yaml|toml)(?: file=(\S+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -8,12 +8,12 @@ from typing import Any
 
 from flowalign.config.base import UserError
 from flowalign.disk.media import MANIFEST
-from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
 from flowalign.rollout.manifest import manifest_of
 from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.terminal import Terminal
 
 BATCH = 16  # pictures that are judged at once
 
@@ -95,7 +95,7 @@ class Benchmark:
         check_folder(self.folder, EVALUATION, settings, made=RESULTS)
         stopwatch = Stopwatch(self.folder)
         if isinstance(self.source, Drawing):
-            with Display().evaluating(len(rows) * self.images, "drawing") as progress:
+            with Terminal().evaluating(len(rows) * self.images, "drawing") as progress:
                 draw(self.folder, self.source, rows, stopwatch, progress)
         pictures = listed(given or self.folder, self.images, rows)
         keep_settings(self.folder, EVALUATION, settings)
@@ -106,5 +106,5 @@ class Benchmark:
             return lines
 
         stopwatch.start()
-        with Display().evaluating(len(pictures), "judging") as progress:
+        with Terminal().evaluating(len(pictures), "judging") as progress:
             return continued(self.folder / RESULTS, len(pictures), BATCH, judge_places, progress)

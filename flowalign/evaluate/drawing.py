@@ -24,7 +24,6 @@ from flowalign.config import Model, Sampler
 from flowalign.config.base import UserError, counted
 from flowalign.disk.files import replace_text
 from flowalign.disk.media import MANIFEST, to_uint8
-from flowalign.display import Display
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
@@ -34,6 +33,7 @@ from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.sampling.noise import EVALUATION
+from flowalign.terminal import Terminal
 from rewards.media import FORMATS, natural, pictures_in, read_picture
 
 # Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
@@ -175,7 +175,7 @@ def draw(
             if policy is None:
                 policy = load(drawing.model, drawing.device)
                 for sentence in cut_prompts(policy, (row.prompt for row in rows)):
-                    Display().say(sentence)
+                    Terminal().say(sentence)
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
             images, batch = drawing.images, drawing.batch

@@ -18,7 +18,6 @@ import torch
 
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_text
-from flowalign.display import Display
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval, mean_of
@@ -35,6 +34,7 @@ from flowalign.evaluate.results import (
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import check_prompts, refuse_learning
+from flowalign.terminal import Terminal
 from rewards import Reward
 from rewards.combine import score_all
 from rewards.media import read_picture
@@ -83,13 +83,13 @@ def evaluate_panel(
         for one in several
     }
     for (model, _), (folder, drawing) in places.items():
-        with Display().evaluating(len(rows) * drawing.images, f"drawing {model}") as progress:
+        with Terminal().evaluating(len(rows) * drawing.images, f"drawing {model}") as progress:
             draw(folder, drawing, rows, stopwatch, progress)
     keep_settings(output, EVALUATION, settings)
     parts = []
     for (model, guidance), (folder, drawing) in places.items():
         pictures = listed(folder, drawing.images, rows)
-        with Display().evaluating(len(pictures), f"judging {model}") as progress:
+        with Terminal().evaluating(len(pictures), f"judging {model}") as progress:
             lines = _scored(folder / RESULTS, pictures, drawing, rewards, stopwatch, progress)
         parts.append(Part(model, guidance, _by_row(lines, drawing.images, list(rewards))))
     for part in parts:

@@ -15,7 +15,7 @@ from typing import Any
 
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_text
-from flowalign.evaluate.pages import parsed
+from flowalign.evaluate.report.html import parsed
 from flowalign.rollout.generate import Progress
 
 Line = dict[str, Any]

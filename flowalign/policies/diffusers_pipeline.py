@@ -39,7 +39,7 @@ class PipelinePolicy(Policy):
     def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int, *, whole: bool = True):
         """Raises UserError for settings that the pipeline cannot work with.
 
-        Without `whole` the transformer stays where it was loaded, for `flowalign.processes.prepare` to share out.
+        Without `whole` the transformer stays where it was loaded, for `processes.prepare` to share out.
         """
         super().__init__()
         self.device, self.dtype = device, forward_dtype(model.dtype, device)

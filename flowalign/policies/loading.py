@@ -37,7 +37,7 @@ def load_policy(
     """The policy of a model's settings, or of its path with default settings.
 
     Without `text_encoders` it cannot encode: `flowalign.policies.conditions.cached_policy` has its conditions on disk.
-    Without `whole` its transformer waits on the processor for `flowalign.processes.prepare` to share it out.
+    Without `whole` its transformer waits on the processor for `flowalign.training.processes.prepare` to share it out.
     Raises UserError for a missing folder, one that is no diffusers pipeline, or a class without an adapter.
     """
     if isinstance(model, str):

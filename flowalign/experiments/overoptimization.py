@@ -17,7 +17,7 @@ from flowalign.config.base import UserError
 from flowalign.disk.assets import asset
 from flowalign.disk.files import replace_text
 from flowalign.disk.media import save_pictures
-from flowalign.evaluate.overoptimization import GOLD, PROXY
+from flowalign.experiments.overoptimization_results import GOLD, PROXY
 from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.prompts import load_prompts

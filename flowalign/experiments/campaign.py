@@ -6,8 +6,8 @@ from pathlib import Path
 from flowalign.config import Recipe
 from flowalign.disk.run_folder import RunFolder
 from flowalign.disk.starting import refuse_changes
-from flowalign.display import Display
 from flowalign.trainer import Trainer
+from flowalign.training.display import Display
 
 
 def train_unless_done(recipe: Recipe, *, display: Display | None = None) -> Path:

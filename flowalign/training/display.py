@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,32 +11,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowalign.bars import Advance, Bars
-from flowalign.command import plain_console, verdict
+from flowalign.terminal import Terminal, verdict
 
 if TYPE_CHECKING:
     from flowalign.config import Recipe
-    from flowalign.evaluate.hacking import Audit
+    from flowalign.evaluate.audit.audit import Audit
     from flowalign.evaluate.held_out import HeldOut
     from flowalign.evaluate.intervals import Interval
-    from flowalign.selftest import Check
+    from flowalign.training.selftest import Check
 
 Summary = Mapping[str, Mapping[str, Any]]
 
 
-class Display:
-    """A line for each step and evaluation, above bars with the time left where the output is a terminal."""
+class Display(Terminal):
+    """A line for each step and evaluation of a run, above its bars."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None):
-        self.console = console or plain_console(quiet=quiet)
-        self.bars = Bars(self.console)
+        super().__init__(quiet=quiet, console=console)
         self._first_summary: Summary | None = None
         self._max_minutes: float | None = None
         self._steps = 0
-
-    def say(self, text: str) -> None:
-        """A plain line."""
-        self.console.print(text, soft_wrap=True)
 
     def begin(self, recipe: "Recipe", folder: Path, parameters: Mapping[str, int], processes: int) -> None:
         """What is about to be trained, and the batch arithmetic."""
@@ -60,14 +54,6 @@ class Display:
         self._steps = steps
         with self.bars.steps(steps, done):
             yield
-
-    def phase(self, doing: str, total: float | None = None) -> AbstractContextManager[Advance]:
-        """The bar of a part of a step, of so many pictures or passes where that is known."""
-        return self.bars.phase(doing, total)
-
-    def evaluating(self, pictures: int, doing: str = "evaluating") -> AbstractContextManager[Advance]:
-        """The bar while pictures are drawn and scored; yields the function that moves it."""
-        return self.bars.phase(doing, pictures)
 
     def step(self, line: Mapping[str, Any]) -> None:
         """A finished training step."""
@@ -117,7 +103,7 @@ def arithmetic_table(recipe: "Recipe", processes: int = 1) -> Table:
 def gain_table(folder: Path) -> Table | None:
     """First and last evaluation of a run side by side, what was trained on first; None where there are no two."""
     from flowalign.evaluate.intervals import FEW
-    from flowalign.evaluate.report import changes
+    from flowalign.evaluate.report.report import changes
 
     found = changes(folder)
     if found is None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_text
-from flowalign.evaluate.pages import parsed, read_evaluations
-from flowalign.evaluate.plots import Chase, overoptimization_figure
+from flowalign.evaluate.report.html import parsed, read_evaluations
+from flowalign.evaluate.report.plots import Chase, overoptimization_figure
 
 PROXY, GOLD = "proxy", "gold"  # the names of both rewards in the runs' evaluations
 _COLUMNS = (

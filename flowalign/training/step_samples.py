@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from flowalign import processes
 from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.lessons import lessons
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.idle import score_figures
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row, step_rows
@@ -20,6 +18,8 @@ from flowalign.rollout.samples import Samples
 from flowalign.rollout.store import GroupStore
 from flowalign.sampling.noise import ROLLOUT
 from flowalign.score import Judging, tally
+from flowalign.training import processes
+from flowalign.training.idle import score_figures
 
 
 def step_samples(

@@ -11,15 +11,15 @@ from accelerate import Accelerator
 from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.finite import what_to_lower
-from flowalign.items import Items
 from flowalign.policies.base import Policy
-from flowalign.processes import Share, is_shared_out, shared_out, sum_gradients, summed
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.samples import Samples
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
-from flowalign.selftest import LOWEST_SCALE, SelfTest
+from flowalign.training.finite import what_to_lower
+from flowalign.training.items import Items
+from flowalign.training.processes import Share, is_shared_out, shared_out, sum_gradients, summed
+from flowalign.training.selftest import LOWEST_SCALE, SelfTest
 
 
 def optimizer_class(name: Literal["adamw", "adamw8bit"]) -> Callable[..., torch.optim.Optimizer]:

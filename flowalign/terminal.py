@@ -1,7 +1,9 @@
-"""The bars of a terminal: one of the steps, and below it one of what is being done, which both fit into 40 columns."""
+"""The terminal: lines that show any text as it is, and bars of what is being done, which fit into 40 columns."""
 
+import io
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 from rich.console import Console
@@ -12,6 +14,26 @@ from rich.text import Text
 Advance = Callable[[float], None]
 _ROOMY = 60  # columns from which on the time that has gone is shown too
 _NAME = 10  # letters of the longest phase, so that bars begin in one place
+
+
+def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """A console for words that are not ours, such as prompts and paths: none of them is markup or an emoji's name.
+
+    What a terminal's encoding lacks is printed as an escape, such as \\u65e5. Colours are given as `Text`.
+    """
+    tolerate(sys.stderr if stderr else sys.stdout)
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+
+def tolerate(stream: object) -> None:
+    """Have a stream print what its encoding lacks as an escape, where it would raise UnicodeEncodeError."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def verdict(passed: bool | None, good: str = "pass", bad: str = "FAIL") -> Text:
+    """A coloured word for a check; "-" for one that was not made."""
+    return Text("-") if passed is None else Text(good, "green") if passed else Text(bad, "red")
 
 
 class _Count(ProgressColumn):
@@ -81,3 +103,23 @@ class Bars:
                 progress.remove_task(self._phase)
             task = self._phase = progress.add_task(doing, total=total)
             yield lambda count: progress.update(task, advance=count)
+
+
+class Terminal:
+    """Plain lines above bars with the time left, where the output is a terminal."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None):
+        self.console = console or plain_console(quiet=quiet)
+        self.bars = Bars(self.console)
+
+    def say(self, text: str) -> None:
+        """A plain line."""
+        self.console.print(text, soft_wrap=True)
+
+    def phase(self, doing: str, total: float | None = None) -> AbstractContextManager[Advance]:
+        """The bar of a part of a step, of so many pictures or passes where that is known."""
+        return self.bars.phase(doing, total)
+
+    def evaluating(self, pictures: int, doing: str = "evaluating") -> AbstractContextManager[Advance]:
+        """The bar while pictures are drawn and scored; yields the function that moves it."""
+        return self.bars.phase(doing, pictures)

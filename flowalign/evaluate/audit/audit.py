@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from flowalign.config import Guard
 from flowalign.config.base import UserError
-from flowalign.evaluate.bands import Band, Kind, learn_bands
-from flowalign.evaluate.divergence import Divergence
+from flowalign.evaluate.audit.bands import Band, Kind, learn_bands
+from flowalign.evaluate.audit.divergence import Divergence
+from flowalign.evaluate.audit.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.evaluation import Evaluated, Seen
-from flowalign.evaluate.looks import LOOKS, group_diversity, looks
 from rewards.backbones.features import unit_features
 
 CORRECTED, PANEL, DIVERSITY, VELOCITY = "corrected", "panel", "diversity", "velocity_ratio"

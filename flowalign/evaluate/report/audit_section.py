@@ -10,8 +10,8 @@ import numpy as np
 
 from flowalign.config.base import counted
 from flowalign.disk.media import picture_names
-from flowalign.evaluate import plots
-from flowalign.evaluate.pages import parsed, picture
+from flowalign.evaluate.report import plots
+from flowalign.evaluate.report.html import parsed, picture
 
 Row = dict[str, Any]
 SHOWN = 4  # prompts of which pictures are shown

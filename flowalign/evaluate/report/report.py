@@ -17,11 +17,11 @@ import yaml
 
 from flowalign.config.base import UserError, counted
 from flowalign.disk.media import MAP, picture_names
-from flowalign.evaluate import plots
-from flowalign.evaluate.hacking_page import hacking_section
 from flowalign.evaluate.held_out import HeldOut, held_out_of
 from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combined_interval, difference_interval
-from flowalign.evaluate.pages import parsed, picture, read_evaluations, read_metrics, write_page
+from flowalign.evaluate.report import plots
+from flowalign.evaluate.report.audit_section import hacking_section
+from flowalign.evaluate.report.html import parsed, picture, read_evaluations, read_metrics, write_page
 
 Row = dict[str, Any]
 PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger pictures are shrunk to these

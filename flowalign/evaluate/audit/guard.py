@@ -9,11 +9,11 @@ import torch
 
 from flowalign.config import Evaluation, Guard, Recipe
 from flowalign.config.base import UserError
-from flowalign.evaluate.bands import Band
-from flowalign.evaluate.divergence import Divergence, reference_divergence
+from flowalign.evaluate.audit.audit import Audit, Auditor, spaced
+from flowalign.evaluate.audit.bands import Band
+from flowalign.evaluate.audit.divergence import Divergence, reference_divergence
 from flowalign.evaluate.evaluation import Evaluated
-from flowalign.evaluate.hacking import Audit, Auditor, spaced
-from flowalign.evaluate.pages import read_evaluations
+from flowalign.evaluate.report.html import read_evaluations
 from flowalign.policies.base import Policy
 from flowalign.rollout.prompts import Row, shared_rows
 from flowalign.sampling.noise import EVALUATION

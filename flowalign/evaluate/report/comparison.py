@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from flowalign.disk.media import picture_names
-from flowalign.evaluate import plots
 from flowalign.evaluate.held_out import held_out_of
 from flowalign.evaluate.intervals import plain_interval
-from flowalign.evaluate.pages import parsed, picture, read_metrics, write_page
+from flowalign.evaluate.report import plots
+from flowalign.evaluate.report.html import parsed, picture, read_metrics, write_page
 
 Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]

@@ -15,8 +15,9 @@ from flowalign.algorithms import Algorithm
 from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.config.base import CheckFailed, UserError
-from flowalign.forwards import Forwards, step_forwards
-from flowalign.modelsize import (
+from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.preflight.forwards import Forwards, step_forwards
+from flowalign.preflight.model_size import (
     Line,
     Pass,
     condition_rows,
@@ -26,9 +27,8 @@ from flowalign.modelsize import (
     transformer_pass,
     whole_at_once,
 )
-from flowalign.policies.diffusers_pipeline import PipelinePolicy
-from flowalign.processes import MESSAGE, refuse_all_trained
 from flowalign.rollout.prompts import load_prompts
+from flowalign.training.processes import MESSAGE, refuse_all_trained
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # assumed: the device's context, libraries' workspaces, fragmentation

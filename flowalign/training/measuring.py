@@ -7,16 +7,16 @@ from contextlib import suppress
 import torch
 from accelerate import Accelerator
 
-from flowalign import processes
 from flowalign.config import Evaluation, Recipe
-from flowalign.display import Display
+from flowalign.evaluate.audit.audit import Audit
+from flowalign.evaluate.audit.guard import Guarding, evaluation_rewards
 from flowalign.evaluate.evaluation import Evaluated, evaluate, evaluated_by_all
-from flowalign.evaluate.hacking import Audit
 from flowalign.evaluate.held_out import held_out
-from flowalign.guard import Guarding, evaluation_rewards
 from flowalign.policies.base import Policy
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import Judging, check_prompts
+from flowalign.training import processes
+from flowalign.training.display import Display
 
 
 class Leave(Exception):

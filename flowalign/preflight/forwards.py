@@ -16,13 +16,13 @@ from flowalign.advantages import Scored
 from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
-from flowalign.learner import Learner
 from flowalign.policies.base import Condition, Grid, Policy
 from flowalign.policies.devices import own_device
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples
 from flowalign.sampling import counted_generator
+from flowalign.training.learner import Learner
 
 
 class Forwards(NamedTuple):

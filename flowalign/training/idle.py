@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from flowalign.advantages import Scored, has_spread
 from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
-from flowalign.processes import summed
 from flowalign.rollout.samples import Samples
+from flowalign.training.processes import summed
 
 
 def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -> dict[str, Any]:

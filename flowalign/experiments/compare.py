@@ -21,16 +21,16 @@ from flowalign.config.mistakes import nearest
 from flowalign.disk.about import now
 from flowalign.disk.files import replace_text
 from flowalign.disk.starting import refuse_changes
-from flowalign.display import Display
-from flowalign.evaluate.best_of import evaluate_best_of
-from flowalign.evaluate.compare_page import leaderboard_markdown, write_comparison_page
 from flowalign.evaluate.held_out import held_out_from
-from flowalign.evaluate.pages import parsed, read_evaluations
+from flowalign.evaluate.report.comparison import leaderboard_markdown, write_comparison_page
+from flowalign.evaluate.report.html import parsed, read_evaluations
+from flowalign.experiments.best_of import evaluate_best_of
 from flowalign.experiments.scaling import check_judges
 from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.prompts import load_prompts
 from flowalign.score import learning, load_rewards
+from flowalign.terminal import Terminal
 from flowalign.trainer import Trainer
 
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for
@@ -78,7 +78,7 @@ def compare(
     for number, recipe in enumerate(runs, start=1):
         done = _finished(recipe.folder, budget)
         state = "already finished" if done else f"time ends it, after {budget:g} minutes of training"
-        Display().say(f"run {number} of {len(runs)}, {recipe.folder.name}: {state}")
+        Terminal().say(f"run {number} of {len(runs)}, {recipe.folder.name}: {state}")
         if not done:
             Trainer(recipe, resume=(recipe.folder / "recipe.yaml").exists()).run()
             gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
@@ -135,9 +135,9 @@ def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]
     judges = {n: one for n, one in rewards.items() if one.scope == "sample" and n not in learning(rewards)}
     rows = load_prompts(settings.prompts, settings.count)
     policy = load_policy(recipe.model, device, recipe.run.seed)
-    Display().say(f"best of 1 to {candidates} of {recipe.model.path} without training, chosen by {reward}")
+    Terminal().say(f"best of 1 to {candidates} of {recipe.model.path} without training, chosen by {reward}")
     counts, size = range(1, candidates + 1), (recipe.model.height, recipe.model.width)
-    with Display().evaluating(len(rows) * candidates) as progress:
+    with Terminal().evaluating(len(rows) * candidates) as progress:
         points = evaluate_best_of(policy, rows, judges, reward, counts, settings, size, progress)
     found = [
         {

@@ -1,0 +1,1 @@
+"""The pages that show what improved and what was hacked."""

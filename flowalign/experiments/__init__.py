@@ -1,0 +1,1 @@
+"""Many runs: comparisons, best-of-N, campaigns, over-optimisation."""

@@ -1,0 +1,1 @@
+"""From prompts to generated samples: rollouts, and stores of scored groups."""
