@@ -18,7 +18,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever started it wants none
         signal.signal(signal.SIGINT, stop)
     try:
-        from flowalign.cli import main as command
+        from flowalign.cli.app import main as command
 
         command()
     except BaseException as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flowalign.command import quiet_libraries
+from flowalign.cli.console import quiet_libraries
 from flowalign.config.base import UserError
 from flowalign.disk.about import command_line, now, versions
 from flowalign.disk.files import replace_text

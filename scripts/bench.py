@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowalign.command import quiet_libraries
+from flowalign.cli.console import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.preflight.step_time import time_steps
 from flowalign.trainer import Trainer

@@ -28,7 +28,7 @@ import typer
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowalign.command import quiet_libraries
+from flowalign.cli.console import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import versions

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from flowalign import trainer as training
-from flowalign.command import quiet_libraries
+from flowalign.cli.console import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.disk.run_folder import RunFolder
 from flowalign.training.checkpoint import checkpoints

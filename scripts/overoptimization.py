@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flowalign.command import quiet_libraries
+from flowalign.cli.console import quiet_libraries
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import command_line, now, versions

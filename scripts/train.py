@@ -2,7 +2,7 @@
 
 import sys
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

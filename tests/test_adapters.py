@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import Lora, Model, Sampler
 from flowalign.config.base import UserError
 from flowalign.policies.adapters import adapter_files, merge_adapter, module_places

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import Sampler
 from flowalign.config.base import UserError
 from flowalign.evaluate import panel
@@ -331,7 +331,7 @@ def test_pictures_do_not_depend_on_how_many_prompts_follow(tiny_model: Path, tmp
 
 @pytest.mark.slow
 def test_a_killed_evaluation_ends_with_the_same_bytes(tiny, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowalign.cli", "eval", "geneval", *tiny, "--detector"]
+    command = [sys.executable, "-m", "flowalign", "eval", "geneval", *tiny, "--detector"]
     command += [f"{tmp_path}/eyes.py:SlowEyes", "--images-per-prompt", "6", "--output"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"

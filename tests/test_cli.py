@@ -15,11 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flowalign.cli import main
-from flowalign.command import disk_mistake, memory_mistake
+from flowalign.cli.app import main
+from flowalign.cli.console import disk_mistake, memory_mistake
+from flowalign.cli.scoring import read_images
 from flowalign.disk.media import save_pictures
 from flowalign.rollout.prompts import Row
-from flowalign.scoring import read_images
 from flowalign.terminal import plain_console
 from flowalign.training.display import Display, summary_table
 from flowalign.training.selftest import Check
@@ -433,7 +433,7 @@ def test_a_terminal_of_another_encoding_ends_no_command(odd, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_files_are_utf8_where_the_locale_is_not(odd, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowalign.cli", *odd, "--output", "s.csv"]
+    command = [sys.executable, "-m", "flowalign", *odd, "--output", "s.csv"]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, check=False)
     assert done.returncode == 0 and b"\\u65e5\\u672c" in done.stdout

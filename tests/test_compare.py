@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import Sampler, load_recipe
 from flowalign.config.base import UserError
 from flowalign.evaluate.report.plots import Curve, mean_curve

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer
 
-from flowalign import cli
+from flowalign.cli import app as cli
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
@@ -125,7 +125,7 @@ def test_a_run_that_its_guard_ends_ends_with_1(values, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_in_an_evaluation_ends_it_there_with_130(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flowalign.cli", "eval", "geneval", "toyworld", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "flowalign", "eval", "geneval", "toyworld", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("out/*/samples/*.png")):

@@ -9,7 +9,7 @@ _HEAVY = ("torch", "numpy", "scipy", "diffusers", "transformers", "matplotlib", 
 
 _SCRIPT = """
 import sys
-from flowalign.cli import main
+from flowalign.cli.app import main
 try:
     main(sys.argv[1:])
 except SystemExit as end:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from flowalign.auditing import audit
-from flowalign.cli import app
+from flowalign.cli.app import app
+from flowalign.cli.auditing import audit
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.config.sections import Sampler

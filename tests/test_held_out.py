@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.evaluate.audit.guard import refuse_shared_prompts

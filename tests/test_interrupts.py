@@ -20,7 +20,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("module", ["flowalign.cli", "typer", "pydantic", "flowalign.config", "torch"])
+@pytest.mark.parametrize("module", ["flowalign.cli.app", "typer", "pydantic", "flowalign.config", "torch"])
 def test_ctrl_c_while_a_module_is_imported_is_one_line(module: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red cube\n", encoding="utf-8")
     given = ["--images", str(tmp_path), "--prompts", str(tmp_path / "prompts.txt")]

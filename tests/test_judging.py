@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 import rewards
+from flowalign.cli.scoring import collect_recipe, evaluate_recipe, score_images
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.disk.run_folder import RunFolder
 from flowalign.score import Judging
-from flowalign.scoring import collect_recipe, evaluate_recipe, score_images
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards import Reward, RewardError, TrainableReward
@@ -238,7 +238,7 @@ def test_a_mistake_in_shaping_or_combination_is_one_sentence(
 
 def serving(port: int) -> subprocess.Popen[str]:
     """`flowalign serve` as a process of its own, ready when its first line is there."""
-    command = [sys.executable, "-m", "flowalign.cli", "serve", "colorfulness", "--port", str(port)]
+    command = [sys.executable, "-m", "flowalign", "serve", "colorfulness", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and "serving colorfulness" in process.stdout.readline()
     return process

@@ -15,12 +15,12 @@ from flowalign.advantages import Scored
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.algorithms.gdro import GDRO
 from flowalign.algorithms.lessons import lessons
-from flowalign.cli import main
+from flowalign.cli.app import main
+from flowalign.cli.scoring import collect_recipe
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.experiments.scaling import check_judges
 from flowalign.score import tally, unread
-from flowalign.scoring import collect_recipe
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards import Reward, RewardError

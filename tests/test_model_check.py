@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowalign.cli import main
-from flowalign.command import console
+from flowalign.cli.app import main
+from flowalign.cli.console import console
 from flowalign.config import Model
 from flowalign.config.base import UserError
 from flowalign.policies import loading

@@ -17,7 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flowalign.cli import main
+from flowalign.cli.app import main
+from flowalign.cli.scoring import rescore_store
 from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
@@ -26,7 +27,6 @@ from flowalign.rollout.generate import store as offline
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import load_rewards
-from flowalign.scoring import rescore_store
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
 from rewards import RewardError
@@ -225,7 +225,7 @@ def test_a_killed_collection_is_completed_from_the_command_line(
     (tmp_path / "prompts.txt").write_text("".join(f"{n} stars\n" for n in range(40)))
     fresh |= {"collect": {"group_size": 2, "shard_prompts": 1}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fresh))
-    arguments = [sys.executable, "-m", "flowalign.cli", "collect", str(tmp_path / "recipe.yaml")]
+    arguments = [sys.executable, "-m", "flowalign", "collect", str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120

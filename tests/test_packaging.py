@@ -22,7 +22,7 @@ sys.addaudithook(refuse)
 RUN = """
 import sys
 import flowalign, rewards
-from flowalign.cli import main
+from flowalign.cli.app import main
 for package in (flowalign, rewards):
     assert package.__file__.startswith(sys.argv[1]), package.__file__
 for line in sys.stdin.read().splitlines():

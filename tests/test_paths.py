@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.adapters import adapter_files

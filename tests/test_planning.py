@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch.profiler import ProfilerActivity, profile
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import Model, Recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.diffusers_pipeline import PipelinePolicy

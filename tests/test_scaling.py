@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowalign.cli import main
+from flowalign.cli.app import main
 from flowalign.config import Evaluation, Model, Sampler
 from flowalign.config.base import UserError
 from flowalign.experiments.best_of import best_of_weights, evaluate_best_of, evaluate_pruned, expected_best_of

@@ -332,7 +332,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 def test_the_command_takes_a_run_folder_and_asks_before_it_loads(run: Path, begun: Path) -> None:
     values_of(run, begun)
-    code = "from flowalign.cli import main; import sys\ntry: main()\nfinally: print('torch' in sys.modules)"
+    code = "from flowalign.cli.app import main; import sys\ntry: main()\nfinally: print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "train", str(run / "run")]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode

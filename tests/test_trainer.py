@@ -111,7 +111,7 @@ def test_a_killed_run_resumes_to_the_same_metrics(values: dict[str, Any], tmp_pa
     whole = quiet_train(changed(values))
     values["run"] = {**values["run"], "folder": str(tmp_path / "killed")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "flowalign.cli", "train", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "flowalign", "train", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint(values: dict[str, Any], tm
     values["train"]["steps"] = 1000
     values["run"]["checkpoint_every"] = 1000
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "flowalign.cli", "train", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "flowalign", "train", str(tmp_path / "recipe.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = tmp_path / "run" / "metrics.jsonl"
     while not lines.exists():

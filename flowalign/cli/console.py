@@ -13,6 +13,7 @@ import typer
 from flowalign.config.paths import expanded
 from flowalign.terminal import plain_console
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
 RewardOptions = Annotated[
     list[str] | None,
     typer.Option(

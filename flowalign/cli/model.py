@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flowalign.command import console, device, quiet_libraries
+from flowalign.cli.console import console, device, quiet_libraries
 from flowalign.config.base import MOST
 from flowalign.terminal import verdict
 
@@ -30,7 +30,7 @@ def check(
     ] = None,
 ) -> None:
     """Compare a model with its plain diffusers pipeline, in float32. Exit code 1 if a check fails."""
-    from flowalign.existing import check_model as check_there
+    from flowalign.cli.existing import check_model as check_there
 
     check_there(path)
     quiet_libraries()

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flowalign.cli_evaluate import GridOption, Guidance, Seed, SequenceLength, Size, SolverOption, Steps
-from flowalign.command import RewardOptions, console, device, quiet_libraries
+from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
+from flowalign.cli.evaluate import GridOption, Guidance, Seed, SequenceLength, Size, SolverOption, Steps
 from flowalign.config.base import MOST, UserError
 
 
@@ -38,7 +38,7 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures."""
-    from flowalign.existing import check_model, check_rewards
+    from flowalign.cli.existing import check_model, check_rewards
     from flowalign.rollout.prompt_files import check_characters
 
     if not all(prompt.strip() for prompt in prompts):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from flowalign.command import console, quiet_libraries
+from flowalign.cli.console import console, quiet_libraries
 from flowalign.config.base import MOST, UserError
 
 if TYPE_CHECKING:

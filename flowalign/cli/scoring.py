@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import rewards as zoo
+from flowalign.cli.existing import check_pictures
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
@@ -23,7 +24,6 @@ from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import evaluate, write_evaluation
 from flowalign.evaluate.held_out import held_out_from
-from flowalign.existing import check_pictures
 from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from flowalign.command import RewardOptions, console, device, quiet_libraries
+from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
 from flowalign.config.base import MOST, UserError, counted
 from flowalign.config.paths import expanded
 
@@ -68,8 +68,8 @@ def evaluate_recipe(
     ] = None,
 ) -> None:
     """Measure a model on a recipe's evaluation prompts with its rewards."""
+    from flowalign.cli.existing import check_recipe
     from flowalign.config import load_recipe
-    from flowalign.existing import check_recipe
 
     target = expanded(target)
     folder = Path(target) if Path(target).is_dir() else None
@@ -78,8 +78,8 @@ def evaluate_recipe(
     recipe = load_recipe(folder / "recipe.yaml" if folder else target, overrides or [])
     check_recipe(recipe)
     quiet_libraries()
+    from flowalign.cli.scoring import evaluate_recipe as evaluate
     from flowalign.disk.run_folder import RunFolder
-    from flowalign.scoring import evaluate_recipe as evaluate
     from flowalign.training.display import summary_table
 
     title, summary = evaluate(recipe, None if folder is None else RunFolder.open(folder)[0], device())
@@ -274,7 +274,7 @@ def _mix(text: str) -> dict[str, float]:
 
 def _check(model: str | None, images: Path | None, prompts: str | None, rewards: Sequence[str] = ()) -> None:
     """What can be said of a benchmark's sources before anything heavy is imported."""
-    from flowalign.existing import check_model, check_pictures, check_prompts, check_rewards
+    from flowalign.cli.existing import check_model, check_pictures, check_prompts, check_rewards
 
     if (model is None) is (images is None):
         raise UserError("give either MODEL, to draw with it, or --images, to judge pictures")

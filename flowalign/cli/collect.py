@@ -1,0 +1,32 @@
+"""`flowalign collect`: groups for a store."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flowalign.cli.console import Overrides, console, device, quiet_libraries
+from flowalign.config.base import UserError
+
+
+def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:
+    """Draw and score groups into the recipe's store; what is there already is kept."""
+    from flowalign.cli.existing import check_prompts, check_recipe
+    from flowalign.config import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    if resolved.store is None:
+        raise UserError("the recipe names no store; give store=FOLDER")
+    check_recipe(resolved)
+    check_prompts(resolved.prompts)
+    quiet_libraries()
+    import numpy as np
+
+    from flowalign.cli.scoring import collect_recipe
+
+    store = collect_recipe(resolved, device())
+    table = Table("reward", "mean", "std", title=f"{store.path}: {len(store)} prompts", title_justify="left")
+    for name, values in store.rewards.items():
+        known = values[~np.isnan(values)]
+        table.add_row(name, f"{known.mean():.4f}", f"{known.std():.4f}")
+    console.print(table)

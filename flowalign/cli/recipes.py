@@ -1,0 +1,45 @@
+"""`flowalign recipes`: the bundled recipes."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flowalign.cli.console import console
+from flowalign.config.base import UserError
+
+recipes_app = typer.Typer(help="List and copy the bundled recipes.", invoke_without_command=True)
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the bundled recipes."""
+    if context.invoked_subcommand is None:
+        from flowalign.config import bundled_recipes
+
+        table = Table("recipe", "what it does")
+        for name, path in bundled_recipes().items():
+            table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
+        console.print(table)
+
+
+@recipes_app.command("copy")
+def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to write")] = Path(".")) -> None:
+    """Copy a bundled recipe, to be edited."""
+    from flowalign.config import bundled_recipes, load_recipe
+
+    load_recipe(name)
+    source = bundled_recipes().get(name)
+    if source is None:
+        raise UserError(f"{name!r} is a file of your own; the bundled recipes are {', '.join(bundled_recipes())}")
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise UserError(f"{target} exists; choose another name")
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        target.unlink(missing_ok=True)  # of a full disk there is an empty one
+        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    console.print(f"wrote {target}")

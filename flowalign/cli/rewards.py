@@ -1,0 +1,57 @@
+"""`flowalign rewards`: the rewards there are, and whether one keeps the contract."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flowalign.cli.console import RewardOptions, console, quiet_libraries
+from flowalign.config.base import UserError
+from flowalign.terminal import verdict
+
+rewards_app = typer.Typer(help="List the rewards, and check that one keeps the contract.", invoke_without_command=True)
+
+
+@rewards_app.callback()
+def list_rewards(context: typer.Context) -> None:
+    """List the rewards that a recipe can name, built in and installed."""
+    if context.invoked_subcommand is None:
+        from rewards.catalogue import available, describe
+
+        table = Table("reward", "what it judges")
+        for name in available():
+            table.add_row(name, describe(name))
+        console.print(table)
+
+
+@rewards_app.command("check")
+def check_reward(
+    reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name, package.module:Name or http://...")],
+    images: Annotated[Path | None, typer.Option(help="folder of pictures to try it on; by default drawn ones")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[#COLUMN]", help="a row for each picture; left out, the folder's metadata.jsonl says"
+        ),
+    ] = None,
+    option: RewardOptions = None,
+) -> None:
+    """Try a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
+    from flowalign.cli.existing import check_pictures, check_prompts, check_rewards
+
+    check_rewards([reward])
+    check_pictures(images)
+    check_prompts(prompts)
+    quiet_libraries()
+    from flowalign.cli.scoring import check_reward as findings_of
+
+    if images is None and prompts is not None:
+        raise UserError("--prompts are of --images; give these too")
+    findings = findings_of(reward, option or [], images, prompts)
+    table = Table("check", "result", "detail", title=reward, title_justify="left")
+    for check, passed, detail in findings:
+        table.add_row(check, verdict(passed), detail)
+    console.print(table)
+    if any(finding.passed is False for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,61 @@
+"""`flowalign score`: pictures or a store under a reward."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from flowalign.cli.console import RewardOptions, console
+from flowalign.config.base import UserError
+
+
+def score(
+    reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name or package.module:Name")],
+    images: Annotated[
+        Path | None, typer.Option(help="folder of pictures, in the order of their names as people count: 9 before 10")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE[#COLUMN]", help="a row for each image; left out, the folder's metadata.jsonl says"),
+    ] = None,
+    store: Annotated[Path | None, typer.Option(help="in place of images: a store of groups, which keeps them")] = None,
+    name: Annotated[str | None, typer.Option(help="the reward's name in the store; the default is its own")] = None,
+    option: RewardOptions = None,
+    output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
+) -> None:
+    """Score pictures, or the groups of a store, with a reward."""
+    from flowalign.cli.existing import check_pictures, check_prompts, check_rewards, check_scores
+
+    check_rewards([reward])
+    check_pictures(images)
+    check_prompts(prompts)
+    check_scores(output)
+    import numpy as np
+
+    from flowalign.cli.scoring import read_images, rescore_store, score_images, write_scores
+
+    if store is not None:
+        if images or prompts or output:
+            raise UserError(
+                "--store holds pictures and prompts and keeps the scores; leave --images, --prompts, --output out"
+            )
+        values = rescore_store(store, reward, option or [], name)
+        console.print(f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} pictures, now in {store}")
+        return
+    if images is None:
+        raise UserError("give --images, or --store")
+    if name is not None:
+        raise UserError("--name is the reward's name in a store; give --store with it")
+    rows, paths = read_images(images, prompts)
+    scores = score_images(reward, option or [], rows, paths)
+    table = Table("image", "prompt", "score")
+    for path, row, value in zip(paths, rows, scores, strict=True):
+        table.add_row(path.name, row.prompt, "left out" if value is None else f"{value:.4f}")
+    console.print(table)
+    known = [value for value in scores if value is not None]
+    if not known:
+        raise UserError(f"reward {reward} left out all {len(scores)} images")
+    console.print(f"mean {sum(known) / len(known):.4f} of {len(known)} images")
+    if output is not None:
+        write_scores(output, paths, rows, scores)
