@@ -3,12 +3,24 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
+from flowalign.cli.options import (
+    Adapter,
+    BenchmarkOptions,
+    Count,
+    Images,
+    ImagesPerPrompt,
+    ModelArgument,
+    OptionalModel,
+    Output,
+    Prompts,
+    with_options,
+)
 from flowalign.config.base import MOST, UserError, counted
 from flowalign.config.paths import expanded
 
@@ -19,45 +31,8 @@ if TYPE_CHECKING:
 eval_app = typer.Typer(no_args_is_help=True, help="Say how good a model is, with intervals.")
 data_app = typer.Typer(no_args_is_help=True, help="Write prompt lists.")
 
-OWN = "by default a run's evaluation's, else what its kind of model is drawn with"
-Grid = Literal["model", "uniform"]  # as `flowalign.config.sections.Sampler` has them
-Solver = Literal["euler", "dpm++"]
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
-]
-OptionalModel = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
-]
-Adapter = Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")]
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png, or as sample writes them"
-    ),
-]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MOST, help="pictures of a prompt")]
-Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]
-Count = Annotated[int | None, typer.Option(min=1, max=MOST, help="only the first prompts of the list")]
-Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help=f"denoising steps; {OWN}")]
-Guidance = Annotated[
-    float | None, typer.Option(min=1, max=1e6, help=f"{OWN}; GenEval's script has 9, for older models")
-]
-GridOption = Annotated[Grid | None, typer.Option(help=f"the sigmas; {OWN}")]
-SolverOption = Annotated[Solver | None, typer.Option(help=f"of the ODE; {OWN}")]
-Size = Annotated[int | None, typer.Option(min=8, max=MOST, help="pixels of a side; the default fits the model")]
-SequenceLength = Annotated[int | None, typer.Option(min=0, max=MOST, help="T5 tokens; the default fits the model")]
-Batch = Annotated[int | None, typer.Option(min=1, max=MOST, help="pictures drawn at once; 16")]
-Seed = Annotated[
-    int | None,
-    typer.Option(min=-(2**62), max=2**62, help=f"of the noise, beside the prompt's place and the picture's; {OWN}"),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option(help="folder of pictures and results; by default one under runs/ of this model and these settings"),
-]
 
 
 @eval_app.command("recipe")
@@ -87,7 +62,9 @@ def evaluate_recipe(
 
 
 @eval_app.command("geneval")
+@with_options
 def evaluate_geneval(
+    *,
     model: OptionalModel = None,
     images: Images = None,
     adapter: Adapter = None,
@@ -106,14 +83,7 @@ def evaluate_geneval(
     check_detector: Annotated[
         bool, typer.Option(help="show the detector a bundled picture with a known answer first")
     ] = True,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    grid: GridOption = None,
-    solver: SolverOption = None,
-    size: Size = None,
-    max_sequence_length: SequenceLength = None,
-    seed: Seed = None,
-    batch: Batch = None,
+    how: BenchmarkOptions,
     output: Output = None,
 ) -> None:
     """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
@@ -123,9 +93,7 @@ def evaluate_geneval(
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
 
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
-    given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
-    drawing = _drawing(model, images, images_per_prompt, adapter, given)
+    drawing = _drawing(model, images, images_per_prompt, adapter, how.given())
     embedded = drawing is not None and drawing.embedded
     listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
@@ -145,7 +113,9 @@ def evaluate_geneval(
 
 
 @eval_app.command("ocr")
+@with_options
 def evaluate_ocr(
+    *,
     model: OptionalModel = None,
     images: Images = None,
     adapter: Adapter = None,
@@ -157,14 +127,7 @@ def evaluate_ocr(
         str | None, typer.Option(metavar="NAME", help="a language, such as cyrillic, or an .onnx file")
     ] = None,
     keys: Annotated[str | None, typer.Option(metavar="FILE", help="the recogniser's characters, one a line")] = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    grid: GridOption = None,
-    solver: SolverOption = None,
-    size: Size = None,
-    max_sequence_length: SequenceLength = None,
-    seed: Seed = None,
-    batch: Batch = None,
+    how: BenchmarkOptions,
     output: Output = None,
 ) -> None:
     """Draw prompts that quote a text and read the pictures; what is done already is kept."""
@@ -173,9 +136,7 @@ def evaluate_ocr(
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
 
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
-    given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
-    drawing = _drawing(model, images, images_per_prompt, adapter, given)
+    drawing = _drawing(model, images, images_per_prompt, adapter, how.given())
     embedded = drawing is not None and drawing.embedded
     listed = prompts or ("toyworld/words_test" if embedded else None)
     benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
@@ -191,7 +152,9 @@ def evaluate_ocr(
 
 
 @eval_app.command("panel")
+@with_options
 def evaluate_panel(
+    *,
     model: ModelArgument,
     prompts: Annotated[str, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list, or a bundled name")],
     reward: Annotated[list[str], typer.Option(help="a built-in name, file.py:Name, ...; repeatable")],
@@ -199,14 +162,7 @@ def evaluate_panel(
     adapter: Adapter = None,
     count: Count = None,
     images_per_prompt: ImagesPerPrompt = 4,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    grid: GridOption = None,
-    solver: SolverOption = None,
-    size: Size = None,
-    max_sequence_length: SequenceLength = None,
-    seed: Seed = None,
-    batch: Batch = None,
+    how: BenchmarkOptions,
     output: Output = None,
 ) -> None:
     """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
@@ -217,9 +173,7 @@ def evaluate_panel(
     from flowalign.evaluate.panel import BASE, TUNED
     from flowalign.evaluate.panel import evaluate_panel as evaluate
 
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "grid": grid, "solver": solver, "seed": seed}
-    given |= {"size": size, "max_sequence_length": max_sequence_length, "batch": batch}
-    tuned = _drawing(model, None, images_per_prompt, adapter, given)
+    tuned = _drawing(model, None, images_per_prompt, adapter, how.given())
     assert tuned is not None  # a model is given
     options = parse_options(reward, option or [])
     loaded: dict[str, zoo.Reward] = {}

@@ -1,16 +1,27 @@
 """The command line's `flowalign sample`: pictures, or the best of many."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
-from flowalign.cli.evaluate import GridOption, Guidance, Seed, SequenceLength, Size, SolverOption, Steps
+from flowalign.cli.options import DrawingOptions, with_options
 from flowalign.config.base import MOST, UserError
 
+if TYPE_CHECKING:
+    from flowalign.evaluate.drawing import Drawing
+    from flowalign.experiments.scaling import Prune
+    from flowalign.policies.base import Policy
+    from flowalign.rollout.prompts import Row
+    from rewards import Reward
 
+
+@with_options
 def sample(
+    *,
     model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
     adapter: Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")] = None,
@@ -18,14 +29,8 @@ def sample(
         Path | None,
         typer.Option(help="an empty folder for the PNG files; by default one under samples/ of what is drawn"),
     ] = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    grid: GridOption = None,
-    solver: SolverOption = None,
+    how: DrawingOptions,
     images: Annotated[int, typer.Option(min=1, max=MOST, help="pictures per prompt")] = 1,
-    size: Size = None,
-    max_sequence_length: SequenceLength = None,
-    seed: Seed = None,
     best_of: Annotated[
         int | None,
         typer.Option(max=MOST, metavar="N", help="draw N candidates of each, keep the best and all scores"),
@@ -38,6 +43,43 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures."""
+    _check(model, prompts, output, reward or [])
+    if best_of is None and (reward or option or prune):
+        raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")
+    quiet_libraries()
+    from flowalign.config.options import parse_options
+    from flowalign.evaluate.drawing import drawing_of
+    from flowalign.experiments import scaling
+    from flowalign.policies.cutting import cut_prompts
+    from flowalign.policies.loading import load_policy
+    from flowalign.rollout.prompts import Row
+    from flowalign.score import check_prompts
+
+    rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
+    drawing = drawing_of(model, adapter, device=device(), images=images, **how.given())
+    judges, schedule = {}, scaling.parse_schedule(prune or [])
+    if best_of is not None:
+        scaling.check_search(best_of, schedule, drawing.sampler, images)
+        judges = scaling.load_judges(reward or [], option or [], device())
+        check_prompts(rows, judges, "given")
+    about = {"best_of": best_of, "reward": reward, "option": parse_options(reward or [], option or []), "prune": prune}
+    output = output or Path("samples") / drawing.name(rows, about)
+    console.print(drawing.words, soft_wrap=True)
+    policy = load_policy(drawing.model, drawing.device)
+    for sentence in cut_prompts(policy, prompts):
+        console.print(sentence, soft_wrap=True)
+    if best_of is None:
+        written, costs = _drawn(policy, rows, drawing, output), None
+    else:
+        written, costs = _chosen(policy, rows, drawing, output, judges, best_of, schedule)
+    for path, prompt in written:
+        console.print(f"{path}  {prompt}", soft_wrap=True)
+    if costs:
+        console.print(f"{costs}; all scores are in {output / 'scores.jsonl'}", soft_wrap=True)
+
+
+def _check(model: str, prompts: Sequence[str], output: Path | None, rewards: Sequence[str]) -> None:
+    """What can be said before anything heavy is imported."""
     from flowalign.cli.existing import check_model, check_rewards
     from flowalign.rollout.prompt_files import check_characters
 
@@ -48,58 +90,37 @@ def sample(
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} is not an empty folder; choose another")
     check_model(model)
-    check_rewards(reward or [])
-    quiet_libraries()
-    from flowalign.config.options import parse_options
-    from flowalign.disk.media import save_pictures
-    from flowalign.evaluate.drawing import drawing_of
-    from flowalign.experiments import scaling
-    from flowalign.policies.cutting import cut_prompts
-    from flowalign.policies.loading import load_policy
-    from flowalign.rollout.generate import rollout
-    from flowalign.rollout.prompts import Row
-    from flowalign.sampling.noise import EVALUATION
-    from flowalign.score import check_prompts
+    check_rewards(rewards)
 
-    rows = [Row(index, prompt) for index, prompt in enumerate(prompts)]
-    given: dict[str, Any] = {
-        "steps": steps,
-        "guidance": guidance,
-        "grid": grid,
-        "solver": solver,
-        "size": size,
-        "seed": seed,
-    }
-    drawing = drawing_of(
-        model, adapter, device=device(), images=images, max_sequence_length=max_sequence_length, **given
-    )
-    judges, schedule = {}, scaling.parse_schedule(prune or [])
-    if best_of is not None:
-        scaling.check_search(best_of, schedule, drawing.sampler, images)
-        judges = scaling.load_judges(reward or [], option or [], device())
-        check_prompts(rows, judges, "given")
-    elif reward or option or prune:
-        raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")
-    about = {"best_of": best_of, "reward": reward, "option": parse_options(reward or [], option or []), "prune": prune}
-    output = output or Path("samples") / drawing.name(rows, about)
-    console.print(drawing.words, soft_wrap=True)
-    policy, pixels = load_policy(drawing.model, drawing.device), (drawing.model.height, drawing.model.width)
-    for sentence in cut_prompts(policy, prompts):
-        console.print(sentence, soft_wrap=True)
-    key, batch = (EVALUATION, drawing.seed, 0), drawing.batch
-    if best_of is None:
-        drawn = rollout(policy, rows, images, drawing.sampler, pixels, key, batch=batch)
-        written = list(
-            zip(save_pictures(output, drawn.media, [row.about for row in drawn.rows]), drawn.prompts, strict=True)
-        )
-    else:
-        found = scaling.best_of(
-            policy, rows, judges, best_of, drawing.sampler, pixels, key, batch=batch, schedule=schedule, kept=images
-        )
-        written = scaling.save_best_of(output, found)
-    for path, prompt in written:
-        console.print(f"{path}  {prompt}", soft_wrap=True)
-    if best_of is not None:
-        forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
-        costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"
-        console.print(f"{costs}; all scores are in {output / 'scores.jsonl'}", soft_wrap=True)
+
+def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path) -> list[tuple[Path, str]]:
+    """The pictures of every prompt, and theirs."""
+    from flowalign.disk.media import save_pictures
+    from flowalign.rollout.generate import rollout
+    from flowalign.sampling.noise import EVALUATION
+
+    size, key = (drawing.model.height, drawing.model.width), (EVALUATION, drawing.seed, 0)
+    drawn = rollout(policy, rows, drawing.images, drawing.sampler, size, key, batch=drawing.batch)
+    paths = save_pictures(output, drawn.media, [row.about for row in drawn.rows])
+    return list(zip(paths, drawn.prompts, strict=True))
+
+
+def _chosen(
+    policy: "Policy",
+    rows: "list[Row]",
+    drawing: "Drawing",
+    output: Path,
+    judges: "dict[str, Reward]",
+    candidates: int,
+    schedule: "tuple[Prune, ...]",
+) -> tuple[list[tuple[Path, str]], str]:
+    """The best pictures of every prompt and theirs, and what the search cost."""
+    from flowalign.experiments import scaling
+    from flowalign.sampling.noise import EVALUATION
+
+    size, key = (drawing.model.height, drawing.model.width), (EVALUATION, drawing.seed, 0)
+    search = partial(scaling.best_of, batch=drawing.batch, kept=drawing.images, schedule=schedule)
+    found = search(policy, rows, judges, candidates, drawing.sampler, size, key)
+    forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
+    costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"
+    return scaling.save_best_of(output, found), costs
