@@ -27,7 +27,7 @@ JUDGES = """
 import os
 from accelerate.state import PartialState
 from rewards import Reward
-from rewards.backbones.weights import chosen_device
+from rewards.devices import chosen_device
 class Placed(Reward):
     def __init__(self, device=None, name="placed"):
         self.device, self.inside, self.name = device, str(chosen_device()), name
@@ -124,7 +124,7 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
     monkeypatch.setattr("flowalign.evaluate.audit.audit.unit_features", features)
     monkeypatch.setattr("flowalign.trainer.cached_policy", model)
     found: list[Any] = []
-    for module in ("trainer", "measuring"):
+    for module in ("trainer", "training.measuring"):
         monkeypatch.setattr(
             f"flowalign.{module}.check_prompts", lambda rows, judged, source: found.extend(judged.values())
         )

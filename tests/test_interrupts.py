@@ -30,7 +30,7 @@ def test_ctrl_c_while_a_module_is_imported_is_one_line(module: str, tmp_path: Pa
 
 
 def test_an_error_without_ctrl_c_keeps_its_traceback() -> None:
-    broken = "import sys; sys.modules['flowalign.config'] = None\nfrom flowalign.__main__ import main; main()"
+    broken = "import sys; sys.modules['flowalign.config.recipe'] = None\nfrom flowalign.__main__ import main; main()"
     found = subprocess.run(
         [sys.executable, "-c", broken, "train", "toyworld_ocr"], capture_output=True, text=True, check=False
     )

@@ -23,7 +23,7 @@ from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.rollout.generate import store as offline
+from flowalign.rollout import store as offline
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import load_rewards

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pydantic import PrivateAttr
 
 from flowalign.advantages import Scored, advantages, has_spread, summed_advantages
-from flowalign.config.algorithm import AlgorithmSettings
+from flowalign.config.algorithm import AlgorithmSettings, Keep
 from flowalign.config.base import UserError
 from flowalign.lazy import torch
-from flowalign.rollout.samples import Keep
 from flowalign.sampling.steps import Dynamics
 
 if TYPE_CHECKING:

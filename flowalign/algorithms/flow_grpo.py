@@ -27,8 +27,8 @@ from pydantic import Field
 
 from flowalign.advantages import Scored, value_advantages
 from flowalign.algorithms.base import Algorithm, Batch, Figures, guided_velocity
+from flowalign.config.algorithm import Keep
 from flowalign.lazy import torch
-from flowalign.rollout.samples import Keep
 from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
 if TYPE_CHECKING:

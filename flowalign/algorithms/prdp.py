@@ -21,8 +21,8 @@ from pydantic import Field
 
 from flowalign.algorithms.base import Algorithm, Batch, Figures
 from flowalign.algorithms.flow_grpo import replay
+from flowalign.config.algorithm import Keep
 from flowalign.lazy import torch
-from flowalign.rollout.samples import Keep
 
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train

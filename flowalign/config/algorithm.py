@@ -16,6 +16,7 @@ from flowalign.config.mistakes import nearest
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train
 
+Keep = Literal["trajectory", "means", "previews", "float64"]  # what a rollout may have to keep beside its samples
 ENTRY_POINT_GROUP = "flowalign.algorithms"
 BUILT_IN = {
     "flow_grpo": "flowalign.algorithms.flow_grpo:FlowGRPO",

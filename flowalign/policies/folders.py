@@ -14,9 +14,8 @@ from safetensors import safe_open
 
 from flowalign.config.base import UserError
 from flowalign.config.paths import sought
-from flowalign.disk.assets import asset
+from flowalign.disk.assets import EMBEDDED, asset
 from flowalign.lazy import torch
-from flowalign.policies.loading import EMBEDDED
 from flowalign.policies.weightfiles import PICKLES, damage
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowalign.config import Rollout, Sampler
+from flowalign.config.algorithm import Keep
 from flowalign.rollout.finite import refuse_not_finite
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Keep, Samples, Trajectory
+from flowalign.rollout.samples import Samples, Trajectory
 from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
 
 if TYPE_CHECKING:

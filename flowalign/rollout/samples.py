@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,6 +61,3 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-Keep = Literal["trajectory", "means", "previews", "float64"]
