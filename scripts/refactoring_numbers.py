@@ -1,8 +1,9 @@
 """Record the numbers that a refactor must not move: `python scripts/refactoring_numbers.py OUTPUT.json [BEFORE.json]`.
 
-Every algorithm trains the embedded world for three steps in one process and in two, GDRO from a store; GenEval and OCR judge the model that
-NFT leaves. OUTPUT.json gets the metrics of each step, the checksums of the trained weights and the benchmarks' results.
-With BEFORE.json, made by this script on the same machine from the code before, it ends with 1 and names what differs.
+Every algorithm trains the embedded world for three steps in one process and in two, GDRO from a store; GenEval and OCR
+judge the model that NFT leaves. OUTPUT.json gets the metrics of each step, the checksums of the trained weights and the
+benchmarks' results. With BEFORE.json, made by this script on the same machine from the code before, it ends with 1 and
+names what differs.
 """
 
 import argparse
@@ -17,7 +18,13 @@ from typing import Any
 
 RECIPES = ("toyworld_ocr", "toyworld_geneval_nft", "toyworld_ocr_gdro", "toyworld_ocr_crd", "toyworld_marble")
 RECIPES += ("toyworld_geneval_prdp",)
-SETTINGS = ("train.steps=3", "train.prompts_per_step=4", "train.group_size=4", "evaluation.count=4", "evaluation.every=3")
+SETTINGS = (
+    "train.steps=3",
+    "train.prompts_per_step=4",
+    "train.group_size=4",
+    "evaluation.count=4",
+    "evaluation.every=3",
+)
 CLOCKS = {"seconds", "minutes"}  # of a line of metrics
 
 
@@ -25,7 +32,9 @@ def command(*words: str, processes: int = 1) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
     start = [*launcher, "--module", "flowalign"] if processes > 1 else [sys.executable, "-m", "flowalign"]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    done = subprocess.run([*start, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    done = subprocess.run(
+        [*start, *words], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": threads}
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
 

@@ -1,7 +1,7 @@
 """The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -33,8 +33,46 @@ EXIT_CODES = (
 )
 
 
+ENTRY_POINT_GROUP = "flowalign.commands"
+
+
+def _installed() -> dict[str, Any]:
+    """The commands that installed packages add, by name: functions, or Typer applications of several."""
+    from importlib.metadata import entry_points
+
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _missing(why: str) -> Callable[[], None]:
+    """A command that says why it is not there, so that the others still are."""
+
+    def command() -> None:
+        raise UserError(why)
+
+    command.__doc__ = f"{why}."
+    return command
+
+
 class _Commands(TyperGroup):
-    """Says that it was interrupted, and ends with the exit code of Ctrl-C."""
+    """Knows the commands of installed packages, says that it was interrupted, and ends with Ctrl-C's exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        own = super().list_commands(ctx)
+        return [*own, *(name for name in sorted(_installed()) if name not in own)]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        own = super().get_command(ctx, cmd_name)
+        entry = None if own else _installed().get(cmd_name)
+        if entry is None:
+            return own
+        try:
+            found = entry.load()
+        except Exception as error:
+            found = _missing(f"command {cmd_name!r} cannot be imported ({entry.value}): {error}")
+        if not isinstance(found, typer.Typer):
+            found, function = typer.Typer(add_completion=False), found
+            found.command()(function)
+        return typer.main.get_command(found)
 
     def invoke(self, ctx: Any) -> Any:
         try:

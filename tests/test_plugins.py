@@ -1,0 +1,99 @@
+"""What installed packages add by entry points, with no change to this package: algorithms and commands."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowalign.algorithms.base import algorithm_of
+from flowalign.cli.app import main
+from flowalign.config import recipe_from_dict
+from flowalign.config.algorithm import algorithm_class, algorithm_names
+from flowalign.config.base import UserError
+from flowalign.trainer import train
+from flowalign.training.display import Display
+
+SOURCE = '''
+from typing import Literal
+
+import torch
+
+from flowalign.algorithms.nft import NFT
+from flowalign.config.base import UserError
+
+
+class Plugged(NFT):
+    """NFT by another name, which counts its losses."""
+
+    name: Literal["plugged"] = "plugged"
+    push: float = 1.0
+    """A setting of its own."""
+
+    def loss(self, policy, batch):
+        self.state["asked"] = self.state.get("asked", torch.zeros(())) + 1
+        return super().loss(policy, batch)
+
+
+def hello(name: str, loud: bool = False) -> None:
+    """Greet."""
+    if name == "nobody":
+        raise UserError("nobody cannot be greeted; give a name")
+    print(f"hello {name}{'!' * loud}")
+
+
+nothing = 3
+'''
+
+
+@pytest.fixture
+def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package with an algorithm and a command, and with some that are broken."""
+    folder = tmp_path / "site"
+    info = folder / "plugged-1.0.dist-info"
+    info.mkdir(parents=True)
+    (folder / "plugged_package.py").write_text(SOURCE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[flowalign.algorithms]\nplugged = plugged_package:Plugged\nlost = plugged_package:Nowhere\n"
+        "three = plugged_package:nothing\n"
+        "[flowalign.commands]\nhello = plugged_package:hello\nlost = plugged_package:nowhere\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    yield
+    algorithm_class.cache_clear()
+
+
+def test_a_recipe_names_an_installed_algorithm_and_trains_with_it(plugged: None, values: dict[str, Any]) -> None:
+    assert algorithm_names()[-3:] == ["lost", "plugged", "three"]
+    small = {"train": values["train"] | {"steps": 1}, "evaluation": {"prompts": None}, "guard": None}
+    small["rollout"] = {key: values["rollout"][key] for key in ("steps", "batch") if key in values["rollout"]}
+    recipe = recipe_from_dict({**values, **small, "algorithm": {"name": "plugged", "push": 2}})
+    assert recipe.algorithm.push == 2 and recipe.rollout.dynamics == "ode"
+    train(recipe, display=Display(quiet=True))
+    assert algorithm_of(recipe).state["asked"] > 0
+
+
+def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None, values: dict[str, Any]) -> None:
+    def refused(name: str, **more: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            recipe_from_dict({**values, "algorithm": {"name": name, **more}})
+        return str(caught.value)
+
+    assert "unknown key 'algorithm.pushh'; did you mean 'push'?" in refused("plugged", pushh=1)
+    assert "algorithm 'lost' cannot be imported (plugged_package:Nowhere)" in refused("lost")
+    assert "algorithm 'three': plugged_package:nothing is no class of an Algorithm" in refused("three")
+    assert "unknown algorithm 'pluged'; did you mean 'plugged'?" in refused("pluged")
+
+
+def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*arguments: str) -> tuple[Any, str]:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        out, err = capsys.readouterr()
+        return caught.value.code, out + err
+
+    assert said("hello", "you", "--loud") == (0, "hello you!\n")
+    assert said("hello", "nobody") == (2, "error: nobody cannot be greeted; give a name\n")
+    assert "Greet." in said("--help")[1]
+    code, text = said("lost")
+    assert code == 2 and text.startswith("error: command 'lost' cannot be imported (plugged_package:nowhere)")
