@@ -16,6 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors.numpy import load_file
+
 RECIPES = ("toyworld_ocr", "toyworld_geneval_nft", "toyworld_ocr_gdro", "toyworld_ocr_crd", "toyworld_marble")
 RECIPES += ("toyworld_geneval_prdp",)
 SETTINGS = (
@@ -49,8 +51,16 @@ def trained(folder: Path, recipe: str, processes: int) -> dict[str, Any]:
     weights = sorted((folder / "lora").rglob("*.safetensors"))
     return {
         "metrics": [{key: value for key, value in line.items() if key not in CLOCKS} for line in lines],
-        "weights": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in weights},
+        "weights": {path.name: checksum(path) for path in weights},
     }
+
+
+def checksum(path: Path) -> str:
+    """Of the tensors alone: safetensors writes its metadata in an order of its own."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        found.update(name.encode() + tensor.tobytes())
+    return found.hexdigest()
 
 
 def judged(folder: Path, benchmark: str, run: Path) -> list[dict[str, Any]]:
