@@ -14,8 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from flowalign.disk.assets import asset
-from flowalign.toyworld.artifacts import HELD_OUT, KINDS, damaged
 from flowalign.toyworld.grammar import random_example, words
+from flowalign.toyworld.making.artifacts import HELD_OUT, KINDS, damaged
 from flowalign.toyworld.render import render
 
 

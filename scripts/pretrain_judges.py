@@ -21,9 +21,9 @@ import torch
 import typer
 from transformers import CLIPModel
 
-from flowalign.toyworld.judges import clip as clips
-from flowalign.toyworld.judges import preference, vision
-from flowalign.toyworld.judges.measuring import measure
+from flowalign.toyworld.making import clip as clips
+from flowalign.toyworld.making import preference, vision
+from flowalign.toyworld.making.measuring import measure
 from rewards.backbones.vit import load_vit
 
 STAGES = ("vit", "clip", "damage", "alike", "aesthetic", "preference")

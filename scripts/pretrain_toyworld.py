@@ -10,7 +10,7 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 
-from flowalign.toyworld import pretraining
+from flowalign.toyworld.making import pretraining
 
 
 def main(

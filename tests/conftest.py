@@ -19,7 +19,7 @@ from hypothesis import settings
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flowalign.sampling import counted_generator
-from flowalign.toyworld import pretraining
+from flowalign.toyworld.making import pretraining
 
 REWARDS = """
 import torch

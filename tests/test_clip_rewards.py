@@ -28,9 +28,9 @@ from transformers import (
 )
 
 import rewards
-from flowalign.toyworld.judges import examples
-from flowalign.toyworld.judges.spoiling import quality_examples
-from flowalign.toyworld.pretraining import make_tokenizer
+from flowalign.toyworld.making import examples
+from flowalign.toyworld.making.pretraining import make_tokenizer
+from flowalign.toyworld.making.spoiling import quality_examples
 from rewards.aesthetic import linear_layers
 from rewards.backbones import clip as clip_module
 from rewards.backbones.vit import VisionBackbone

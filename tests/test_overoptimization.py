@@ -17,9 +17,9 @@ from flowalign.config.base import UserError
 from flowalign.disk.assets import asset
 from flowalign.experiments.overoptimization import DEFENCES, WORLDS, make_recipe, prepare
 from flowalign.experiments.overoptimization_results import mean_curve, outcome, read_run, table, write_results
-from flowalign.toyworld.artifacts import KINDS, damaged
 from flowalign.toyworld.gold import SignQuality, cleanliness
 from flowalign.toyworld.grammar import random_lines, sign_prompt, sign_scene, words
+from flowalign.toyworld.making.artifacts import KINDS, damaged
 from flowalign.toyworld.proxies import BACKBONE, Legible, fit_learned
 from flowalign.toyworld.render import render
 from rewards.artifact import save_head

@@ -12,7 +12,7 @@ from flowalign.disk.assets import asset
 from flowalign.rollout.prompts import BUNDLED, load_prompts
 from flowalign.toyworld import grammar
 from flowalign.toyworld.detector import ExactDetector, detect
-from flowalign.toyworld.pretraining import MAX_TOKENS, make_tokenizer, train_transformer, write_prompts
+from flowalign.toyworld.making.pretraining import MAX_TOKENS, make_tokenizer, train_transformer, write_prompts
 from flowalign.toyworld.render import PALETTE, SHAPES, SIZE, Item, Scene, render
 from rewards.geneval import TASKS, judge
 from rewards.ocr import quoted_text

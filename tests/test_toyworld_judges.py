@@ -14,12 +14,12 @@ from rapidfuzz.distance import Levenshtein
 from scipy.stats import rankdata
 
 import rewards
-from flowalign.toyworld.artifacts import HELD_OUT, KINDS, damaged
 from flowalign.toyworld.detector import detect
 from flowalign.toyworld.grammar import random_example, sign_prompt, words
-from flowalign.toyworld.judges.examples import alike_examples, also_true, held_out_prompts, shape_rows
-from flowalign.toyworld.judges.measuring import right_choices
-from flowalign.toyworld.judges.preference import held_out_pairs, pairs
+from flowalign.toyworld.making.artifacts import HELD_OUT, KINDS, damaged
+from flowalign.toyworld.making.examples import alike_examples, also_true, held_out_prompts, shape_rows
+from flowalign.toyworld.making.measuring import right_choices
+from flowalign.toyworld.making.preference import held_out_pairs, pairs
 from flowalign.toyworld.render import render
 from rewards import geneval
 

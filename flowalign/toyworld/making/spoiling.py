@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from flowalign.toyworld.artifacts import KINDS, damaged
-from flowalign.toyworld.judges.examples import examples, pictures
+from flowalign.toyworld.making.artifacts import KINDS, damaged
+from flowalign.toyworld.making.examples import examples, pictures
 from flowalign.toyworld.render import SIZE
 
 

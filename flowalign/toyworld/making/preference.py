@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from flowalign.toyworld import grammar
-from flowalign.toyworld.artifacts import KINDS, Damage, damaged
 from flowalign.toyworld.detector import detect
-from flowalign.toyworld.judges.examples import (
+from flowalign.toyworld.making.artifacts import KINDS, Damage, damaged
+from flowalign.toyworld.making.examples import (
     Example,
     as_pictures,
     examples,
@@ -23,8 +23,8 @@ from flowalign.toyworld.judges.examples import (
     shape_rows,
     sibling,
 )
-from flowalign.toyworld.judges.training import Log, seen, train
-from flowalign.toyworld.pretraining import make_tokenizer
+from flowalign.toyworld.making.pretraining import make_tokenizer
+from flowalign.toyworld.making.training import Log, seen, train
 from flowalign.toyworld.render import Scene, render
 from rewards.geneval import judge
 

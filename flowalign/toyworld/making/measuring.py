@@ -6,17 +6,17 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from flowalign.toyworld import grammar
-from flowalign.toyworld.artifacts import HELD_OUT, KINDS
-from flowalign.toyworld.judges.examples import (
+from flowalign.toyworld.making.artifacts import HELD_OUT, KINDS
+from flowalign.toyworld.making.examples import (
     also_true,
     as_pictures,
     held_out_examples,
     held_out_shapes,
     pictures,
 )
-from flowalign.toyworld.judges.preference import Pair, held_out_pairs
-from flowalign.toyworld.judges.spoiling import quality_examples
-from flowalign.toyworld.judges.training import Log
+from flowalign.toyworld.making.preference import Pair, held_out_pairs
+from flowalign.toyworld.making.spoiling import quality_examples
+from flowalign.toyworld.making.training import Log
 from rewards import Reward, load, score
 from rewards.backbones.clip import ClipFeatures
 

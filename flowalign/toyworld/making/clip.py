@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from flowalign.toyworld.judges.examples import Example, alike_examples, examples, pictures
-from flowalign.toyworld.judges.spoiling import quality_examples, rated
-from flowalign.toyworld.judges.training import (
+from flowalign.toyworld.making.examples import Example, alike_examples, examples, pictures
+from flowalign.toyworld.making.pretraining import MAX_TOKENS, make_tokenizer
+from flowalign.toyworld.making.spoiling import quality_examples, rated
+from flowalign.toyworld.making.training import (
     DEPTH,
     EPSILON,
     HEADS,
@@ -27,7 +28,6 @@ from flowalign.toyworld.judges.training import (
     seen,
     train,
 )
-from flowalign.toyworld.pretraining import MAX_TOKENS, make_tokenizer
 from flowalign.toyworld.render import SIZE
 
 SHARE_OF_SHAPES = 0.75  # whose prompts take longer to tell apart than signs

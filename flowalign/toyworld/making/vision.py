@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowalign.toyworld import grammar
-from flowalign.toyworld.judges.examples import as_pictures, examples, pictures
-from flowalign.toyworld.judges.spoiling import altered
-from flowalign.toyworld.judges.training import DEPTH, HEADS, MEAN, MLP_RATIO, PATCH, STD, WIDTH, Log, seen, train
+from flowalign.toyworld.making.examples import as_pictures, examples, pictures
+from flowalign.toyworld.making.spoiling import altered
+from flowalign.toyworld.making.training import DEPTH, HEADS, MEAN, MLP_RATIO, PATCH, STD, WIDTH, Log, seen, train
 from flowalign.toyworld.render import CELL_WIDTH, LINE_HEIGHT, PALETTE, SHAPES, SIZE, Scene, render
 
 # What can cover a patch: nothing, a shape of a colour, a letter.
