@@ -34,7 +34,7 @@ class Row:
     @property
     def about(self) -> dict[str, Any]:
         """The metadata with the prompt itself, as rewards and manifests have them."""
-        return {"prompt": self.prompt} | self.metadata | {"prompt": self.prompt}
+        return {**self.metadata, "prompt": self.prompt}
 
 
 def load_prompts(sources: str | Sequence[str], count: int | None = None) -> list[Row]:
