@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import flowalign
 from flowalign.cli.app import main
 from flowalign.cli.console import disk_mistake, memory_mistake
 from flowalign.cli.scoring import read_images
@@ -240,7 +241,7 @@ def test_a_path_that_nobody_foresaw_is_one_sentence_and_our_own_fault_is_none(tm
             Path(name).write_text("")
         assert disk_mistake(caught.value).startswith(f"{name}: ")
     with pytest.raises(FileNotFoundError) as caught:
-        (Path(disk_mistake.__code__.co_filename).parent / "nowhere.json").read_text()
+        (Path(flowalign.__file__).parent / "nowhere.json").read_text()
     assert disk_mistake(caught.value) is None
     assert disk_mistake(ConnectionResetError(104, "Connection reset by peer")) is None
 

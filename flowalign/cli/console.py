@@ -53,7 +53,7 @@ def disk_mistake(error: OSError) -> str | None:
     if not isinstance(name, str | bytes | os.PathLike):
         return None
     path = Path(os.fsdecode(name))
-    ours = (Path(__file__).parent, Path(sysconfig.get_path("purelib")))
+    ours = (Path(__file__).parents[1], Path(sysconfig.get_path("purelib")))
     if any(path.absolute().is_relative_to(place) for place in ours):
         return None
     return f"{path}: {error.strerror or error}; give a path that can be read, or written where something is written"

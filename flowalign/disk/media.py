@@ -11,7 +11,7 @@ from PIL import Image
 
 from flowalign.disk.files import replace_text, replaced_folder
 
-MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # of each line
+MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # the file, and the key in each of its lines
 MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
 
 
