@@ -10,14 +10,10 @@ from rich.table import Table
 
 from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
 from flowalign.cli.options import (
-    Adapter,
     BenchmarkOptions,
-    Count,
     Images,
-    ImagesPerPrompt,
     ModelArgument,
     OptionalModel,
-    Output,
     Prompts,
     with_options,
 )
@@ -67,10 +63,7 @@ def evaluate_geneval(
     *,
     model: OptionalModel = None,
     images: Images = None,
-    adapter: Adapter = None,
     prompts: Prompts = None,
-    count: Count = None,
-    images_per_prompt: ImagesPerPrompt = 4,
     detector: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +77,6 @@ def evaluate_geneval(
         bool, typer.Option(help="show the detector a bundled picture with a known answer first")
     ] = True,
     how: BenchmarkOptions,
-    output: Output = None,
 ) -> None:
     """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
     _check(model, images, prompts)
@@ -93,10 +85,10 @@ def evaluate_geneval(
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
 
-    drawing = _drawing(model, images, images_per_prompt, adapter, how.given())
+    drawing = _drawing(model, how)
     embedded = drawing is not None and drawing.embedded
     listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
-    benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
+    benchmark = _benchmark(drawing, images, how, listed)
     spec = detector or (EXACT_DETECTOR if embedded else DETECTOR)
     judging = load_judge(spec, parse_options([spec], detector_option or [], "--detector-option")[spec])
     summary, folder = evaluate(benchmark, judging, check_detector=check_detector)
@@ -118,17 +110,13 @@ def evaluate_ocr(
     *,
     model: OptionalModel = None,
     images: Images = None,
-    adapter: Adapter = None,
     prompts: Prompts = None,
-    count: Count = None,
-    images_per_prompt: ImagesPerPrompt = 4,
     mode: Annotated[str | None, typer.Option(help="page, or for toyworld lines: see the reward ocr")] = None,
     recogniser: Annotated[
         str | None, typer.Option(metavar="NAME", help="a language, such as cyrillic, or an .onnx file")
     ] = None,
     keys: Annotated[str | None, typer.Option(metavar="FILE", help="the recogniser's characters, one a line")] = None,
     how: BenchmarkOptions,
-    output: Output = None,
 ) -> None:
     """Draw prompts that quote a text and read the pictures; what is done already is kept."""
     _check(model, images, prompts)
@@ -136,10 +124,10 @@ def evaluate_ocr(
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
 
-    drawing = _drawing(model, images, images_per_prompt, adapter, how.given())
+    drawing = _drawing(model, how)
     embedded = drawing is not None and drawing.embedded
     listed = prompts or ("toyworld/words_test" if embedded else None)
-    benchmark = _benchmark(drawing, images, images_per_prompt, output, listed, count)
+    benchmark = _benchmark(drawing, images, how, listed)
     summary, folder = evaluate(benchmark, mode or ("lines" if embedded else "page"), recogniser, keys)
     table = _table(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
     for length, row in {"all": summary, **summary["lengths"]}.items():
@@ -159,11 +147,7 @@ def evaluate_panel(
     prompts: Annotated[str, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list, or a bundled name")],
     reward: Annotated[list[str], typer.Option(help="a built-in name, file.py:Name, ...; repeatable")],
     option: RewardOptions = None,
-    adapter: Adapter = None,
-    count: Count = None,
-    images_per_prompt: ImagesPerPrompt = 4,
     how: BenchmarkOptions,
-    output: Output = None,
 ) -> None:
     """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
     _check(model, None, prompts, reward)
@@ -173,7 +157,7 @@ def evaluate_panel(
     from flowalign.evaluate.panel import BASE, TUNED
     from flowalign.evaluate.panel import evaluate_panel as evaluate
 
-    tuned = _drawing(model, None, images_per_prompt, adapter, how.given())
+    tuned = _drawing(model, how)
     assert tuned is not None  # a model is given
     options = parse_options(reward, option or [])
     loaded: dict[str, zoo.Reward] = {}
@@ -191,7 +175,7 @@ def evaluate_panel(
         for name, one in ({BASE: base, TUNED: tuned} if tuned.model.adapter else {BASE: base}).items()
     }
     about = {"rewards": {name: options[spec] for name, spec in zip(loaded, reward, strict=True)}, "specs": list(reward)}
-    summary, folder = evaluate(drawings, prompts, count, loaded, about, output)
+    summary, folder = evaluate(drawings, prompts, how.count, loaded, about, how.output)
     table = _panel_table(f"{model} on {prompts}", summary)
     _finish(table, summary, folder, f"{counted(summary['prompts'], 'prompt')}, the same noise for all")
 
@@ -238,37 +222,30 @@ def _check(model: str | None, images: Path | None, prompts: str | None, rewards:
     check_rewards(rewards)
 
 
-def _drawing(
-    model: str | None, images: Path | None, images_per_prompt: int, adapter: str | None, given: Mapping[str, Any]
-) -> "Drawing | None":
-    """How to draw, or None for pictures of somebody's; `given` are the options about drawing, None where not given."""
+def _drawing(model: str | None, how: BenchmarkOptions) -> "Drawing | None":
+    """How to draw, or None for pictures of somebody's."""
     from flowalign.evaluate.drawing import drawing_of
 
     if model is None:
-        for name, value in {"adapter": adapter, **given}.items():
+        for name, value in {"adapter": how.adapter, **how.given()}.items():
             if value is not None:
                 raise UserError(f"--{name.replace('_', '-')} is about drawing; leave it out with --images")
         return None
-    drawing = drawing_of(model, adapter, device=device(), images=images_per_prompt, **given)
+    drawing = drawing_of(model, how.adapter, device=device(), images=how.images_per_prompt, **how.given())
     console.print(drawing.words, markup=False, soft_wrap=True)
     return drawing
 
 
 def _benchmark(
-    drawing: "Drawing | None",
-    images: Path | None,
-    per_prompt: int,
-    output: Path | None,
-    prompts: str | None,
-    count: int | None,
+    drawing: "Drawing | None", images: Path | None, how: BenchmarkOptions, prompts: str | None
 ) -> "Benchmark":
     from flowalign.evaluate.benchmark import Benchmark
 
-    if prompts is None and count is not None:
+    if prompts is None and how.count is not None:
         raise UserError("--count takes the first of a prompt list; give --prompts with it")
     source = drawing or images
     assert source is not None  # one of the two was given
-    return Benchmark(source, per_prompt, output, prompts, count)
+    return Benchmark(source, how.images_per_prompt, how.output, prompts, how.count)
 
 
 def _table(title: str, *columns: str) -> Table:

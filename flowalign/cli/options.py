@@ -64,14 +64,21 @@ class DrawingOptions:
 
     def given(self) -> dict[str, Any]:
         """The options by name, None for those that were not given."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {field.name: getattr(self, field.name) for field in fields(DrawingOptions)}
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions(DrawingOptions):
-    """How the pictures of a benchmark are drawn."""
+    """How many pictures of which prompts a benchmark draws, how, and where they go."""
 
     batch: Batch = None
+    adapter: Adapter = None
+    count: Count = None
+    images_per_prompt: ImagesPerPrompt = 4
+    output: Output = None
+
+    def given(self) -> dict[str, Any]:
+        return super().given() | {"batch": self.batch}
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
