@@ -68,7 +68,7 @@ def test_a_wheel_holds_both_packages_and_every_file_they_read(wheel):
     held = set(wheel.namelist())
     packages = [path for name in ("flowalign", "rewards") for path in (ROOT / name).rglob("*") if path.is_file()]
     wanted = {path.relative_to(ROOT).as_posix() for path in packages if "__pycache__" not in path.parts}
-    assert {"flowalign/toyworld/words.txt", "flowalign/evaluate/report.html.j2", "rewards/ocr.py"} <= wanted
+    assert {"flowalign/toyworld/words.txt", "flowalign/evaluate/report/report.html.j2", "rewards/ocr.py"} <= wanted
     assert any(name.startswith("flowalign/recipes/") and name.endswith(".yaml") for name in wanted)
     assert wanted <= held
 
