@@ -8,7 +8,7 @@ import pytest
 from flowalign.algorithms.base import algorithm_of
 from flowalign.cli.app import main
 from flowalign.config import recipe_from_dict
-from flowalign.config.algorithm import algorithm_class, algorithm_names
+from flowalign.config.algorithm import AlgorithmSettings, algorithm_class, algorithm_names
 from flowalign.config.base import UserError
 from flowalign.trainer import train
 from flowalign.training.display import Display
@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from flowalign.algorithms.base import Algorithm
 from flowalign.algorithms.nft import NFT
 from flowalign.config.base import UserError
 
@@ -32,6 +33,11 @@ class Plugged(NFT):
     def loss(self, policy, batch):
         self.state["asked"] = self.state.get("asked", torch.zeros(())) + 1
         return super().loss(policy, batch)
+
+
+class NoLoss(Algorithm):
+    needs = "final"
+    name: Literal["no_loss"] = "no_loss"
 
 
 def hello(name: str, loud: bool = False) -> None:
@@ -55,7 +61,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugged\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[flowalign.algorithms]\nplugged = plugged_package:Plugged\nlost = plugged_package:Nowhere\n"
-        "three = plugged_package:nothing\n"
+        "three = plugged_package:nothing\nno_loss = plugged_package:NoLoss\n"
         "[flowalign.commands]\nhello = plugged_package:hello\nlost = plugged_package:nowhere\n"
     )
     monkeypatch.syspath_prepend(folder)
@@ -64,7 +70,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_recipe_names_an_installed_algorithm_and_trains_with_it(plugged: None, values: dict[str, Any]) -> None:
-    assert algorithm_names()[-3:] == ["lost", "plugged", "three"]
+    assert algorithm_names()[-3:] == ["no_loss", "plugged", "three"]
     small = {"train": values["train"] | {"steps": 1}, "evaluation": {"prompts": None}, "guard": None}
     small["rollout"] = {key: values["rollout"][key] for key in ("steps", "batch") if key in values["rollout"]}
     recipe = recipe_from_dict({**values, **small, "algorithm": {"name": "plugged", "push": 2}})
@@ -81,8 +87,21 @@ def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None
 
     assert "unknown key 'algorithm.pushh'; did you mean 'push'?" in refused("plugged", pushh=1)
     assert "algorithm 'lost' cannot be imported (plugged_package:Nowhere)" in refused("lost")
-    assert "algorithm 'three': plugged_package:nothing is no class of an Algorithm" in refused("three")
+    assert "algorithm 'three': plugged_package:nothing is no class of an Algorithm that has a loss" in refused("three")
+    assert "plugged_package:NoLoss is no class of an Algorithm that has a loss" in refused("no_loss")
     assert "unknown algorithm 'pluged'; did you mean 'plugged'?" in refused("pluged")
+    with pytest.raises(UserError, match=r"store: flow_grpo learns from its own rollouts; from a store learns \w+"):
+        recipe_from_dict({**values, "algorithm": "flow_grpo", "store": "groups"})  # says so whatever is broken
+
+
+def test_settings_alone_are_no_algorithm(values: dict[str, Any]) -> None:
+    class Bare(AlgorithmSettings):
+        needs = "final"
+        name: str = "bare"
+
+    recipe = recipe_from_dict({**values, "algorithm": Bare(), "rollout": {"steps": 3}})
+    with pytest.raises(UserError, match="algorithm 'bare' is no "):
+        algorithm_of(recipe)
 
 
 def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -105,6 +106,6 @@ def algorithm_class(name: str) -> type[AlgorithmSettings]:
         made = found.load()
     except Exception as error:
         raise UserError(f"algorithm {name!r} cannot be imported ({found.value}): {error}") from error
-    if not (isinstance(made, type) and issubclass(made, AlgorithmSettings)):
-        raise UserError(f"algorithm {name!r}: {found.value} is no class of an Algorithm")
+    if not (isinstance(made, type) and issubclass(made, AlgorithmSettings)) or inspect.isabstract(made):
+        raise UserError(f"algorithm {name!r}: {found.value} is no class of an Algorithm that has a loss")
     return made

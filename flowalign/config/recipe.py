@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from flowalign.config.algorithm import AlgorithmSettings, algorithm_class, algorithm_names
+from flowalign.config.algorithm import BUILT_IN, AlgorithmSettings, algorithm_class, algorithm_names
 from flowalign.config.base import Section, UserError
 from flowalign.config.mistakes import explain, key_lines, nearest
 from flowalign.config.paths import Keys, expanded, located
@@ -86,7 +86,7 @@ class Recipe(Section):
         if self.algorithm.needs == "trajectory" and self.rollout.dynamics == "ode":
             raise ValueError(f"rollout.dynamics ode leaves no stochastic step to {self.algorithm.name}")
         if self.store is not None and not self.algorithm.offline:
-            able = ", ".join(name for name in algorithm_names() if algorithm_class(name).offline)
+            able = ", ".join(name for name in BUILT_IN if algorithm_class(name).offline)
             raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
         for key in ("base", "bonus"):
             name = getattr(self.combine, key)
