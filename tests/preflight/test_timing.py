@@ -119,7 +119,7 @@ def test_of_a_single_step_that_one_is_traced(values: dict[str, Any], tmp_path: P
 
 @pytest.mark.slow
 def test_the_script_for_a_gpu_runs_whole_with_a_tiny_model() -> None:
-    script = Path(__file__).parents[1] / "scripts" / "bench_gpu.py"
+    script = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--check", "--repeats", "1", "--no-compiled", "--backends", "native,xformers,_native_math"]
     done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, env=environment)

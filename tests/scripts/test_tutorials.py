@@ -12,7 +12,7 @@ from flowalign.config.base import UserError
 from flowalign.policies.loading import load_policy
 from flowalign.preflight.model_size import condition_rows, meta_policy
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```(python|yaml|toml)(?: file=(\S+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

@@ -23,7 +23,7 @@ from flowalign.toyworld.making.preference import held_out_pairs, pairs
 from flowalign.toyworld.render import render
 from rewards import geneval
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAD = "toyworld/judges/artifact.safetensors"
 
 

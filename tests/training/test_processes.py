@@ -444,7 +444,7 @@ def launched(values: dict[str, Any], tmp_path: Path, end: str) -> subprocess.Pop
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command = [*launch, str(HERE.parent / "scripts" / "train.py"), str(tmp_path / "recipe.yaml")]
+    command = [*launch, str(HERE.parents[1] / "scripts" / "train.py"), str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, **ONE_DEVICE}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 

@@ -435,7 +435,7 @@ def test_a_terminal_of_another_encoding_ends_no_command(odd, monkeypatch: pytest
 @pytest.mark.slow
 def test_files_are_utf8_where_the_locale_is_not(odd, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flowalign", *odd, "--output", "s.csv"]
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env={**os.environ, **plain}, capture_output=True, check=False)
     assert done.returncode == 0 and b"\\u65e5\\u672c" in done.stdout
     assert ODD[1] in (tmp_path / "s.csv").read_text(encoding="utf-8")

@@ -316,7 +316,7 @@ def test_runs_killed_at_random_moments_end_as_the_unbroken_one(small: dict[str, 
     small["guard"] = GUARD
     small["evaluation"] = {"prompts": str(tmp_path / "test.txt"), "steps": 2, "every": 2, "images_per_prompt": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small))
-    script = Path(__file__).parents[1] / "scripts" / "kill_test.py"
+    script = Path(__file__).parents[2] / "scripts" / "kill_test.py"
     command = [sys.executable, str(script), str(tmp_path / "recipe.yaml"), "--kills", "6"]
     found = subprocess.run(
         [*command, "--folder", str(tmp_path / "kills")], capture_output=True, text=True, check=False, timeout=900

@@ -24,7 +24,7 @@ from flowalign.rollout.prompts import Row
 from flowalign.training import processes
 from flowalign.training.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 VALUES: dict[str, Any] = {
     "name": "asked",
@@ -248,7 +248,7 @@ def test_snapshots_of_weights_that_are_shared_out_are_used_and_not_passed_by() -
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1"}
     environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", ALL_SHARED_OUT], check=True, timeout=300, env=environment)

@@ -240,7 +240,7 @@ def test_a_scheduler_of_no_flow_is_refused(copied: Path, kind: str, config: dict
 
 
 def test_the_embedded_folder_opens_in_plain_diffusers_as_the_readme_says() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert 'from_pretrained("assets/toyworld/model", text_encoder_3=None, tokenizer_3=None)' in readme
     folder = asset("toyworld/model")
     plain = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)

@@ -182,7 +182,7 @@ def test_two_processes_encode_a_share_each_and_read_one_cache(values: dict[str, 
     values["model"]["cache_conditions"] = str(tmp_path / "cache")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29533"]
-    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    script = Path(__file__).parents[2] / "scripts" / "train.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*launch, str(script), str(tmp_path / "recipe.yaml")], check=True, env=environment, timeout=900)
     (folder,) = (tmp_path / "cache").iterdir()

@@ -83,7 +83,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plots take longer than the runs; tests/test_report.py shows it."""
+    """Its plots take longer than the runs; tests/evaluate/test_report.py shows it."""
     monkeypatch.setattr("flowalign.trainer.write_report", lambda folder: folder / "report.html")
 
 

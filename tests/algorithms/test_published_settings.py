@@ -14,7 +14,7 @@ from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples
 from flowalign.training.items import Items
 
-PAGE = Path(__file__).parents[1] / "docs" / "published_settings.md"
+PAGE = Path(__file__).parents[2] / "docs" / "published_settings.md"
 TABLES = {
     section.split("`")[1]: [
         [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("| `")

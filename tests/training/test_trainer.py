@@ -157,7 +157,7 @@ def test_two_processes_run_the_same_recipe(values: dict[str, Any], tmp_path: Pat
     values["run"]["folder"] = str(tmp_path / "two")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517"]
-    script = Path(__file__).parents[1] / "scripts" / "train.py"
+    script = Path(__file__).parents[2] / "scripts" / "train.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([*launch, str(script), str(tmp_path / "recipe.yaml")], check=True, env=environment, timeout=300)
     two = metrics(tmp_path / "two")

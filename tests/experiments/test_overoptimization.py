@@ -132,7 +132,7 @@ def test_too_few_prompts_for_a_learned_judge_are_one_sentence(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_the_script_trains_every_defence_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "overoptimization.py"
+    script = Path(__file__).parents[2] / "scripts" / "overoptimization.py"
     sizes = ["--steps", "1", "--prompts", "32", "--evaluation-prompts", "4", "--proxies", "shapes"]
     command = [sys.executable, str(script), *sizes, "--output", str(tmp_path)]
     first = subprocess.run([*command, "--defences", "none", "adversarial"], capture_output=True, text=True)

@@ -114,7 +114,7 @@ def whole(
 
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plots take longer than the runs; tests/test_report.py shows it."""
+    """Its plots take longer than the runs; tests/evaluate/test_report.py shows it."""
     monkeypatch.setattr("flowalign.trainer.write_report", lambda folder: folder / "report.html")
 
 

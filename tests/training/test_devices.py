@@ -146,7 +146,7 @@ def test_in_several_processes_rewards_load_when_each_has_its_device(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command = [*launch, str(Path(__file__).parents[1] / "scripts" / "train.py"), str(tmp_path / "recipe.yaml")]
+    command = [*launch, str(Path(__file__).parents[2] / "scripts" / "train.py"), str(tmp_path / "recipe.yaml")]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, timeout=600, env=environment)
     assert sorted(seen.read_text().splitlines()) == [f"cpu in process {rank} of 2" for rank in range(2)]
