@@ -11,8 +11,8 @@ Differences from the published code: the KL is that of the step's Gaussian, vari
 
 As published, the KL is differentiated at the visited states: that a step also changes the KL of later ones is not seen.
 With `dynamics: memoryless` the fixed point is the sampler's law tilted by exp(reward / kl) where that does not matter
-(linear rewards, tests/algorithms/test_closed_forms.py), and near it elsewhere. Centring by the mean of G samples makes a reward's
-pull (1 - 1/G) as strong, which is as if kl were larger by 1 / (1 - 1/G).
+(linear rewards, tests/algorithms/test_closed_forms.py), and near it elsewhere. Centring by the mean of G samples makes
+a reward's pull (1 - 1/G) as strong, which is as if kl were larger by 1 / (1 - 1/G).
 
 `ratio: guard` is GRPO-Guard (Wang et al. 2025): with b = mean (m - m_rollout)^2 / (2 std^2) of an item's own means m,
 ratio = exp((log p - log p_rollout + b) std) and the policy loss is divided by -D. The published code takes one b for a

@@ -2,7 +2,7 @@
 
 The recipe says what a step is over all processes (prompts, group size, updates); a plan finds what each process does of
 it and refuses what cannot work, with the nearest setting that does. Peaks of forward and backward passes agree with
-measured ones to 0.3 % on a processor in float32 (tests/preflight/test_planning.py); on a GPU nobody has measured them yet.
+measured ones to 0.3 % on a processor in float32 (tests/preflight/test_planning.py); nobody has measured them on a GPU.
 """
 
 import math
