@@ -186,7 +186,7 @@ def measure(
         folder = tempfile.mkdtemp(dir=recipe.folder.parent)
         run = recipe.run.model_copy(update={"folder": f"{folder}/run"})
         own = recipe.model_copy(update={"run": run})
-        return Trainer(own, policy=policy, rewards={"ocr": brightness}, display=Display(quiet=True))
+        return Trainer.from_recipe(own, policy=policy, rewards={"ocr": brightness}, display=Display(quiet=True))
 
     flops = operations(trainer())
     steps: dict[str, float] = {}

@@ -19,7 +19,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.loading import load_policy, model_settings
 from flowalign.rollout.prompts import Row, load_prompts
-from flowalign.score import Judging, check_prompts, load_learnt
+from flowalign.score import Scorer, check_prompts, load_learnt
 from flowalign.terminal import Terminal
 from flowalign.training.checkpoint import checkpoints, load_weights
 
@@ -62,7 +62,7 @@ def _audited(
     settings = recipe.evaluation
     if recipe.guard is None or settings.prompts is None:
         raise UserError("the recipe has no guard or no evaluation.prompts, which say how to audit")
-    judging = Judging(recipe, None, device)
+    judging = Scorer(recipe, None, device)
     rewards, weights = evaluation_rewards(recipe, judging)
     rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
     check_prompts(rows, rewards, settings.prompts)

@@ -21,6 +21,6 @@ def train_unless_done(recipe: Recipe, *, display: Display | None = None) -> Path
         refuse_changes(saved, recipe)
         if run.finished and saved.train.steps == recipe.train.steps:
             return recipe.folder
-    folder = Trainer(recipe, resume=begun, display=display).run()
+    folder = Trainer.from_recipe(recipe, resume=begun, display=display).run()
     gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
     return folder

@@ -80,7 +80,7 @@ def compare(
         state = "already finished" if done else f"time ends it, after {budget:g} minutes of training"
         Terminal().say(f"run {number} of {len(runs)}, {recipe.folder.name}: {state}")
         if not done:
-            Trainer(recipe, resume=(recipe.folder / "recipe.yaml").exists()).run()
+            Trainer.from_recipe(recipe, resume=(recipe.folder / "recipe.yaml").exists()).run()
             gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
             torch.cuda.empty_cache()
     about = {

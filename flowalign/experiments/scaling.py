@@ -12,10 +12,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +27,9 @@ from flowalign.config.options import parse_options
 from flowalign.disk.files import replace_text
 from flowalign.disk.media import save_pictures
 from flowalign.policies.base import Policy
-from flowalign.rollout.generate import Progress, rollout
+from flowalign.rollout.generate import Progress, Step, rollout
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Samples
+from flowalign.rollout.stages import Drawn
 from flowalign.score import refuse_learning
 from rewards import Reward
 from rewards.combine import score_all
@@ -64,7 +63,7 @@ class Judged(NamedTuple):
 class BestOf:
     """The finished candidates, which of them were chosen, and how every candidate was judged last."""
 
-    samples: Samples
+    samples: Drawn
     chosen: torch.Tensor  # (P, kept), places in `samples`, the best first
     judged: list[Judged]  # of all candidates, prompt by prompt
     forwards: int
@@ -180,8 +179,14 @@ def best_of(
     before = policy.forwards
     counts = survivors(candidates, schedule)
     court = _Court(policy, rows, rewards, candidates)
-    prunings = {cut.step: partial(court.prune, cut.step, left) for cut, left in zip(schedule, counts[1:], strict=True)}
-    samples = rollout(policy, rows, candidates, sampler, size, key, batch=batch, progress=progress, survivors=prunings)
+    left = {prune.step: count for prune, count in zip(schedule, counts[1:], strict=True)}
+
+    def watch(step: Step) -> None:
+        if (count := left.get(step.index + 1)) is not None:
+            step.going = court.prune(step.index + 1, count, step.predicted, step.places)
+
+    how: dict[str, Any] = {"batch": batch, "progress": progress, "watch": watch, "whole_groups": bool(schedule)}
+    samples = rollout(policy, rows, candidates, sampler, size, key, **how)
     numbered = zip(samples.groups.tolist(), samples.members, strict=True)
     places = [group * candidates + member for group, member in numbered]
     chosen = court.best(sampler.steps, kept, samples.media, places)

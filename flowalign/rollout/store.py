@@ -32,7 +32,7 @@ from flowalign.disk.media import to_uint8
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row, step_rows
-from flowalign.rollout.samples import Samples
+from flowalign.rollout.stages import Drawn, Recorded, Share
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
 from rewards import Reward
@@ -123,30 +123,32 @@ class GroupStore:
                 "train that model, or collect anew"
             )
 
-    def draw(self, policy: Policy, recipe: Recipe, step: int, share: slice) -> Samples:
-        """Of training step `step`'s groups the `share`, each with `train.group_size` of its samples, all counted."""
-        train, size = recipe.train, self.manifest["group_size"]
+    def draw(self, policy: Policy, rewards: Iterable[str], sigmas: torch.Tensor, share: Share, step: int) -> Recorded:
+        """Of training step `step`'s groups this process's, each with `group_size` of its samples, all counted.
+
+        rewards: the names of those whose scores are wanted; sigmas: the schedule (steps + 1,) to train on.
+        """
+        size = self.manifest["group_size"]
         numbered = [Row(place, row.prompt, row.metadata) for place, row in enumerate(self.rows)]
-        together = step_rows(numbered, train.prompts_per_step, recipe.run.seed, step)
-        rows = together[share]
+        together = step_rows(numbered, share.prompts_per_step, share.seed, step)
+        rows = together[share.own]
         latents, members = [], []
         for row in rows:
-            generator = counted_generator(STORE, recipe.run.seed, step, row.index)
-            chosen = torch.randperm(size, generator=generator)[: train.group_size]
+            generator = counted_generator(STORE, share.seed, step, row.index)
+            chosen = torch.randperm(size, generator=generator)[: share.group_size]
             shard, place = self.places[row.index]
             latents.append(self._shard_latents(shard)[place, chosen])
             members += chosen.tolist()
-        drawn = [row for row in rows for _ in range(train.group_size)]
+        drawn = [row for row in rows for _ in range(share.group_size)]
         where = [row.index for row in drawn]
-        return Samples(
+        return Recorded(
             rows=drawn,
-            groups=torch.arange(len(rows)).repeat_interleave(train.group_size).to(policy.device),
-            condition=policy.encode([row.prompt for row in together])[share],  # as one process encodes them
+            groups=torch.arange(len(rows)).repeat_interleave(share.group_size).to(policy.device),
+            condition=policy.encode([row.prompt for row in together])[share.own],  # as one process encodes them
             latents=torch.cat(latents).to(policy.device),
-            media=torch.empty(0),
-            grid=policy.sigmas(recipe.rollout.steps, recipe.rollout.grid),
+            sigmas=sigmas,
             members=members,
-            scores=self._scores(recipe.rewards, where, members, policy.device),
+            scores=self._scores(rewards, where, members, policy.device),
         )
 
     def _scores(
@@ -307,7 +309,7 @@ def _picture(place: int, group_size: int) -> str:
 
 
 def _write_shard(
-    path: Path, index: int, rows: Sequence[Row], samples: Samples, scores: Mapping[str, Scores]
+    path: Path, index: int, rows: Sequence[Row], samples: Drawn, scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
     """Write a shard whole and return its line of the manifest."""
     partial, size = path / ".partial_shard", len(samples) // len(rows)

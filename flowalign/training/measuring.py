@@ -14,7 +14,7 @@ from flowalign.evaluate.evaluation import Evaluated, evaluate, evaluated_by_all
 from flowalign.evaluate.held_out import held_out
 from flowalign.policies.base import Policy
 from flowalign.rollout.prompts import Row, load_prompts
-from flowalign.score import Judging, check_prompts
+from flowalign.score import Scorer, check_prompts
 from flowalign.training import processes
 from flowalign.training.display import Display
 
@@ -29,7 +29,7 @@ class Measuring:
     def __init__(
         self,
         recipe: Recipe,
-        judging: Judging,
+        judging: Scorer,
         training_rows: Sequence[Row],
         accelerator: Accelerator,
         device: torch.device,

@@ -25,15 +25,17 @@ from scipy.special import logsumexp, softmax
 from scipy.stats import norm, qmc
 from torch import nn
 
-from flowalign.advantages import Scored
+from flowalign.advantages import RewardTable
+from flowalign.algorithms.base import algorithm_of
+from flowalign.algorithms.batches import Turn
 from flowalign.config import recipe_from_dict
 from flowalign.policies.base import Condition, Policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import Scored
 from flowalign.rollout.store import collect
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
-from flowalign.training.items import Items
 from rewards import as_reward
 
 pytestmark = pytest.mark.slow  # trainings to their end
@@ -200,7 +202,7 @@ def learn(folder, policy, algorithm, rewards, *, prompts=1, **settings):
     """Train, and leave the weights' average over all updates in the policy; returns the lines of the metrics."""
     (folder / "prompts.txt").write_text("".join(f"prompt {index}\n" for index in range(prompts)))
     recipe = recipe_of(folder, policy, algorithm, prompts, rewards, **settings)
-    path = Trainer(recipe, policy=policy, rewards=rewards, display=Display(quiet=True)).run()
+    path = Trainer.from_recipe(recipe, policy=policy, rewards=rewards, display=Display(quiet=True)).run()
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     remembered = 1 - recipe.train.ema_decay ** len(lines)  # the rest is the start, where all weights are 0
     policy.load_trainable_state({name: kept / remembered for name, kept in policy.snapshots["ema"].items()})
@@ -756,22 +758,22 @@ def first_items(algorithm, values, applies=None, moved=0.0):
         dynamics="flow_sde" if trajectory else "ode",
         train={"group_size": 4},
     )
-    recipe.algorithm.begin(policy)
+    algorithm_object = algorithm_of(recipe.algorithm)
+    algorithm_object.begin(policy)
     rows = [Row(index, f"prompt {index}") for index in range(2)]
-    samples = rollout(policy, rows, 4, recipe.rollout, (8, 8), (0, 0, 0), batch=8, keep=recipe.algorithm.keep)
+    samples = rollout(policy, rows, 4, recipe.rollout, (8, 8), (0, 0, 0), batch=8, keep=algorithm_object.keep)
     applies = torch.ones_like(values, dtype=torch.bool) if applies is None else applies
-    scored = Scored((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
-    samples.scored = Scored(*(part.to(policy.device) if isinstance(part, torch.Tensor) else part for part in scored))
-    samples.advantages = recipe.algorithm.advantages(samples.scored, samples.groups)
-    samples.teaches = recipe.algorithm.teaches(samples.scored, samples.groups)
-    samples.shares = samples.scored.shares(samples.teaches).T
+    scored = RewardTable((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
+    weighted = algorithm_object.weigh(Scored(samples, scored, scored, 0, 4))
     with torch.no_grad():
         for index, weight in enumerate(policy.trainable_parameters().values()):
             weight += moved * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)).to(weight)
     if moved:
         policy.weights_changed()
-    items = Items(samples, recipe, 0, 0)
-    return policy, recipe.algorithm, lambda update: items.batch(items.units(), update)
+    micro_batch, guidance = recipe.train.micro_batch, recipe.rollout.guidance
+    turn = Turn(0, 0, 0, 4, micro_batch, guidance, guidance)
+    items = algorithm_object.batches(weighted, turn)
+    return policy, algorithm_object, lambda update: items.batch(items.units(), update)
 
 
 def gradients(policy, losses):

@@ -279,7 +279,7 @@ def audits(folder):
 
 
 def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     found = audits(folder)
     assert [one["kl"] == 0 for one in found] == [True, False, False, False, False]
     assert found[0]["alarms"] == [] and any("darkness" in alarm for alarm in found[-1]["alarms"])
@@ -297,7 +297,7 @@ def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
 def test_a_sustained_alarm_ends_the_run_where_asked(watched):
     watched["guard"] |= {"stop": True, "patience": 2}
     watched["train"]["steps"] = 9
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     alarmed = [bool(one["alarms"]) for one in audits(folder)]
     assert alarmed[-2:] == [True, True]
     assert not any(first and second for first, second in itertools.pairwise(alarmed[:-1]))
@@ -308,17 +308,17 @@ def test_a_sustained_alarm_ends_the_run_where_asked(watched):
 @pytest.mark.slow
 def test_a_resumed_run_audits_as_one_that_was_not_stopped(watched, tmp_path):
     watched["train"]["steps"] = 2
-    whole = audits(Trainer(recipe_from_dict(watched)).run())
+    whole = audits(Trainer.from_recipe(recipe_from_dict(watched)).run())
     watched["run"]["folder"] = str(tmp_path / "parted")
-    Trainer(recipe_from_dict({**watched, "train": {**watched["train"], "steps": 1}})).run()
-    trainer = Trainer(recipe_from_dict(watched), resume=True)
+    Trainer.from_recipe(recipe_from_dict({**watched, "train": {**watched["train"], "steps": 1}})).run()
+    trainer = Trainer.from_recipe(recipe_from_dict(watched), resume=True)
     assert trainer.guarding.bands and trainer.guarding.best
     assert audits(trainer.run()) == whole
 
 
 @pytest.mark.slow
 def test_audit_of_a_run_repeats_its_last_evaluation(watched, tmp_path):
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     title, found = audit(str(folder))
     how = "3 steps, guidance 1, model grid, euler, 64 x 64 pixels, seed 0"
     assert title == f"{folder}, step_000004 against the model it began as, {how}"
@@ -345,7 +345,7 @@ def test_gdros_corrected_score_is_audited(watched, tmp_path):
     watched["guard"]["rewards"]["redness"] = {"load": f"{tmp_path / 'judges.py'}:redness"}
     watched["guard"]["corrected"] = {"reward": "brightness", "quality": "redness", "low": 0, "high": 1}
     watched["train"]["steps"] = 1
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     last = json.loads((folder / "evaluations" / "step_000001.json").read_text())
     scores = [row["scores"] for row in last["rows"]]
     expected = np.mean([one["brightness"] * (1 + 4 * one["redness"] - 3) + 0.2 for one in scores])
@@ -375,7 +375,7 @@ def test_settings_that_cannot_be_audited_are_refused(watched, tmp_path, change, 
 def test_evaluation_prompts_that_are_trained_on_are_refused(watched):
     watched["evaluation"]["prompts"] = watched["prompts"]
     with pytest.raises(UserError, match=r"prompt 1 \('a photo of two stars'\) is trained on, .* set guard=null"):
-        Trainer(recipe_from_dict(watched))
+        Trainer.from_recipe(recipe_from_dict(watched))
 
 
 def test_a_training_reward_that_the_evaluation_lacks_is_measured_beside_it(watched, tmp_path):

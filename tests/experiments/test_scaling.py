@@ -27,7 +27,7 @@ from flowalign.experiments.scaling import (
 )
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.rollout.generate import rollout
+from flowalign.rollout.generate import Step, rollout
 from flowalign.rollout.prompts import Row
 from rewards import Reward, TrainableReward, as_reward
 
@@ -242,8 +242,11 @@ def test_rewards_that_learn_or_compare_cannot_choose() -> None:
 
 
 def test_dropping_samples_whose_way_is_kept_is_refused(policy: Policy) -> None:
-    with pytest.raises(ValueError, match="only with solver euler and nothing else kept"):
-        rollout(policy, ROWS, 2, Sampler(solver="dpm++"), SIZE, KEY, batch=8, survivors={1: lambda latents, places: []})
+    def drop(step: Step) -> None:
+        step.going = [0]
+
+    with pytest.raises(ValueError, match="only with solver euler and no trajectory kept"):
+        rollout(policy, ROWS, 2, Sampler(solver="dpm++"), SIZE, KEY, batch=8, watch=drop)
 
 
 # The command

@@ -129,7 +129,7 @@ def test_a_run_with_kept_conditions_has_the_numbers_of_one_without(values: dict[
     plain = train(recipe_from_dict(values), display=Display(quiet=True))
     values["run"]["folder"] = str(tmp_path / "cached")
     values["model"]["cache_conditions"] = str(tmp_path / "cache")
-    trainer = Trainer(recipe_from_dict(values), display=Display(quiet=True))
+    trainer = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     assert trainer.policy.pipeline.text_encoder is None  # type: ignore[attr-defined]
     a, b = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -160,7 +160,7 @@ def test_text_encoders_are_not_even_read_once_every_prompt_is_kept(
     first = train(runs["first"], display=Display(quiet=True))
     for file in folder.glob("text_encoder*/*.safetensors"):
         spoilt(file, position=8)
-    trainer = Trainer(runs["again"], display=Display(quiet=True))
+    trainer = Trainer.from_recipe(runs["again"], display=Display(quiet=True))
     parts = trainer.policy.pipeline.components  # type: ignore[attr-defined]
     assert {name for name, part in parts.items() if part is None} >= {f"text_encoder{n}" for n in ("", "_2", "_3")}
     first_line, line = (json.loads((place / "metrics.jsonl").read_text()) for place in (first, trainer.run()))
@@ -197,4 +197,4 @@ def test_two_processes_encode_a_share_each_and_read_one_cache(values: dict[str, 
 def test_a_script_s_own_policy_is_not_taken_for_the_recipe_s_model(make: Make, values: dict[str, Any]) -> None:
     values["model"]["cache_conditions"] = "cache"
     with pytest.raises(UserError, match="keeps what the recipe's own model encodes"):
-        Trainer(recipe_from_dict(values), display=Display(quiet=True), policy=make()[0])
+        Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True), policy=make()[0])

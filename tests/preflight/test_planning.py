@@ -178,8 +178,9 @@ def test_forwards_are_those_that_a_run_counts(
 
 
 def test_snapshots_are_those_of_the_algorithm_and_the_average() -> None:
-    assert snapshots(load_recipe("toyworld_ocr").algorithm, ema=True) == ["ema"]
-    assert snapshots(load_recipe("toyworld_ocr_nft").algorithm, ema=False) == ["old"]
+    assert snapshots(load_recipe("toyworld_ocr", ["train.ema_decay=0.9"])) == ["ema"]
+    assert snapshots(load_recipe("toyworld_ocr_nft")) == ["old"]
+    assert snapshots(load_recipe("toyworld_ocr_crd", ["model.lora=null"])) == ["old", "sampling", "reference"]
 
 
 @pytest.fixture(scope="session")

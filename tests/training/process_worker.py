@@ -35,6 +35,7 @@ from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Condition, Policy
 from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.stages import Drawn
 from flowalign.rollout.store import collect
 from flowalign.sampling import counted_generator
 from flowalign.training.display import Display
@@ -155,7 +156,7 @@ def run(case: dict[str, Any], rank: int) -> None:
     training.write_report = lambda folder: folder  # type: ignore[assignment]  # its plots take longer than the runs
     folder = Path(f"{recipe.folder}_seen")
     folder.mkdir(exist_ok=True)
-    begin = partial(training.Trainer, recipe, policy=policy, rewards=rewards, display=Display(quiet=True))
+    begin = partial(training.Trainer.from_recipe, recipe, policy=policy, rewards=rewards, display=Display(quiet=True))
     if case.get("refused"):
         with pytest.raises(UserError) as caught:
             begin()
@@ -170,14 +171,15 @@ def run(case: dict[str, Any], rank: int) -> None:
     drawn: dict[str, torch.Tensor] = {}
     learn = trainer.learner.learn
 
-    def watched(samples, step, *more):
+    def watched(weighted, step, *more):
+        samples = weighted.generated
         drawn[f"{step}/latents"] = samples.latents
-        drawn[f"{step}/advantages"] = samples.advantages.contiguous()
+        drawn[f"{step}/advantages"] = weighted.advantages.contiguous()
         if case.get("asked") and rank == 1 and step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        if samples.trajectory:
+        if isinstance(samples, Drawn) and samples.trajectory:
             drawn[f"{step}/log_probs"] = samples.trajectory.log_probs
-        return learn(samples, step, *more)
+        return learn(weighted, step, *more)
 
     trainer.learner.learn = watched
     save_file(trainer.policy.trainable_state(), folder / f"start_{rank}.safetensors")

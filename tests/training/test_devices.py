@@ -15,7 +15,7 @@ import yaml
 import rewards
 from flowalign.config import recipe_from_dict
 from flowalign.rollout.prompts import Row
-from flowalign.score import Judging
+from flowalign.score import Scorer
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards.backbones.features import unit_features
@@ -88,7 +88,7 @@ def test_the_scoring_thread_works_on_the_device(
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     values["rewards"] = {"without": {"load": f"{judges}:without"}}
-    judging = Judging(recipe_from_dict(values), None, torch.device("cuda", 1))
+    judging = Scorer(recipe_from_dict(values), None, torch.device("cuda", 1))
     judging.judge(torch.zeros(1, 3, 2, 2), [Row(0, "a star")])
     assert list(judging._finished()) == ["without"]
     assert made_current == [(torch.device("cuda", 1), "rewards_0")]
@@ -129,7 +129,7 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
             f"flowalign.{module}.check_prompts", lambda rows, judged, source: found.extend(judged.values())
         )
     with pytest.raises(Enough):
-        Trainer(recipe_from_dict(values), display=Display(quiet=True))
+        Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     assert len(found) >= 3 and {str(one.device) for one in found} == {"meta:1"}
     assert loaded == ["meta:1", "meta:1"]
 

@@ -50,7 +50,7 @@ def test_a_policy_loads_evaluates_and_is_trained_afterwards(short: dict[str, Any
     assert not samples.latents.is_inference()
     assert any(weight.requires_grad for weight in policy.transformer.parameters())
     kept = policy.trainable_state()
-    trainer = Trainer(recipe, policy=policy, display=Display(quiet=True))
+    trainer = Trainer.from_recipe(recipe, policy=policy, display=Display(quiet=True))
     trainer.run()
     assert any(not torch.equal(kept[name], weight) for name, weight in policy.trainable_parameters().items())
     assert before.scores == evaluate(load_policy(recipe.model), rows[:1], judges, recipe.evaluation, (64, 64)).scores
@@ -60,7 +60,7 @@ def test_a_policy_loads_evaluates_and_is_trained_afterwards(short: dict[str, Any
 def test_a_run_is_the_same_as_outside(short: dict[str, Any], mode: Mode) -> None:
     def trained(folder: str) -> Policy:
         place = {**short["run"], "folder": short["run"]["folder"] + folder}
-        trainer = Trainer(recipe_from_dict({**short, "run": place}), display=Display(quiet=True))
+        trainer = Trainer.from_recipe(recipe_from_dict({**short, "run": place}), display=Display(quiet=True))
         trainer.run()
         return trainer.policy
 
@@ -86,4 +86,4 @@ def test_weights_made_in_inference_mode_by_a_script_are_one_sentence(short: dict
     with torch.inference_mode():
         setattr(policy.transformer.get_submodule(module), last, torch.nn.Parameter(weight.clone()))
     with pytest.raises(UserError, match=r"was made under torch\.inference_mode\(\).*; make the policy outside of it"):
-        Trainer(recipe, policy=policy, display=Display(quiet=True))
+        Trainer.from_recipe(recipe, policy=policy, display=Display(quiet=True))

@@ -10,7 +10,7 @@ from flowalign.cli.app import main
 from flowalign.config import recipe_from_dict
 from flowalign.config.algorithm import AlgorithmSettings, algorithm_class, algorithm_names
 from flowalign.config.base import UserError
-from flowalign.trainer import train
+from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 
 SOURCE = '''
@@ -19,25 +19,36 @@ from typing import Literal
 import torch
 
 from flowalign.algorithms.base import Algorithm
-from flowalign.algorithms.nft import NFT
+from flowalign.algorithms.nft import NFT, NFTSettings
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import UserError
 
 
-class Plugged(NFT):
-    """NFT by another name, which counts its losses."""
+class PluggedSettings(NFTSettings):
+    """NFT by another name."""
 
     name: Literal["plugged"] = "plugged"
     push: float = 1.0
     """A setting of its own."""
+
+
+class Plugged(NFT):
+    """Counts its losses."""
+
+    Settings = PluggedSettings
 
     def loss(self, policy, batch):
         self.state["asked"] = self.state.get("asked", torch.zeros(())) + 1
         return super().loss(policy, batch)
 
 
-class NoLoss(Algorithm):
+class NoLossSettings(AlgorithmSettings):
     needs = "final"
     name: Literal["no_loss"] = "no_loss"
+
+
+class NoLoss(Algorithm):
+    Settings = NoLossSettings
 
 
 def hello(name: str, loud: bool = False) -> None:
@@ -75,8 +86,9 @@ def test_a_recipe_names_an_installed_algorithm_and_trains_with_it(plugged: None,
     small["rollout"] = {key: values["rollout"][key] for key in ("steps", "batch") if key in values["rollout"]}
     recipe = recipe_from_dict({**values, **small, "algorithm": {"name": "plugged", "push": 2}})
     assert recipe.algorithm.push == 2 and recipe.rollout.dynamics == "ode"
-    train(recipe, display=Display(quiet=True))
-    assert algorithm_of(recipe).state["asked"] > 0
+    trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))
+    trainer.run()
+    assert trainer.algorithm.state_dict()["asked"] > 0
 
 
 def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None, values: dict[str, Any]) -> None:
@@ -100,8 +112,8 @@ def test_settings_alone_are_no_algorithm(values: dict[str, Any]) -> None:
         name: str = "bare"
 
     recipe = recipe_from_dict({**values, "algorithm": Bare(), "rollout": {"steps": 3}})
-    with pytest.raises(UserError, match="algorithm 'bare' is no "):
-        algorithm_of(recipe)
+    with pytest.raises(UserError, match="unknown algorithm 'bare'"):
+        algorithm_of(recipe.algorithm)
 
 
 def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:

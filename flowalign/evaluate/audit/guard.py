@@ -17,7 +17,7 @@ from flowalign.evaluate.report.html import read_evaluations
 from flowalign.policies.base import Policy
 from flowalign.rollout.prompts import Row, shared_rows
 from flowalign.sampling.noise import EVALUATION
-from flowalign.score import Judging, load_rewards
+from flowalign.score import Scorer, load_rewards
 from rewards import Reward
 
 BEST, BEST_UNHACKED = "best", "best_unhacked"
@@ -26,7 +26,7 @@ _PATHS = 1  # the third part of the noise's key; pictures of evaluations have 0
 Draw = Callable[[Sequence[Row], Evaluation], Evaluated]
 
 
-def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Reward], dict[str, float]]:
+def evaluation_rewards(recipe: Recipe, judging: Scorer) -> tuple[dict[str, Reward], dict[str, float]]:
     """What evaluations measure, and of the training rewards among them the weights, by their names there.
 
     Training rewards are the run's own, so that those that learn are measured as they are.
