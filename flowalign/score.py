@@ -116,9 +116,9 @@ class Scorer:
         return any(reward.scope == "group" for reward in self.rewards.values())
 
     def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Begin to score finished media of a rollout, in their order; returns what is kept of them."""
+        """Begin to score finished media of a rollout, in their order; returns them as 8-bit levels off the device."""
         self._begin(FINISHED, media, rows)
-        return media
+        return (media.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
     def preview(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
         """Begin to score one-step predictions made at denoising step `index`, in the order of their samples."""
@@ -148,13 +148,14 @@ class Scorer:
     def learn(self, samples: Generated, step: int, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
         """Rewards that learn take their step; returns their figures and alarms.
 
-        Every process learns from the samples of all, so that the rewards stay the same everywhere.
+        Every process learns from the samples of all, so that the rewards stay the same everywhere. They see media as
+        files hold them, in 8 bits: what is real and what is drawn must not differ by its rounding.
         """
         figures: dict[str, Any] = {}
         alarms: list[str] = []
         if not self.trainable or not isinstance(samples, Drawn):
             return figures, alarms
-        media = accelerator.gather(samples.media)
+        media = accelerator.gather(samples.media.to(self.device))
         rows = samples.rows if accelerator.num_processes == 1 else gather_object(samples.rows)
         for name, reward in self.trainable.items():
             asked = [reward.applies_to(row.about) for row in rows]
@@ -162,7 +163,7 @@ class Scorer:
             if chosen:
                 part = [rows[place] for place in chosen]
                 texts, metadata = [row.prompt for row in part], [deepcopy(row.metadata) for row in part]
-                figures[name] = reward.update(media[chosen], texts, metadata, step)
+                figures[name] = reward.update(media[chosen].float() / 255, texts, metadata, step)
                 if reward.alarm:
                     alarms.append(f"reward {name!r}: {reward.alarm}")
         return figures, alarms

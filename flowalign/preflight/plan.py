@@ -187,7 +187,7 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     if algorithm_of(recipe.algorithm).cost(frozenset()).apart:
         losses = len(recipe.trained_rewards)
         parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
-    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} pictures and paths"))
+    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"latents and paths of {per_process} samples"))
     parts.append(Part("runtime", RUNTIME, "assumed"))
     return parts
 
@@ -202,9 +202,7 @@ def _samples_bytes(recipe: Recipe, costs: Costs, gpus: int) -> float:
     states = 1
     if "trajectory" in algorithm.keep:
         states += window + 1 + window * ("means" in algorithm.keep)
-    shown = 0 if recipe.store else 1
-    each = states * costs.latent + shown * costs.picture
-    return (recipe.samples_per_step * each + recipe.train.prompts_per_step * costs.condition) / gpus
+    return (recipe.samples_per_step * states * costs.latent + recipe.train.prompts_per_step * costs.condition) / gpus
 
 
 def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[str, float]:
