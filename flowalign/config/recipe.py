@@ -13,7 +13,7 @@ from flowalign.config.algorithm import BUILT_IN, AlgorithmSettings, algorithm_cl
 from flowalign.config.base import Section, UserError
 from flowalign.config.mistakes import explain, key_lines, nearest
 from flowalign.config.paths import Keys, expanded, located
-from flowalign.config.rewards import Combine, Rewards, RewardSettings
+from flowalign.config.rewards import Combine, Rewards, RewardSettings, WeightedMean
 from flowalign.config.sections import (
     Collect,
     Evaluation,
@@ -35,7 +35,7 @@ class Recipe(Section):
     """Prompt list(s) to train on: bundled names, or files .txt, .csv, .tsv, .json, .jsonl, with #COLUMN where it is not
     found by its name."""
     rewards: Rewards
-    combine: Combine = Combine()
+    combine: Combine = WeightedMean()
     algorithm: SerializeAsAny[AlgorithmSettings]
     store: str | None = None
     """A store of groups to learn from in place of rollouts (`flowalign collect` makes one)."""
@@ -88,9 +88,8 @@ class Recipe(Section):
         if self.store is not None and not self.algorithm.offline:
             able = ", ".join(name for name in BUILT_IN if algorithm_class(name).offline)
             raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
-        for key in ("base", "bonus"):
-            name = getattr(self.combine, key)
-            if name is not None and name not in self.rewards:
+        for key, name in self.combine.needed.items():
+            if name not in self.rewards:
                 raise ValueError(f"combine.{key}: there is no reward {name!r}{nearest(name, self.rewards)}")
         if self.combine.form != "sum" and self.algorithm.parts_rewards:
             raise ValueError(f"combine.form {self.combine.form}: {self.algorithm.name} takes each reward by itself")
@@ -107,7 +106,7 @@ class Recipe(Section):
         if not trained:
             raise ValueError("rewards: every weight is 0, so nothing is learnt from; give one a weight above 0")
         for name, entry in self.rewards.items():
-            if form == "bonus" and entry.weight != (name in (self.combine.base, self.combine.bonus)):
+            if form == "bonus" and entry.weight != (name in self.combine.needed.values()):
                 raise ValueError(
                     f"rewards.{name}.weight: combine.form bonus takes 1 of base and bonus, 0 of all others"
                 )

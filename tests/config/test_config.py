@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from flowalign.algorithms.flow_grpo import FlowGRPO
 from flowalign.config import (
-    Combine,
     Evaluation,
     Guard,
     Lora,
@@ -27,7 +26,6 @@ from flowalign.config import (
     RewardSettings,
     Rollout,
     Run,
-    Shaping,
     Train,
     bundled_recipes,
     dump_recipe,
@@ -36,6 +34,7 @@ from flowalign.config import (
 )
 from flowalign.config.algorithm import algorithm_class, algorithm_names
 from flowalign.config.base import Section, UserError
+from flowalign.config.rewards import BaseAndBonus, LogSigmoid
 
 ALGORITHMS = {name: algorithm_class(name) for name in algorithm_names()}
 GOOD = """\
@@ -173,7 +172,7 @@ def test_every_setting_is_described_where_it_is_held():
         silent = {key for key in own if key != "name" and not any(part.__doc__ for part in held[key])}
         assert not silent, section
         sections += [part for parts in held.values() for part in parts]
-    assert {Lora, Rollout, RewardSettings, Guard, Combine, Shaping} < seen
+    assert {Lora, Rollout, RewardSettings, Guard, BaseAndBonus, LogSigmoid} < seen
 
 
 def _described(section: type[Section]) -> set[str]:
