@@ -13,6 +13,9 @@ from flowalign.config.paths import Keys
 _TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[float, ...]"}  # pydantic names a union's branch in an error's place
 
 
+Origins = dict[Keys, tuple[Path, int]]  # the file and the line of each key
+
+
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, or all of them."""
     near = min(known, key=lambda one: (OSA.distance(name, one), -Indel.normalized_similarity(name, one)), default=None)
@@ -35,6 +38,11 @@ def key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
     return lines
 
 
+def origin_of(keys: Keys, origins: Origins) -> tuple[Path, int] | None:
+    """The file and the line of a key, or of the section around one that is not there."""
+    return next((origins[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in origins), None)
+
+
 class _Place(NamedTuple):
     """Where in a recipe an error stands: its keys, the section around it, all sections of its union by form."""
 
@@ -47,13 +55,13 @@ def explain(
     error: ValidationError,
     model: type[BaseModel],
     path: Path,
-    lines: Mapping[Keys, int],
+    origins: Origins,
     given: Mapping[Keys, str],
     algorithm: type[BaseModel] | None = None,
 ) -> str:
     """One sentence for the first mistake: where it stands, what is wrong, what would be right.
 
-    `algorithm` is the section of the one that the recipe names.
+    `path` is the recipe's file, `given` has the overrides, `algorithm` is the section of the one that it names.
     """
     # An unknown key first: it is often why another one is missing.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
@@ -71,8 +79,8 @@ def explain(
         (text for where, text in given.items() if keys and (keys[: len(where)] == where or where[: len(keys)] == keys)),
         None,
     )
-    line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
-    where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
+    origin = origin_of(keys, origins)
+    where = f"override {override!r}" if override else f"{origin[0]}, line {origin[1]}" if origin else f"{path}"
     if first["type"] == "extra_forbidden":
         owners = [_form_of(one) for one in union if keys[-1] in one.model_fields]
         if owners:
