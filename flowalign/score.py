@@ -73,8 +73,8 @@ class Scorer:
         So it does for a weight that these prompts never weigh against another.
         """
         self._refuse_unweighed(rows)
-        for name in (self.recipe.combine.base, self.recipe.combine.bonus):
-            if name is not None and name in self.rewards:
+        for name in self.recipe.combine.needed.values():
+            if name in self.rewards:
                 for row in rows:
                     if not self.rewards[name].applies_to(row.about):
                         raise UserError(
@@ -290,7 +290,6 @@ def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: C
     if combine.form == "uncertainty":
         return uncertainty_weighted(scores, weights, combine.penalty)
     if combine.form == "bonus":
-        assert combine.base is not None and combine.bonus is not None  # the recipe was checked
         return base_and_bonus(scores, combine.base, combine.bonus, combine.floor)
     return weighted_sum(scores, weights)
 

@@ -33,14 +33,13 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
 
     A name is a built-in one or an entry point of the group `flowalign.rewards`. What it leads to is a class, made
     with the options; a function `(media, prompts, metadata, ...) -> B numbers`, called with the options as keyword
-    arguments; or a Reward, which takes no options. An address is that of a
-    served reward, several are parted by commas. Raises RewardError when there is no such reward, when it cannot be
-    imported or built, and for an option it does not have.
+    arguments; or a Reward, which takes no options. An address is that of a served reward. Raises RewardError when there
+    is no such reward, when it cannot be imported or built, and for an option it does not have.
     """
     check_name(name_or_path)
     if name_or_path.startswith(("http://", "https://")):
         remote = import_object("rewards.http.remote:RemoteReward")
-        return _built(remote, name_or_path, {"urls": name_or_path, **options})
+        return _built(remote, name_or_path, {"url": name_or_path, **options})
     if name_or_path in BUILT_IN:
         return _built(import_object(BUILT_IN[name_or_path]), name_or_path, options)
     if ":" in name_or_path:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -11,6 +11,9 @@ from rapidfuzz.distance import OSA, Indel
 from flowalign.config.paths import Keys
 
 _TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[float, ...]"}  # pydantic names a union's branch in an error's place
+
+
+Origins = dict[Keys, tuple[Path, int]]  # the file and the line of each key
 
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
@@ -35,17 +38,30 @@ def key_lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
     return lines
 
 
+def origin_of(keys: Keys, origins: Origins) -> tuple[Path, int] | None:
+    """The file and the line of a key, or of the section around one that is not there."""
+    return next((origins[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in origins), None)
+
+
+class _Place(NamedTuple):
+    """Where in a recipe an error stands: its keys, the section around it, all sections of its union by form."""
+
+    keys: Keys
+    section: type[BaseModel]
+    union: list[type[BaseModel]]
+
+
 def explain(
     error: ValidationError,
     model: type[BaseModel],
     path: Path,
-    lines: Mapping[Keys, int],
+    origins: Origins,
     given: Mapping[Keys, str],
     algorithm: type[BaseModel] | None = None,
 ) -> str:
     """One sentence for the first mistake: where it stands, what is wrong, what would be right.
 
-    `algorithm` is the section of the one that the recipe names.
+    `path` is the recipe's file, `given` has the overrides, `algorithm` is the section of the one that it names.
     """
     # An unknown key first: it is often why another one is missing.
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
@@ -55,19 +71,29 @@ def explain(
             (found for found in error.errors() if found["loc"][: len(within)] == within),
             key=lambda found: len(found["loc"]),
         )
-    location = tuple(str(part) for part in first["loc"])
-    keys = tuple(part for part in location if part not in _TYPE_TAGS)
+    keys, section, union = _place_of(first["loc"], model, algorithm)
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        keys = (*keys, "form")
     shown = ".".join(keys) or "the recipe"
     override = next(
         (text for where, text in given.items() if keys and (keys[: len(where)] == where or where[: len(keys)] == keys)),
         None,
     )
-    line = next((lines[keys[:size]] for size in range(len(keys), 0, -1) if keys[:size] in lines), None)
-    where = f"override {override!r}" if override else f"{path}, line {line}" if line else f"{path}"
+    origin = origin_of(keys, origins)
+    where = f"override {override!r}" if override else f"{origin[0]}, line {origin[1]}" if origin else f"{path}"
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {shown!r}{nearest(keys[-1], _fields_at(model, keys[:-1], algorithm))}"
-    if first["type"] == "missing":
-        return f"{where}: {shown} is missing"
+        owners = [_form_of(one) for one in union if keys[-1] in one.model_fields]
+        if owners:
+            belongs = f"belongs to form {' or '.join(owners)}, not to {_form_of(section)}"
+            return f"{where}: {'.'.join(keys[:-1])}: {keys[-1]} {belongs}; leave it out"
+        known = dict.fromkeys(field for one in union or [section] for field in one.model_fields)
+        return f"{where}: unknown key {shown!r}{nearest(keys[-1], known)}"
+    if first["type"] in ("missing", "union_tag_not_found"):
+        need = f"; form {_form_of(section)} needs it" if union else ""
+        return f"{where}: {shown} is missing{need}"
+    if first["type"] == "union_tag_invalid":
+        forms, _, last = first["ctx"]["expected_tags"].rpartition(", ")
+        return f"{where}: {shown} should be {forms} or {last}, not {first['ctx']['tag']!r}"
     message = first["msg"].removeprefix("Value error, ")
     value = f", not {first['input']!r}" if isinstance(first["input"], int | float | str | bool) else ""
     if message.startswith("Input should"):
@@ -76,23 +102,32 @@ def explain(
     return f"{where}: {shown}: {message}"
 
 
-def _fields_at(model: type[BaseModel], keys: Keys, algorithm: type[BaseModel] | None) -> list[str]:
-    """The keys that the section at this place knows."""
+def _place_of(location: Sequence[int | str], model: type[BaseModel], algorithm: type[BaseModel] | None) -> _Place:
+    """Of an error's location, in which pydantic names a union's branch too."""
+    keys: Keys = ()
     section = model
-    for key in keys:
-        if key == "algorithm" and algorithm:
-            section = algorithm
-        elif key in section.model_fields:  # else a reward's own name, whose section is RewardSettings already
-            section = _section_of(section.model_fields[key].annotation) or section
-    return list(section.model_fields)
+    union: list[type[BaseModel]] = []
+    branches: list[type[BaseModel]] = []
+    for part in map(str, location):
+        if branches:  # the form, by which one of them was chosen
+            section, union, branches = next(one for one in branches if _form_of(one) == part), branches, []
+        elif part not in _TYPE_TAGS:
+            keys = (*keys, part)
+            found = _sections_in(section.model_fields[part].annotation) if part in section.model_fields else []
+            if part == "algorithm" and algorithm:
+                found = [algorithm]
+            if len(found) == 1:
+                section, union = found[0], []
+            branches = found if len(found) > 1 else []
+    return _Place(keys, section, union)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The Section inside an annotation such as `Lora | None` or `dict[str, RewardSettings]`."""
+def _form_of(section: type[BaseModel]) -> str:
+    return get_args(section.model_fields["form"].annotation)[0]
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections inside an annotation such as `Lora | None` or `dict[str, RewardSettings]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        found = _section_of(part)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]

@@ -11,9 +11,9 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from flowalign.config.algorithm import BUILT_IN, AlgorithmSettings, algorithm_names, settings_class
 from flowalign.config.base import Section, UserError
-from flowalign.config.mistakes import explain, key_lines, nearest
+from flowalign.config.mistakes import Origins, explain, key_lines, nearest, origin_of
 from flowalign.config.paths import Keys, expanded, located
-from flowalign.config.rewards import Combine, Rewards, RewardSettings
+from flowalign.config.rewards import Combine, Rewards, RewardSettings, WeightedMean
 from flowalign.config.sections import (
     Collect,
     Evaluation,
@@ -35,7 +35,7 @@ class Recipe(Section):
     """Prompt list(s) to train on: bundled names, or files .txt, .csv, .tsv, .json, .jsonl, with #COLUMN where it is not
     found by its name."""
     rewards: Rewards
-    combine: Combine = Combine()
+    combine: Combine = WeightedMean()
     algorithm: SerializeAsAny[AlgorithmSettings]
     store: str | None = None
     """A store of groups to learn from in place of rollouts (`flowalign collect` makes one)."""
@@ -88,9 +88,8 @@ class Recipe(Section):
         if self.store is not None and not self.algorithm.offline:
             able = ", ".join(name for name in BUILT_IN if settings_class(name).offline)
             raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
-        for key in ("base", "bonus"):
-            name = getattr(self.combine, key)
-            if name is not None and name not in self.rewards:
+        for key, name in self.combine.needed.items():
+            if name not in self.rewards:
                 raise ValueError(f"combine.{key}: there is no reward {name!r}{nearest(name, self.rewards)}")
         if self.combine.form != "sum" and self.algorithm.parts_rewards:
             raise ValueError(f"combine.form {self.combine.form}: {self.algorithm.name} takes each reward by itself")
@@ -107,7 +106,7 @@ class Recipe(Section):
         if not trained:
             raise ValueError("rewards: every weight is 0, so nothing is learnt from; give one a weight above 0")
         for name, entry in self.rewards.items():
-            if form == "bonus" and entry.weight != (name in (self.combine.base, self.combine.bonus)):
+            if form == "bonus" and entry.weight != (name in self.combine.needed.values()):
                 raise ValueError(
                     f"rewards.{name}.weight: combine.form bonus takes 1 of base and bonus, 0 of all others"
                 )
@@ -254,10 +253,10 @@ def bundled_recipes() -> dict[str, Path]:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a bundled name, a YAML file or a run folder, with `key.sub=value` overrides.
 
-    A recipe may name a `base`, another one whose sections it takes wherever it has none of its own. Of a run folder it
-    is the run's own, with this folder. Files that it names are looked for beside it, then in the working folder; those
-    of an override or a run the other way round. Raises UserError with the file, the line and the key of the first
-    mistake.
+    A recipe may name a `base`, another one: it changes the keys that it names and keeps the others, but `rewards` and a
+    section of another `name` or `form` are taken whole. Of a run folder it is the run's own, with this folder. Files
+    that it names are looked for beside it, then in the working folder; those of an override or a run the other way
+    round. Raises UserError with the file, the line and the key of the first mistake.
     """
     run = Path(source) / "recipe.yaml"
     is_run = str(source) not in bundled_recipes() and run.is_file()
@@ -271,24 +270,25 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         given[keys] = override
 
     def places(keys: Keys) -> list[Path]:
-        folder = origins[keys[0]][0].parent if keys[0] in origins else Path()
+        origin = origin_of(keys, origins)
+        folder = origin[0].parent if origin else Path()
         overridden = any(keys[: len(one)] == one for one in given)
         return [Path(), folder] if overridden or (folder / "run.json").is_file() else [folder, Path()]
 
     try:
         return Recipe.model_validate(located(values, places))
     except ValidationError as error:
-        section = str(next((found["loc"][0] for found in error.errors() if found["loc"]), ""))
-        path, lines = origins.get(section, origins["name"] if "name" in origins else next(iter(origins.values())))
-        raise UserError(explain(error, Recipe, path, lines, given, _algorithm_of(values))) from None
+        path = run if is_run else _file_of(source)
+        raise UserError(explain(error, Recipe, path, origins, given, _algorithm_of(values))) from None
 
 
-Origins = dict[str, tuple[Path, dict[Keys, int]]]
+def _file_of(source: str | Path) -> Path:
+    return bundled_recipes().get(str(source), Path(expanded(str(source))))
 
 
 def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    """A recipe's values with those of its base, and where each section stands: the file and the lines of its keys."""
-    path = bundled_recipes().get(str(source), Path(expanded(str(source))))
+    """A recipe's values over those of its base, and where each key stands."""
+    path = _file_of(source)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -313,14 +313,34 @@ def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str,
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     base = values.pop("base", None)
-    origins: Origins = {str(section): (path, lines) for section in values}
+    origins: Origins = {keys: (path, line) for keys, line in lines.items()}
     if base is None:
         return values, origins
     if not isinstance(base, str):
         raise UserError(f"{path}, line {lines[('base',)]}: base must be a recipe's name or file, not {base!r}")
     beside = path.parent / expanded(base)
-    below, places = _read_recipe(beside if beside.is_file() else base, (*above, path))
-    return {**below, **values}, {**places, **origins}
+    merged, below = _read_recipe(beside if beside.is_file() else base, (*above, path))
+    _put_over(merged, values, below)
+    return merged, below | origins
+
+
+def _put_over(base: dict[str, Any], own: Mapping[str, Any], origins: Origins, within: Keys = ()) -> None:
+    """Gives a base the values of a recipe on top of it; the origins of what it no longer holds go too."""
+    for key, value in own.items():
+        keys = (*within, str(key))
+        if key != "rewards" and _is_of_one_kind(base.get(key), value):
+            _put_over(base[key], value, origins, keys)
+            continue
+        base[key] = value
+        for gone in [one for one in origins if one[: len(keys)] == keys]:
+            del origins[gone]
+
+
+def _is_of_one_kind(below: Any, above: Any) -> bool:
+    """Whether two sections can be merged: neither has another name or form than the other."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return False
+    return all(below[key] == above[key] for key in ("name", "form") if key in below and key in above)
 
 
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:

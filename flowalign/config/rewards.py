@@ -5,60 +5,125 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from flowalign.config.base import Section
 
 
-class Shaping(Section):
+def _form(section: Any) -> Any:
+    """The form that a section names. pydantic reads it by itself only where no validator sees it first."""
+    return section.get("form") if isinstance(section, Mapping) else getattr(section, "form", None)
+
+
+class _Bend(Section):
     """How a reward is bent before it is learnt from; sources in `rewards.combine`."""
 
-    form: Literal["standardise", "sigmoid", "log_sigmoid"]
-    """In deviations from the references' mean; PAR's sigmoid of the difference to them; or log sigmoid of it."""
+    form: str
+    """What it is compared by: standardise, sigmoid or log_sigmoid."""
     reference: str | Annotated[tuple[float, ...], Field(min_length=1)]
     """Scores of the model before training: a store of groups that has this reward, or numbers for every prompt."""
-    scale: Annotated[float, Field(gt=0)] = 1.0
-    """Of the difference, in sigmoid."""
-    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """Of the references, in log_sigmoid."""
 
-    @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> Shaping:
-        _refuse_unused(self, {"scale": "sigmoid", "quantile": "log_sigmoid"})
-        if self.form == "standardise" and not isinstance(self.reference, str) and len(set(self.reference)) < 2:
+
+class Standardise(_Bend):
+    """In deviations from the references' mean."""
+
+    form: Literal["standardise"]
+
+    @field_validator("reference")
+    @classmethod
+    def _references_differ(cls, reference: str | tuple[float, ...]) -> str | tuple[float, ...]:
+        if not isinstance(reference, str) and len(set(reference)) < 2:
             raise ValueError("standardise needs references that differ")
-        return self
+        return reference
 
 
-class Combine(Section):
+class Sigmoid(_Bend):
+    """PAR's sigmoid of the difference to the references."""
+
+    form: Literal["sigmoid"]
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Of the difference."""
+
+
+class LogSigmoid(_Bend):
+    """Log sigmoid of the difference to the references."""
+
+    form: Literal["log_sigmoid"]
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Of the references."""
+
+
+Shaping = Annotated[
+    Annotated[Standardise, Tag("standardise")]
+    | Annotated[Sigmoid, Tag("sigmoid")]
+    | Annotated[LogSigmoid, Tag("log_sigmoid")],
+    Discriminator(_form),
+]
+
+
+class _Combination(Section):
     """How several rewards become the one that advantages are made of; sources in `rewards.combine`."""
 
-    form: Literal["sum", "worst", "uncertainty", "bonus"] = "sum"
-    """Weighted mean; lowest; mean less variance; or base (floor + (1 - floor) bonus)."""
-    penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the variance, in uncertainty."""
-    base: str | None = None
-    """The reward without which nothing counts, in bonus."""
-    bonus: str | None = None
-    """The reward that adds to it, in bonus."""
-    floor: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """What the base is worth without the bonus, in bonus: 0.4 for generation, 0.6 for editing."""
+    form: str
+    """What is made of them: sum, worst, uncertainty or bonus."""
     disagreement: Annotated[float, Field(ge=0)] = 0.0
     """Samples on which the rewards disagree by U teach exp(-this U) as much; 0 leaves that out."""
 
+    @property
+    def needed(self) -> Mapping[str, str]:
+        """The rewards without which there is no total, by their part in it."""
+        return {}
+
+
+class WeightedMean(_Combination):
+    """The weighted mean."""
+
+    form: Literal["sum"] = "sum"
+
+
+class Worst(_Combination):
+    """The lowest."""
+
+    form: Literal["worst"]
+
+
+class Uncertainty(_Combination):
+    """The weighted mean less the variance."""
+
+    form: Literal["uncertainty"]
+    penalty: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of the variance."""
+
+
+class BaseAndBonus(_Combination):
+    """base (floor + (1 - floor) bonus)."""
+
+    form: Literal["bonus"]
+    base: str
+    """The reward without which nothing counts."""
+    bonus: str
+    """The reward that adds to it."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """What the base is worth without the bonus: 0.4 for generation, 0.6 for editing."""
+
     @model_validator(mode="after")
-    def _nothing_is_ignored(self) -> Combine:
-        _refuse_unused(self, {"penalty": "uncertainty", "base": "bonus", "bonus": "bonus", "floor": "bonus"})
-        if self.form == "bonus" and (self.base is None or self.bonus is None or self.base == self.bonus):
+    def _two_rewards(self) -> BaseAndBonus:
+        if self.base == self.bonus:
             raise ValueError("form bonus needs two rewards, base and bonus")
         return self
 
+    @property
+    def needed(self) -> Mapping[str, str]:
+        return {"base": self.base, "bonus": self.bonus}
 
-def _refuse_unused(section: Any, used_by: Mapping[str, str]) -> None:
-    """Raises ValueError for a setting that the section's form would ignore."""
-    for name, form in used_by.items():
-        if form != section.form and getattr(section, name) != type(section).model_fields[name].default:
-            raise ValueError(f"{name} belongs to form {form}, not to {section.form}; leave it out")
+
+Combine = Annotated[
+    Annotated[WeightedMean, Tag("sum")]
+    | Annotated[Worst, Tag("worst")]
+    | Annotated[Uncertainty, Tag("uncertainty")]
+    | Annotated[BaseAndBonus, Tag("bonus")],
+    Discriminator(lambda section: _form(section) or "sum"),
+]
 
 
 class RewardSettings(Section):

@@ -1,19 +1,21 @@
-"""One question to whichever of several HTTP servers can answer it, with patience."""
+"""Questions to an HTTP server, with patience: a client, and how long to wait before another try."""
 
+import email.utils
 import ipaddress
+import re
 import threading
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import httpx2
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, stop_any, stop_when_event_set
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_any, stop_when_event_set
 from tenacity.nap import sleep_using_event
+from tenacity.wait import wait_random_exponential
 
 from rewards.base import RewardError, reason
 
 PASSING = (408, 429, 502, 503, 504)  # statuses that another try may change
-FIRST_REST, LONGEST_REST = 0.25, 10.0  # seconds that a failing server is left alone, doubled from first to longest
+FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds before another try at most, doubled from first to longest
 
 
 def is_loopback(host: str) -> bool:
@@ -25,58 +27,49 @@ def is_loopback(host: str) -> bool:
     return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
-def client_of(urls: Sequence[str], **options: Any) -> httpx2.Client:
-    """A client for some addresses; those of this machine are reached past the proxies that the environment names.
+def client_of(url: str, **options: Any) -> httpx2.Client:
+    """A client for an address; one of this machine is reached past the proxies that the environment names.
 
     RewardError for an address or a proxy that is none.
     """
     try:
-        own = [url for url in map(httpx2.URL, urls) if is_loopback(url.host) or url.host in ("0.0.0.0", "::")]
-        return httpx2.Client(mounts={f"all://{url.netloc.decode()}": None for url in own}, **options)
+        parsed = httpx2.URL(url)
+        own = is_loopback(parsed.host) or parsed.host in ("0.0.0.0", "::")
+        return httpx2.Client(mounts={f"all://{parsed.netloc.decode()}": None} if own else {}, **options)
     except (httpx2.InvalidURL, ValueError, ImportError) as error:
         proxies = "look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY"
-        raise RewardError(f"{', '.join(urls)} cannot be asked: {reason(error)}; {proxies}") from error
+        raise RewardError(f"{url} cannot be asked: {reason(error)}; {proxies}") from error
 
 
-class _Unavailable(Exception):
-    """A server did not answer now; it may later."""
+def asked_wait(error: BaseException | None) -> float:
+    """Seconds that a server asks to be left alone for: Retry-After, a number or a date; else 0."""
+    text = error.response.headers.get("retry-after", "") if isinstance(error, httpx2.HTTPStatusError) else ""
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except ValueError:
+        return float(text) if re.fullmatch(r"\s*\d+(\.\d*)?\s*", text) else 0.0
+
+
+class GrowingWait(wait_random_exponential):
+    """Ever longer waits, at random between 0 and a limit that doubles, and at least as long as the server asks."""
+
+    def __call__(self, state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(super().__call__(state), asked_wait(error))
 
 
 class Server:
-    """One address: how many requests it has, and until when it is left alone after failing."""
+    """The server at an address, for many threads at once. token: sent along as "Authorization: Bearer"."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, token: str | None):
         self.url = url
-        self.busy = self.failures = 0
-        self.rests_until = 0.0
-        self.trouble = "not asked"
-
-    def failed(self, trouble: str, after: float = 0.0) -> None:
-        self.trouble = trouble
-        if time.monotonic() >= self.rests_until:  # requests that fail together count once
-            self.failures += 1
-            rest = max(after, FIRST_REST * 2 ** min(self.failures - 1, 16))
-            self.rests_until = time.monotonic() + min(rest, LONGEST_REST)
-
-    def answered(self) -> None:
-        self.failures, self.rests_until = 0, 0.0
-
-
-class Asker:
-    """Asks servers, the least busy of those that do not rest after a failure; may be used by many threads at once.
-
-    urls: all that it will ask. token: sent along as "Authorization: Bearer".
-    """
-
-    def __init__(self, urls: Sequence[str], token: str | None):
         headers = {b"Authorization": f"Bearer {token}".encode()} if token else {}
-        self._client = client_of(urls, headers=headers, limits=httpx2.Limits(max_connections=None))
-        self._lock = threading.Lock()
+        self._client = client_of(url, headers=headers, limits=httpx2.Limits(max_connections=None))
 
     def ask(
         self,
-        servers: Sequence[Server],
-        request: tuple[str, str],
+        method: str,
+        path: str,
         *,
         timeout: float,
         patience: float,
@@ -84,74 +77,58 @@ class Asker:
         kind: str | None = None,
         over: threading.Event | None = None,
     ) -> Any:
-        """The JSON that a server answers to `request`, a method and a path; `content` is of content type `kind`.
+        """The JSON that the server answers; `content` is of content type `kind`.
 
-        A server that cannot be reached, has no room or does not answer within `timeout` seconds is asked again, after
-        the others and ever more seldom, for `patience` seconds or until `over` is set. RewardError when that has
-        passed, and at once when a server answers anything else than 200.
+        While the server cannot be reached, has no room or does not answer within `timeout` seconds it is asked again,
+        ever more seldom, for `patience` seconds or until `over` is set. RewardError when that has passed, and at once
+        when the server answers anything else than 200.
         """
         over = over or threading.Event()
+        growing = GrowingWait(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
 
-        def wait(state: RetryCallState) -> float:
-            rest = min(server.rests_until for server in servers) - time.monotonic()
-            return max(0.0, min(rest, patience - (state.seconds_since_start or 0.0)))
+        def wait(state: RetryCallState) -> float:  # the last try is made when patience ends
+            return max(0.0, min(growing(state), patience - (state.seconds_since_start or 0.0)))
+
+        def post() -> httpx2.Response:
+            return self._client.request(
+                method,
+                self.url + path,
+                content=content,
+                headers={"Content-Type": kind} if kind else {},
+                timeout=httpx2.Timeout(timeout, connect=min(timeout, LONGEST_WAIT)),
+            ).raise_for_status()
 
         retrying = Retrying(
-            retry=retry_if_exception_type(_Unavailable),
+            retry=retry_if_exception(_may_pass),
             wait=wait,
             stop=stop_any(stop_after_delay(patience), stop_when_event_set(over)),
             sleep=sleep_using_event(over),
             reraise=True,
         )
+        tried = f"no answer to {method} {path} in {patience:g} s of trying"
         try:
-            return retrying(self._try, servers, request, timeout, content, kind)
-        except _Unavailable as error:
-            troubles = "; ".join(f"{server.url}: {server.trouble}" for server in servers)
-            raise RewardError(f"no answer to {' '.join(request)} in {patience:g} s of trying ({troubles})") from error
-
-    def _try(
-        self,
-        servers: Sequence[Server],
-        request: tuple[str, str],
-        timeout: float,
-        content: bytes | None,
-        kind: str | None,
-    ) -> Any:
-        method, path = request
-        with self._lock:
-            now = time.monotonic()
-            server = min(servers, key=lambda server: (max(server.rests_until - now, 0.0), server.busy))
-            server.busy += 1
-        trouble, after = None, 0.0
-        try:
-            response = self._client.request(
-                method,
-                server.url + path,
-                content=content,
-                headers={"Content-Type": kind} if kind else {},
-                timeout=httpx2.Timeout(timeout, connect=min(timeout, LONGEST_REST)),
-            )
-            if response.status_code in PASSING:
-                trouble, after = _error_in(response), _seconds(response.headers.get("retry-after", ""))
-        except httpx2.ReadTimeout:
-            trouble = f"no answer within {timeout:g} s"
+            response = retrying(post)
         except httpx2.TransportError as error:
-            trouble = reason(error)
-        finally:
-            with self._lock:
-                server.busy -= 1
-        with self._lock:
-            if trouble is not None:
-                server.failed(trouble, after)
-                raise _Unavailable
-            server.answered()
-        where = f"{server.url} answered {response.status_code} to {method} {path}"
-        if response.status_code != 200:
-            raise RewardError(f"{where}: {_error_in(response)}")
+            trouble = f"no answer within {timeout:g} s" if isinstance(error, httpx2.ReadTimeout) else reason(error)
+            raise RewardError(f"{tried} ({self.url}: {trouble})") from error
+        except httpx2.HTTPStatusError as error:
+            said = _error_in(error.response)
+            if _may_pass(error):
+                raise RewardError(f"{tried} ({self.url}: {said})") from error
+            answered = f"{self.url} answered {error.response.status_code} to {method} {path}"
+            raise RewardError(f"{answered}: {said}") from error
         try:
             return response.json()
         except ValueError as error:
-            raise RewardError(f"{where} without JSON; is it a server of rewards?") from error
+            answered = f"{self.url} answered {response.status_code} to {method} {path}"
+            raise RewardError(f"{answered} without JSON; is it a server of rewards?") from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same question may be answered a little later."""
+    if isinstance(error, httpx2.HTTPStatusError):
+        return error.response.status_code in PASSING
+    return isinstance(error, httpx2.TransportError)
 
 
 def _error_in(response: httpx2.Response) -> str:
@@ -160,7 +137,3 @@ def _error_in(response: httpx2.Response) -> str:
         return str(response.json()["error"])
     except (ValueError, TypeError, KeyError):
         return f"{response.status_code} {response.reason_phrase}"
-
-
-def _seconds(text: str) -> float:
-    return float(text) if text.isdecimal() else 0.0

@@ -1,6 +1,6 @@
-"""A reward that a server scores: `rewards.load("http://host:8000/ocr")`, or several servers of one reward.
+"""A reward that a server scores: `rewards.load("http://host:8000/ocr")`.
 
-Several addresses, separated by commas, share the work, and what one fails to answer another is asked.
+A load balancer in front of several servers of one reward is one address too.
 `rewards.http.wire` loses nothing, so that scores are those of the reward in this process, bit for bit where both
 machines compute alike.
 """
@@ -17,25 +17,25 @@ import httpx2
 import torch
 
 from rewards.base import Reward, RewardError, as_scores, nearest, reason
-from rewards.http.asking import Asker, Server
+from rewards.http.asking import Server
 from rewards.http.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
 
 
 class RemoteReward(Reward):
-    """The reward of one or several servers, which must agree on what it is.
+    """The reward of a server.
 
-    urls: "http://host:8000/ocr", several joined by commas or in a list; the last part is the reward's name there,
-        unless `reward` gives it or the server has only one.
+    url: "http://host:8000/ocr"; the last part is the reward's name there, unless `reward` gives it or the server has
+        only one.
     timeout: seconds to wait for one answer, which includes the server's queue.
-    patience: seconds to go on asking while no server can be reached or has room, before the scoring fails.
+    patience: seconds to go on asking while the server cannot be reached or has no room, before the scoring fails.
     batch: items in one request; a group reward gets whole groups, the items of one prompt, whatever their number.
-    concurrency: requests that each server has at once, so that it never waits for the next.
-    start_timeout: seconds to wait for each server when this is made.
+    concurrency: requests that the server has at once, so that it never waits for the next.
+    start_timeout: seconds to wait for the server when this is made.
     """
 
     def __init__(
         self,
-        urls: str | Sequence[str],
+        url: str,
         reward: str | None = None,
         timeout: float = 60.0,
         patience: float = 300.0,
@@ -51,51 +51,39 @@ class RemoteReward(Reward):
         for option, value in (("batch", batch), ("concurrency", concurrency)):
             if value < 1 or value != int(value):
                 raise RewardError(f"a remote reward: {option} must be a whole number of at least 1, not {value}")
-        given = [url.strip() for url in (urls.split(",") if isinstance(urls, str) else urls)]
-        places = [_place(url, reward) for url in given]
-        if not places or len(set(places)) < len(places):
-            raise RewardError(f"a remote reward needs one or several different addresses, not {', '.join(given)!r}")
+        base, wanted = _place(url, reward)
         self.timeout, self.patience, self.batch, self.concurrency = timeout, patience, int(batch), int(concurrency)
-        self.servers = [Server(base) for base, _ in places]
-        self._asker = Asker([server.url for server in self.servers], secret())
-        found = [
-            self._found(server, place[1], start_timeout) for server, place in zip(self.servers, places, strict=True)
-        ]
-        first = found[0][0]
-        for server, (entry, _) in zip(self.servers, found, strict=True):
-            for key in first:
-                if entry[key] != first[key]:
-                    both = f"{first[key]!r} at {self.servers[0].url}, {entry[key]!r} at {server.url}"
-                    raise RewardError(f"the servers of reward {first['name']!r} differ in its {key}: {both}")
-        self.name, self.scope, self.prompt_sensitive = first["name"], first["scope"], first["prompt_sensitive"]
-        self.masks = first.get("masks", False)
+        self._server = Server(base, secret())
+        entry, self.limits = self._found(wanted, start_timeout)
+        self.name, self.scope, self.prompt_sensitive = entry["name"], entry["scope"], entry["prompt_sensitive"]
+        self.masks = entry.get("masks", False)
         self._counted: Counter[str] = Counter()
         self._counting = threading.Lock()
-        low, high = first["range"]
+        low, high = entry["range"]
         self.range = (-math.inf if low is None else low, math.inf if high is None else high)
-        self.limits = Limits(*map(min, zip(*(limits for _, limits in found), strict=True)))
-        self._applies_to_all = first["applies_to_all"]
+        self._applies_to_all = entry["applies_to_all"]
         self._ask_whether_once = lru_cache(maxsize=2**16)(self._ask_whether)
 
-    def _found(self, server: Server, wanted: str | None, seconds: float) -> tuple[dict[str, Any], Limits]:
-        """What a server says of the reward, and its limits; RewardError when it has no such reward."""
-        spec = self._asker.ask([server], ("GET", "/spec"), timeout=min(seconds, self.timeout), patience=seconds)
+    def _found(self, wanted: str | None, seconds: float) -> tuple[dict[str, Any], Limits]:
+        """What the server says of the reward, and its limits; RewardError when it has no such reward."""
+        url = self._server.url
+        spec = self._server.ask("GET", "/spec", timeout=min(seconds, self.timeout), patience=seconds)
         if not isinstance(spec, dict) or "protocol" not in spec:
-            raise RewardError(f"{server.url} is no server of rewards")
+            raise RewardError(f"{url} is no server of rewards")
         if spec["protocol"] != PROTOCOL:
             raise RewardError(
-                f"{server.url} runs flowalign {spec.get('version')}, which speaks protocol {spec['protocol']} and not "
+                f"{url} runs flowalign {spec.get('version')}, which speaks protocol {spec['protocol']} and not "
                 f"{PROTOCOL} as here; install the same version on both"
             )
         entries: dict[str, dict[str, Any]] = spec["rewards"]
         name = next(iter(entries)) if wanted is None and len(entries) == 1 else wanted
         if name is None:
-            some = f"{server.url}/{next(iter(entries))}"
-            raise RewardError(f"{server.url} serves {', '.join(entries)}; say which, as in {some!r}")
+            some = f"{url}/{next(iter(entries))}"
+            raise RewardError(f"{url} serves {', '.join(entries)}; say which, as in {some!r}")
         if name not in entries:
             hint = f"did you mean {nearest(name, entries)!r}? (it serves {', '.join(entries)})"
-            raise RewardError(f"{server.url} serves no reward {name!r}; {hint}")
-        return {"name": name, "flowalign version": spec["version"], **entries[name]}, Limits(**spec["limits"])
+            raise RewardError(f"{url} serves no reward {name!r}; {hint}")
+        return {"name": name, **entries[name]}, Limits(**spec["limits"])
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
         """What the reward on the server says; it is asked about a row once."""
@@ -112,7 +100,7 @@ class RemoteReward(Reward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) from the servers; RewardError, naming the server, when one refuses or patience is over."""
+        """Scores (B,) from the server; RewardError, naming it, when it refuses or patience is over."""
         scores = torch.empty(len(prompts))
         over = threading.Event()
 
@@ -123,7 +111,7 @@ class RemoteReward(Reward):
             values = [math.nan if one is None and self.masks else one for one in values]
             return as_scores(values, asked, self.name, self.masks)
 
-        pool = ThreadPoolExecutor(self.concurrency * len(self.servers))
+        pool = ThreadPoolExecutor(self.concurrency)
         try:
             parts = {pool.submit(scores_of, part): part for part in self._parts(media, prompts)}
             for done in as_completed(parts):
@@ -134,12 +122,12 @@ class RemoteReward(Reward):
         return scores
 
     def _parts(self, media: torch.Tensor, prompts: Sequence[str]) -> list[list[int]]:
-        """Which items go together in a request: few enough that every server has some, never a part of a group."""
+        """Which items go together in a request, never a part of a group."""
         groups: dict[str | int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(prompt if self.scope == "group" else index, []).append(index)
         most = min(self.limits.items, self.limits.bytes // (4 * media[0].numel()))
-        wanted = min(self.batch, math.ceil(len(prompts) / len(self.servers)), most)
+        wanted = min(self.batch, most)
         parts: list[list[int]] = []
         for group in groups.values():
             if len(group) > most:
@@ -154,14 +142,14 @@ class RemoteReward(Reward):
         return parts
 
     def _values(self, key: str, body: bytes, kind: str, count: int, over: threading.Event) -> list[Any]:
-        """The list that a server answers under "scores" or "applies" about `count` items."""
-        request = ("POST", f"/{'score' if key == 'scores' else key}/{self.name}")
-        answer = self._asker.ask(
-            self.servers, request, timeout=self.timeout, patience=self.patience, content=body, kind=kind, over=over
+        """The list that the server answers under "scores" or "applies" about `count` items."""
+        path = f"/{'score' if key == 'scores' else key}/{self.name}"
+        answer = self._server.ask(
+            "POST", path, timeout=self.timeout, patience=self.patience, content=body, kind=kind, over=over
         )
         values = answer.get(key) if isinstance(answer, dict) else None
         if not isinstance(values, list) or len(values) != count:
-            raise RewardError(f"a server of reward {self.name!r} answered {request[1]} without {count} {key}")
+            raise RewardError(f"a server of reward {self.name!r} answered {path} without {count} {key}")
         with self._counting:
             self._counted.update(answer.get("counted", {}))
         return values
@@ -169,6 +157,8 @@ class RemoteReward(Reward):
 
 def _place(url: str, reward: str | None) -> tuple[str, str | None]:
     """A server's address, and the reward: `reward`, else the last part of `url`, else None."""
+    if "," in url:
+        raise RewardError(f"{url!r} is several addresses; give one, of a load balancer where there are several servers")
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:

@@ -1,13 +1,10 @@
 """A vision-language model behind an OpenAI-compatible server as a judge; pictures travel as PNG."""
 
 import base64
-import email.utils
 import io
 import math
 import os
-import re
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -19,7 +16,7 @@ from PIL import Image
 from tenacity.nap import sleep_using_event
 
 from rewards.base import RewardError, reason
-from rewards.http.asking import client_of
+from rewards.http.asking import GrowingWait, asked_wait, client_of
 from rewards.vlm.base import (
     REASONING,
     VLM,
@@ -92,7 +89,7 @@ class EndpointVLM(VLM):
             headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
         try:
             limits = httpx2.Limits(max_connections=concurrency)
-            self.client = client_of([url], headers=headers, timeout=timeout, limits=limits)
+            self.client = client_of(url, headers=headers, timeout=timeout, limits=limits)
         except RewardError as error:
             raise VLMError(str(error)) from error
         self.url = url.rstrip("/")
@@ -103,7 +100,7 @@ class EndpointVLM(VLM):
         self.stop = tenacity.stop_after_attempt(retries + 1)
         self.retrying = tenacity.Retrying(
             stop=self.stop,
-            wait=_Wait(backoff),
+            wait=GrowingWait(multiplier=backoff, max=max(backoff, 30)),
             retry=tenacity.retry_if_exception(_may_pass),
             reraise=True,
         )
@@ -245,25 +242,5 @@ def _passes(status: int) -> bool:
 def _may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, httpx2.HTTPStatusError):
-        return _passes(error.response.status_code) and _asked_wait(error) <= LONGEST_WAIT
+        return _passes(error.response.status_code) and asked_wait(error) <= LONGEST_WAIT
     return isinstance(error, httpx2.TransportError | Passing)
-
-
-def _asked_wait(error: BaseException | None) -> float:
-    """Seconds that a server asks to be left alone for: Retry-After, a number or a date; else 0."""
-    text = error.response.headers.get("retry-after", "") if isinstance(error, httpx2.HTTPStatusError) else ""
-    try:
-        return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
-    except ValueError:
-        return float(text) if re.fullmatch(r"\s*\d+(\.\d*)?\s*", text) else 0.0
-
-
-class _Wait(tenacity.wait_random_exponential):
-    """Ever longer waits, and at least as long as the server asks."""
-
-    def __init__(self, backoff: float):
-        super().__init__(multiplier=backoff, max=max(backoff, 30))
-
-    def __call__(self, state: tenacity.RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        return max(super().__call__(state), _asked_wait(error))

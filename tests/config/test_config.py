@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from flowalign.algorithms.flow_grpo import FlowGRPOSettings
 from flowalign.config import (
-    Combine,
     Evaluation,
     Guard,
     Lora,
@@ -27,7 +26,6 @@ from flowalign.config import (
     RewardSettings,
     Rollout,
     Run,
-    Shaping,
     Train,
     bundled_recipes,
     dump_recipe,
@@ -36,6 +34,7 @@ from flowalign.config import (
 )
 from flowalign.config.algorithm import algorithm_class, algorithm_names
 from flowalign.config.base import Section, UserError
+from flowalign.config.rewards import BaseAndBonus, LogSigmoid, Uncertainty, Worst
 
 ALGORITHMS = {name: algorithm_class(name) for name in algorithm_names()}
 GOOD = """\
@@ -173,7 +172,7 @@ def test_every_setting_is_described_where_it_is_held():
         silent = {key for key in own if key != "name" and not any(part.__doc__ for part in held[key])}
         assert not silent, section
         sections += [part for parts in held.values() for part in parts]
-    assert {Lora, Rollout, RewardSettings, Guard, Combine, Shaping} < seen
+    assert {Lora, Rollout, RewardSettings, Guard, BaseAndBonus, LogSigmoid} < seen
 
 
 def _described(section: type[Section]) -> set[str]:
@@ -662,6 +661,40 @@ def test_a_recipe_takes_from_its_base_what_it_does_not_say(write, tmp_path):
     assert load_recipe(above, ["train.steps=99"]).train.steps == 99
 
 
+def test_a_section_changes_the_keys_that_it_names_and_keeps_the_others_of_its_base(tmp_path):
+    below = """name: below
+prompts: a.txt
+model: {lora: {rank: 4, alpha: 8}}
+rewards: {ocr: 1, clip: 2}
+combine: {form: uncertainty, penalty: 3, disagreement: 1}
+algorithm: {name: nft, timesteps: 3, beta: 0.5}
+train: {steps: 7, group_size: 5, ema_decay: 0.5}
+"""
+    above = """base: below.yaml
+name: above
+model: {lora: {rank: 2}}
+train: {steps: 9, ema_decay: null}
+"""
+    (tmp_path / "below.yaml").write_text(below)
+    (tmp_path / "above.yaml").write_text(above)
+    recipe = load_recipe(tmp_path / "above.yaml")
+    assert recipe.model.lora == Lora(rank=2, alpha=8)
+    assert (recipe.train.steps, recipe.train.group_size, recipe.train.ema_decay) == (9, 5, None)
+    assert recipe.combine == Uncertainty(form="uncertainty", penalty=3, disagreement=1)
+
+    (tmp_path / "above.yaml").write_text(above + "algorithm: {name: nft, beta: 0.1}\n")
+    assert load_recipe(tmp_path / "above.yaml").algorithm.model_dump(include={"timesteps", "beta"}) == {
+        "timesteps": 3,
+        "beta": 0.1,
+    }
+    whole = "rewards: {pickscore: 1, hpsv2: 1}\ncombine: {form: worst}\nalgorithm: {name: crd}\n"
+    (tmp_path / "above.yaml").write_text(above + whole)
+    recipe = load_recipe(tmp_path / "above.yaml")
+    assert list(recipe.rewards) == ["pickscore", "hpsv2"]
+    assert recipe.combine == Worst(form="worst")
+    assert recipe.algorithm == ALGORITHMS["crd"](name="crd")
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -670,6 +703,12 @@ def test_a_recipe_takes_from_its_base_what_it_does_not_say(write, tmp_path):
         ("base: [a]\nname: a\n", r"above.yaml, line 1: base must be a recipe's name or file, not \['a'\]"),
         ("base: demo.yaml\nname: a\ntrain: {stepz: 1}\n", r"above.yaml, line 3: unknown key 'train.stepz'"),
         ("base: broken.yaml\nname: a\n", r"broken.yaml, line 2: unknown key 'train.stepz'"),
+        ("base: broken.yaml\nname: a\ntrain:\n  steps: 3\n", r"broken.yaml, line 2: unknown key 'train.stepz'"),
+        (
+            "base: demo.yaml\nname: a\ntrain:\n  steps: 3\n  ema_warmup: true\n",
+            r"above.yaml, line 3: train: ema_warmup",
+        ),
+        ("base: demo.yaml\nname: a\nrewards:\n  ocr: {shaping: {}}\n", r"above.yaml, line 4: rewards.ocr.shaping.form"),
     ],
 )
 def test_a_mistake_names_the_file_in_which_it_stands(write, tmp_path, text, sentence):

@@ -207,7 +207,11 @@ def test_a_shaping_that_makes_nan_of_a_score_is_an_error_and_not_a_picture_left_
     ("changes", "message"),
     [
         ({"combine": {"form": "worst", "floor": 0.5}}, "floor belongs to form bonus, not to worst"),
-        ({"combine": {"form": "bonus", "base": "first"}}, "needs two rewards, base and bonus"),
+        ({"combine": {"form": "bonus", "base": "first"}}, "combine.bonus is missing; form bonus needs it"),
+        ({"combine": {"form": "bonus", "base": "first", "bonus": "first"}}, "needs two rewards, base and bonus"),
+        ({"combine": {"form": "wrst"}}, "combine.form should be 'sum', 'worst', 'uncertainty' or 'bonus', not 'wrst'"),
+        ({"combine": {"flor": 0.5}}, "unknown key 'combine.flor'; did you mean 'floor'"),
+        ({"rewards": {"first": {"shaping": {"reference": [1]}}}}, "rewards.first.shaping.form is missing"),
         ({"combine": {"form": "bonus", "base": "first", "bonus": "secnd"}}, "no reward 'secnd'.*'second'"),
         ({"combine": {"disagreement": 1.0}, "rewards": {"first": 1.0}}, "needs two rewards or more"),
         ({"combine": {"form": "worst"}, "algorithm": {"name": "marble"}}, "marble takes each reward by itself"),
