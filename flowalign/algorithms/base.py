@@ -17,7 +17,7 @@ from flowalign.sampling.steps import Dynamics
 
 if TYPE_CHECKING:
     from flowalign.config.recipe import Recipe
-    from flowalign.policies.base import Condition, Policy
+    from flowalign.policies.base import Conditioning, Policy
 
 Figures: TypeAlias = "dict[str, torch.Tensor]"
 
@@ -50,7 +50,7 @@ class Noised:
 class Batch:
     """n items of one training step: what `Algorithm.loss` sees."""
 
-    condition: Condition
+    condition: Conditioning
     advantages: torch.Tensor  # (n,), or (n, K) of an algorithm that keeps one a reward
     groups: torch.Tensor  # (n,), the set within which an item is compared
     latents: torch.Tensor  # (n, ...), the finished sample x0

@@ -28,6 +28,7 @@ from flowalign.config.options import parse_options
 from flowalign.disk.files import replace_text
 from flowalign.disk.media import save_pictures
 from flowalign.policies.base import Policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples
@@ -161,7 +162,7 @@ def best_of(
     rewards: Mapping[str, Reward],
     candidates: int,
     sampler: Sampler,
-    size: tuple[int, int],
+    request: MediaRequest,
     key: tuple[int, ...],
     *,
     batch: int,
@@ -171,7 +172,7 @@ def best_of(
 ) -> BestOf:
     """Draw `candidates` pictures of each row, pruned by the schedule, and choose the best `kept` of the finished ones.
 
-    size, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
+    request, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
     without pruning, up to the rounding of smaller batches. Raises UserError as `check_search` and `check_judges` do,
     RewardError as the rewards do.
     """
@@ -181,7 +182,8 @@ def best_of(
     counts = survivors(candidates, schedule)
     court = _Court(policy, rows, rewards, candidates)
     prunings = {cut.step: partial(court.prune, cut.step, left) for cut, left in zip(schedule, counts[1:], strict=True)}
-    samples = rollout(policy, rows, candidates, sampler, size, key, batch=batch, progress=progress, survivors=prunings)
+    drawn = partial(rollout, batch=batch, progress=progress, survivors=prunings)
+    samples = drawn(policy, rows, candidates, sampler, request, key)
     numbered = zip(samples.groups.tolist(), samples.members, strict=True)
     places = [group * candidates + member for group, member in numbered]
     chosen = court.best(sampler.steps, kept, samples.media, places)

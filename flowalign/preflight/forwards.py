@@ -16,8 +16,9 @@ from flowalign.advantages import Scored
 from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.forward import ForwardAlgorithm
 from flowalign.config import Recipe
-from flowalign.policies.base import Condition, Grid, Policy
+from flowalign.policies.base import Condition, Grid, TextPolicy
 from flowalign.policies.devices import own_device
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples
@@ -38,18 +39,19 @@ class Forwards(NamedTuple):
         return self.rollout + self.trained + self.fixed
 
 
-class _Pixel(Policy):
+class _Pixel(TextPolicy):
     """v = w x on pictures of one pixel; counts rows with and without a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.request = MediaRequest(1, 1)
         self.transformer = nn.Linear(1, 1, bias=False)
         nn.init.ones_(self.transformer.weight)
         self.snapshot("reference")
         self.with_gradient = 0
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         return Condition({"row": torch.zeros(len(prompts), 1)})
 
     def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -59,7 +61,7 @@ class _Pixel(Policy):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents.new_zeros(len(latents), 3, 1, 1)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
         return (1, 1, 1)
 
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
@@ -95,7 +97,7 @@ def _step(recipe: Recipe, policy: _Pixel, learner: Learner, step: int) -> Forwar
         rows,
         train.group_size,
         recipe.rollout,
-        (1, 1),
+        policy.request,
         (recipe.run.seed, step),
         batch=len(rows) * train.group_size,
         keep=algorithm.keep,

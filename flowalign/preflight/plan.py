@@ -79,8 +79,8 @@ class Costs:
         self.policy, self.shares = policy, shares
         self.counts = parameters(policy)
         self.element = policy.dtype.itemsize
-        self.latent = 4 * math.prod(policy.latent_shape(*policy.size))
-        self.picture = 4 * 3 * math.prod(policy.size)
+        self.latent = 4 * math.prod(policy.latent_shape(policy.request))
+        self.picture = 4 * 3 * policy.request.height * policy.request.width
         self.condition = sum(x.nbytes for x in condition_rows(policy, 1).tensors.values())
         self.decoding = cache(lambda pictures: decode_pass(policy, pictures))
         self._pass = cache(self._measured)

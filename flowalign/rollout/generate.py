@@ -12,13 +12,14 @@ import torch
 
 from flowalign.config import Rollout, Sampler
 from flowalign.config.algorithm import Keep
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.finite import refuse_not_finite
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples, Trajectory
 from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
 
 if TYPE_CHECKING:
-    from flowalign.policies.base import Condition, Policy
+    from flowalign.policies.base import Conditioning, Policy
 
 Progress = Callable[[float], None]
 """Called with how many more pictures are done; a denoising step is a part of one."""
@@ -34,11 +35,11 @@ def rollout(
     rows: Sequence[Row],
     group_size: int,
     sampler: Sampler,
-    size: tuple[int, int],
+    request: MediaRequest,
     key: tuple[int, ...],
     *,
     batch: int,
-    condition: "Condition | None" = None,
+    condition: "Conditioning | None" = None,
     keep: Collection[Keep] = (),
     training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
@@ -48,8 +49,8 @@ def rollout(
     """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
 
     A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
-    other follows the ODE. size: (height, width) in pixels. `condition` is that of the rows; None encodes them. `keep`
-    names what is returned beside the finished samples. Whatever `batch`, the numbers of a sample are its own.
+    other follows the ODE. `condition` is that of the rows; None encodes them. `keep` names what is returned beside the
+    finished samples. Whatever `batch`, the numbers of a sample are its own.
     `finished` is called with each batch's media and rows.
     `survivors` are asked, after as many steps as their key says, which samples go on; they see whole groups, and only
     what goes on to the end is returned. ValueError with a `keep` or a solver that remembers the others.
@@ -57,7 +58,7 @@ def rollout(
     """
     if survivors and (keep or sampler.solver != "euler"):
         raise ValueError("samples can be dropped on the way only with solver euler and nothing else kept")
-    condition = policy.encode([row.prompt for row in rows]) if condition is None else condition
+    condition = policy.encode(rows) if condition is None else condition
     groups = torch.arange(len(rows)).repeat_interleave(group_size)
     members = torch.arange(group_size).repeat(len(rows)).tolist()
     samples = [rows[group] for group in groups.tolist()]
@@ -70,7 +71,7 @@ def rollout(
         own = dict(enumerate(keys[chosen], start))
         text = condition[groups[chosen].to(policy.device)]
         moved = partial(progress, len(own) / sampler.steps) if progress else None
-        part = _denoise(policy, text, own, sampler, window, size, keep, batch, survivors or {}, moved)
+        part = _denoise(policy, text, own, sampler, window, request, keep, batch, survivors or {}, moved)
         parts.append(part)
         media.append(policy.decode(part.latents))
         refuse_not_finite([samples[place].prompt for place in part.places], part.latents, media[-1])
@@ -103,11 +104,11 @@ class _Denoised:
 
 def _denoise(
     policy: "Policy",
-    condition: "Condition",
+    condition: "Conditioning",
     keys: Mapping[int, tuple[int, ...]],
     sampler: Sampler,
     window: tuple[int, int],
-    size: tuple[int, int],
+    request: MediaRequest,
     keep: Collection[Keep],
     batch: int,
     survivors: Mapping[int, Survivors],
@@ -117,7 +118,7 @@ def _denoise(
 
     Initial noise is denoising step 0 of its member, or of member 0 where it is shared; the noise of step i is i + 1.
     """
-    shape = policy.latent_shape(*size)
+    shape = policy.latent_shape(request)
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
     settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
@@ -171,7 +172,7 @@ def _denoise(
 
 
 def _velocity(
-    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Condition", guidance: float, batch: int
+    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Conditioning", guidance: float, batch: int
 ) -> torch.Tensor:
     """The guided velocity (B, ...) of states at one sigma, `batch` rows at a time."""
     level = torch.full((len(x),), sigma, device=x.device)

@@ -13,7 +13,7 @@ from flowalign.sampling.steps import Dynamics
 from rewards.combine import Scores
 
 if TYPE_CHECKING:
-    from flowalign.policies.base import Condition
+    from flowalign.policies.base import Conditioning
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Samples:
 
     rows: list[Row]
     groups: torch.Tensor  # (B,), the prompt's place in the step
-    condition: Condition  # one row a prompt; `groups` indexes it
+    condition: Conditioning  # one row a prompt; `groups` indexes it
     latents: torch.Tensor  # (B, ...), x0
     media: torch.Tensor  # (B, 3, H, W) in [0, 1]
     grid: torch.Tensor  # (steps + 1,), the sigmas of the rollout

@@ -141,7 +141,7 @@ class GroupStore:
         return Samples(
             rows=drawn,
             groups=torch.arange(len(rows)).repeat_interleave(train.group_size).to(policy.device),
-            condition=policy.encode([row.prompt for row in together])[share],  # as one process encodes them
+            condition=policy.encode(together)[share],  # as one process encodes them
             latents=torch.cat(latents).to(policy.device),
             media=torch.empty(0),
             grid=policy.sigmas(recipe.rollout.steps, recipe.rollout.grid),
@@ -268,7 +268,7 @@ def collect(
             part,
             settings.group_size,
             recipe.rollout,
-            (recipe.model.height, recipe.model.width),
+            policy.request,
             (STORE, recipe.run.seed, 0),
             batch=recipe.rollout.batch,
             progress=progress,

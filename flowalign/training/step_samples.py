@@ -42,7 +42,7 @@ def step_samples(
         return source.draw(policy, recipe, step, share)
     rows = step_rows(source, train.prompts_per_step, recipe.run.seed, step)
     # All of the step's: a text encoder's last digits depend on how many prompts it sees at once.
-    condition = policy.encode([row.prompt for row in rows])
+    condition = policy.encode(rows)
     behaviour = algorithm_of(recipe).behaviour
     with policy.using(behaviour) if behaviour else nullcontext():
         return rollout(
@@ -50,7 +50,7 @@ def step_samples(
             rows[share],
             train.group_size,
             recipe.rollout,
-            (recipe.model.height, recipe.model.width),
+            policy.request,
             (ROLLOUT, recipe.run.seed, step),
             batch=recipe.rollout.batch,
             condition=condition[share],

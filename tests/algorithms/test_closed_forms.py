@@ -27,7 +27,8 @@ from torch import nn
 
 from flowalign.advantages import Scored
 from flowalign.config import recipe_from_dict
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.store import collect
@@ -120,8 +121,10 @@ class Velocity(nn.Module):
         return exact[:, :, 0] - self.mean + self.units[place][:, None] * learnt
 
 
-class GaussianPolicy(Policy):
+class GaussianPolicy(TextPolicy):
     """Latents of one or two numbers, shown as a row of grey pixels; all prompts are alike."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self, data, grid, levels=(0.5,), units=(1.0,)):
         super().__init__()
@@ -130,7 +133,7 @@ class GaussianPolicy(Policy):
         self.transformer = Velocity(data, levels, units).to(self.device)
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1, device=self.device)})
 
     def _forward(self, x, sigma, condition):
@@ -139,7 +142,7 @@ class GaussianPolicy(Policy):
     def decode(self, latents):
         return (0.5 + latents / RANGE).clamp(0, 1)[:, None, None].expand(-1, 3, 1, -1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (self.data.size,)
 
     def sigmas(self, steps, grid="model"):
@@ -152,7 +155,7 @@ class GaussianPolicy(Policy):
     def velocities(self):
         """(K, k) of the velocity at each sigma of the grid but the last, as the weights are now."""
         points = torch.cat([torch.zeros(1, self.data.size), torch.eye(self.data.size)]).to(self.device)
-        condition, found = self.encode([""] * len(points)), []
+        condition, found = self.encode_prompts([""] * len(points)), []
         for sigma in self.grid[:-1]:
             with torch.no_grad():
                 values = self.velocity(points, torch.full((len(points),), sigma).to(points), condition)
@@ -758,7 +761,7 @@ def first_items(algorithm, values, applies=None, moved=0.0):
     )
     recipe.algorithm.begin(policy)
     rows = [Row(index, f"prompt {index}") for index in range(2)]
-    samples = rollout(policy, rows, 4, recipe.rollout, (8, 8), (0, 0, 0), batch=8, keep=recipe.algorithm.keep)
+    samples = rollout(policy, rows, 4, recipe.rollout, policy.request, (0, 0, 0), batch=8, keep=recipe.algorithm.keep)
     applies = torch.ones_like(values, dtype=torch.bool) if applies is None else applies
     scored = Scored((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
     samples.scored = Scored(*(part.to(policy.device) if isinstance(part, torch.Tensor) else part for part in scored))

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from flowalign.config import Train, bundled_recipes, load_recipe, recipe_from_dict
-from flowalign.policies.base import Condition
+from flowalign.policies.base import Condition, Conditioning
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.samples import Samples
 from flowalign.training.items import Items
@@ -96,10 +96,11 @@ def test_more_draws_than_levels_take_every_level_alike_with_noise_of_their_own()
     levels = recipe.algorithm.levels(grid, torch.Generator().manual_seed(0))
     assert levels.sort(descending=True).values.tolist() == grid[:-1].repeat_interleave(2).tolist()
     latents = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    empty = Condition({"a": torch.zeros(1, 1)})
     samples = Samples(
         rows=[Row(0, "a")] * 2,
         groups=torch.zeros(2, dtype=torch.long),
-        condition=Condition({"a": torch.zeros(1, 1)}),
+        condition=Conditioning(empty, empty),
         latents=latents,
         media=torch.zeros(2, 3, 1, 1),
         grid=grid,
