@@ -71,7 +71,7 @@ CHECKED = ("model.height=64", "model.width=64", "train.group_size=2", "rollout.s
 class RandomWeights(SD3Policy):
     """The architecture with random weights, and random numbers in the place of encoded prompts."""
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Of the published shapes, different for different prompts."""
         config = self.pipeline.transformer.config
         rows = [counted_generator(*prompt.encode()) for prompt in prompts]

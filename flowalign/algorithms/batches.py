@@ -16,7 +16,7 @@ from flowalign.sampling.noise import FORWARD, counted_generator, counted_noise
 from flowalign.sampling.steps import Dynamics, column
 
 if TYPE_CHECKING:
-    from flowalign.policies.base import Condition
+    from flowalign.policies.base import Conditioning
     from flowalign.rollout.stages import Weighted
 
 Unit = Literal["item", "group", "path"]
@@ -39,7 +39,7 @@ class Turn:
 class Batch:
     """n items of one training step: what `Algorithm.loss` sees."""
 
-    condition: Condition
+    condition: Conditioning
     advantages: torch.Tensor  # (n,), or (n, K) of an algorithm that keeps one a reward
     groups: torch.Tensor  # (n,), the set within which an item is compared
     samples: torch.Tensor  # (n,), which items are of one sample

@@ -77,9 +77,8 @@ def _audited(
     base = None if against is None else _base(recipe, against, device, policy)
 
     def draw(policy: Policy, rows: Sequence[Row], asked: Evaluation) -> Evaluated:
-        size = recipe.model.height, recipe.model.width
         with Terminal().evaluating(len(rows) * asked.images_per_prompt) as progress:
-            return evaluate(policy, rows, rewards, asked, size, progress, guarding.auditor.observe)
+            return evaluate(policy, rows, rewards, asked, policy.request, progress, guarding.auditor.observe)
 
     with policy.reference() if base is None else nullcontext():
         guarding.learn(base or policy, partial(draw, base or policy))
@@ -90,8 +89,8 @@ def _audited(
 
 def _base(recipe: Recipe, against: str, device: torch.device | str, policy: Policy) -> Policy:
     model = model_settings(against)
-    size = recipe.model.height, recipe.model.width
-    base = load_policy(model.model_copy(update={"height": size[0], "width": size[1]}), device, recipe.run.seed)
-    if base.latent_shape(*size) != policy.latent_shape(*size):
+    size = {"height": policy.request.height, "width": policy.request.width}
+    base = load_policy(model.model_copy(update=size), device, recipe.run.seed)
+    if base.latent_shape(base.request) != policy.latent_shape(policy.request):
         raise UserError(f"--against {against}: its latents have another shape than {recipe.model.path}'s")
     return base

@@ -166,7 +166,6 @@ def draw(
     settings = drawing.settings(rows)
     check_folder(folder, DRAWING, settings, made="*/samples/*.png")
     policy: Policy | None = None
-    size = (drawing.model.height, drawing.model.width)
     stopwatch.start()
     for chunk in drawing.chunks(rows):
         paths = [folder / picture_name(row.index, member) for row in chunk for member in range(drawing.images)]
@@ -179,7 +178,7 @@ def draw(
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
             images, batch = drawing.images, drawing.batch
-            drawn = rollout(policy, chunk, images, drawing.sampler, size, key, batch=batch, progress=progress)
+            drawn = rollout(policy, chunk, images, drawing.sampler, policy.request, key, batch=batch, progress=progress)
             for row in chunk:
                 own = folder / f"{row.index:05d}"
                 (own / "samples").mkdir(parents=True, exist_ok=True)

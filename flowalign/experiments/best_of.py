@@ -17,6 +17,7 @@ from flowalign.config.base import UserError
 from flowalign.evaluate.evaluation import Evaluated, evaluate
 from flowalign.experiments.scaling import Cost, Prune, best_of, check_judges, check_search, cost
 from flowalign.policies.base import Policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.prompts import Row
 from flowalign.sampling.noise import EVALUATION
@@ -62,7 +63,7 @@ def evaluate_best_of(
     by: str,
     counts: Sequence[int],
     settings: Evaluation,
-    size: tuple[int, int],
+    request: MediaRequest,
     progress: Progress | None = None,
 ) -> list[Point]:
     """Best-of-n for each n of `counts`, chosen by the reward `by` and measured by all, from one draw of max(counts).
@@ -78,7 +79,7 @@ def evaluate_best_of(
         raise UserError(f"{by} judges none of the evaluation prompts; choose by another reward")
     most = max(counts)
     settings = settings.model_copy(update={"images_per_prompt": most, "pictures": 0})
-    drawn = evaluate(policy, asked, rewards, settings, size, progress)
+    drawn = evaluate(policy, asked, rewards, settings, request, progress)
     groups = [drawn.scores[start : start + most] for start in range(0, len(drawn.scores), most)]
     return [
         Point(n, (), cost(n, (), settings.steps, settings.guidance), _expected(asked, groups, by, n).summary())
@@ -106,7 +107,7 @@ def evaluate_pruned(
     candidates: int,
     schedule: Sequence[Prune],
     settings: Evaluation,
-    size: tuple[int, int],
+    request: MediaRequest,
     progress: Progress | None = None,
 ) -> Point:
     """One run of pruned best-of-N, chosen by the rewards `by` and measured by all on the chosen pictures.
@@ -120,7 +121,7 @@ def evaluate_pruned(
     chunk = max(1, settings.batch // candidates)
     for start in range(0, len(rows), chunk):
         part = rows[start : start + chunk]
-        media = search(policy, part, judges, candidates, settings, size, key).media
+        media = search(policy, part, judges, candidates, settings, request, key).media
         scores = score_all(rewards, media, [row.prompt for row in part], [row.metadata for row in part])
         found += [
             {name: float(one.values[index]) for name, one in scores.items() if one.applies[index]}

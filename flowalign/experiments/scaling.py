@@ -27,6 +27,7 @@ from flowalign.config.options import parse_options
 from flowalign.disk.files import replace_text
 from flowalign.disk.media import save_pictures
 from flowalign.policies.base import Policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, Step, rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import Drawn
@@ -160,7 +161,7 @@ def best_of(
     rewards: Mapping[str, Reward],
     candidates: int,
     sampler: Sampler,
-    size: tuple[int, int],
+    request: MediaRequest,
     key: tuple[int, ...],
     *,
     batch: int,
@@ -170,7 +171,7 @@ def best_of(
 ) -> BestOf:
     """Draw `candidates` pictures of each row, pruned by the schedule, and choose the best `kept` of the finished ones.
 
-    size, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
+    request, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
     without pruning, up to the rounding of smaller batches. Raises UserError as `check_search` and `check_judges` do,
     RewardError as the rewards do.
     """
@@ -186,7 +187,7 @@ def best_of(
             step.going = court.prune(step.index + 1, count, step.predicted, step.places)
 
     how: dict[str, Any] = {"batch": batch, "progress": progress, "watch": watch, "whole_groups": bool(schedule)}
-    samples = rollout(policy, rows, candidates, sampler, size, key, **how)
+    samples = rollout(policy, rows, candidates, sampler, request, key, **how)
     numbered = zip(samples.groups.tolist(), samples.members, strict=True)
     places = [group * candidates + member for group, member in numbered]
     chosen = court.best(sampler.steps, kept, samples.media, places)

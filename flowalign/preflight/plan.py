@@ -78,8 +78,8 @@ class Costs:
         self.policy, self.shares = policy, shares
         self.counts = parameters(policy)
         self.element = policy.dtype.itemsize
-        self.latent = 4 * math.prod(policy.latent_shape(*policy.size))
-        self.picture = 4 * 3 * math.prod(policy.size)
+        self.latent = 4 * math.prod(policy.latent_shape(policy.request))
+        self.picture = 4 * 3 * policy.request.height * policy.request.width
         self.condition = sum(x.nbytes for x in condition_rows(policy, 1).tensors.values())
         self.decoding = cache(lambda pictures: decode_pass(policy, pictures))
         self._pass = cache(self._measured)
@@ -187,7 +187,7 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     if algorithm_of(recipe.algorithm).cost(frozenset()).apart:
         losses = len(recipe.trained_rewards)
         parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
-    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"latents and paths of {per_process} samples"))
+    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} latents and paths"))
     parts.append(Part("runtime", RUNTIME, "assumed"))
     return parts
 

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowalign.config import Rollout, Sampler
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.finite import refuse_not_finite
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import Drawn, Keep, Trajectory
 from flowalign.sampling import SdeStep, counted_noise, ode_solver, ode_step, sde_step
 
 if TYPE_CHECKING:
-    from flowalign.policies.base import Condition, Policy
+    from flowalign.policies.base import Conditioning, Policy
 
 Progress = Callable[[float], None]
 """Called with how many more pictures are done; a denoising step is a part of one."""
@@ -60,11 +61,11 @@ def rollout(
     rows: Sequence[Row],
     group_size: int,
     sampler: Sampler,
-    size: tuple[int, int],
+    request: MediaRequest,
     key: tuple[int, ...],
     *,
     batch: int,
-    condition: "Condition | None" = None,
+    condition: "Conditioning | None" = None,
     keep: Collection[Keep] = (),
     training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
@@ -75,13 +76,13 @@ def rollout(
     """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
 
     A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
-    other follows the ODE. size: (height, width) in pixels. `condition` is that of the rows; None encodes them. `keep`
-    names what is returned beside the finished samples. Whatever `batch`, the numbers of a sample are its own.
+    other follows the ODE. `condition` is that of the rows; None encodes them. `keep` names what is returned beside the
+    finished samples. Whatever `batch`, the numbers of a sample are its own.
     `watch` is shown every step, and may drop samples; with `whole_groups` it is shown, as `finished` is, the samples of
     a prompt together. ValueError where it drops some, and `keep` or the solver remembers them.
     NotFinite for latents or pictures that are NaN or infinite.
     """
-    condition = policy.encode([row.prompt for row in rows]) if condition is None else condition
+    condition = policy.encode(rows) if condition is None else condition
     groups = torch.arange(len(rows)).repeat_interleave(group_size)
     members = torch.arange(group_size).repeat(len(rows)).tolist()
     samples = [rows[group] for group in groups.tolist()]
@@ -94,7 +95,7 @@ def rollout(
     for start in range(0, len(samples), together):
         own = dict(enumerate(keys[start : start + together], start))
         text = condition[groups[list(own)].to(policy.device)]
-        for step in denoise(policy, text, own, sampler, window, size, batch):
+        for step in denoise(policy, text, own, sampler, window, request, batch):
             for consumer in (recorder, watch):
                 if consumer:
                     consumer(step)
@@ -123,11 +124,11 @@ def rollout(
 
 def denoise(
     policy: "Policy",
-    condition: "Condition",
+    condition: "Conditioning",
     keys: Mapping[int, tuple[int, ...]],
     sampler: Sampler,
     window: tuple[int, int],
-    size: tuple[int, int],
+    request: MediaRequest,
     batch: int,
 ) -> Iterator[Step]:
     """The steps of samples from noise to latents, `batch` in a forward pass.
@@ -135,7 +136,7 @@ def denoise(
     keys: by the sample's place, each ends in its member. Initial noise is denoising step 0 of its member, or of member
     0 where it is shared; the noise of step i is i + 1. The steps of `window` [first, end) are stochastic.
     """
-    shape = policy.latent_shape(*size)
+    shape = policy.latent_shape(request)
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
     settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
@@ -212,7 +213,7 @@ class Recorder:
 
 
 def _velocity(
-    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Condition", guidance: float, batch: int
+    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Conditioning", guidance: float, batch: int
 ) -> torch.Tensor:
     """The guided velocity (B, ...) of states at one sigma, `batch` rows at a time."""
     level = torch.full((len(x),), sigma, device=x.device)

@@ -55,14 +55,13 @@ class Rollouts(Source):
         self,
         rows: Sequence[Row],
         sampler: Rollout,
-        size: tuple[int, int],
         share: Share,
         judge: Judge,
         keep: frozenset[Keep] = frozenset(),
         behaviour: str | None = None,
     ):
-        """size: (height, width) in pixels. UserError for fewer prompts than a step has."""
-        self.rows, self.sampler, self.size, self.share = rows, sampler, size, share
+        """UserError for fewer prompts than a step has."""
+        self.rows, self.sampler, self.share = rows, sampler, share
         self.judge, self.keep, self.behaviour = judge, keep, behaviour
         step_rows(rows, share.prompts_per_step, 0, 0)
 
@@ -71,7 +70,7 @@ class Rollouts(Source):
         share = self.share
         rows = step_rows(self.rows, share.prompts_per_step, share.seed, step)
         # All of the step's: a text encoder's last digits depend on how many prompts it sees at once.
-        condition = policy.encode([row.prompt for row in rows])
+        condition = policy.encode(rows)
         own = rows[share.own]
         first, _ = self.sampler.window_at(share.seed, step)
 
@@ -86,7 +85,7 @@ class Rollouts(Source):
                 own,
                 share.group_size,
                 self.sampler,
-                self.size,
+                policy.request,
                 (ROLLOUT, share.seed, step),
                 batch=self.sampler.batch,
                 condition=condition[share.own],

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from flowalign.advantages import RewardTable
-    from flowalign.policies.base import Condition
+    from flowalign.policies.base import Conditioning
     from flowalign.rollout.prompts import Row
     from flowalign.sampling.steps import Dynamics
     from rewards.combine import Scores
@@ -58,7 +58,7 @@ class Generated:
     rows: Sequence[Row]  # B
     members: Sequence[int]  # B, the place of a sample in its group
     groups: torch.Tensor  # (B,), the prompt's place in the step
-    condition: Condition  # one row a prompt; `groups` indexes it
+    condition: Conditioning  # one row a prompt; `groups` indexes it
     latents: torch.Tensor  # (B, ...), x0
     sigmas: torch.Tensor  # (steps + 1,), the schedule that they were drawn on
 

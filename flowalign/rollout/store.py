@@ -144,7 +144,7 @@ class GroupStore:
         return Recorded(
             rows=drawn,
             groups=torch.arange(len(rows)).repeat_interleave(share.group_size).to(policy.device),
-            condition=policy.encode([row.prompt for row in together])[share.own],  # as one process encodes them
+            condition=policy.encode(together)[share.own],  # as one process encodes them
             latents=torch.cat(latents).to(policy.device),
             sigmas=sigmas,
             members=members,
@@ -270,7 +270,7 @@ def collect(
             part,
             settings.group_size,
             recipe.rollout,
-            (recipe.model.height, recipe.model.width),
+            policy.request,
             (STORE, recipe.run.seed, 0),
             batch=recipe.rollout.batch,
             progress=progress,

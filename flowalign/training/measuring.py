@@ -73,7 +73,6 @@ class Measuring:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shard, spare = processes.rows_of_process(rows, rank, world, in_lockstep)
         observe, own = self.guarding.auditor.observe if self.guarding else None, None
-        size = self.recipe.model.height, self.recipe.model.width
         with self.display.evaluating(len(shard) * settings.images_per_prompt) as advance, suppress(Leave):
 
             def progress(count: float) -> None:
@@ -82,7 +81,7 @@ class Measuring:
                 if processes.any_of(self.accelerator, stop.is_set()) if in_lockstep else stop.is_set():
                     raise Leave
 
-            own = evaluate(policy, shard, self.rewards, settings, size, progress, observe, spare)
+            own = evaluate(policy, shard, self.rewards, settings, policy.request, progress, observe, spare)
         if processes.any_of(self.accelerator, stop.is_set()):
             raise Leave
         assert own is not None  # or this process was asked

@@ -106,8 +106,8 @@ def _source(recipe: Recipe, scorer: Scorer, algorithm: Algorithm, accelerator: A
         store.check(recipe)
         source = Dataset(store, list(recipe.rewards), sampler, share)
     else:
-        rows, size = load_prompts(recipe.prompts), (recipe.model.height, recipe.model.width)
+        rows = load_prompts(recipe.prompts)
         check_prompts(rows, scorer.trained, recipe.prompts)
-        source = Rollouts(rows, sampler, size, share, scorer, algorithm.keep, algorithm.behaviour)
+        source = Rollouts(rows, sampler, share, scorer, algorithm.keep, algorithm.behaviour)
     scorer.check_prompts(source.rows)
     return source

@@ -29,7 +29,8 @@ from flowalign.advantages import RewardTable
 from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.batches import Turn
 from flowalign.config import recipe_from_dict
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import Scored
@@ -122,8 +123,10 @@ class Velocity(nn.Module):
         return exact[:, :, 0] - self.mean + self.units[place][:, None] * learnt
 
 
-class GaussianPolicy(Policy):
+class GaussianPolicy(TextPolicy):
     """Latents of one or two numbers, shown as a row of grey pixels; all prompts are alike."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self, data, grid, levels=(0.5,), units=(1.0,)):
         super().__init__()
@@ -132,7 +135,7 @@ class GaussianPolicy(Policy):
         self.transformer = Velocity(data, levels, units).to(self.device)
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1, device=self.device)})
 
     def _forward(self, x, sigma, condition):
@@ -141,7 +144,7 @@ class GaussianPolicy(Policy):
     def decode(self, latents):
         return (0.5 + latents / RANGE).clamp(0, 1)[:, None, None].expand(-1, 3, 1, -1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (self.data.size,)
 
     def sigmas(self, steps, grid="model"):
@@ -154,7 +157,7 @@ class GaussianPolicy(Policy):
     def velocities(self):
         """(K, k) of the velocity at each sigma of the grid but the last, as the weights are now."""
         points = torch.cat([torch.zeros(1, self.data.size), torch.eye(self.data.size)]).to(self.device)
-        condition, found = self.encode([""] * len(points)), []
+        condition, found = self.encode_prompts([""] * len(points)), []
         for sigma in self.grid[:-1]:
             with torch.no_grad():
                 values = self.velocity(points, torch.full((len(points),), sigma).to(points), condition)
@@ -761,7 +764,7 @@ def first_items(algorithm, values, applies=None, moved=0.0):
     algorithm_object = algorithm_of(recipe.algorithm)
     algorithm_object.begin(policy)
     rows = [Row(index, f"prompt {index}") for index in range(2)]
-    samples = rollout(policy, rows, 4, recipe.rollout, (8, 8), (0, 0, 0), batch=8, keep=algorithm_object.keep)
+    samples = rollout(policy, rows, 4, recipe.rollout, policy.request, (0, 0, 0), batch=8, keep=algorithm_object.keep)
     applies = torch.ones_like(values, dtype=torch.bool) if applies is None else applies
     scored = RewardTable((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
     weighted = algorithm_object.weigh(Scored(samples, scored, scored, 0, 4))

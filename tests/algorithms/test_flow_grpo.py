@@ -13,7 +13,8 @@ from torch.distributions import Normal, kl_divergence
 from flowalign.algorithms.batches import TransitionBatch
 from flowalign.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings, clipped_ratio_loss
 from flowalign.config import Rollout
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, Conditioning, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.sampling import DYNAMICS, sde_step
@@ -36,8 +37,10 @@ class LinearVelocity(nn.Module):
         return self.linear(torch.cat([x, prompt, sigma[:, None]], dim=1))
 
 
-class TinyPolicy(Policy):
+class TinyPolicy(TextPolicy):
     """A policy whose reference is the snapshot of how it began."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self):
         super().__init__()
@@ -47,7 +50,7 @@ class TinyPolicy(Policy):
         self.reference_visits = 0
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])})
 
     def _forward(self, x, sigma, condition):
@@ -56,7 +59,7 @@ class TinyPolicy(Policy):
     def decode(self, latents):
         return latents.sigmoid()[:, :, None, None].expand(-1, 2, 3, 3)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (2,)
 
     def sigmas(self, steps, grid="model"):
@@ -82,7 +85,7 @@ def rolled_batch(policy, *, step=1, settings=ROLLOUT, guidance=1.0, reference_gu
     """The items of one denoising step of a real rollout: 2 prompts, 3 pictures each."""
     rows = [Row(0, "cat"), Row(1, "house")]
     settings = settings.model_copy(update={"guidance": guidance})
-    samples = rollout(policy, rows, 3, settings, (8, 8), (0, 0, 0), batch=6, keep={"trajectory", "means"})
+    samples = rollout(policy, rows, 3, settings, policy.request, (0, 0, 0), batch=6, keep={"trajectory", "means"})
     taken = samples.trajectory
     count = len(samples.latents)
     return TransitionBatch(
@@ -173,7 +176,7 @@ def test_the_first_gradient_is_that_of_reinforce():
     loss, _ = flow_grpo().loss(policy, batch)
     step = batch
     replayed = sde_step(
-        policy.velocity(step.state, step.sigma, batch.condition),
+        policy.velocity(step.state, step.sigma, batch.condition.positive),
         step.state,
         step.sigma,
         step.sigma_next,
@@ -390,7 +393,7 @@ def gaussian_now(policy, batch):
     """Mean and std of the batch's steps under the policy as it is."""
     step = batch
     with torch.no_grad():
-        velocity = policy.velocity(step.state, step.sigma, batch.condition)
+        velocity = policy.velocity(step.state, step.sigma, batch.condition.positive)
         taken = sde_step(
             velocity,
             step.state,
@@ -409,7 +412,7 @@ def join(*batches):
         values = [getattr(batch, name) for batch in batches]
         return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].ndim else values[0]
 
-    condition = Condition.cat([batch.condition for batch in batches])
+    condition = Conditioning.cat([batch.condition for batch in batches])
     return TransitionBatch(
         **{name: column(name) for name in vars(batches[0]) if name != "condition"}, condition=condition
     )

@@ -8,7 +8,8 @@ from flowalign.advantages import RewardTable
 from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.batches import Turn
 from flowalign.config import recipe_from_dict
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.preflight.forwards import step_forwards
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
@@ -29,8 +30,10 @@ class Channels(nn.Module):
         return self.mix(x.movedim(1, -1)).movedim(-1, 1) + prompt[:, :, None, None]
 
 
-class Wide(Policy):
+class Wide(TextPolicy):
     """A policy of large latents and few weights."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self):
         super().__init__()
@@ -39,7 +42,7 @@ class Wide(Policy):
         self.largest_pass = 0
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.tensor([[0.1 * len(prompt)] for prompt in prompts])})
 
     def _forward(self, x, sigma, condition):
@@ -49,7 +52,7 @@ class Wide(Policy):
     def decode(self, latents):
         return latents[:, :3, :1, :1].sigmoid()
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return LATENT
 
     def sigmas(self, steps, grid="model"):
@@ -77,7 +80,7 @@ def drawn(policy, recipe):
     rows = [Row(0, "a cat"), Row(1, "a house")]
     algorithm = algorithm_of(recipe.algorithm)
     algorithm.begin(policy)
-    samples = rollout(policy, rows, 3, recipe.rollout, (8, 8), (0, 0, 0), batch=3, keep=algorithm.keep)
+    samples = rollout(policy, rows, 3, recipe.rollout, policy.request, (0, 0, 0), batch=3, keep=algorithm.keep)
     values = torch.tensor([[0.1, 0.9, 0.4, 0.3, 0.2, 0.8]])
     applies = torch.ones_like(values, dtype=torch.bool)
     table = RewardTable(values[0], values, applies, torch.ones(1), ("ocr",))

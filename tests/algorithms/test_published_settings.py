@@ -12,7 +12,7 @@ from flowalign.advantages import RewardTable
 from flowalign.algorithms.base import algorithm_of
 from flowalign.algorithms.batches import Turn
 from flowalign.config import Train, bundled_recipes, load_recipe, recipe_from_dict
-from flowalign.policies.base import Condition
+from flowalign.policies.base import Condition, Conditioning
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import Generated, Scored
 
@@ -98,10 +98,11 @@ def test_more_draws_than_levels_take_every_level_alike_with_noise_of_their_own()
     levels = recipe.algorithm.levels(grid, torch.Generator().manual_seed(0))
     assert levels.sort(descending=True).values.tolist() == grid[:-1].repeat_interleave(2).tolist()
     latents = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    empty = Condition({"a": torch.zeros(1, 1)})
     samples = Generated(
         rows=[Row(0, "a")] * 2,
         groups=torch.zeros(2, dtype=torch.long),
-        condition=Condition({"a": torch.zeros(1, 1)}),
+        condition=Conditioning(empty, empty),
         latents=latents,
         sigmas=grid,
         members=[0, 1],

@@ -21,7 +21,8 @@ from flowalign.evaluate.audit.divergence import NOISE_LEVEL, reference_divergenc
 from flowalign.evaluate.audit.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.report.audit_section import hacking_section
 from flowalign.evaluate.report.report import write_report
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.prompts import Row
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
@@ -197,9 +198,10 @@ class Constant(nn.Module):
         self.offset = nn.Parameter(torch.zeros(()))
 
 
-class Offset(Policy):
+class Offset(TextPolicy):
     """Its velocity is its state's plus a constant, which it learns."""
 
+    request = MediaRequest(1, 5)
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
@@ -207,7 +209,7 @@ class Offset(Policy):
         self.transformer = Constant()
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1)})
 
     def _forward(self, x, sigma, condition):
@@ -216,7 +218,7 @@ class Offset(Policy):
     def decode(self, latents):
         return latents.sigmoid().view(-1, 1, 1, 5).expand(-1, 3, 1, -1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (5,)
 
     def sigmas(self, steps, grid="model"):
@@ -229,7 +231,7 @@ class Offset(Policy):
 def test_the_kl_of_a_path_is_the_sum_of_its_steps():
     policy, rows = Offset(), [Row(index, "a") for index in range(7)]
     policy.transformer.offset.data.fill_(0.3)
-    found = reference_divergence(policy, rows, Sampler(steps=4), (1, 5), (1, 2), batch=3)
+    found = reference_divergence(policy, rows, Sampler(steps=4), policy.request, (1, 2), batch=3)
     sigmas, expected = np.linspace(1, 0, 5), 0.0
     for sigma, after in itertools.pairwise(sigmas[:4]):  # not the last step
         delta, bounded = after - sigma, sigmas[1] if sigma == 1 else sigma
@@ -243,7 +245,7 @@ def test_the_kl_of_a_path_is_the_sum_of_its_steps():
 def test_an_untrained_policy_is_at_no_distance_from_its_reference_and_from_its_like():
     policy, rows = Offset(), [Row(0, "a"), Row(1, "b")]
     for reference in (None, Offset()):
-        found = reference_divergence(policy, rows, Sampler(steps=3), (1, 5), (1,), reference=reference)
+        found = reference_divergence(policy, rows, Sampler(steps=3), policy.request, (1,), reference=reference)
         assert found.kl.tolist() == [0, 0]
         assert found.velocity_ratio.tolist() == [1, 1]
 

@@ -117,8 +117,8 @@ def test_sd35_medium_has_its_published_size_and_cost(sd35_medium: Path) -> None:
 
 def measured_peak(policy: PipelinePolicy, rows: int) -> int:
     """The most bytes that a forward and backward pass of real tensors had at once, by PyTorch's profiler."""
-    x = torch.randn(rows, *policy.latent_shape(*policy.size))
-    condition = policy.encode(["a red circle"] * rows)
+    x = torch.randn(rows, *policy.latent_shape(policy.request))
+    condition = policy.encode_prompts(["a red circle"] * rows)
     weights = list(policy.trainable_parameters().values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.autograd.grad(policy.velocity(x, torch.full((rows,), 0.5), condition).mean(), weights)

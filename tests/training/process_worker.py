@@ -33,7 +33,8 @@ from torch.distributed.tensor import DTensor
 from flowalign import trainer as training
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.stages import Drawn
 from flowalign.rollout.store import collect
@@ -105,15 +106,17 @@ class Velocity(nn.Module):
         return self.layers[-1](hidden).view_as(x).clone()  # FSDP warns of views, which someone may change in place
 
 
-class SmallPolicy(Policy):
+class SmallPolicy(TextPolicy):
     """A network of three layers that computes in the precision it is given."""
+
+    request = MediaRequest(64, 64)
 
     def __init__(self, dtype, layer=nn.Linear):
         super().__init__()
         self.device, self.dtype, self.transformer = torch.device("cpu"), dtype, Velocity(dtype, layer)
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         rows = [torch.randn(SIDE**2, generator=counted_generator(*prompt.encode())) for prompt in prompts]
         return Condition({"text": torch.stack(rows).to(self.dtype)})
 
@@ -128,7 +131,7 @@ class SmallPolicy(Policy):
         pictures = (0.5 + latents.float() / 6).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
         return pictures * torch.tensor([1.0, 0.8, 0.6]).view(3, 1, 1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (1, SIDE, SIDE)
 
     def sigmas(self, steps, grid="model"):

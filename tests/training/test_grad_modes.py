@@ -45,15 +45,16 @@ def test_a_policy_loads_evaluates_and_is_trained_afterwards(short: dict[str, Any
     with mode():
         policy = load_policy(recipe.model)
         judges = load_rewards(recipe.rewards, "cpu")
-        before = evaluate(policy, rows[:1], judges, recipe.evaluation, (64, 64))
-        samples = rollout(policy, rows[:1], 2, recipe.rollout, (64, 64), (0, 0), batch=2)
+        before = evaluate(policy, rows[:1], judges, recipe.evaluation, policy.request)
+        samples = rollout(policy, rows[:1], 2, recipe.rollout, policy.request, (0, 0), batch=2)
     assert not samples.latents.is_inference()
     assert any(weight.requires_grad for weight in policy.transformer.parameters())
     kept = policy.trainable_state()
     trainer = Trainer.from_recipe(recipe, policy=policy, display=Display(quiet=True))
     trainer.run()
     assert any(not torch.equal(kept[name], weight) for name, weight in policy.trainable_parameters().items())
-    assert before.scores == evaluate(load_policy(recipe.model), rows[:1], judges, recipe.evaluation, (64, 64)).scores
+    again = evaluate(load_policy(recipe.model), rows[:1], judges, recipe.evaluation, policy.request)
+    assert before.scores == again.scores
 
 
 @modes

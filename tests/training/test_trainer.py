@@ -252,8 +252,8 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
 
     rows = load_prompts(recipe.prompts)
     rewards = load_rewards(recipe.rewards, "cpu")
-    first = evaluate(policy, rows, rewards, recipe.evaluation, (64, 64))
-    fewer = evaluate(policy, rows[2:], rewards, recipe.evaluation.model_copy(update={"batch": 1}), (64, 64))
+    first = evaluate(policy, rows, rewards, recipe.evaluation, policy.request)
+    fewer = evaluate(policy, rows[2:], rewards, recipe.evaluation.model_copy(update={"batch": 1}), policy.request)
     a = [scores["brightness"] for scores in first.scores[2:]]
     assert a == pytest.approx([scores["brightness"] for scores in fewer.scores], rel=1e-4)
     assert first.pictures.shape == (2, 3, 64, 64)

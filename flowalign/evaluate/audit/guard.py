@@ -90,12 +90,12 @@ class Guarding:
         return settings.model_copy(update={"seed": settings.seed + seed, "pictures": 0})
 
     def _divergence(self, policy: Policy, seed: int, base: Policy | None) -> Divergence:
-        settings, model = self.recipe.evaluation, self.recipe.model
+        settings = self.recipe.evaluation
         return reference_divergence(
             policy,
             spaced(self.rows, self.settings.kl_samples),
             settings,
-            (model.height, model.width),
+            policy.request,
             (EVALUATION, settings.seed + seed, _PATHS),
             reference=base,
             batch=settings.batch,
