@@ -97,10 +97,13 @@ def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path
     """The pictures of every prompt, and theirs."""
     from flowalign.disk.media import save_pictures
     from flowalign.rollout.generate import rollout
+    from flowalign.rollout.stages import RolloutRequest
     from flowalign.sampling.noise import EVALUATION
 
     key = (EVALUATION, drawing.seed, 0)
-    drawn = rollout(policy, rows, drawing.images, drawing.sampler, policy.request, key, batch=drawing.batch)
+    drawn = rollout(
+        policy, RolloutRequest(rows, drawing.images, drawing.sampler, policy.request, key, batch=drawing.batch)
+    )
     paths = save_pictures(output, drawn.media, [row.about for row in drawn.rows])
     return list(zip(paths, drawn.prompts, strict=True))
 

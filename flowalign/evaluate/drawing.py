@@ -32,6 +32,7 @@ from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, us
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from flowalign.terminal import Terminal
 from rewards.media import FORMATS, natural, pictures_in, read_picture
@@ -178,7 +179,11 @@ def draw(
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
             images, batch = drawing.images, drawing.batch
-            drawn = rollout(policy, chunk, images, drawing.sampler, policy.request, key, batch=batch, progress=progress)
+            drawn = rollout(
+                policy,
+                RolloutRequest(chunk, images, drawing.sampler, policy.request, key, batch=batch),
+                progress=progress,
+            )
             for row in chunk:
                 own = folder / f"{row.index:05d}"
                 (own / "samples").mkdir(parents=True, exist_ok=True)

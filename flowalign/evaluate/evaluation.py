@@ -20,6 +20,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from rewards.combine import score_all
 
@@ -106,12 +107,14 @@ def evaluate(
     for start in range(0, len(drawn), chunk):
         samples = rollout(
             policy,
-            drawn[start : start + chunk],
-            settings.images_per_prompt,
-            settings,
-            request,
-            (EVALUATION, settings.seed, 0),
-            batch=settings.batch,
+            RolloutRequest(
+                drawn[start : start + chunk],
+                settings.images_per_prompt,
+                settings,
+                request,
+                (EVALUATION, settings.seed, 0),
+                batch=settings.batch,
+            ),
             progress=progress,
         )
         count = max(0, len(rows) - start) * settings.images_per_prompt

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, Step, rollout
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.stages import Drawn
+from flowalign.rollout.stages import Drawn, RolloutRequest
 from flowalign.score import refuse_learning
 from rewards import Reward
 from rewards.combine import score_all
@@ -186,8 +186,8 @@ def best_of(
         if (count := left.get(step.index + 1)) is not None:
             step.going = court.prune(step.index + 1, count, step.predicted, step.places)
 
-    how: dict[str, Any] = {"batch": batch, "progress": progress, "watch": watch, "whole_groups": bool(schedule)}
-    samples = rollout(policy, rows, candidates, sampler, request, key, **how)
+    drawn = RolloutRequest(rows, candidates, sampler, request, key, batch=batch)
+    samples = rollout(policy, drawn, progress=progress, watch=watch, whole_groups=bool(schedule))
     numbered = zip(samples.groups.tolist(), samples.members, strict=True)
     places = [group * candidates + member for group, member in numbered]
     chosen = court.best(sampler.steps, kept, samples.media, places)

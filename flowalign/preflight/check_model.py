@@ -23,6 +23,7 @@ from flowalign.policies.request import MediaRequest, Row
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import target_modules
 from flowalign.rollout.generate import rollout
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import EVALUATION
 from flowalign.toyworld.render import Scene, render
@@ -176,7 +177,7 @@ def _packed(policy: PipelinePolicy, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(policy: PipelinePolicy, sampler: Sampler, noise: torch.Tensor) -> _Drawn:
-    samples = rollout(policy, ROWS, 1, sampler, policy.request, KEY, batch=len(ROWS))
+    samples = rollout(policy, RolloutRequest(ROWS, 1, sampler, policy.request, KEY, batch=len(ROWS)))
     arguments = policy.pipeline_arguments(noise, sampler.guidance)
     return _Drawn(samples.media.cpu(), _packed(policy, samples.latents), arguments)
 
@@ -237,7 +238,8 @@ def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Judged:
     last = max(1, sampler.steps - 1)
     still = Rollout(steps=sampler.steps, guidance=sampler.guidance, noise_level=1e-6, window=(0, last))
     with_sde, with_ode = (
-        rollout(policy, ROWS, 1, one, policy.request, KEY, batch=len(ROWS)).latents for one in (still, sampler)
+        rollout(policy, RolloutRequest(ROWS, 1, one, policy.request, KEY, batch=len(ROWS))).latents
+        for one in (still, sampler)
     )
     distance = _distance(with_sde, with_ode)
     scale = max(1.0, with_ode.abs().max().item())

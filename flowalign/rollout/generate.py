@@ -7,6 +7,7 @@ Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,10 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowalign.config import Rollout, Sampler
-from flowalign.policies.request import MediaRequest
 from flowalign.rollout.finite import refuse_not_finite
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.stages import Drawn, Keep, Trajectory
+from flowalign.rollout.stages import Drawn, Keep, RolloutRequest, Trajectory
 from flowalign.sampling import SdeStep, counted_noise, ode_solver, ode_step, sde_step
 
 if TYPE_CHECKING:
@@ -58,57 +58,51 @@ Watch = Callable[[Step], None]
 @torch.no_grad()
 def rollout(
     policy: "Policy",
-    rows: Sequence[Row],
-    group_size: int,
-    sampler: Sampler,
-    request: MediaRequest,
-    key: tuple[int, ...],
+    request: RolloutRequest,
     *,
-    batch: int,
     condition: "Conditioning | None" = None,
     keep: Collection[Keep] = (),
-    training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
     finished: Finished | None = None,
     watch: Watch | None = None,
     whole_groups: bool = False,
 ) -> Drawn:
-    """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
+    """The samples of a request, in groups.
 
-    A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
-    other follows the ODE. `condition` is that of the rows; None encodes them. `keep` names what is returned beside the
-    finished samples. Whatever `batch`, the numbers of a sample are its own.
+    A `Rollout` sampler takes its window of stochastic steps; any other follows the ODE. `condition` is that of the
+    rows; None encodes them. `keep` names what is returned beside the finished samples. Whatever the batch, the numbers
+    of a sample are its own.
     `watch` is shown every step, and may drop samples; with `whole_groups` it is shown, as `finished` is, the samples of
     a prompt together. ValueError where it drops some, and `keep` or the solver remembers them.
-    NotFinite for latents or pictures that are NaN or infinite.
+    NotFinite for latents or media that are NaN or infinite.
     """
+    rows, sampler, size = request.rows, request.sampler, request.group_size
     condition = policy.encode(rows) if condition is None else condition
-    groups = torch.arange(len(rows)).repeat_interleave(group_size)
-    members = torch.arange(group_size).repeat(len(rows)).tolist()
+    groups = torch.arange(len(rows)).repeat_interleave(size)
+    members = torch.arange(size).repeat(len(rows)).tolist()
     samples = [rows[group] for group in groups.tolist()]
-    keys = [(*key, row.index, member) for row, member in zip(samples, members, strict=True)]
-    window = sampler.window_at(*training_step) if isinstance(sampler, Rollout) else (0, 0)
+    keys = [(*request.key, row.index, member) for row, member in zip(samples, members, strict=True)]
     recorder = Recorder(keep) if "trajectory" in keep else None
     places: list[int] = []
     latents, media = [], []
-    together = max(1, batch // group_size) * group_size if whole_groups else batch
-    for start in range(0, len(samples), together):
-        own = dict(enumerate(keys[start : start + together], start))
-        text = condition[groups[list(own)].to(policy.device)]
-        for step in denoise(policy, text, own, sampler, window, request, batch):
-            for consumer in (recorder, watch):
-                if consumer:
-                    consumer(step)
-            if step.going is not None and (recorder or sampler.solver != "euler"):
-                raise ValueError("samples can be dropped on the way only with solver euler and no trajectory kept")
-            if progress:
-                progress(len(own) / sampler.steps)
-        places += step.places
-        latents.append(step.next_state)
-        media.append(policy.decode(step.next_state))
-        refuse_not_finite([samples[place].prompt for place in step.places], latents[-1], media[-1])
-        if finished:
-            media[-1] = finished(media[-1], [samples[place] for place in step.places])
+    together = max(1, request.batch // size) * size if whole_groups else request.batch
+    with policy.using(request.weights) if request.weights else nullcontext():
+        for start in range(0, len(samples), together):
+            own = dict(enumerate(keys[start : start + together], start))
+            for step in denoise(policy, condition[groups[list(own)].to(policy.device)], own, request):
+                for consumer in (recorder, watch):
+                    if consumer:
+                        consumer(step)
+                if step.going is not None and (recorder or sampler.solver != "euler"):
+                    raise ValueError("samples can be dropped on the way only with solver euler and no trajectory kept")
+                if progress:
+                    progress(len(own) / sampler.steps)
+            places += step.places
+            latents.append(step.next_state)
+            media.append(policy.decode(step.next_state))
+            refuse_not_finite([samples[place].prompt for place in step.places], latents[-1], media[-1])
+            if finished:
+                media[-1] = finished(media[-1], [samples[place] for place in step.places])
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
     return Drawn(
         rows=[samples[place] for place in places],
@@ -118,25 +112,25 @@ def rollout(
         media=torch.cat(media),
         sigmas=sigmas,
         members=[members[place] for place in places],
-        trajectory=recorder.trajectory(sampler, sigmas, window) if recorder else None,
+        trajectory=recorder.trajectory(sampler, sigmas, window_of(request)) if recorder else None,
     )
 
 
+def window_of(request: RolloutRequest) -> tuple[int, int]:
+    """The stochastic steps [first, end); none of a sampler that follows the ODE."""
+    sampler = request.sampler
+    return sampler.window_at(*request.training_step) if isinstance(sampler, Rollout) else (0, 0)
+
+
 def denoise(
-    policy: "Policy",
-    condition: "Conditioning",
-    keys: Mapping[int, tuple[int, ...]],
-    sampler: Sampler,
-    window: tuple[int, int],
-    request: MediaRequest,
-    batch: int,
+    policy: "Policy", condition: "Conditioning", keys: Mapping[int, tuple[int, ...]], request: RolloutRequest
 ) -> Iterator[Step]:
-    """The steps of samples from noise to latents, `batch` in a forward pass.
+    """The steps of some of a request's samples from noise to latents, `request.batch` in a forward pass.
 
     keys: by the sample's place, each ends in its member. Initial noise is denoising step 0 of its member, or of member
-    0 where it is shared; the noise of step i is i + 1. The steps of `window` [first, end) are stochastic.
+    0 where it is shared; the noise of step i is i + 1.
     """
-    shape = policy.latent_shape(request)
+    sampler, window, shape = request.sampler, window_of(request), policy.latent_shape(request.media)
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
     settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
@@ -144,7 +138,7 @@ def denoise(
     x = counted_noise([(*key[:-1], 0 if shared else key[-1], 0) for key in keys.values()], shape, policy.device)
     for index in range(sampler.steps):
         sigma, sigma_next = sigmas[index].item(), sigmas[index + 1].item()
-        velocity = _velocity(policy, x, sigma, condition, sampler.guidance, batch)
+        velocity = _velocity(policy, x, sigma, condition, sampler.guidance, request.batch)
         step = Step(index, sigma, sigma_next, x, velocity, x, list(keys))
         if settings is not None and settings.dynamics != "ode" and window[0] <= index < window[1]:
             step.take = partial(

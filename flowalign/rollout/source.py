@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -11,7 +10,7 @@ from flowalign.config import Rollout
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, Step, rollout
 from flowalign.rollout.prompts import Row, step_rows
-from flowalign.rollout.stages import Generated, Keep, Share
+from flowalign.rollout.stages import Generated, Keep, RolloutRequest, Share
 from flowalign.rollout.store import GroupStore
 from flowalign.sampling.noise import ROLLOUT
 
@@ -79,23 +78,26 @@ class Rollouts(Source):
                 shown = [own[place // share.group_size] for place in seen.places]
                 self.judge.preview(seen.index, policy.decode(seen.predicted), shown)
 
-        with policy.using(self.behaviour) if self.behaviour else nullcontext():
-            return rollout(
-                policy,
-                own,
-                share.group_size,
-                self.sampler,
-                policy.request,
-                (ROLLOUT, share.seed, step),
-                batch=self.sampler.batch,
-                condition=condition[share.own],
-                keep=self.keep,
-                training_step=(share.seed, step),
-                finished=self.judge.judge,
-                watch=preview if "previews" in self.keep else None,
-                whole_groups=self.judge.whole_groups,
-                progress=progress,
-            )
+        request = RolloutRequest(
+            own,
+            share.group_size,
+            self.sampler,
+            policy.request,
+            (ROLLOUT, share.seed, step),
+            batch=self.sampler.batch,
+            training_step=(share.seed, step),
+            weights=self.behaviour,
+        )
+        return rollout(
+            policy,
+            request,
+            condition=condition[share.own],
+            keep=self.keep,
+            finished=self.judge.judge,
+            watch=preview if "previews" in self.keep else None,
+            whole_groups=self.judge.whole_groups,
+            progress=progress,
+        )
 
 
 class Dataset(Source):

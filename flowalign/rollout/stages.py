@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import torch
 
     from flowalign.advantages import RewardTable
+    from flowalign.config import Sampler
     from flowalign.policies.base import Conditioning
+    from flowalign.policies.request import MediaRequest
     from flowalign.rollout.prompts import Row
     from flowalign.sampling.steps import Dynamics
     from rewards.combine import Scores
@@ -36,6 +38,20 @@ class Share:
         """The prompts of this process among those of the step."""
         count = self.prompts_per_step // self.world
         return slice(self.rank * count, (self.rank + 1) * count)
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What is to be drawn: plain data, since counted noise makes the samples the same wherever they are drawn."""
+
+    rows: Sequence[Row]
+    group_size: int  # samples of each row
+    sampler: Sampler
+    media: MediaRequest
+    key: tuple[int, ...]  # the noise is counted by (*key, row's index, member, denoising step)
+    batch: int  # samples in a forward pass
+    training_step: tuple[int, int] = (0, 0)  # (seed, step), which decides where a window that moves stands
+    weights: str | None = None  # the policy's snapshot that draws; None: the trained weights
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from flowalign.disk.media import to_uint8
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row, step_rows
-from flowalign.rollout.stages import Drawn, Recorded, Share
+from flowalign.rollout.stages import Drawn, Recorded, RolloutRequest, Share
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
 from rewards import Reward
@@ -267,12 +267,14 @@ def collect(
         began, forwards = time.perf_counter(), policy.forwards
         samples = rollout(
             policy,
-            part,
-            settings.group_size,
-            recipe.rollout,
-            policy.request,
-            (STORE, recipe.run.seed, 0),
-            batch=recipe.rollout.batch,
+            RolloutRequest(
+                part,
+                settings.group_size,
+                recipe.rollout,
+                policy.request,
+                (STORE, recipe.run.seed, 0),
+                batch=recipe.rollout.batch,
+            ),
             progress=progress,
         )
         scores = score_all(rewards, samples.media, samples.prompts, samples.metadata)

@@ -33,7 +33,7 @@ from flowalign.policies.base import Condition, TextPolicy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.stages import Scored
+from flowalign.rollout.stages import RolloutRequest, Scored
 from flowalign.rollout.store import collect
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
@@ -764,7 +764,9 @@ def first_items(algorithm, values, applies=None, moved=0.0):
     algorithm_object = algorithm_of(recipe.algorithm)
     algorithm_object.begin(policy)
     rows = [Row(index, f"prompt {index}") for index in range(2)]
-    samples = rollout(policy, rows, 4, recipe.rollout, policy.request, (0, 0, 0), batch=8, keep=algorithm_object.keep)
+    samples = rollout(
+        policy, RolloutRequest(rows, 4, recipe.rollout, policy.request, (0, 0, 0), batch=8), keep=algorithm_object.keep
+    )
     applies = torch.ones_like(values, dtype=torch.bool) if applies is None else applies
     scored = RewardTable((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
     weighted = algorithm_object.weigh(Scored(samples, scored, scored, 0, 4))

@@ -17,6 +17,7 @@ from flowalign.policies.base import Condition, Conditioning, TextPolicy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import DYNAMICS, sde_step
 
 ROLLOUT = Rollout(steps=6, window=(0, 4))
@@ -85,7 +86,9 @@ def rolled_batch(policy, *, step=1, settings=ROLLOUT, guidance=1.0, reference_gu
     """The items of one denoising step of a real rollout: 2 prompts, 3 pictures each."""
     rows = [Row(0, "cat"), Row(1, "house")]
     settings = settings.model_copy(update={"guidance": guidance})
-    samples = rollout(policy, rows, 3, settings, policy.request, (0, 0, 0), batch=6, keep={"trajectory", "means"})
+    samples = rollout(
+        policy, RolloutRequest(rows, 3, settings, policy.request, (0, 0, 0), batch=6), keep={"trajectory", "means"}
+    )
     taken = samples.trajectory
     count = len(samples.latents)
     return TransitionBatch(

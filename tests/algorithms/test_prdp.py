@@ -13,7 +13,7 @@ from flowalign.policies.request import MediaRequest
 from flowalign.preflight.forwards import step_forwards
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.stages import Scored
+from flowalign.rollout.stages import RolloutRequest, Scored
 from flowalign.sampling import sde_step
 
 LATENT = (16, 64, 64)
@@ -80,7 +80,9 @@ def drawn(policy, recipe):
     rows = [Row(0, "a cat"), Row(1, "a house")]
     algorithm = algorithm_of(recipe.algorithm)
     algorithm.begin(policy)
-    samples = rollout(policy, rows, 3, recipe.rollout, policy.request, (0, 0, 0), batch=3, keep=algorithm.keep)
+    samples = rollout(
+        policy, RolloutRequest(rows, 3, recipe.rollout, policy.request, (0, 0, 0), batch=3), keep=algorithm.keep
+    )
     values = torch.tensor([[0.1, 0.9, 0.4, 0.3, 0.2, 0.8]])
     applies = torch.ones_like(values, dtype=torch.bool)
     table = RewardTable(values[0], values, applies, torch.ones(1), ("ocr",))

@@ -30,6 +30,7 @@ from flowalign.policies.loading import load_policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Step, rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from rewards import Reward, TrainableReward, as_reward
 
 ROWS = [Row(0, "a red star"), Row(1, "a photo of two rings"), Row(2, "a ring")]
@@ -112,7 +113,7 @@ def test_the_best_of_each_prompt_is_chosen_and_the_first_of_equals(policy: Polic
 @pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.0), (8, 1e-5)])
 def test_a_survivor_is_the_picture_that_it_is_without_pruning(policy: Policy, batch: int, tolerance: float) -> None:
     sampler, judges = Sampler(steps=3), {"brightness": BRIGHTNESS, "contrast": CONTRAST}
-    whole = rollout(policy, ROWS[:2], 4, sampler, REQUEST, KEY, batch=batch)
+    whole = rollout(policy, RolloutRequest(ROWS[:2], 4, sampler, REQUEST, KEY, batch=batch))
     schedule = (Prune(1, 0.8), Prune(2, 0.5))
     found = best_of(policy, ROWS[:2], judges, 4, sampler, REQUEST, KEY, batch=batch, schedule=schedule)
     left = zip(found.samples.groups.tolist(), found.samples.members, strict=True)
@@ -127,7 +128,9 @@ def test_pruning_goes_on_with_those_that_the_prediction_puts_first(policy: Polic
     found = best_of(
         policy, ROWS, {"brightness": BRIGHTNESS}, 4, sampler, REQUEST, KEY, batch=12, schedule=[Prune(1, 0.5)]
     )
-    first = rollout(policy, ROWS, 4, Sampler(steps=1), REQUEST, KEY, batch=12)  # one step from the same noise is x0_hat
+    first = rollout(
+        policy, RolloutRequest(ROWS, 4, Sampler(steps=1), REQUEST, KEY, batch=12)
+    )  # one step from the same noise is x0_hat
     levels = brightness(first.media, [], []).view(3, 4)
     left = [sorted(one.candidate for one in found.judged if one.row.index == n and one.step == 3) for n in range(3)]
     assert left == levels.argsort(1, descending=True)[:, :2].sort(1).values.tolist()
@@ -167,7 +170,7 @@ def test_from_one_draw_the_best_of_n_of_every_n_and_for_all_candidates_that_of_a
         assert points[-1].summary[name]["standard_error"] == pytest.approx(
             run.summary[name]["standard_error"], abs=1e-6
         )
-    drawn = rollout(policy, ROWS, 4, settings, REQUEST, KEY, batch=8)
+    drawn = rollout(policy, RolloutRequest(ROWS, 4, settings, REQUEST, KEY, batch=8))
     assert points[0].summary["brightness"]["mean"] == pytest.approx(float(drawn.media.mean()), abs=1e-6)
     means = [point.summary["contrast"]["mean"] for point in points]
     assert means == sorted(means) and means[0] < means[-1]
@@ -249,7 +252,7 @@ def test_dropping_samples_whose_way_is_kept_is_refused(policy: Policy) -> None:
         step.going = [0]
 
     with pytest.raises(ValueError, match="only with solver euler and no trajectory kept"):
-        rollout(policy, ROWS, 2, Sampler(solver="dpm++"), REQUEST, KEY, batch=8, watch=drop)
+        rollout(policy, RolloutRequest(ROWS, 2, Sampler(solver="dpm++"), REQUEST, KEY, batch=8), watch=drop)
 
 
 # The command

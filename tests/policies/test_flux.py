@@ -13,6 +13,7 @@ from flowalign.policies.loading import load_policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", "a photo of two rings"]
@@ -52,7 +53,7 @@ def test_a_rollout_is_the_pipelines_own_output(
 ) -> None:
     folder = tiny_flux(distilled)
     policy = load_policy(settings(folder, embedded_guidance=embedded))
-    ours = rollout(policy, ROWS, 1, Sampler(steps=3, guidance=guidance), REQUEST, KEY, batch=2).media
+    ours = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=3, guidance=guidance), REQUEST, KEY, batch=2)).media
     theirs = pipeline_images(FluxPipeline.from_pretrained(folder), 3, guidance, embedded or 3.5)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -89,7 +90,7 @@ def test_the_exported_lora_draws_the_same_pictures_in_plain_diffusers(tiny_flux:
     pipeline.load_lora_weights(tmp_path)
     trained = pipeline_images(pipeline, 2, 1.0, 3.5)
     assert (trained - untrained).abs().max() > 1e-3
-    ours = rollout(policy, ROWS, 1, Sampler(steps=2), REQUEST, KEY, batch=2).media
+    ours = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=2), REQUEST, KEY, batch=2)).media
     torch.testing.assert_close(ours, trained, atol=1e-4, rtol=0)
 
 

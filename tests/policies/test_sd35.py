@@ -12,6 +12,7 @@ from flowalign.policies.loading import load_policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"']
@@ -40,7 +41,7 @@ def test_a_rollout_is_the_pipelines_own_output(tiny_sd35: Path, guidance: float,
         output_type="pt",
     ).images
     policy = load_policy(settings(tiny_sd35, max_sequence_length=length))
-    drawn = rollout(policy, ROWS, 1, Sampler(steps=3, guidance=guidance), REQUEST, KEY, batch=2)
+    drawn = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=3, guidance=guidance), REQUEST, KEY, batch=2))
     torch.testing.assert_close(drawn.media, theirs, atol=1e-4, rtol=0)
 
 

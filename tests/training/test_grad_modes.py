@@ -17,6 +17,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.score import load_rewards
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
@@ -46,7 +47,7 @@ def test_a_policy_loads_evaluates_and_is_trained_afterwards(short: dict[str, Any
         policy = load_policy(recipe.model)
         judges = load_rewards(recipe.rewards, "cpu")
         before = evaluate(policy, rows[:1], judges, recipe.evaluation, policy.request)
-        samples = rollout(policy, rows[:1], 2, recipe.rollout, policy.request, (0, 0), batch=2)
+        samples = rollout(policy, RolloutRequest(rows[:1], 2, recipe.rollout, policy.request, (0, 0), batch=2))
     assert not samples.latents.is_inference()
     assert any(weight.requires_grad for weight in policy.transformer.parameters())
     kept = policy.trainable_state()

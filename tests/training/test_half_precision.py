@@ -13,6 +13,7 @@ from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards import RewardError
@@ -191,7 +192,7 @@ def test_the_model_is_named_where_no_run_draws(tiny_model: Path, make: Callable[
 
     rows = load_prompts(recipe.prompts)
     with pytest.raises(UserError, match=r"^the model's pictures are NaN \(4 of 4, first for 'a photo of two stars'\)"):
-        rollout(policy, rows, 1, recipe.rollout, policy.request, (0, 0), batch=4)
+        rollout(policy, RolloutRequest(rows, 1, recipe.rollout, policy.request, (0, 0), batch=4))
 
 
 @pytest.mark.parametrize("algorithm", ["flow_grpo", "marble"])

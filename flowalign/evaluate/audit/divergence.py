@@ -16,6 +16,7 @@ from flowalign.policies.base import Conditioning, Policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import sde_step
 from flowalign.sampling.steps import gaussian_kl
 
@@ -53,7 +54,7 @@ def reference_divergence(
     stochastic = Rollout(
         steps=sampler.steps, guidance=sampler.guidance, grid=sampler.grid, dynamics="flow_sde", noise_level=NOISE_LEVEL
     )
-    drawn = rollout(policy, rows, 1, stochastic, request, key, batch=batch, keep={"trajectory"})
+    drawn = rollout(policy, RolloutRequest(rows, 1, stochastic, request, key, batch=batch), keep={"trajectory"})
     path = drawn.trajectory
     assert path is not None
     known = reference.encode(drawn.rows)[drawn.groups] if reference else drawn.condition[drawn.groups]
