@@ -46,7 +46,7 @@ def test_conditions_and_parameters_of_every_family_have_their_sizes(
     folder = tiny_sd35 if family == "sd35" else tiny_flux(True)
     model = Model(path=str(folder), height=64, width=64, max_sequence_length=16, dtype="fp32")
     planned, real = meta_policy(model), load_policy(model)
-    shapes = {name: tensor.shape for name, tensor in real.encode(["a sign", "a star"]).tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in real.encode_prompts(["a sign", "a star"]).tensors.items()}
     assert {name: tensor.shape for name, tensor in condition_rows(planned, 2).tensors.items()} == shapes
     assert planned.latent_shape(64, 64) == real.latent_shape(64, 64)
     assert parameters(planned) == parameters(real)
