@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from rewards.base import Reward, RewardError
-from rewards.media import chosen_frames, mean_of_frames
+from rewards.media import as_levels, chosen_frames, mean_of_frames
 
 
 class Compressibility(Reward):
@@ -34,8 +34,7 @@ class Compressibility(Reward):
     ) -> torch.Tensor:
         """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
         frames, count = chosen_frames(media)
-        levels = (frames.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-        pictures: np.ndarray = levels.permute(0, 2, 3, 1).cpu().numpy()
+        pictures: np.ndarray = as_levels(frames).permute(0, 2, 3, 1).cpu().numpy()
         sizes = [self._bytes(picture) / picture[..., 0].size for picture in pictures]
         return self.sign * mean_of_frames(torch.tensor(sizes), count)
 

@@ -45,6 +45,11 @@ _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 logger = logging.getLogger(__name__)
 
 
+def as_levels(images: torch.Tensor) -> torch.Tensor:
+    """Images (..., 3, H, W) in [0, 1] as the 8-bit levels of a picture file, on which models are trained."""
+    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
 def read_picture(path: Path) -> torch.Tensor:
     """(3, H, W) in [0, 1], of any size; RewardError as `open_picture`."""
     pixels = np.asarray(open_picture(path), dtype=np.float32) / 255

@@ -18,7 +18,7 @@ from rapidfuzz.fuzz import partial_ratio_alignment
 
 from rewards.base import Golden, Reward, RewardError, at_least_one
 from rewards.detectors.quotes import plain, quoted_texts, unwrapped
-from rewards.media import chosen_frames, mean_of_frames
+from rewards.media import as_levels, chosen_frames, mean_of_frames
 
 
 def quoted_text(prompt: str) -> str | None:
@@ -135,7 +135,7 @@ class OCR(Reward):
         """
         if images.ndim != 4:
             raise RewardError(f"reward 'ocr': `read` takes images (B, 3, H, W), not shape {tuple(images.shape)}")
-        levels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+        levels = as_levels(images)
         # The engine's models were trained on blue, green, red.
         return self.reader(levels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 

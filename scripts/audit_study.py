@@ -19,7 +19,7 @@ import numpy as np
 from flowalign.cli.console import quiet_libraries
 from flowalign.config.base import UserError
 from flowalign.disk.about import command_line, now, versions
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_json, replace_text
 from flowalign.evaluate.audit.guard import BEST_UNHACKED
 from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.experiments.campaign import train_unless_done
@@ -101,7 +101,7 @@ def write(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) ->
     """audit_study.json and .md, whole."""
     asked = {key: value for key, value in vars(options).items() if key != "output"}
     about = {"command": command_line(), "made": now(), "versions": versions(), **asked}
-    replace_text(options.output / "audit_study.json", json.dumps({**about, "runs": runs}, indent=2) + "\n")
+    replace_json(options.output / "audit_study.json", {**about, "runs": runs})
     columns = (
         "runs",
         "seeds",

@@ -32,6 +32,7 @@ from flowalign.cli.console import quiet_libraries
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import versions
+from flowalign.disk.files import replace_text
 from flowalign.policies.attention import CANDIDATES, use_attention
 from flowalign.policies.base import Condition, forward_dtype
 from flowalign.policies.compiling import compile_blocks
@@ -160,7 +161,7 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
-        prompts.write_text("".join(f"a picture of {count} things\n" for count in range(64)), encoding="utf-8")
+        replace_text(prompts, "".join(f"a picture of {count} things\n" for count in range(64)))
         changes = [f"prompts={prompts}", f"run.folder={folder}/run", *SETTINGS, *(CHECKED if check else ())]
         try:
             recipe = load_recipe("sd35_medium_ocr", [*changes, *(overrides or [])])

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rewards
+from flowalign.disk.media import save_picture, to_uint8
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.render import render
 from rewards import Items
@@ -61,7 +62,7 @@ def scoring(name: str, items: Items, **options: object) -> Callable[[], None]:
 def one_by_one(items: Items) -> Callable[[], None]:
     """One turn of RapidOCR at its default settings, an image a call."""
     engine = RapidOCR(params={"Global.log_level": "critical"})
-    images = [(picture.permute(1, 2, 0).flip(-1) * 255).round().to(torch.uint8).numpy() for picture in items.media]
+    images = [picture[..., ::-1] for picture in to_uint8(items.media)]
 
     def turn() -> None:
         for image in images:
@@ -78,9 +79,8 @@ def main() -> None:
     options = parser.parse_args()
     signs, shapes, page = pictures(options.images, 0), pictures(options.images, 1), pages(max(options.images // 8, 2))
     with tempfile.TemporaryDirectory() as folder:
-        for index, picture in enumerate(shapes.media):
-            levels = (picture.permute(1, 2, 0) * 255).to(torch.uint8).numpy()
-            Image.fromarray(levels).save(Path(folder) / f"{index:03d}.png")
+        for index, picture in enumerate(to_uint8(shapes.media)):
+            save_picture(Path(folder) / f"{index:03d}.png", picture)
         turns = {
             "ocr, engine image by image (signs)": (one_by_one(signs), len(signs.media)),
             "ocr, mode lines (signs)": (scoring("ocr", signs, mode="lines"), len(signs.media)),

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 
 from flowalign.disk.assets import asset
+from flowalign.disk.files import make_folder
+from flowalign.disk.media import save_picture
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.making.artifacts import HELD_OUT, KINDS, damaged
 from flowalign.toyworld.render import render
@@ -31,7 +32,7 @@ def main() -> None:
     kinds = list((HELD_OUT if options.held_out else KINDS).values())
     rng, pool = np.random.default_rng(options.seed), words(held_out=options.held_out)
     for name in ("clean", "artifacts"):
-        (options.output / name).mkdir(parents=True, exist_ok=True)
+        make_folder(options.output / name)
     autoencoder = AutoencoderKL.from_pretrained(asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
     for index in range(options.count):
         for name in ("clean", "artifacts"):
@@ -40,7 +41,7 @@ def main() -> None:
                 picture = decoded(autoencoder, picture)
             if name == "artifacts":
                 picture = damaged(picture, kinds[index // 2 % len(kinds)], rng)
-            Image.fromarray(picture).save(options.output / name / f"{index:05d}.png")
+            save_picture(options.output / name / f"{index:05d}.png", picture)
     print(f"wrote {options.count} clean and {options.count} damaged pictures into {options.output}")
 
 

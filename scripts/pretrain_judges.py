@@ -21,6 +21,7 @@ import torch
 import typer
 from transformers import CLIPModel
 
+from flowalign.disk.files import make_folder
 from flowalign.toyworld.making import clip as clips
 from flowalign.toyworld.making import preference, vision
 from flowalign.toyworld.making.measuring import measure
@@ -45,7 +46,7 @@ def main(
     if unknown := [stage for stage in chosen if stage not in STAGES]:
         raise typer.BadParameter(f"{unknown[0]!r} is no stage; the stages are {', '.join(STAGES)}")
     torch.set_num_threads(threads)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     if "vit" in chosen:
         vision.save_vit(vision.train_vit(seed, vit_steps, 32, print), output / "vit")
     if "clip" in chosen:

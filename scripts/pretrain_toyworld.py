@@ -10,6 +10,7 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 
+from flowalign.disk.files import make_folder
 from flowalign.toyworld.making import pretraining
 
 
@@ -25,7 +26,7 @@ def main(
     decay: Annotated[float, typer.Option(help="last part of the updates over which the rate falls to 0")] = 0.4,
     start: Annotated[Path | None, typer.Option(help="a pipeline folder whose weights are gone on from")] = None,
 ) -> None:
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     tokenizer = pretraining.make_tokenizer()
     pretraining.write_prompts(output.parent / "prompts")
     if start is None:

@@ -18,6 +18,8 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
+from flowalign.disk.files import replace_json
+
 RECIPES = ("toyworld_ocr", "toyworld_geneval_nft", "toyworld_ocr_gdro", "toyworld_ocr_crd", "toyworld_marble")
 RECIPES += ("toyworld_geneval_prdp",)
 SETTINGS = (
@@ -86,7 +88,7 @@ def main() -> None:
         for benchmark in ("geneval", "ocr"):
             found[benchmark] = judged(Path(place) / benchmark, benchmark, run)
             print(benchmark, len(found[benchmark]), flush=True)
-    args.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    replace_json(args.output, found)
     if args.before:
         before = json.loads(args.before.read_text(encoding="utf-8"))
         moved = [key for key in before.keys() | found.keys() if before.get(key) != found.get(key)]

@@ -1,6 +1,5 @@
 """`flowalign recipes`: the bundled recipes."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,7 @@ def recipes(context: typer.Context) -> None:
 def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to write")] = Path(".")) -> None:
     """Copy a bundled recipe, to be edited."""
     from flowalign.config import bundled_recipes, load_recipe
+    from flowalign.disk.files import replace_text, writing
 
     load_recipe(name)
     source = bundled_recipes().get(name)
@@ -37,9 +37,6 @@ def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to 
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} exists; choose another name")
-    try:
-        shutil.copyfile(source, target)
-    except OSError as error:
-        target.unlink(missing_ok=True)  # of a full disk there is an empty one
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+    with writing(target):
+        replace_text(target, source.read_text(encoding="utf-8"))
     console.print(f"wrote {target}")

@@ -1,8 +1,5 @@
 """Score files, collect and rescore stores, evaluate a model or a run: what the command line does."""
 
-import csv
-import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +15,7 @@ from flowalign.cli.existing import check_pictures
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_csv, replace_json_lines, writing
 from flowalign.disk.media import FILE_NAME, MANIFEST
 from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.drawing import sampling_words
@@ -155,22 +152,13 @@ def _judge(reward: str, options: Sequence[str]) -> zoo.Reward:
 
 def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float | None]) -> None:
     """A .csv or .jsonl file with a line for each image."""
-    table = [
-        {"image": image.name, "prompt": row.prompt, "score": value}
-        for image, row, value in zip(images, rows, scores, strict=True)
-    ]
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(line) + "\n" for line in table)
-    else:
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, fieldnames=["image", "prompt", "score"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-        text = buffer.getvalue()
-    try:
-        replace_text(path, text)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    columns = ("image", "prompt", "score")
+    table = [(image.name, row.prompt, value) for image, row, value in zip(images, rows, scores, strict=True)]
+    with writing(path):
+        if path.suffix == ".jsonl":
+            replace_json_lines(path, [dict(zip(columns, line, strict=True)) for line in table])
+        else:
+            replace_csv(path, columns, table)
 
 
 def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple[str, dict[str, dict[str, Any]]]:

@@ -1,24 +1,70 @@
 """Files and folders that are whole or not there: written under another name, then renamed."""
 
+import csv
+import hashlib
+import io
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from flowalign.config.base import UserError
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Another name to write a file under, which then takes the place of `path`; of a failure nothing is left."""
+    partial = path.with_name(f".partial_{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file whole, in UTF-8: under another name first, then renamed.
+    """Write a file whole, in UTF-8.
 
     What is no character, as in names of files of another encoding, is written as an escape.
     """
-    partial = path.with_name(f".partial_{path.name}")
-    try:
+    with replaced_file(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+
+
+def replace_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a value as JSON, whole."""
+    replace_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def replace_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write values as JSON, a line each, whole."""
+    replace_text(path, "".join(json.dumps(value) + "\n" for value in values))
+
+
+def replace_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table with its columns' names on top, whole; None is an empty cell."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([columns, *rows])
+    replace_text(path, buffer.getvalue())
+
+
+def append_json_line(path: Path, value: Any) -> None:
+    """Add a value as a line of JSON; a kill may cut it short."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk does not take within is a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -34,3 +80,20 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def make_folder(path: Path) -> Path:
+    """The folder, made with those above it where they are missing."""
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` writes it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksum_of(value: Any, **how: Any) -> str:
+    """SHA-256 of a value as JSON; `how` is of `json.dumps`."""
+    return hashlib.sha256(json.dumps(value, **how).encode()).hexdigest()

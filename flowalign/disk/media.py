@@ -1,6 +1,5 @@
 """Pictures as files: 8-bit PNGs in a folder that is replaced whole, whose MANIFEST says what each was made of."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flowalign.disk.files import replace_text, replaced_folder
+from flowalign.disk.files import replace_json_lines, replaced_file, replaced_folder
+from rewards.media import as_levels
 
 MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # the file, and the key in each of its lines
 MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
@@ -30,14 +30,17 @@ def save_pictures(folder: Path, images: torch.Tensor, about: Sequence[Mapping[st
     names = picture_names(len(images))
     with replaced_folder(folder) as partial:
         for name, picture in zip(names, to_uint8(images), strict=True):
-            Image.fromarray(picture).save(partial / name)
+            save_picture(partial / name, picture)
         if about:
-            lines = [
-                json.dumps({FILE_NAME: name} | dict(one) | {FILE_NAME: name}) + "\n"
-                for name, one in zip(names, about, strict=True)
-            ]
-            replace_text(partial / MANIFEST, "".join(lines))
+            lines = [{FILE_NAME: name} | dict(one) | {FILE_NAME: name} for name, one in zip(names, about, strict=True)]
+            replace_json_lines(partial / MANIFEST, lines)
     return [folder / name for name in names]
+
+
+def save_picture(path: Path, pixels: np.ndarray) -> None:
+    """Write pixels (H, W, 3) uint8 as a PNG, whole."""
+    with replaced_file(path) as partial:
+        Image.fromarray(pixels).save(partial, format="PNG")
 
 
 def picture_names(count: int) -> list[str]:
@@ -48,5 +51,5 @@ def picture_names(count: int) -> list[str]:
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8."""
-    pixels: np.ndarray = (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels: np.ndarray = as_levels(images).permute(0, 2, 3, 1).cpu().numpy()
     return pixels

@@ -11,7 +11,7 @@ from typing import Any
 from flowalign.config import Recipe, dump_recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import versions
-from flowalign.disk.files import replace_text, replaced_folder
+from flowalign.disk.files import append_json_line, make_folder, replace_json, replace_text, replaced_folder
 from flowalign.disk.starting import FolderLock, check_start, clear, read_info
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -38,13 +38,13 @@ class RunFolder:
         run = cls(recipe.folder)
         check_start(recipe, resume=resume, overwrite=overwrite)
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
+            make_folder(run.path)
             run.lock = FolderLock(run.path)
             check_start(recipe, resume=resume, overwrite=overwrite)  # others may have begun meanwhile
             if not resume:
                 clear(run.path)
             run.update_info(versions=versions())  # first: it tells a run's folder from others
-            replace_text(run.path / "inputs.json", json.dumps(inputs, indent=2) + "\n")
+            replace_json(run.path / "inputs.json", inputs)
             replace_text(run.path / "recipe.yaml", dump_recipe(recipe))
         except OSError as error:
             raise UserError(f"cannot write to run folder {run.path}: {error.strerror or error}") from error
@@ -77,12 +77,11 @@ class RunFolder:
     def update_info(self, **values: Any) -> None:
         """Merge values into run.json; None removes one."""
         kept = {key: value for key, value in (read_info(self.path) | values).items() if value is not None}
-        replace_text(self.path / "run.json", json.dumps(kept, indent=2) + "\n")
+        replace_json(self.path / "run.json", kept)
 
     def log_step(self, values: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_json_line(self.metrics, values)
 
     def forget_after(self, step: int) -> None:
         """Drop metrics, evaluations and pictures from after `step`: a resumed run makes them again."""
@@ -106,8 +105,7 @@ class RunFolder:
         """Write weights under a name of their own, such as best, with the step and audit of their evaluation."""
         with replaced_folder(self.path / name) as folder:
             export(folder)
-            kept = {key: about[key] for key in ("step", "audit")}
-            (folder / "evaluation.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+            replace_json(folder / "evaluation.json", {key: about[key] for key in ("step", "audit")})
 
 
 @contextmanager

@@ -10,7 +10,6 @@ so a resumed drawing gives the very bytes of one that was never stopped (on the 
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +21,8 @@ from PIL import Image
 
 from flowalign.config import Model, Sampler
 from flowalign.config.base import UserError, counted
-from flowalign.disk.files import replace_text
-from flowalign.disk.media import MANIFEST, to_uint8
+from flowalign.disk.files import checksum_of, make_folder, replace_json
+from flowalign.disk.media import MANIFEST, save_picture, to_uint8
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
@@ -100,7 +99,7 @@ class Drawing:
             "images_per_prompt": self.images,
             "batch": self.batch,
             "precision": f"{str(dtype).removeprefix('torch.')} on {self.device}",
-            "prompts": hashlib.sha256(json.dumps([_metadata(row) for row in rows]).encode()).hexdigest(),
+            "prompts": checksum_of([row.about for row in rows]),
         }
 
     def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
@@ -142,8 +141,7 @@ def sampling_words(sampler: Sampler, model: Model, seed: int) -> str:
 
 def folder_name(parts: Sequence[str], about: Mapping[str, Any]) -> str:
     """The parts, and a few letters that are others for other settings."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
-    return "-".join([*parts, digest[:8]])
+    return "-".join([*parts, checksum_of(about, sort_keys=True, default=str)[:8]])
 
 
 def _place_name(place: str) -> str:
@@ -186,11 +184,11 @@ def draw(
             )
             for row in chunk:
                 own = folder / f"{row.index:05d}"
-                (own / "samples").mkdir(parents=True, exist_ok=True)
-                replace_text(own / "metadata.jsonl", json.dumps(_metadata(row)) + "\n")
+                make_folder(own / "samples")
+                replace_json(own / "metadata.jsonl", row.about, indent=None)
             pixels = to_uint8(drawn.media)
             for place in missing:
-                _write_picture(paths[place], Image.fromarray(pixels[place]))
+                save_picture(paths[place], pixels[place])
             stopwatch.lap("draw")
         elif progress:
             progress(len(paths))
@@ -225,10 +223,10 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
             raise UserError(f"{folder}/{extra[0]} is of none of the {len(rows)} prompts; remove it or add its prompt")
     found = [_metadata_row(place) for place in folders]
     for place, row, own in zip(folders, rows or (), found, strict=rows is not None):
-        if _metadata(own) != _metadata(row):
+        if own.about != row.about:
             raise UserError(
                 f"{place}/metadata.jsonl is not prompt {row.index + 1} of the list: "
-                f"{json.dumps(_metadata(own))}, not {json.dumps(_metadata(row))}"
+                f"{json.dumps(own.about)}, not {json.dumps(row.about)}"
             )
     return [picture for place, row in zip(folders, found, strict=True) for picture in _pictures(place, row, images)]
 
@@ -238,7 +236,7 @@ def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list
     groups: dict[str, list[Path]] = {}
     found: dict[str, Row] = {}
     for row, path in zip(*rows_of_files(folder, str(manifest), pictures_in(folder)), strict=True):
-        key = json.dumps(_metadata(row), sort_keys=True)
+        key = json.dumps(row.about, sort_keys=True)
         found.setdefault(key, replace(row, index=len(found)))
         groups.setdefault(key, []).append(path)
     for key, paths in groups.items():
@@ -284,17 +282,6 @@ def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], 
     for shape in dict.fromkeys(one.shape for one in media):
         places = [place for place, one in enumerate(media) if one.shape == shape]
         yield places, torch.stack([media[place] for place in places])
-
-
-def _metadata(row: Row) -> dict[str, Any]:
-    """A row as GenEval writes it."""
-    return row.about
-
-
-def _write_picture(path: Path, image: Image.Image) -> None:
-    partial = path.with_name(f".partial_{path.name}")
-    image.save(partial, format="PNG")
-    os.replace(partial, path)
 
 
 def _is_whole(path: Path, formats: tuple[str, ...] = ("PNG",)) -> bool:

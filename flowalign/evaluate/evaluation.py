@@ -1,6 +1,5 @@
 """The one evaluation: fixed prompts and counted noise in, scores with standard errors out."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from accelerate.utils import gather_object
 
 import rewards as zoo
 from flowalign.config import Evaluation
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import make_folder, replace_json
 from flowalign.disk.media import MAP, marked, save_pictures
 from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.intervals import clustered_error, combined_interval, mean_interval
@@ -169,8 +168,7 @@ def write_evaluation(run: RunFolder, name: str, evaluated: Evaluated, about: Map
         save_pictures(folder, evaluated.pictures, [row.about for row in shown])
         for reward, found in evaluated.maps.items():
             save_pictures(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.pictures, found))
-        replace_text(folder / "prompts.json", json.dumps([row.prompt for row in shown]) + "\n")
-    (run.path / "evaluations").mkdir(exist_ok=True)
-    contents = {**about, "rows": rows, "summary": summary}
-    replace_text(run.evaluation(name), json.dumps(contents) + "\n")
+        replace_json(folder / "prompts.json", [row.prompt for row in shown], indent=None)
+    make_folder(run.path / "evaluations")
+    replace_json(run.evaluation(name), {**about, "rows": rows, "summary": summary}, indent=None)
     return summary

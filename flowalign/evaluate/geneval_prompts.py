@@ -16,7 +16,7 @@ import numpy as np
 
 from flowalign.config.base import UserError
 from flowalign.disk.assets import asset
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_json_lines, writing
 from flowalign.rollout.prompts import Row, load_prompts
 from rewards.base import nearest
 from rewards.detectors.base import COLORS
@@ -81,10 +81,8 @@ def write_training_prompts(
     if path.suffix != ".jsonl":
         raise UserError(f"{path}: prompts with metadata are written to a .jsonl file")
     rows = training_prompts(count, seed, load_prompts(str(exclude)) if exclude is not None else (), mix)
-    try:
-        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path):
+        replace_json_lines(path, rows)
 
 
 def task_counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:

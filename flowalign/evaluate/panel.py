@@ -7,8 +7,6 @@ All models draw from the same noise, so that a difference is judged by its paire
     summary.json            means, differences, intervals
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 
 from flowalign.config.base import UserError
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_csv
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
 from flowalign.evaluate.held_out import held_out_by
 from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval, mean_of
@@ -96,7 +94,7 @@ def evaluate_panel(
         if mute := [name for name, values in part.scores.items() if np.isnan(values).all()]:
             raise UserError(f"reward {mute[0]!r} left out all pictures of {part.model} at guidance {part.guidance:g}")
     bounds = {name: reward.range for name, reward in rewards.items()}
-    replace_text(output / "panel.csv", _table(parts, rows))
+    _write_table(output / "panel.csv", parts, rows)
     known = held_out_by(last.model.adapter, rows)
     trained = {} if known is None else {"trained_prompts": known.trained, "held_out": known.words}
     prompts_of = [row.prompt for row in rows]
@@ -189,15 +187,13 @@ def _row(mean: float, interval: Interval, groups: Groups) -> dict[str, Any]:
     return {"mean": mean, "interval": interval, "prompts": len(groups)}
 
 
-def _table(parts: Sequence[Part], rows: Sequence[Row]) -> str:
+def _write_table(path: Path, parts: Sequence[Part], rows: Sequence[Row]) -> None:
     """panel.csv; a cell is empty where a reward does not apply."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     names = list(parts[0].scores)
-    writer.writerow(["model", "guidance", "index", "prompt", *names])
+    lines: list[list[Any]] = []
     for part in parts:
         for place, row in enumerate(rows):
             known = [own[~np.isnan(own)] for own in (part.scores[name][place] for name in names)]
             cells = [repr(float(own.mean())) if len(own) else "" for own in known]
-            writer.writerow([part.model, f"{part.guidance:g}", row.index, row.prompt, *cells])
-    return buffer.getvalue()
+            lines.append([part.model, f"{part.guidance:g}", row.index, row.prompt, *cells])
+    replace_csv(path, ["model", "guidance", "index", "prompt", *names], lines)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.base import UserError
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import append_json_line, make_folder, replace_json, writing
 from flowalign.evaluate.report.html import parsed
 from flowalign.rollout.generate import Progress
 
@@ -38,11 +38,8 @@ def check_folder(folder: Path, name: str, settings: Mapping[str, Any], made: str
 
 def keep_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Write `name` into a folder that is made where it is missing; UserError where that cannot be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(folder / name, json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {folder / name}: {error.strerror or error}") from error
+    with writing(folder / name):
+        replace_json(make_folder(folder) / name, settings)
 
 
 def _refuse_other(path: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -73,16 +70,14 @@ def continued(
     if progress and done:
         progress(len(done))
     first = len(done)
-    with path.open("a", encoding="utf-8") as file:
-        for start in range(first // batch * batch, count if first < count else 0, batch):
-            places = range(start, min(start + batch, count))
-            for place, line in zip(places, judge(places), strict=True):
-                if place >= first:
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
-                    done.append(json.loads(json.dumps(line)))
-            if progress:
-                progress(len(places) - max(0, first - start))
+    for start in range(first // batch * batch, count if first < count else 0, batch):
+        places = range(start, min(start + batch, count))
+        for place, line in zip(places, judge(places), strict=True):
+            if place >= first:
+                append_json_line(path, line)
+                done.append(json.loads(json.dumps(line)))
+        if progress:
+            progress(len(places) - max(0, first - start))
     return done
 
 
@@ -113,7 +108,7 @@ def _whole_lines(path: Path) -> list[Line]:
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json, whole."""
-    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_json(folder / "summary.json", summary)
 
 
 class Stopwatch:
@@ -133,4 +128,4 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._began
         self._began = now
-        replace_text(self.path, json.dumps(self.seconds) + "\n")
+        replace_json(self.path, self.seconds, indent=None)

@@ -19,7 +19,7 @@ from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.config.mistakes import nearest
 from flowalign.disk.about import now
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_json, replace_text
 from flowalign.disk.starting import refuse_changes
 from flowalign.evaluate.held_out import held_out_from
 from flowalign.evaluate.report.comparison import leaderboard_markdown, write_comparison_page
@@ -96,7 +96,7 @@ def compare(
         "trained_prompts": known.trained,
     }
     result = summarise(about, recipes, {(run.name, run.run.seed): run.folder for run in runs})
-    replace_text(output / "comparison.json", json.dumps(result, indent=2) + "\n")
+    replace_json(output / "comparison.json", result)
     replace_text(output / "comparison.md", leaderboard_markdown(result))
     write_comparison_page(output, result)
     return result

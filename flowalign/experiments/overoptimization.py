@@ -4,7 +4,6 @@
 model's pictures with the scores of every judge, to which shaping compares.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers import AutoencoderKL
 from flowalign.config import Recipe, RewardSettings, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.disk.assets import asset
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import make_folder, replace_json_lines, replaced_file
 from flowalign.disk.media import save_pictures
 from flowalign.experiments.overoptimization_results import GOLD, PROXY
 from flowalign.policies.devices import own_device
@@ -132,12 +131,11 @@ def prepare(world: str, shared: Path, prompts: int) -> None:
     """
     if prompts < LABELLED:
         raise UserError(f"prompts ({prompts}) must be at least {LABELLED}, to whose pictures a judge is fitted")
-    shared.mkdir(parents=True, exist_ok=True)
-    listed = shared / "prompts.jsonl"
+    listed = make_folder(shared) / "prompts.jsonl"
     if not listed.exists():
         rows = {row.prompt: row.metadata for row in load_prompts(f"{_LISTS[world]}_train")}
-        lines = [json.dumps({"prompt": prompt, **metadata}) + "\n" for prompt, metadata in rows.items()]
-        replace_text(listed, "".join(lines[:prompts]))
+        lines = [{"prompt": prompt, **metadata} for prompt, metadata in rows.items()]
+        replace_json_lines(listed, lines[:prompts])
     if not (shared / "references").exists():
         save_pictures(shared / "references", _references(world))
     store = _store(world, shared)
@@ -172,9 +170,8 @@ def _fit(store: GroupStore, seed: int, path: Path) -> None:
     chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
     images = torch.stack([read_picture(files[row * GROUP + member]) for row in chosen for member in range(GROUP)])
     scores = torch.from_numpy(store.rewards[GOLD][chosen]).float().flatten()
-    partial = path.with_suffix(".partial")
-    save_head(fit_learned(images, scores, seed=seed), BACKBONE, partial)
-    partial.rename(path)
+    with replaced_file(path) as partial:
+        save_head(fit_learned(images, scores, seed=seed), BACKBONE, partial)
 
 
 @torch.no_grad()

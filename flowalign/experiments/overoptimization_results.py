@@ -5,7 +5,6 @@ Gains are in standard deviations of the base model's own scores, so that proxy a
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowalign.config.base import UserError
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_json, replace_text, replaced_file
 from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.evaluate.report.plots import Chase, overoptimization_figure
 
@@ -116,18 +115,15 @@ def table(found: Found) -> str:
 
 def write_results(output: Path, about: Mapping[str, Any], found: Found) -> None:
     """Write overoptimization.json, .md, .svg and .png into `output`, each of them whole."""
-    result = {**about, "proxies": found}
-    replace_text(output / "overoptimization.json", json.dumps(result, indent=2) + "\n")
+    replace_json(output / "overoptimization.json", {**about, "proxies": found})
     replace_text(output / "overoptimization.md", table(found))
     chases = {
         proxy: [_chase(defence, mean_curve([run["curve"] for run in of["runs"]])) for defence, of in defences.items()]
         for proxy, defences in found.items()
     }
     for kind, contents in overoptimization_figure(chases).items():
-        path = output / f"overoptimization.{kind}"
-        partial = path.with_name(f".partial_{path.name}")
-        partial.write_bytes(contents)
-        os.replace(partial, path)
+        with replaced_file(output / f"overoptimization.{kind}") as partial:
+            partial.write_bytes(contents)
 
 
 def _chase(defence: str, curve: Sequence[Mapping[str, float]]) -> Chase:

@@ -8,7 +8,6 @@ reward judges x0_hat as it is; the paper distils one for noisy predictions.
 Shape legend: P prompts, N candidates of each, K rewards.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import rewards as zoo
 from flowalign.config import Sampler
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import replace_json_lines
 from flowalign.disk.media import save_pictures
 from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
@@ -263,5 +262,5 @@ def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:
             picture = paths[place * prompts // len(found.judged) * kept + one.rank].name
         about = {"prompt": one.row.prompt, "candidate": one.candidate, "step": one.step}
         lines.append({**about, "scores": one.scores, "picture": picture})
-    replace_text(folder / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    replace_json_lines(folder / "scores.jsonl", lines)
     return [(path, row.prompt) for path, row in zip(paths, rows, strict=True)]

@@ -12,7 +12,6 @@ A sample's noise is counted by (the store's seed, prompt index, member), so a sh
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,14 +20,14 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import sought
-from flowalign.disk.files import replace_text
-from flowalign.disk.media import to_uint8
+from flowalign.disk.files import checksum, make_folder, replace_json, replace_json_lines, replaced_folder
+from flowalign.disk.media import save_picture, to_uint8
+from flowalign.disk.tensors import save_tensors
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row, step_rows
@@ -172,7 +171,7 @@ class GroupStore:
     def _shard_latents(self, index: int) -> torch.Tensor:
         if index not in self._latents:
             file = _shard(self.path, index) / "latents.safetensors"
-            if _checksum(file) != self.manifest["shards"][index]["checksum"]:
+            if checksum(file) != self.manifest["shards"][index]["checksum"]:
                 raise UserError(f"store {self.path}: {file.parent.name} was changed since it was collected")
             self._latents[index] = load_file(file)["latents"]
         return self._latents[index]
@@ -250,7 +249,7 @@ def collect(
         store = GroupStore.open(path)
         store.check_model(policy)
     else:
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         _write_manifest(path, manifest)
         store = GroupStore.open(path)
     done = {row.index: row.prompt for row in store.rows}
@@ -314,29 +313,26 @@ def _write_shard(
     path: Path, index: int, rows: Sequence[Row], samples: Drawn, scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
     """Write a shard whole and return its line of the manifest."""
-    partial, size = path / ".partial_shard", len(samples) // len(rows)
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "media").mkdir(parents=True)
-    latents = samples.latents.cpu().view(len(rows), size, *samples.latents.shape[1:]).contiguous()
-    save_file({"latents": latents}, partial / "latents.safetensors")
-    lines = [{"index": row.index, "prompt": row.prompt, "metadata": row.metadata} for row in rows]
-    (partial / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    for place, picture in enumerate(to_uint8(samples.media)):
-        Image.fromarray(picture).save(partial / "media" / _picture(place, size))
-    for name, score in scores.items():
-        values = torch.where(score.applies, score.values, torch.nan).cpu().numpy()
-        _write_rewards(partial, name, values.reshape(len(rows), size))
-    file = partial / "latents.safetensors"
-    about = {"prompts": len(rows), "bytes": file.stat().st_size, "checksum": _checksum(file)}
-    shutil.rmtree(_shard(path, index), ignore_errors=True)  # finished, but the kill came before the manifest
-    partial.rename(_shard(path, index))
-    return about
+    size = len(samples) // len(rows)
+    latents = samples.latents.cpu().view(len(rows), size, *samples.latents.shape[1:])
+    with replaced_folder(_shard(path, index)) as partial:  # one is there when a kill came before the manifest
+        file = partial / "latents.safetensors"
+        save_tensors(file, {"latents": latents})
+        lines = [{"index": row.index, "prompt": row.prompt, "metadata": row.metadata} for row in rows]
+        replace_json_lines(partial / "rows.jsonl", lines)
+        make_folder(partial / "media")
+        for place, picture in enumerate(to_uint8(samples.media)):
+            save_picture(partial / "media" / _picture(place, size), picture)
+        for name, score in scores.items():
+            values = torch.where(score.applies, score.values, torch.nan).cpu().numpy()
+            _write_rewards(partial, name, values.reshape(len(rows), size))
+        return {"prompts": len(rows), "bytes": file.stat().st_size, "checksum": checksum(file)}
 
 
 def _write_rewards(folder: Path, name: str, values: np.ndarray) -> None:
-    (folder / "rewards").mkdir(exist_ok=True)
+    make_folder(folder / "rewards")
     listed = [[None if np.isnan(value) else float(value) for value in row] for row in values]
-    replace_text(_reward_file(folder, name), json.dumps(listed) + "\n")
+    replace_json(_reward_file(folder, name), listed, indent=None)
 
 
 def _read_rows(file: Path) -> list[Row]:
@@ -380,9 +376,4 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    replace_text(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    replace_json(path / "manifest.json", manifest)

@@ -13,6 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from flowalign.toyworld.render import PALETTE, SHAPES, coverage
+from rewards.media import as_levels
 
 INK_DIFFERENCE = 45.0  # 8-bit levels, largest channel
 MIN_AREA = 28  # pixels
@@ -94,5 +95,5 @@ class ExactDetector:
 
     def __call__(self, images: torch.Tensor) -> list[list[dict[str, Any]]]:
         """One list of detections per image."""
-        pictures = (images.clamp(0, 1) * 255).round().permute(0, 2, 3, 1).float().cpu().numpy()
+        pictures = as_levels(images).permute(0, 2, 3, 1).float().cpu().numpy()
         return [detect(picture) for picture in pictures]

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from flowalign.toyworld.render import Scene, render
 from rewards.base import Golden
-from rewards.media import chosen_frames, mean_of_frames
+from rewards.media import as_levels, chosen_frames, mean_of_frames
 from rewards.ocr import OCR
 
 LIGHTEST, DARKEST_GROUND, LIGHTEST_INK = 255.0, 220.0, 75.0  # 8-bit levels between which the world draws
@@ -94,7 +94,7 @@ class SignQuality(OCR):
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]
         rows = [row for row in metadata for _ in range(count)]
-        levels = (frames.detach().float().clamp(0, 1) * 255).round().permute(0, 2, 3, 1).cpu().numpy()
+        levels = as_levels(frames).permute(0, 2, 3, 1).float().cpu().numpy()
         clean = torch.tensor([cleanliness(picture) for picture in levels], dtype=torch.float32)
         return mean_of_frames(super().__call__(frames, texts, rows) * clean, count)
 

@@ -5,7 +5,6 @@ each file, since safetensors notices a torn file but not a flipped bit. Randomne
 state to keep.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from flowalign.config.base import UserError
+from flowalign.disk.files import checksum, replace_json, replace_text, replaced_folder
+from flowalign.disk.tensors import save_tensors
 from flowalign.policies.base import Policy
 
 SUMS = "SHA256SUMS"  # in the format that `sha256sum --check` reads
@@ -57,7 +58,6 @@ def save_checkpoint(
     target = checkpoint_path(folder, counters["step"])
     if target.is_dir():
         return target
-    partial = _partial(target)
     snapshots = {
         f"{name}{_SEPARATOR}{key}": tensor for name, kept in policy.snapshots.items() for key, tensor in kept.items()
     }
@@ -65,23 +65,17 @@ def save_checkpoint(
     try:
         for left in folder.glob(_partial(Path("*")).name):  # by runs that were killed
             shutil.rmtree(left, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(policy.trainable_state(), partial / "weights.safetensors")
-        save_file(snapshots, partial / "snapshots.safetensors")
-        save_file(state, partial / "optimizer.safetensors")
-        for name, tensors in memory.items():
-            save_file({key: value.contiguous() for key, value in tensors.items()}, partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(
-            json.dumps({"counters": dict(counters), "optimizer": groups}), encoding="utf-8"
-        )
-        sums = [f"{_sum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
-        (partial / SUMS).write_text("".join(sums), encoding="utf-8")
-        for path in [*partial.iterdir(), partial]:
-            _sync(path)
-        partial.rename(target)
+        files = {"weights": policy.trainable_state(), "snapshots": snapshots, "optimizer": state, **memory}
+        with replaced_folder(target) as partial:
+            for name, tensors in files.items():
+                save_tensors(partial / f"{name}.safetensors", tensors)
+            replace_json(partial / "state.json", {"counters": dict(counters), "optimizer": groups}, indent=None)
+            sums = [f"{checksum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
+            replace_text(partial / SUMS, "".join(sums))
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
         _sync(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         last = checkpoints(folder)
         kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
         raise UserError(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
@@ -141,13 +135,8 @@ def _verify(path: Path, *names: str) -> None:
     lines = (path / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {file: written for written, _, file in (line.partition("  ") for line in lines)}
     for file in ("state.json", *(f"{name}.safetensors" for name in names)):
-        if _sum(path / file) != sums.get(file):
+        if checksum(path / file) != sums.get(file):
             raise ValueError(f"{file} does not match {SUMS}")
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_policy_state(path: Path, policy: Policy) -> None:

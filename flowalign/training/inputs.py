@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
+from flowalign.disk.files import checksum, checksum_of
 from flowalign.disk.starting import read_json
 from flowalign.policies.folders import model_folder
 from flowalign.rollout.prompts import load_prompts
@@ -31,7 +32,7 @@ def inputs_of(recipe: Recipe, policy: object | None = None, rewards: Mapping[str
     for key, listed in (("prompts", recipe.prompts), ("evaluation.prompts", recipe.evaluation.prompts)):
         for place, source in _leaves(listed):
             rows = [[row.prompt, row.metadata] for row in (load_prompts(source) if source else ())]
-            found[key + place] = {Path(source or "none").name: _sum(json.dumps(rows, sort_keys=True).encode())}
+            found[key + place] = {Path(source or "none").name: checksum_of(rows, sort_keys=True)}
     held_out = (recipe.guard and recipe.guard.rewards) or {}
     sections = {"rewards": recipe.rewards, "evaluation.rewards": recipe.evaluation.rewards or {}, "guard": held_out}
     for section, entries in sections.items():
@@ -98,7 +99,7 @@ def _given(thing: Any) -> dict[str, str]:
         code = inspect.getsource(kind)
     except (OSError, TypeError):
         code = ""
-    return {f"{kind.__qualname__}, which a script gives,": _sum(code.encode())}
+    return {f"{kind.__qualname__}, which a script gives,": hashlib.sha256(code.encode()).hexdigest()}
 
 
 def _files(name: Any) -> dict[str, str]:
@@ -121,21 +122,17 @@ def _store(path: Path, rewards: Sequence[str]) -> dict[str, str]:
         return {}  # opening it says so
     names = ["rows.jsonl", *(f"rewards/{quote(name, safe='')}.json" for name in rewards)]
     files = [file for name in names for file in sorted(path.glob(f"shard_*/{name}"))]
-    latents = {"latents": _sum(json.dumps(shards, sort_keys=True).encode())}
+    latents = {"latents": checksum_of(shards, sort_keys=True)}
     return latents | {str(file.relative_to(path)): _digest(file) for file in files}
 
 
 def _digest(path: Path) -> str:
     size = path.stat().st_size
+    if size <= _WHOLE:
+        return checksum(path)
     with path.open("rb") as file:
-        if size <= _WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(str(size).encode())
         for block in range(_BLOCKS):
             file.seek((size - _BLOCK) * block // (_BLOCKS - 1))
             digest.update(file.read(_BLOCK))
     return digest.hexdigest()
-
-
-def _sum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

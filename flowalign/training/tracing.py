@@ -1,15 +1,13 @@
 """A trace of a training step, for Perfetto or chrome://tracing, and a table of its operators."""
 
-import gzip
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from flowalign.disk.files import replace_text
+from flowalign.disk.files import make_folder, replace_text, replaced_file
 
 OPERATORS = 40  # rows of the table
 
@@ -24,13 +22,9 @@ def traced(folder: Path, name: str, say: Callable[[str], None]) -> Iterator[None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as seen:
         yield
-    folder.mkdir(parents=True, exist_ok=True)
-    trace = folder / f"{name}.json.gz"
-    with TemporaryDirectory(dir=folder, prefix=".partial_") as partial:  # nothing is left of it on a full disk
-        plain, packed = Path(partial) / "trace.json", Path(partial) / "trace.json.gz"
-        seen.export_chrome_trace(str(plain))
-        packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=3))
-        packed.rename(trace)
+    trace = make_folder(folder) / f"{name}.json.gz"
+    with replaced_file(trace) as partial:
+        seen.export_chrome_trace(str(partial))
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = seen.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=60)
     replace_text(folder / f"{name}.txt", table + "\n")

@@ -11,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-from rewards.backbones.preprocessing import Preprocessing, as_levels
+from rewards.backbones.preprocessing import Preprocessing
 from rewards.backbones.weights import located, whole
 from rewards.base import Reward, RewardError, at_least_one, reason
 from rewards.devices import chosen_device
-from rewards.media import chosen_frames
+from rewards.media import as_levels, chosen_frames
 
 
 class TransformersClip(nn.Module):

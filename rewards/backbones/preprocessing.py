@@ -10,12 +10,9 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as transforms
 
+from rewards.media import as_levels
+
 Mode = Literal["shortest", "longest", "squash"]
-
-
-def as_levels(images: torch.Tensor) -> torch.Tensor:
-    """Images (..., 3, H, W) in [0, 1] as the 8-bit levels of a picture file, on which models are trained."""
-    return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class Preprocessing(NamedTuple):

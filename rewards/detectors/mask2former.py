@@ -14,12 +14,12 @@ from huggingface_hub import snapshot_download
 from torch.nn import functional as F
 from transformers import AutoConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
-from rewards.backbones.preprocessing import as_levels
 from rewards.backbones.weights import bundled, whole
 from rewards.base import RewardError, at_least_one, reason
 from rewards.detectors.base import SCORE_THRESHOLD
 from rewards.detectors.colors import OPENAI, ColorClassifier
 from rewards.devices import chosen_device
+from rewards.media import as_levels
 
 PUBLISHED = "facebook/mask2former-swin-small-coco-instance"
 NAME = "mask2former"

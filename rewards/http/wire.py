@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from rewards.base import RewardError, reason
-from rewards.media import as_viewed
+from rewards.media import as_levels, as_viewed
 
 PROTOCOL = 1
 SAFETENSORS, JSON = "application/safetensors", "application/json"
@@ -93,7 +93,7 @@ def encode(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mappi
         raise RewardError(f"media of {media.dtype} cannot be sent to a server; it takes {known}")
     media = media.detach().cpu().contiguous()
     if media.dtype == torch.float32:
-        levels = (media * 255).round().clamp(0, 255).to(torch.uint8)
+        levels = as_levels(media)
         media = levels if torch.equal(levels.float() / 255, media) else media
     rows = to_json([dict(row) for row in metadata], "the metadata")
     return save({"media": media}, {"prompts": to_json(list(prompts), "the prompts"), "metadata": rows})

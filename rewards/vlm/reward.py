@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rewards.backbones.preprocessing import as_levels
 from rewards.base import Reward, RewardError, nearest, shown
-from rewards.media import chosen_frames
+from rewards.media import as_levels, chosen_frames
 from rewards.vlm.base import CUT_OFF, UNPARSABLE, VLM, Pictures, Unparsable, VLMError, at_least, final, first_line
 
 

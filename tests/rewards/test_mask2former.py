@@ -23,12 +23,12 @@ from transformers import (
 import rewards
 from flowalign.rollout.prompts import load_prompts
 from rewards import RewardError
-from rewards.backbones.preprocessing import as_levels
 from rewards.backbones.weights import bundled
 from rewards.detectors.base import COLORS
 from rewards.detectors.colors import ColorClassifier
 from rewards.detectors.mask2former import Mask2Former, class_names, extents, instances
 from rewards.geneval import refuse_unknown_classes
+from rewards.media import as_levels
 
 SPEC = "rewards.detectors.mask2former:Mask2Former"
 COCO = [row for row in bundled("geneval/object_names.txt").read_text().split("\n") if row]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from flowalign.disk.tensors import save_tensors
 from flowalign.toyworld.making.examples import Example, alike_examples, examples, pictures
 from flowalign.toyworld.making.pretraining import MAX_TOKENS, make_tokenizer
 from flowalign.toyworld.making.spoiling import quality_examples, rated
@@ -176,4 +176,4 @@ def save_clip(clip: CLIPModel, folder: Path) -> None:
 
 def save_aesthetic(head: dict[str, torch.Tensor], file: Path) -> None:
     """Write the head as safetensors."""
-    save_file(head, file)
+    save_tensors(file, head)

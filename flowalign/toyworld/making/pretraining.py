@@ -4,7 +4,6 @@ Three stages, each resumable from the work folder: the autoencoder, a cache of l
 CLIP text encoders. Randomness is counted: batch and noise of a step depend on (seed, step) alone.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
+from flowalign.disk.files import make_folder, replace_json_lines, replace_text, replaced_file, replaced_folder
+from flowalign.disk.tensors import save_tensors
 from flowalign.toyworld import grammar
 from flowalign.toyworld.render import SIZE, render
 from rewards.backbones.weights import whole
@@ -136,9 +137,8 @@ def _examples(seed: int, stage: int, step: int, count: int, shapes: float) -> tu
 
 
 def _save_state(path: Path, state: dict[str, object]) -> None:
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    temporary.replace(path)
+    with replaced_file(path) as partial:
+        torch.save(state, partial)
 
 
 def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -> AutoencoderKL:
@@ -179,8 +179,8 @@ def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -
     with torch.no_grad():
         latents = model.encode(_examples(seed, 1, 0, 512, shapes=0.5)[1]).latent_dist.mean
     model.register_to_config(scaling_factor=1 / latents.std().item(), shift_factor=latents.mean().item())
-    model.save_pretrained(work / "vae.tmp")
-    (work / "vae.tmp").rename(finished)
+    with replaced_folder(finished) as partial:
+        model.save_pretrained(partial)
     return model
 
 
@@ -189,8 +189,7 @@ def cache_latents(
     work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, seed: int, shards: int, shapes: float, log: Log
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (N, 4, 16, 16) half precision and token ids (N, 20) uint8 of `shards` times 8,192 true pictures."""
-    folder = work / "latents"
-    folder.mkdir(exist_ok=True)
+    folder = make_folder(work / "latents")
     vae.eval()
     parts = []
     for shard in range(shards):
@@ -201,8 +200,7 @@ def cache_latents(
                 means = torch.cat([vae.encode(chunk).latent_dist.mean.float() for chunk in pixels.split(256)])
             latents = (means - vae.config.shift_factor) * vae.config.scaling_factor
             ids = tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-            save_file({"latents": latents.half().contiguous(), "ids": ids.to(torch.uint8)}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            save_tensors(path, {"latents": latents.half(), "ids": ids.to(torch.uint8)})
             log(f"latents {shard + 1}/{shards}")
         parts.append(load_file(path))
     return torch.cat([part["latents"] for part in parts]), torch.cat([part["ids"] for part in parts])
@@ -326,11 +324,9 @@ def assemble(
 
 def write_prompts(folder: Path) -> None:
     """The bundled prompt lists: train and held-out, of shapes (GenEval's .jsonl) and of signs (.txt)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for held_out, name in ((False, "train"), (True, "test")):
         shapes = grammar.split_shapes(per_task=86 if held_out else 200, held_out=held_out)
-        (folder / f"shapes_{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in shapes), encoding="utf-8"
-        )
+        replace_json_lines(folder / f"shapes_{name}.jsonl", shapes)
         signs = grammar.split_signs(512 if held_out else 720, held_out)
-        (folder / f"words_{name}.txt").write_text("".join(sign + "\n" for sign in signs), encoding="utf-8")
+        replace_text(folder / f"words_{name}.txt", "".join(sign + "\n" for sign in signs))
