@@ -35,6 +35,7 @@ from rewards.combine import (
     worst_case,
 )
 from rewards.devices import make_current
+from rewards.media import as_levels
 
 _SEPARATOR = "/"
 FINISHED = -1  # in place of the denoising step of a preview
@@ -118,7 +119,7 @@ class Scorer:
     def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
         """Begin to score finished media of a rollout, in their order; returns them as 8-bit levels off the device."""
         self._begin(FINISHED, media, rows)
-        return (media.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        return as_levels(media).cpu()
 
     def preview(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
         """Begin to score one-step predictions made at denoising step `index`, in the order of their samples."""
