@@ -90,7 +90,8 @@ def test_the_scoring_thread_works_on_the_device(
     values["rewards"] = {"without": {"load": f"{judges}:without"}}
     judging = Scorer(recipe_from_dict(values), None, torch.device("cuda", 1))
     judging.judge(torch.zeros(1, 3, 2, 2), [Row(0, "a star")])
-    assert list(judging._finished()) == ["without"]
+    (found,) = (future.result() for parts in judging._pending.values() for future in parts)
+    assert list(found) == ["without"]
     assert made_current == [(torch.device("cuda", 1), "rewards_0")]
 
 
@@ -120,11 +121,11 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
     values["evaluation"]["rewards"] = {"measured": placed | {"options": {"name": "measured"}}}
     values["guard"] = {"rewards": {"held_out": {"load": "clipscore", "options": {"model": "toyworld/judges/clip"}}}}
     values["guard"]["features"] = {"model": "toyworld/judges/vit"}
-    monkeypatch.setattr("flowalign.trainer.chosen_device", lambda device: SECOND)
+    monkeypatch.setattr("flowalign.training.parts.chosen_device", lambda device: SECOND)
     monkeypatch.setattr("flowalign.evaluate.audit.audit.unit_features", features)
-    monkeypatch.setattr("flowalign.trainer.cached_policy", model)
+    monkeypatch.setattr("flowalign.training.parts.cached_policy", model)
     found: list[Any] = []
-    for module in ("trainer", "training.measuring"):
+    for module in ("training.parts", "training.measuring"):
         monkeypatch.setattr(
             f"flowalign.{module}.check_prompts", lambda rows, judged, source: found.extend(judged.values())
         )
