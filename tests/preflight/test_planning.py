@@ -48,7 +48,7 @@ def test_conditions_and_parameters_of_every_family_have_their_sizes(
     planned, real = meta_policy(model), load_policy(model)
     shapes = {name: tensor.shape for name, tensor in real.encode_prompts(["a sign", "a star"]).tensors.items()}
     assert {name: tensor.shape for name, tensor in condition_rows(planned, 2).tensors.items()} == shapes
-    assert planned.latent_shape(64, 64) == real.latent_shape(64, 64)
+    assert planned.latent_shape(planned.request) == real.latent_shape(real.request)
     assert parameters(planned) == parameters(real)
     assert transformer_pass(planned, 2, backward=True).flops > 2 * transformer_pass(planned, 2, backward=False).flops
 
