@@ -203,17 +203,16 @@ def measure(
         print(f"| {' | '.join(line.values())} |", flush=True)
         steps[backend] = found["step"]
 
-    tokens = policy._tokens() + TEXT + recipe.model.max_sequence_length
     for backend in backends:
         try:
-            use_attention(policy.transformer, backend, device, policy.dtype, tokens)
+            use_attention(policy.transformer, backend, device, policy.dtype)
         except UserError as error:
             print(f"{backend}: {error}", file=sys.stderr)
             continue
         measured(backend, is_compiled=False)
     if compiled and steps:
         fastest = min(steps, key=lambda name: steps[name])
-        use_attention(policy.transformer, fastest, device, policy.dtype, tokens)
+        use_attention(policy.transformer, fastest, device, policy.dtype)
         compile_blocks(policy.transformer, device)
         measured(fastest, is_compiled=True)
 
