@@ -1,7 +1,8 @@
 """What says to a person what is wrong with a reward; on its own, so that to use it costs no import."""
 
-import difflib
 from collections.abc import Iterable
+
+from rapidfuzz.distance import OSA, Indel
 
 
 class RewardError(ValueError):
@@ -10,4 +11,7 @@ class RewardError(ValueError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The entry of `known` (at least one) most like `word`, whatever the case of either."""
-    return max(known, key=lambda entry: difflib.SequenceMatcher(None, word.lower(), entry.lower()).ratio())
+    word = word.lower()
+    return min(
+        known, key=lambda one: (OSA.distance(word, one.lower()), -Indel.normalized_similarity(word, one.lower()))
+    )

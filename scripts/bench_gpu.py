@@ -36,6 +36,7 @@ from flowalign.disk.files import replace_text
 from flowalign.policies.attention import CANDIDATES, use_attention
 from flowalign.policies.base import Condition, forward_dtype
 from flowalign.policies.compiling import compile_blocks
+from flowalign.policies.devices import own_device
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.preflight.step_time import Decoding, play, recorded, seconds_of, time_steps
 from flowalign.sampling import counted_generator
@@ -158,7 +159,7 @@ def main(
     if not torch.cuda.is_available() and not check:
         sys.exit("error: this machine has no GPU that PyTorch can use; --check tries the script with a tiny model")
     quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         replace_text(prompts, "".join(f"a picture of {count} things\n" for count in range(64)))
@@ -202,17 +203,16 @@ def measure(
         print(f"| {' | '.join(line.values())} |", flush=True)
         steps[backend] = found["step"]
 
-    tokens = policy._tokens() + TEXT + recipe.model.max_sequence_length
     for backend in backends:
         try:
-            use_attention(policy.transformer, backend, device, policy.dtype, tokens)
+            use_attention(policy.transformer, backend, device, policy.dtype)
         except UserError as error:
             print(f"{backend}: {error}", file=sys.stderr)
             continue
         measured(backend, is_compiled=False)
     if compiled and steps:
         fastest = min(steps, key=lambda name: steps[name])
-        use_attention(policy.transformer, fastest, device, policy.dtype, tokens)
+        use_attention(policy.transformer, fastest, device, policy.dtype)
         compile_blocks(policy.transformer, device)
         measured(fastest, is_compiled=True)
 

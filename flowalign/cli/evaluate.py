@@ -152,20 +152,15 @@ def evaluate_panel(
     """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
     _check(model, None, prompts, reward)
     quiet_libraries()
-    import rewards as zoo
     from flowalign.config.options import parse_options
     from flowalign.evaluate.panel import BASE, TUNED
     from flowalign.evaluate.panel import evaluate_panel as evaluate
+    from flowalign.experiments.scaling import load_by_name
 
     tuned = _drawing(model, how)
     assert tuned is not None  # a model is given
     options = parse_options(reward, option or [])
-    loaded: dict[str, zoo.Reward] = {}
-    for spec in reward:
-        one = zoo.load_on(device(), spec, **options[spec])
-        if one.name in loaded:
-            raise UserError(f"--reward {spec}: there is a reward {one.name!r} already; give each once")
-        loaded[one.name] = one
+    loaded = load_by_name(reward, options, device())
     base = replace(tuned, model=tuned.model.model_copy(update={"adapter": None}))
     drawings = {
         name: [

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from rapidfuzz.distance import OSA, Indel
 
 from flowalign.config.paths import Keys
+from rewards.errors import nearest as most_like
 
 _TYPE_TAGS = {"str", "tuple[str, ...]", "tuple[float, ...]"}  # pydantic names a union's branch in an error's place
 
@@ -18,8 +19,8 @@ Origins = dict[Keys, tuple[Path, int]]  # the file and the line of each key
 
 def nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """The end of a sentence about an unknown name: the nearest known one, or all of them."""
-    near = min(known, key=lambda one: (OSA.distance(name, one), -Indel.normalized_similarity(name, one)), default=None)
-    if near is not None and (OSA.distance(name, near) == 1 or Indel.normalized_similarity(name, near) >= 0.5):
+    near = most_like(name, known) if known else ""
+    if near and (OSA.distance(name, near) == 1 or Indel.normalized_similarity(name, near) >= 0.5):
         return f"; did you mean {near!r}?"
     return f"; known are {', '.join(known)}"
 

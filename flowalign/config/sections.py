@@ -48,8 +48,8 @@ class Model(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the forward passes; auto is bf16 where the device multiplies it itself. Trainable weights and all
     probabilities stay float32."""
-    attention: str = "auto"
-    """Attention backend: auto, native, xformers, or any other name of diffusers' dispatcher."""
+    attention: str = "native"
+    """Attention backend: native, xformers, any other of diffusers' dispatcher; `flowalign doctor` times some."""
     max_sequence_length: NotNegative = 256
     """Tokens of the T5 encoder, of toyworld none; a pipeline without T5 gets as many zero tokens, so give what it was
     trained with."""

@@ -8,7 +8,7 @@ task has no other left.
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from flowalign.config.base import UserError
 from flowalign.disk.assets import asset
 from flowalign.disk.files import replace_json_lines, writing
 from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.toyworld.tasks import Metadata, grammar
 from rewards.base import nearest
 from rewards.detectors.base import COLORS
-from rewards.geneval import RELATIONS, TASKS
+from rewards.geneval import TASKS
 
 PUBLISHED_MIX: Mapping[str, float] = {
     "position": 0.7,
@@ -30,10 +31,6 @@ PUBLISHED_MIX: Mapping[str, float] = {
     "two_object": 0.1,
     "single_object": 0.0,
 }
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-NEVER_COLORED = "person"
-
-Metadata = dict[str, Any]
 
 
 def object_names() -> tuple[str, ...]:
@@ -110,7 +107,7 @@ def task_counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
 
 def _draws(task: str, names: Sequence[str], taken: set[Any], rng: np.random.Generator) -> Iterator[Metadata]:
     """The task's rows in a random order, without end; each comes again only after all others."""
-    axes, make = _grammar(task, names)
+    axes, make = grammar(task, names, COLORS)
     sizes = tuple(len(axis) for axis in axes)
     while True:
         empty = True
@@ -122,60 +119,6 @@ def _draws(task: str, names: Sequence[str], taken: set[Any], rng: np.random.Gene
                 yield row
         if empty:
             raise UserError(f"{task}: no prompt is left after those that are excluded; weigh it 0 or exclude fewer")
-
-
-def _grammar(task: str, names: Sequence[str]) -> tuple[tuple[Sequence[Any], ...], Callable[..., Metadata]]:
-    """What a task's rows are made of, one list for each free choice, and the row of one choice of each."""
-    pairs = list(itertools.permutations(names, 2))
-    colored = [name for name in names if name != NEVER_COLORED]
-
-    def row(include: list[Metadata], text: str, **more: Any) -> Metadata:
-        return {"tag": task, "include": include, **more, "prompt": f"a photo of {text}"}
-
-    def single(name: str) -> Metadata:
-        return row([_clause(name)], _a(name))
-
-    def two(pair: tuple[str, str]) -> Metadata:
-        return row([_clause(name) for name in pair], " and ".join(_a(name) for name in pair))
-
-    def counting(name: str, number: int) -> Metadata:
-        return row([_clause(name, number)], f"{NUMBERS[number]} {plural(name)}", exclude=[_clause(name, number + 1)])
-
-    def color(name: str, paint: str) -> Metadata:
-        return row([_clause(name, color=paint)], _a(f"{paint} {name}"))
-
-    def position(pair: tuple[str, str], relation: str) -> Metadata:
-        name, target = pair
-        return row([_clause(target), _clause(name, position=[relation, 0])], f"{_a(name)} {relation} {_a(target)}")
-
-    def attributes(pair: tuple[str, str], paints: tuple[str, str]) -> Metadata:
-        painted = list(zip(pair, paints, strict=True))
-        include = [_clause(name, color=paint) for name, paint in painted]
-        return row(include, " and ".join(_a(f"{paint} {name}") for name, paint in painted))
-
-    painted_pairs = list(itertools.permutations(colored, 2)), list(itertools.permutations(COLORS, 2))
-    grammars: dict[str, tuple[tuple[Sequence[Any], ...], Callable[..., Metadata]]] = {
-        "single_object": ((names,), single),
-        "two_object": ((pairs,), two),
-        "counting": ((names, list(NUMBERS)), counting),
-        "colors": ((colored, COLORS), color),
-        "position": ((pairs, RELATIONS), position),
-        "color_attr": (painted_pairs, attributes),
-    }
-    return grammars[task]
-
-
-def _clause(name: str, count: int = 1, **more: Any) -> Metadata:
-    return {"class": name, "count": count, **more}
-
-
-def _a(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def plural(name: str) -> str:
-    """The plural by the benchmark's own rule, on which models are tested: "wine glasses", but also "benchs"."""
-    return name + ("es" if name.endswith("s") else "s")
 
 
 def _keys(prompt: str, metadata: Mapping[str, Any]) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Quality against compute without training: the expectation of best-of-n, and runs of pruned search.
+"""Quality against compute without training: the expectation of best-of-n.
 
 The forwards of a picture that is kept are those of all candidates of its prompt.
 """
@@ -6,7 +6,6 @@ The forwards of a picture that is kept are those of all candidates of its prompt
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,12 @@ import torch
 from flowalign.config import Evaluation
 from flowalign.config.base import UserError
 from flowalign.evaluate.evaluation import Evaluated, evaluate
-from flowalign.experiments.scaling import Cost, Prune, best_of, check_judges, check_search, cost
+from flowalign.experiments.scaling import Cost, check_judges, check_search, cost
 from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.prompts import Row
-from flowalign.sampling.noise import EVALUATION
 from rewards import Reward
-from rewards.combine import score_all
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,6 @@ class Point:
     """Quality at a cost: the scores of the chosen pictures, summarised over prompts as an evaluation is."""
 
     candidates: int
-    schedule: tuple[Prune, ...]
     cost: Cost
     summary: dict[str, dict[str, Any]]
 
@@ -82,7 +78,7 @@ def evaluate_best_of(
     drawn = evaluate(policy, asked, rewards, settings, request, progress)
     groups = [drawn.scores[start : start + most] for start in range(0, len(drawn.scores), most)]
     return [
-        Point(n, (), cost(n, (), settings.steps, settings.guidance), _expected(asked, groups, by, n).summary())
+        Point(n, cost(n, (), settings.steps, settings.guidance), _expected(asked, groups, by, n).summary())
         for n in counts
     ]
 
@@ -97,35 +93,3 @@ def _expected(rows: Sequence[Row], groups: Sequence[Sequence[Mapping[str, float]
         for drawn in groups
     ]
     return Evaluated(list(rows), scores, torch.empty(0))
-
-
-def evaluate_pruned(
-    policy: Policy,
-    rows: Sequence[Row],
-    rewards: Mapping[str, Reward],
-    by: Sequence[str],
-    candidates: int,
-    schedule: Sequence[Prune],
-    settings: Evaluation,
-    request: MediaRequest,
-    progress: Progress | None = None,
-) -> Point:
-    """One run of pruned best-of-N, chosen by the rewards `by` and measured by all on the chosen pictures.
-
-    Raises UserError as `best_of` does.
-    """
-    search = partial(best_of, batch=settings.batch, schedule=schedule, progress=progress)
-    judges = {name: rewards[name] for name in by}
-    key = (EVALUATION, settings.seed, 0)
-    found: list[dict[str, float]] = []
-    chunk = max(1, settings.batch // candidates)
-    for start in range(0, len(rows), chunk):
-        part = rows[start : start + chunk]
-        media = search(policy, part, judges, candidates, settings, request, key).media
-        scores = score_all(rewards, media, [row.prompt for row in part], [row.metadata for row in part])
-        found += [
-            {name: float(one.values[index]) for name, one in scores.items() if one.applies[index]}
-            for index in range(len(part))
-        ]
-    spent = cost(candidates, schedule, settings.steps, settings.guidance)
-    return Point(candidates, tuple(schedule), spent, Evaluated(list(rows), found, torch.empty(0)).summary())

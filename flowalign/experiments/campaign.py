@@ -3,9 +3,11 @@
 import gc
 from pathlib import Path
 
+import torch
+
 from flowalign.config import Recipe
 from flowalign.disk.run_folder import RunFolder
-from flowalign.disk.starting import refuse_changes
+from flowalign.disk.starting import read_info, refuse_changes
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 
@@ -15,12 +17,23 @@ def train_unless_done(recipe: Recipe, *, display: Display | None = None) -> Path
 
     Raises UserError where the folder holds the run of another recipe.
     """
-    begun = (recipe.folder / "recipe.yaml").exists()
-    if begun:
-        run, saved = RunFolder.open(recipe.folder)
-        refuse_changes(saved, recipe)
-        if run.finished and saved.train.steps == recipe.train.steps:
-            return recipe.folder
-    folder = Trainer.from_recipe(recipe, resume=begun, display=display).run()
+    if is_done(recipe):
+        return recipe.folder
+    folder = Trainer.from_recipe(recipe, resume=_is_begun(recipe), display=display).run()
     gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
+    torch.cuda.empty_cache()
     return folder
+
+
+def is_done(recipe: Recipe) -> bool:
+    """Whether the recipe's run has come to its end and had all its minutes; UserError for the run of another recipe."""
+    if not _is_begun(recipe):
+        return False
+    run, saved = RunFolder.open(recipe.folder)
+    refuse_changes(saved, recipe)
+    enough = recipe.run.max_minutes is None or read_info(run.path).get("minutes", 0) >= recipe.run.max_minutes
+    return run.finished and saved.train.steps == recipe.train.steps and enough
+
+
+def _is_begun(recipe: Recipe) -> bool:
+    return (recipe.folder / "recipe.yaml").exists()

@@ -4,7 +4,6 @@ The budget is minutes of training. Transformer forwards are counted beside them,
 Evaluations are in neither.
 """
 
-import gc
 import json
 import math
 import shlex
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
@@ -25,13 +23,13 @@ from flowalign.evaluate.held_out import held_out_from
 from flowalign.evaluate.report.comparison import leaderboard_markdown, write_comparison_page
 from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.experiments.best_of import evaluate_best_of
+from flowalign.experiments.campaign import is_done, train_unless_done
 from flowalign.experiments.scaling import check_judges
 from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.prompts import load_prompts
 from flowalign.score import learning, load_rewards
 from flowalign.terminal import Terminal
-from flowalign.trainer import Trainer
 
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for
 _DECIDED = {"run.folder": "--output", "run.seed": "--seeds", "run.max_minutes": "--budget", "train.steps": "--budget"}
@@ -76,13 +74,9 @@ def compare(
     _check_output(runs, budget, output, resume)
     yardstick = best_of_base(recipes[0], reward or next(iter(measured)), best_of) if best_of else None
     for number, recipe in enumerate(runs, start=1):
-        done = _finished(recipe.folder, budget)
-        state = "already finished" if done else f"time ends it, after {budget:g} minutes of training"
+        state = "already finished" if is_done(recipe) else f"time ends it, after {budget:g} minutes of training"
         Terminal().say(f"run {number} of {len(runs)}, {recipe.folder.name}: {state}")
-        if not done:
-            Trainer.from_recipe(recipe, resume=(recipe.folder / "recipe.yaml").exists()).run()
-            gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
-            torch.cuda.empty_cache()
+        train_unless_done(recipe)
     about = {
         "command": _command(sources, budget, seeds, output, reward, target, best_of, overrides),
         "made": now(),
@@ -276,11 +270,6 @@ def _check_output(runs: Sequence[Recipe], budget: float, output: Path, resume: b
         if (minutes := saved.run.max_minutes or math.inf) > budget:
             raise UserError(f"{recipe.folder} was given {minutes:g} minutes; on --resume the --budget may only grow")
         refuse_changes(saved, recipe)
-
-
-def _finished(folder: Path, budget: float) -> bool:
-    info = parsed(folder / "run.json", json.loads)
-    return "finished" in info and info["minutes"] >= budget
 
 
 def _outcome(recipe: str, seed: int, folder: Path, reward: str, target: float | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -236,15 +236,22 @@ def load_judges(rewards: Sequence[str], options: Sequence[str], device: torch.de
     """
     if not rewards:
         raise UserError("--best-of needs a --reward to choose by")
-    given = parse_options(rewards, options)
-    judges: dict[str, Reward] = {}
-    for reward in rewards:
-        judge = zoo.load_on(device, reward, **given[reward])
-        if judge.name in judges:
-            raise UserError(f"--reward {reward}: another one is named {judge.name!r} too; leave one out")
-        judges[judge.name] = judge
+    judges = load_by_name(rewards, parse_options(rewards, options), device)
     check_judges(judges)
     return judges
+
+
+def load_by_name(
+    specs: Sequence[str], options: Mapping[str, dict[str, Any]], device: torch.device | str
+) -> dict[str, Reward]:
+    """Rewards that a command names, with the options of each, by their own names; UserError for two of a name."""
+    loaded: dict[str, Reward] = {}
+    for spec in specs:
+        one = zoo.load_on(device, spec, **options[spec])
+        if one.name in loaded:
+            raise UserError(f"--reward {spec}: there is a reward {one.name!r} already; give each once")
+        loaded[one.name] = one
+    return loaded
 
 
 def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:

@@ -1,14 +1,9 @@
 """Attention backends. diffusers' SD3 processor calls PyTorch's attention directly and ignores the dispatcher; this one
 asks it."""
 
-import hashlib
-import importlib.metadata
 import importlib.util
-import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,9 +18,7 @@ from torch import nn
 from flowalign.config.base import UserError
 
 CANDIDATES = ("native", "_native_cudnn", "flash", "_flash_3", "xformers")
-"""Backends that are exact and have gradients, among which auto chooses."""
-_SAVES = 0.95
-_PACKAGES = ("torch", "diffusers", "xformers", "flash_attn", "flash_attn_3")
+"""Backends that are exact and have gradients; they round differently, so that a recipe names the one it wants."""
 _CANNOT_RUN = (ImportError, RuntimeError, ValueError, TypeError, NotImplementedError)
 
 
@@ -63,25 +56,20 @@ class JointAttention:
         return image, text if attn.context_pre_only else attn.to_add_out(text)
 
 
-def use_attention(transformer: Any, backend: str, device: torch.device, dtype: torch.dtype, tokens: int = 1024) -> None:
-    """Set a transformer's attention backend; UserError in one sentence when it cannot run here.
-
-    auto is the choice of `fastest_backend` for so many tokens.
-    """
+def use_attention(transformer: Any, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Set a transformer's attention backend; UserError in one sentence when it cannot run here."""
     for module in transformer.modules():
         if isinstance(getattr(module, "processor", None), JointAttnProcessor2_0):
             module.set_processor(JointAttention())
     processors = [getattr(module, "processor", None) for module in transformer.modules()]
     exchangeable = any(hasattr(processor, "_attention_backend") for processor in processors)
-    if backend == "auto":
-        heads = [transformer.config.get(name) for name in ("num_attention_heads", "attention_head_dim")]
-        known = device.type == "cuda" and all(heads) and exchangeable  # a processor has kernels for native alone
-        backend = fastest_backend((tokens, *heads), device, dtype) if known else "native"
     names = [name.value for name in AttentionBackendName]
     if backend not in names:
-        raise UserError(f"model.attention: unknown backend {backend!r}; choose auto or one of {', '.join(names)}")
+        raise UserError(f"model.attention: unknown backend {backend!r}; choose one of {', '.join(names)}")
     if backend != "native" and not exchangeable:
-        raise UserError(f"model.attention: the attention of {type(transformer).__name__} is not exchangeable; use auto")
+        raise UserError(
+            f"model.attention: the attention of {type(transformer).__name__} is not exchangeable; use native"
+        )
     try:
         _set_backend(transformer, backend, device, dtype)
     except _CANNOT_RUN as error:
@@ -120,48 +108,3 @@ def attention_seconds(
         synchronize()
         times.append(time.perf_counter() - started)
     return min(times)
-
-
-def fastest_backend(
-    shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, candidates: Sequence[str] = CANDIDATES
-) -> str:
-    """The fastest of the candidates that run here; native unless another saves a twentieth.
-
-    Backends round differently. So that a run goes on and is evaluated with the one that it began with, the choice is
-    made once and kept in the user's cache folder, by device, versions, shape and dtype; `model.attention` overrules it.
-    """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = [_version(package) for package in _PACKAGES]
-    key = (name, *versions, shape, str(dtype), tuple(candidates))
-    file = _cache() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.txt"
-    with suppress(OSError):
-        return file.read_text(encoding="utf-8")
-    seconds: dict[str, float] = {}
-    for candidate in candidates:
-        with suppress(*_CANNOT_RUN):
-            seconds[candidate] = attention_seconds(candidate, shape, device, dtype)
-    fastest = min(seconds, key=lambda name: seconds[name] * (_SAVES if name == "native" else 1))
-    partial = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(fastest, encoding="utf-8")
-        os.link(partial, file)  # the first of several processes decides for all
-    except FileExistsError:
-        return file.read_text(encoding="utf-8")
-    except OSError:  # a home that cannot be written to costs the timing anew at every start
-        return fastest
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-    return fastest
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowalign" / "attention"

@@ -58,7 +58,7 @@ class PipelinePolicy(TextPolicy):
             if whole or part is not pipeline.transformer:
                 part.to(device)
         pipeline.vae.to(memory_format=torch.channels_last)
-        use_attention(self.transformer, model.attention, device, self.dtype, self._tokens() + model.max_sequence_length)
+        use_attention(self.transformer, model.attention, device, self.dtype)
         if model.gradient_checkpointing:
             pipeline.transformer.enable_gradient_checkpointing()
         train_lora_or_all(self, model.lora, self.targets, seed)

@@ -1,62 +1,26 @@
 """The embedded world's prompts, in GenEval's six tasks and metadata format, and scenes that are true to them."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from flowalign.toyworld.render import LINE_LENGTH, PALETTE, SHAPES, SIZE, Item, Scene
-from rewards.geneval import RELATIONS, TASKS, relations
+from flowalign.toyworld.tasks import Metadata, grammar
+from rewards.geneval import TASKS, relations
 
 COLORS = tuple(PALETTE)
-NUMBERS = {2: "two", 3: "three", 4: "four"}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-PLURALS = {shape: "crosses" if shape == "cross" else shape + "s" for shape in SHAPES}
 _GAP = 3  # pixels between the boxes of two shapes
 _MARGIN = 2
-
-Metadata = dict[str, Any]
-
-
-def _a(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def task_prompts(task: str) -> list[Metadata]:
     """Every prompt of one of GenEval's tasks as a metadata row with its `prompt`, in a fixed order."""
-    return list(_task_prompts(task))
-
-
-def _task_prompts(task: str) -> Iterator[Metadata]:
-    def row(include: list[Metadata], text: str, **more: Any) -> Metadata:
-        return {"tag": task, "include": include, **more, "prompt": f"a photo of {text}"}
-
-    pairs = list(itertools.permutations(SHAPES, 2))
-    if task == "single_object":
-        for shape in SHAPES:
-            yield row([{"class": shape, "count": 1}], _a(shape))
-    elif task == "two_object":
-        for a, b in pairs:
-            yield row([{"class": a, "count": 1}, {"class": b, "count": 1}], f"{_a(a)} and {_a(b)}")
-    elif task == "counting":
-        for shape, (count, word) in itertools.product(SHAPES, NUMBERS.items()):
-            exclude = [{"class": shape, "count": count + 1}]
-            yield row([{"class": shape, "count": count}], f"{word} {PLURALS[shape]}", exclude=exclude)
-    elif task == "colors":
-        for shape, color in itertools.product(SHAPES, COLORS):
-            yield row([{"class": shape, "count": 1, "color": color}], _a(f"{color} {shape}"))
-    elif task == "position":
-        for (a, b), relation in itertools.product(pairs, RELATIONS):
-            include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-            yield row(include, f"{_a(a)} {relation} {_a(b)}")
-    elif task == "color_attr":
-        for (a, b), (p, q) in itertools.product(pairs, itertools.permutations(COLORS, 2)):
-            include = [{"class": a, "count": 1, "color": p}, {"class": b, "count": 1, "color": q}]
-            yield row(include, f"{_a(f'{p} {a}')} and {_a(f'{q} {b}')}")
-    else:
-        raise ValueError(f"unknown GenEval task {task!r}; the tasks are {', '.join(TASKS)}")
+    axes, make = grammar(task, SHAPES, COLORS)
+    return [make(*choice) for choice in itertools.product(*axes)]
 
 
 def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]:

@@ -10,8 +10,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_choice_from_env, parse_flag_from_env
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -55,22 +55,22 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
 def refuse_launcher(recipe: Recipe) -> None:
     """Raises UserError, before anything loads, where this loop would not do what the launcher is configured for."""
     for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if _on(f"ACCELERATE_USE_{engine}"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise UserError(
                 f"accelerate is configured for {engine.lower()}; choose FSDP with fsdp_version 2, which shares out the "
                 "frozen weights of a model that learns adapters, or multi-GPU without it"
             )
     for name, (key, neutral, why) in _NOT_FOLLOWED.items():
-        value = os.environ.get(name, neutral).lower()
+        value = parse_choice_from_env(name, neutral).lower()
         if value != neutral:
             raise UserError(f"accelerate is configured with {key} {value}; set it to {neutral}, since {why}")
     _refuse_precision(recipe)
-    if not _on("ACCELERATE_USE_FSDP"):
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"accelerate is configured for FSDP {version}; set fsdp_version: 2 in its configuration")
-    if _on("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise UserError(
             "accelerate is configured with fsdp_cpu_ram_efficient_loading true, and here every process reads the "
             "model's files itself; set it to false"
@@ -88,7 +88,7 @@ def refuse_all_trained(recipe: Recipe) -> None:
 
 
 def _refuse_precision(recipe: Recipe) -> None:
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    asked = parse_choice_from_env("ACCELERATE_MIXED_PRECISION").lower()
     used = forward_dtype(recipe.model.dtype, own_device())
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if asked not in ("no", names.get(used)):
@@ -98,13 +98,9 @@ def _refuse_precision(recipe: Recipe) -> None:
         )
 
 
-def _on(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1", "yes")
-
-
 def shares_out() -> bool:
     """Whether the launcher is configured to share out a model, among more than this process."""
-    return _on("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return parse_flag_from_env("ACCELERATE_USE_FSDP") and PartialState().num_processes > 1
 
 
 def prepare(accelerator: Accelerator, transformer: nn.Module) -> None:

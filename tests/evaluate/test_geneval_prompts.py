@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from flowalign.config.base import UserError
 from flowalign.evaluate.geneval_prompts import (
-    NUMBERS,
     PUBLISHED_MIX,
     object_names,
-    plural,
     task_counts,
     training_prompts,
     write_training_prompts,
 )
 from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.toyworld.tasks import NUMBERS, plural
 from rewards.detectors.base import COLORS
 from rewards.geneval import RELATIONS, TASKS
 

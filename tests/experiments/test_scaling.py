@@ -15,7 +15,7 @@ from PIL import Image
 from flowalign.cli.app import main
 from flowalign.config import Evaluation, Model, Sampler
 from flowalign.config.base import UserError
-from flowalign.experiments.best_of import best_of_weights, evaluate_best_of, evaluate_pruned, expected_best_of
+from flowalign.experiments.best_of import best_of_weights, evaluate_best_of, expected_best_of
 from flowalign.experiments.scaling import (
     Prune,
     best_of,
@@ -31,7 +31,7 @@ from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Step, rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import RolloutRequest
-from rewards import Reward, TrainableReward, as_reward
+from rewards import Reward, TrainableReward, as_reward, score
 
 ROWS = [Row(0, "a red star"), Row(1, "a photo of two rings"), Row(2, "a ring")]
 REQUEST, KEY = MediaRequest(64, 64), (1, 0, 0)
@@ -163,13 +163,13 @@ def test_from_one_draw_the_best_of_n_of_every_n_and_for_all_candidates_that_of_a
     settings = Evaluation(steps=2, batch=8)
     judges = {"brightness": BRIGHTNESS, "contrast": CONTRAST}
     points = evaluate_best_of(policy, ROWS, judges, "contrast", (1, 2, 4), settings, REQUEST)
-    run = evaluate_pruned(policy, ROWS, judges, ["contrast"], 4, (), settings, REQUEST)
+    chosen = best_of(policy, ROWS, {"contrast": CONTRAST}, 4, settings, REQUEST, KEY, batch=8).media
     assert [(point.candidates, point.cost.forwards) for point in points] == [(1, 2), (2, 4), (4, 8)]
     for name in judges:
-        assert points[-1].summary[name]["mean"] == pytest.approx(run.summary[name]["mean"], abs=1e-6)
-        assert points[-1].summary[name]["standard_error"] == pytest.approx(
-            run.summary[name]["standard_error"], abs=1e-6
-        )
+        scores = score(judges[name], chosen, [row.prompt for row in ROWS])
+        assert points[-1].summary[name]["mean"] == pytest.approx(float(scores.mean()), abs=1e-6)
+        error = float(scores.std()) / len(scores) ** 0.5
+        assert points[-1].summary[name]["standard_error"] == pytest.approx(error, abs=1e-6)
     drawn = rollout(policy, RolloutRequest(ROWS, 4, settings, REQUEST, KEY, batch=8))
     assert points[0].summary["brightness"]["mean"] == pytest.approx(float(drawn.media.mean()), abs=1e-6)
     means = [point.summary["contrast"]["mean"] for point in points]

@@ -1,4 +1,4 @@
-"""Compiled blocks and the choice of an attention backend."""
+"""Compiled blocks and the timing of attention backends."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,8 +8,7 @@ import torch
 
 from flowalign.config import Lora, Model
 from flowalign.config.base import UserError
-from flowalign.policies import attention
-from flowalign.policies.attention import attention_seconds, fastest_backend
+from flowalign.policies.attention import attention_seconds
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import load_policy
@@ -97,66 +96,6 @@ def test_a_transformer_without_named_blocks_is_not_compiled() -> None:
     transformer._no_split_modules = None  # type: ignore[assignment]  # as diffusers' models have it
     with pytest.raises(UserError, match=r"^model\.compile: a Linear names no blocks to compile; leave it out$"):
         compile_blocks(transformer, CPU)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "flowalign" / "attention"
-
-
-def timed(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, float]) -> list[str]:
-    """The backends that are timed; those without a time here cannot run."""
-    asked: list[str] = []
-
-    def measured(backend: str, *_: object) -> float:
-        asked.append(backend)
-        if backend not in seconds:
-            raise RuntimeError("no kernel")
-        return seconds[backend]
-
-    monkeypatch.setattr(attention, "attention_seconds", measured)
-    return asked
-
-
-@pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [
-        ({"native": 1.0, "flash": 0.949}, "flash"),
-        ({"native": 1.0, "flash": 0.951}, "native"),  # a saving of a twentieth or nothing
-        ({"native": 1.0, "flash": 0.9, "xformers": 0.8}, "xformers"),
-        ({"native": 1.0}, "native"),
-    ],
-)
-def test_auto_takes_the_fastest_that_runs_and_native_unless_it_gains_much(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, seconds: dict[str, float], chosen: str
-) -> None:
-    timed(monkeypatch, seconds)
-    assert fastest_backend(SHAPE, CPU, torch.float32) == chosen
-
-
-def test_the_choice_is_made_once_for_a_shape(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    timed(monkeypatch, {"native": 1.0, "flash": 0.5})
-    assert fastest_backend(SHAPE, CPU, torch.float32) == "flash"
-    asked = timed(monkeypatch, {"native": 0.5, "flash": 1.0})
-    assert fastest_backend(SHAPE, CPU, torch.float32) == "flash" and not asked
-    assert fastest_backend((128, 2, 32), CPU, torch.float32) == "native" and asked
-    assert len(list(cache.iterdir())) == 2
-
-
-def test_a_cache_that_cannot_be_written_to_does_not_stop_anybody(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    asked = timed(monkeypatch, {"native": 1.0, "flash": 0.5})
-    for _ in range(2):  # timed at every start
-        asked.clear()
-        assert fastest_backend(SHAPE, CPU, torch.float32) == "flash" and "flash" in asked
-
-
-def test_a_backend_that_a_processor_cannot_run_is_never_chosen(cache: Path) -> None:
-    assert fastest_backend(SHAPE, CPU, torch.float32, ("flash", "xformers", "native")) == "native"
 
 
 def test_a_backend_without_its_library_says_so_before_it_is_timed() -> None:

@@ -105,7 +105,7 @@ def test_adapters_are_in_the_blocks_alone_and_in_both_kinds(tiny_flux: Flux) -> 
 
 def test_an_explicit_attention_backend_keeps_the_rotary_embedding(tiny_flux: Flux) -> None:
     velocities = []
-    for attention in ("auto", "_native_math"):
+    for attention in ("native", "_native_math"):
         policy = load_policy(settings(tiny_flux(True), attention=attention))
         with torch.no_grad():
             x = counted_noise([(0,)], policy.latent_shape(REQUEST), "cpu")

@@ -70,5 +70,5 @@ def test_the_model_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     real = load_policy(names["model"]).encode_prompts(["a sign"]).tensors
     planned = condition_rows(meta_policy(names["model"]), 1).tensors
     assert {name: tensor.shape for name, tensor in planned.items()} == {"embeds": real["embeds"].shape}
-    with pytest.raises(UserError, match="attention of AuraFlowTransformer2DModel is not exchangeable; use auto"):
+    with pytest.raises(UserError, match="attention of AuraFlowTransformer2DModel is not exchangeable; use native"):
         load_policy(names["model"].model_copy(update={"attention": "_native_math"}))

@@ -75,6 +75,14 @@ def test_the_first_ratio_is_one_and_forwards_are_counted(values: dict[str, Any])
     assert first["forwards"] == 8 * 3 + 16 * 2  # a rollout of 3 steps, 16 items with their reference
 
 
+def test_the_learning_rate_rises_over_the_warm_up(values: dict[str, Any]) -> None:
+    train = {"steps": 3, "updates_per_step": 1, "warmup_updates": 4, "learning_rate": 1e-3}
+    folder = quiet_train(changed(values, train=train, run={"checkpoint_every": 1, "keep_checkpoints": 3}))
+    states = [json.loads(file.read_text()) for file in sorted(folder.glob("checkpoints/*/state.json"))]
+    rates = [state["optimizer"][0]["lr"] for state in states]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3])
+
+
 def test_micro_batches_do_not_change_the_update(values: dict[str, Any]) -> None:
     one = metrics(quiet_train(changed(values, train={"micro_batch": 100, "steps": 2})))
     many = metrics(

@@ -10,6 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from flowalign.toyworld import grammar
 from flowalign.toyworld.detector import detect
 from flowalign.toyworld.render import Scene, render
+from flowalign.toyworld.tasks import Metadata
 from rewards.geneval import TASKS, judge
 
 SHARE_OF_SHAPES = 0.6
@@ -38,13 +39,13 @@ def examples(seed: int, stage: int, step: int, count: int, shapes: float = SHARE
 
 
 @functools.cache
-def shape_rows() -> dict[str, grammar.Metadata]:
+def shape_rows() -> dict[str, Metadata]:
     """The metadata row of every shape prompt, by prompt, held out or not."""
     return {row["prompt"]: row for task in TASKS for row in grammar.task_prompts(task)}
 
 
 @functools.cache
-def _trained_rows(task: str) -> list[grammar.Metadata]:
+def _trained_rows(task: str) -> list[Metadata]:
     return [row for row in grammar.task_prompts(task) if row["prompt"] not in held_out_prompts()]
 
 
@@ -90,7 +91,7 @@ def alike_examples(seed: int, stage: int, step: int, count: int, shapes: float) 
     return list(found.items())[:count]
 
 
-def held_out_shapes() -> dict[str, grammar.Metadata]:
+def held_out_shapes() -> dict[str, Metadata]:
     """The metadata rows of the bundled list of held-out shape prompts, by prompt."""
     return {row["prompt"]: row for row in grammar.split_shapes(per_task=86, held_out=True)}
 
