@@ -122,6 +122,17 @@ class GroupStore:
                 "train that model, or collect anew"
             )
 
+    def lacks(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the rows that it does not hold yet; UserError where it holds another prompt in a row's place."""
+        done = {row.index: row.prompt for row in self.rows}
+        for row in rows:
+            if done.get(row.index, row.prompt) != row.prompt:
+                raise UserError(
+                    f"store {self.path} was collected with another prompt {row.index + 1} "
+                    f"({done[row.index]!r}, now {row.prompt!r}); choose another folder"
+                )
+        return [row for row in rows if row.index not in done]
+
     def draw(self, policy: Policy, rewards: Iterable[str], sigmas: torch.Tensor, share: Share, step: int) -> Recorded:
         """Of training step `step`'s groups this process's, each with `group_size` of its samples, all counted.
 
@@ -237,29 +248,8 @@ def collect(
         "group_size": settings.group_size,
         "rewards": sorted(rewards),
     }
-    manifest: dict[str, Any] = {**wanted, "shards": []}
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        manifest = _read_manifest(path)
-        for key, value in wanted.items():
-            if key != "model" and manifest[key] != value:
-                raise UserError(
-                    f"store {path} was collected with {key} {manifest[key]}, the recipe has {value}; "
-                    "choose another folder"
-                )
-        store = GroupStore.open(path)
-        store.check_model(policy)
-    else:
-        make_folder(path)
-        _write_manifest(path, manifest)
-        store = GroupStore.open(path)
-    done = {row.index: row.prompt for row in store.rows}
-    for row in rows:
-        if done.get(row.index, row.prompt) != row.prompt:
-            raise UserError(
-                f"store {path} was collected with another prompt {row.index + 1} "
-                f"({done[row.index]!r}, now {row.prompt!r}); choose another folder"
-            )
-    left = [row for row in rows if row.index not in done]
+    store = _begun(path, wanted, policy)
+    manifest, left = store.manifest, store.lacks(rows)
     policy.forwards = 0
     for start in range(0, len(left), settings.shard_prompts):
         part = left[start : start + settings.shard_prompts]
@@ -282,6 +272,23 @@ def collect(
         manifest["shards"].append({**about, **spent})
         _write_manifest(path, manifest)
     return GroupStore.open(path)
+
+
+def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupStore:
+    """The store at `path` where one was begun with what is `wanted`, or a new one; UserError for any other folder."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        make_folder(path)
+        _write_manifest(path, {**wanted, "shards": []})
+        return GroupStore.open(path)
+    manifest = _read_manifest(path)
+    for key, value in wanted.items():
+        if key != "model" and manifest[key] != value:
+            raise UserError(
+                f"store {path} was collected with {key} {manifest[key]}, the recipe has {value}; choose another folder"
+            )
+    store = GroupStore.open(path)
+    store.check_model(policy)
+    return store
 
 
 def fingerprint(policy: Policy) -> str:
