@@ -29,23 +29,23 @@ class Measuring:
     def __init__(
         self,
         recipe: Recipe,
-        judging: Scorer,
+        scorer: Scorer,
         training_rows: Sequence[Row],
         accelerator: Accelerator,
         device: torch.device,
         display: Display,
     ):
         """Raises UserError for prompts that cannot be measured by the rewards, or audited."""
-        self.recipe, self.accelerator, self.display = recipe, accelerator, display
-        settings = recipe.evaluation
+        self.accelerator, self.display = accelerator, display
+        self.settings = settings = recipe.evaluation
         self.rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
-        self.rewards, weights = evaluation_rewards(recipe, judging)
+        self.rewards, weights = evaluation_rewards(recipe, scorer)
         check_prompts(self.rows, self.rewards, settings.prompts)
         self.held_out = held_out(self.rows, training_rows)
         self.trained_rewards = [name for name, weight in weights.items() if weight > 0]  # as evaluations name them
         self.guarding: Guarding | None = None
         if recipe.guard and self.rows:
-            self.guarding = Guarding(recipe, recipe.guard, weights, self.rows, training_rows, device)
+            self.guarding = Guarding(recipe.evaluation, recipe.guard, weights, self.rows, training_rows, device)
 
     def evaluate(
         self, policy: Policy, stop: threading.Event, in_lockstep: bool, untrained: bool
@@ -58,7 +58,7 @@ class Measuring:
         def measure(rows: Sequence[Row], settings: Evaluation) -> Evaluated:
             return self._measure(policy, stop, in_lockstep, rows, settings)
 
-        evaluated = measure(self.rows, self.recipe.evaluation)
+        evaluated = measure(self.rows, self.settings)
         if self.guarding is None:
             return evaluated, None
         if not self.guarding.bands:
