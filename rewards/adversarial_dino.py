@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from rewards.backbones.vit import VisionBackbone
 from rewards.base import RewardError, TrainableReward, at_least_one
+from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, load_training_state, training_state
-from rewards.media import chosen_frames, folder_pictures, mean_of_frames
+from rewards.media import folder_pictures
 
 PATCH_WEIGHT = 0.3
 SATURATED_LOSS = 0.02  # of at most about 1.3: every picture lies beyond its margin

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from rewards.base import RewardError, TrainableReward, at_least_one
+from rewards.frames import chosen_frames
 from rewards.learning import counted, load_training_state, training_state
-from rewards.media import chosen_frames, pictures_by_prompt, read_picture
+from rewards.media import pictures_by_prompt, read_picture
 from rewards.pickscore import MODEL, PickScore
 
 COLLAPSED_SPREAD = 1e-4  # of cosines
@@ -77,7 +78,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]
         pairs = [(text, place % len(self.references[text])) for place, text in enumerate(texts)]
-        generated = self.factor * self.cosines(frames, texts)[0]
+        generated = self.factor * self.cosines(frames, texts)
         reference = self._reference_scores(pairs)
         figures = {"generated": generated.mean().item(), "reference": reference.mean().item()}
         self._watch(figures, generated)
@@ -122,7 +123,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
             sizes.setdefault(self._picture(one).shape, []).append(one)
         found: dict[Reference, torch.Tensor] = {}
         for alike in sizes.values():
-            cosines, _ = self.cosines(torch.stack([self._picture(one) for one in alike]), [text for text, _ in alike])
+            cosines = self.cosines(torch.stack([self._picture(one) for one in alike]), [text for text, _ in alike])
             found.update(zip(alike, self.factor * cosines, strict=True))
         return torch.stack([found[one] for one in references])
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from rewards.backbones.clip import ClipReward
 from rewards.backbones.weights import read_weights
 from rewards.base import RewardError
-from rewards.media import chosen_frames, mean_of_frames
 
 
 def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -63,12 +62,10 @@ class Aesthetic(ClipReward):
             raise RewardError(f"reward 'aesthetic': head {head} does not fit CLIP model {model}: {error}") from error
         self.layers = [[part.to(self.device) for part in layer] for layer in layers]
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,)."""
-        frames, count = chosen_frames(media, self.frames)
-        hidden = self.image_features(frames)
+        hidden = self.image_features(images)
         for weight, bias in self.layers:
             hidden = F.linear(hidden, weight, bias)
-        return mean_of_frames(hidden.squeeze(-1), count)
+        return hidden.squeeze(-1)

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from rewards.backbones.vit import VisionBackbone
 from rewards.backbones.weights import located
 from rewards.base import RewardError, TrainableReward, reason
+from rewards.frames import FrameReward, chosen_frames
 from rewards.learning import Head, counted, load_training_state, training_state
-from rewards.media import chosen_frames, folder_pictures, mean_of_frames
+from rewards.media import folder_pictures
 
 SHARPNESS = 4.0  # of the smooth maximum
 
@@ -122,7 +123,7 @@ def load_head(path: str, reward: str = "artifact") -> tuple[Head, str]:
     return head, model
 
 
-class Artifact(TrainableReward):
+class Artifact(FrameReward, TrainableReward):
     """P(no artifact) in [0, 1]; see the module.
 
     head: file of scripts/train_artifact_reward.py, or "toyworld/judges/artifact.safetensors", the embedded world's.
@@ -175,12 +176,10 @@ class Artifact(TrainableReward):
             raise RewardError(f"reward {self.name!r}: clean and artifacts are for refresh; set it or leave them out")
 
     @torch.no_grad()
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,)."""
-        frames, count = chosen_frames(media, self.frames)
-        return mean_of_frames((-picture_logits(self.head(self._patches(frames)))).sigmoid(), count)
+        return (-picture_logits(self.head(self._patches(images)))).sigmoid()
 
     def _patches(self, frames: torch.Tensor) -> torch.Tensor:
         """(B, P, D), of all tiles of each picture."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError
-from rewards.media import mean_of_frames
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 
@@ -47,7 +46,4 @@ class ArtifactVLM(VLMReward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        images, items = self.pictures(media)
-        with self.naming(prompts, items):
-            artifacts = self.yes([[image] for image in images], [self.question] * len(images))
-        return mean_of_frames(1 - artifacts, len(images) // len(media))
+        return self.of_frames(media, prompts, lambda images, _: 1 - self.yes(images, [self.question] * len(images)))

@@ -12,7 +12,6 @@ import torch
 
 from rewards.backbones.clip import ClipReward
 from rewards.base import RewardError
-from rewards.media import mean_of_frames
 
 HESSEL_WEIGHT = 2.5
 
@@ -43,10 +42,8 @@ class CLIPScore(ClipReward):
         if scale == "hessel":
             self.range = (0.0, HESSEL_WEIGHT)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,)."""
-        cosines, count = self.cosines(media, prompts)
-        scores = HESSEL_WEIGHT * cosines.clamp(min=0) if self.scale == "hessel" else cosines
-        return mean_of_frames(scores, count)
+        cosines = self.cosines(images, prompts)
+        return HESSEL_WEIGHT * cosines.clamp(min=0) if self.scale == "hessel" else cosines

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from rewards.base import Golden, Reward
-from rewards.media import chosen_frames, mean_of_frames
+from rewards.base import Golden
+from rewards.frames import FrameReward
 
 
-class Colorfulness(Reward):
+class Colorfulness(FrameReward):
     """Hasler and Suesstrunk's colourfulness M3 (2003) of pixels in [0, 1]: 0 for grey, about 0.4 for vivid pictures.
 
     With rg = R - G and yb = (R + G) / 2 - B over all pixels: sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2).
@@ -24,13 +24,11 @@ class Colorfulness(Reward):
         grey, red = torch.full((3, 8, 8), 0.5), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
         return Golden(torch.stack([grey, red]), ["grey", "red"], [{}, {}], [0.0, 0.3 * math.sqrt(1.25)], 1e-5)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
-        frames, count = chosen_frames(media)
-        red, green, blue = frames.float().flatten(-2).unbind(1)
-        opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, B * F, pixels)
+        red, green, blue = images.float().flatten(-2).unbind(1)
+        opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, N, pixels)
         spread = opponents.var(-1, correction=0).sum(0).sqrt()
         shift = (opponents.mean(-1) ** 2).sum(0).sqrt()
-        return mean_of_frames(spread + 0.3 * shift, count)
+        return spread + 0.3 * shift

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rewards.base import Reward, RewardError
-from rewards.media import as_levels, chosen_frames, mean_of_frames
+from rewards.base import RewardError
+from rewards.frames import FrameReward
+from rewards.media import as_levels
 
 
-class Compressibility(Reward):
+class Compressibility(FrameReward):
     """Minus the size of the picture's JPEG file, in bytes per pixel; with `reverse` plus it (incompressibility).
 
     Source: DDPO (Black et al. 2023, section 5), which takes kilobytes of a 512-pixel picture; per pixel it is the same
@@ -29,14 +30,12 @@ class Compressibility(Reward):
         self.sign = 1.0 if reverse else -1.0
         self.range = (0.0, math.inf) if reverse else (-math.inf, 0.0)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images (B, 3, H, W), or of videos as the mean of their frames."""
-        frames, count = chosen_frames(media)
-        pictures: np.ndarray = as_levels(frames).permute(0, 2, 3, 1).cpu().numpy()
+        pictures: np.ndarray = as_levels(images).permute(0, 2, 3, 1).cpu().numpy()
         sizes = [self._bytes(picture) / picture[..., 0].size for picture in pictures]
-        return self.sign * mean_of_frames(torch.tensor(sizes), count)
+        return self.sign * torch.tensor(sizes)
 
     def _bytes(self, picture: np.ndarray) -> int:
         buffer = io.BytesIO()

@@ -11,7 +11,6 @@ import torch
 
 from rewards.backbones.clip import ClipReward
 from rewards.backbones.weights import checkpoint
-from rewards.media import mean_of_frames
 
 
 class HPSv2(ClipReward):
@@ -36,8 +35,7 @@ class HPSv2(ClipReward):
         file = str(checkpoint(weights, self.name))
         super().__init__(model, batch_size, frames, device, pretrained=file, resize_mode="longest")
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,)."""
-        return mean_of_frames(*self.cosines(media, prompts))
+        return self.cosines(images, prompts)

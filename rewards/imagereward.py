@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from rewards.aesthetic import linear_layers
 from rewards.backbones.preprocessing import Preprocessing
 from rewards.backbones.weights import located, read_weights
-from rewards.base import Reward, RewardError, at_least_one, reason
+from rewards.base import RewardError, at_least_one, reason
 from rewards.devices import chosen_device
-from rewards.media import chosen_frames, mean_of_frames
+from rewards.frames import FrameReward
 
 MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the raw scores on the authors' data
 PIXEL_MEAN, PIXEL_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -85,7 +85,7 @@ def text_tower(weights: Tensors) -> BlipTextModel:
     return tower
 
 
-class ImageReward(Reward):
+class ImageReward(FrameReward):
     """The authors' normalised score; nothing bounds it.
 
     model: the published weights, a file or ORGANISATION/REPO/FILE on the hub. tokenizer: BERT's, a folder or hub id.
@@ -135,13 +135,10 @@ class ImageReward(Reward):
             hidden = F.linear(hidden, weight, bias)
         return hidden.squeeze(-1)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,)."""
-        frames, count = chosen_frames(media, self.frames)
-        texts = [prompt for prompt in prompts for _ in range(count)]
-        starts = range(0, len(texts), self.batch_size)
-        parts = [(frames[i : i + self.batch_size], texts[i : i + self.batch_size]) for i in starts]
-        scores = torch.cat([self.raw_scores(images, part) for images, part in parts])
-        return mean_of_frames((scores - MEAN) / DEVIATION, count)
+        starts = range(0, len(prompts), self.batch_size)
+        parts = [(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in starts]
+        scores = torch.cat([self.raw_scores(some, texts) for some, texts in parts])
+        return (scores - MEAN) / DEVIATION

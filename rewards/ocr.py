@@ -16,9 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.fuzz import partial_ratio_alignment
 
-from rewards.base import Golden, Reward, RewardError, at_least_one
+from rewards.base import Golden, RewardError, at_least_one
 from rewards.detectors.quotes import plain, quoted_texts, unwrapped
-from rewards.media import as_levels, chosen_frames, mean_of_frames
+from rewards.frames import FrameReward
+from rewards.media import as_levels
 
 
 def quoted_text(prompt: str) -> str | None:
@@ -63,7 +64,7 @@ def _place(text: str, found: str) -> int:
     return alignment.dest_start if alignment else 0
 
 
-class OCR(Reward):
+class OCR(FrameReward):
     """`text_score` of what RapidOCR reads in each image, or the mean of it over a video's frames.
 
     mode: "page" finds the text first and reads photographs, about 0.3 s each on two cores. "lines" only reads:
@@ -139,13 +140,11 @@ class OCR(Reward):
         # The engine's models were trained on blue, green, red.
         return self.reader(levels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) in [0, 1]; RewardError, before anything is read, for a prompt whose text cannot be."""
-        for prompt in prompts:
+        """Scores (N,) in [0, 1]; RewardError, before anything is read, for a prompt whose text cannot be."""
+        for prompt in dict.fromkeys(prompts):
             self._check(prompt)
-        frames, count = chosen_frames(media, self.frames)
-        lines = self.read(frames)
-        scores = [text_score(prompts[i // count], found, strict=self.strict) for i, found in enumerate(lines)]
-        return mean_of_frames(torch.tensor(scores), count)
+        pairs = zip(prompts, self.read(images), strict=True)
+        return torch.tensor([text_score(prompt, found, strict=self.strict) for prompt, found in pairs])

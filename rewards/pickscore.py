@@ -12,7 +12,6 @@ import torch
 
 from rewards.backbones.clip import ClipReward
 from rewards.base import RewardError
-from rewards.media import mean_of_frames
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model's, as its authors use it
@@ -44,9 +43,7 @@ class PickScore(ClipReward):
         self.factor = self.clip.model.logit_scale.exp().item() / divisor
         self.range = (-self.factor, self.factor)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,)."""
-        cosines, count = self.cosines(media, prompts)
-        return mean_of_frames(self.factor * cosines, count)
+        return self.factor * self.cosines(images, prompts)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError
-from rewards.media import mean_of_frames
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 
@@ -39,9 +38,6 @@ class PromptEcho(VLMReward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        images, items = self.pictures(media)
-        with self.naming(prompts, items):
-            scores = self.vlm.continuation_log_prob(
-                [[image] for image in images], self.question, [prompts[item] for item in items]
-            )
-        return mean_of_frames(scores, len(images) // len(media))
+        return self.of_frames(
+            media, prompts, lambda images, texts: self.vlm.continuation_log_prob(images, self.question, texts)
+        )

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from rewards.base import RewardError
-from rewards.media import mean_of_frames
-from rewards.vlm.base import VLM
+from rewards.vlm.base import VLM, Pictures
 from rewards.vlm.reward import VLMReward
 from rewards.vlm.verdicts import mark, statement
 
@@ -86,11 +85,11 @@ class Rubric(VLMReward):
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (B,); RewardError for an answer that lacks a mark, unless `unparsable` says otherwise."""
-        images, items = self.pictures(media)
-        texts = [self.question.replace("{prompt}", prompts[item]) for item in items]
-        with self.naming(prompts, items):
-            scores = self.answered([[image] for image in images], texts, self._read)
-        return mean_of_frames(scores, len(images) // len(media))
+
+        def marked(images: Pictures, texts: list[str]) -> torch.Tensor:
+            return self.answered(images, [self.question.replace("{prompt}", text) for text in texts], self._read)
+
+        return self.of_frames(media, prompts, marked)
 
     def _read(self, answer: str) -> float | str:
         names = self.dimensions

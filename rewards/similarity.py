@@ -13,7 +13,8 @@ import torch
 
 from rewards.backbones.features import unit_features
 from rewards.base import Reward, RewardError, at_least_one, reason, shown
-from rewards.media import chosen_frames, mean_of_frames, read_picture
+from rewards.frames import chosen_frames, mean_of_frames
+from rewards.media import read_picture
 
 
 class Similarity(Reward):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from rewards.base import RewardError, shown
-from rewards.media import mean_of_frames, open_picture
+from rewards.frames import mean_of_frames
+from rewards.media import open_picture
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 

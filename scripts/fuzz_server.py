@@ -333,17 +333,22 @@ def main(
         faults.append(
             f"the server logged {logged.count('Traceback')} tracebacks, as {logged[logged.index('Traceback') :][:2000]}"
         )
-    statuses = sorted({status for _, status in counts})
-    table = Table("request", *statuses)
-    for name in sorted({name for name, _ in counts}):
-        table.add_row(name, *(str(counts[name, status] or "") for status in statuses))
-    table.add_row("all", *(str(sum(n for (_, s), n in counts.items() if s == status)) for status in statuses))
-    console.print(table)
+    console.print(answers(counts))
     for fault in faults[:10]:
         console.print(f"fault: {fault}", markup=False)
     if faults:
         raise SystemExit(f"{len(faults)} faults")
     console.print("no faults")
+
+
+def answers(counts: Counter[tuple[str, str]]) -> Table:
+    """How often each kind of request got each status."""
+    statuses = sorted({status for _, status in counts})
+    table = Table("request", *statuses)
+    for name in sorted({name for name, _ in counts}):
+        table.add_row(name, *(str(counts[name, status] or "") for status in statuses))
+    table.add_row("all", *(str(sum(n for (_, s), n in counts.items() if s == status)) for status in statuses))
+    return table
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from flowalign.toyworld.render import Scene, render
 from rewards.base import Golden
-from rewards.media import as_levels, chosen_frames, mean_of_frames
+from rewards.media import as_levels
 from rewards.ocr import OCR
 
 LIGHTEST, DARKEST_GROUND, LIGHTEST_INK = 255.0, 220.0, 75.0  # 8-bit levels between which the world draws
@@ -87,16 +87,13 @@ class SignQuality(OCR):
     def __init__(self, threads: int | None = None):
         super().__init__(mode="lines", strict=True, threads=threads)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images or videos of 64 x 64 pixels; RewardError for a prompt that quotes no text."""
-        frames, count = chosen_frames(media, self.frames)
-        texts = [prompt for prompt in prompts for _ in range(count)]
-        rows = [row for row in metadata for _ in range(count)]
-        levels = as_levels(frames).permute(0, 2, 3, 1).float().cpu().numpy()
+        """Scores (N,) of images of 64 x 64 pixels; RewardError for a prompt that quotes no text."""
+        levels = as_levels(images).permute(0, 2, 3, 1).float().cpu().numpy()
         clean = torch.tensor([cleanliness(picture) for picture in levels], dtype=torch.float32)
-        return mean_of_frames(super().__call__(frames, texts, rows) * clean, count)
+        return super().of_pictures(images, prompts, metadata) * clean
 
     def golden(self) -> Golden:
         """A true sign, and an empty picture."""

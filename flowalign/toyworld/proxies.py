@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from rewards import Reward
 from rewards.artifact import load_head
 from rewards.backbones.vit import VisionBackbone
+from rewards.frames import FrameReward, chosen_frames, mean_of_frames
 from rewards.learning import Head, counted
-from rewards.media import chosen_frames, mean_of_frames
 from rewards.ocr import OCR
 
 BACKBONE = "toyworld/judges/vit"
@@ -44,7 +44,7 @@ def _described(backbone: VisionBackbone, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([own, patches.mean(1)], dim=1)
 
 
-class Learned(Reward):
+class Learned(FrameReward):
     """The logit of a head made by `fit_learned` and written by `rewards.artifact.save_head`; without bounds.
 
     head: its file. device: the accelerator unless it is named.
@@ -58,12 +58,10 @@ class Learned(Reward):
         self.head = fitted.to(self.backbone.device)
 
     @torch.no_grad()
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) of images or videos."""
-        frames, count = chosen_frames(media)
-        return mean_of_frames(self.head(_described(self.backbone, frames)), count)
+        return self.head(_described(self.backbone, images))
 
 
 class Legible(Reward):

@@ -13,9 +13,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from rewards.backbones.preprocessing import Preprocessing
 from rewards.backbones.weights import located, whole
-from rewards.base import Reward, RewardError, at_least_one, reason
+from rewards.base import RewardError, at_least_one, reason
 from rewards.devices import chosen_device
-from rewards.media import as_levels, chosen_frames
+from rewards.frames import FrameReward
+from rewards.media import as_levels
 
 
 class TransformersClip(nn.Module):
@@ -130,7 +131,7 @@ class ClipFeatures:
         return F.normalize(torch.cat(batches).float(), dim=-1)[[rows[text] for text in texts]]
 
 
-class ClipReward(ClipFeatures, Reward):
+class ClipReward(ClipFeatures, FrameReward):
     """What the rewards on a CLIP model have in common.
 
     model: a transformers folder or hub id, an open_clip folder or "hf-hub:..." id, or with `pretrained` (a tag or a
@@ -149,8 +150,6 @@ class ClipReward(ClipFeatures, Reward):
         super().__init__(model, self.name, batch_size, device, self.changes_weights, **options)
         self.frames = frames
 
-    def cosines(self, media: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, int]:
-        """Cosine similarity (B * F,) of each item's frames and its prompt, and F."""
-        frames, count = chosen_frames(media, self.frames)
-        texts = self.text_features(prompts).repeat_interleave(count, 0)
-        return (self.image_features(frames) * texts).sum(-1).clamp(-1, 1), count
+    def cosines(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Cosine similarity (N,) of each image and its prompt."""
+        return (self.image_features(images) * self.text_features(prompts)).sum(-1).clamp(-1, 1)

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -162,6 +162,21 @@ def _rows(body: bytearray) -> list[dict[str, Any]]:
     return rows
 
 
+def _token_check(token: str | None) -> Callable[[Request], Awaitable[None]]:
+    """What refuses a request that does not bear the token, if there is one."""
+
+    async def check_token(request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+            raise Refused(
+                401,
+                f"the token is missing or wrong; set {TOKEN_VARIABLE} to the server's",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    return check_token
+
+
 def app(
     rewards: Mapping[str, Reward],
     *,
@@ -185,16 +200,7 @@ def app(
             raise Refused(404, f"there is no reward {name!r}; {hint}")
         return desks[name]
 
-    async def check_token(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise Refused(
-                401,
-                f"the token is missing or wrong; set {TOKEN_VARIABLE} to the server's",
-                {"WWW-Authenticate": "Bearer"},
-            )
-
-    service = FastAPI(dependencies=[Depends(check_token)], openapi_url=None, redirect_slashes=False)
+    service = FastAPI(dependencies=[Depends(_token_check(token))], openapi_url=None, redirect_slashes=False)
 
     @service.get("/health")
     async def health() -> Response:
@@ -224,6 +230,13 @@ def app(
         rows = _rows(await _body(request, TEXT_BYTES))
         return _answer({"applies": await run_in_threadpool(desk.applies, rows)})
 
+    _explain_failures(service)
+    return service
+
+
+def _explain_failures(service: FastAPI) -> None:
+    """Has every failure answered with a sentence as JSON."""
+
     @service.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         sentence = str(error.detail)
@@ -241,8 +254,6 @@ def app(
     @service.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
         return _answer({"error": f"the server failed: {type(error).__name__}"}, 500)
-
-    return service
 
 
 def serve(

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from rewards.base import Reward, RewardError, nearest, shown
-from rewards.media import as_levels, chosen_frames
+from rewards.frames import chosen_frames, mean_of_frames
+from rewards.media import as_levels
 from rewards.vlm.base import CUT_OFF, UNPARSABLE, VLM, Pictures, Unparsable, VLMError, at_least, final, first_line
 
 
@@ -59,6 +60,15 @@ class VLMReward(Reward):
         frames, count = chosen_frames(media, self.frames)
         images = [Image.fromarray(level) for level in as_levels(frames).permute(0, 2, 3, 1).cpu().numpy()]
         return images, [index // count for index in range(len(images))]
+
+    def of_frames(
+        self, media: torch.Tensor, prompts: Sequence[str], judge: Callable[[Pictures, list[str]], torch.Tensor]
+    ) -> torch.Tensor:
+        """Scores (B,) from what `judge` says of each frame alone and its prompt, (N,)."""
+        images, items = self.pictures(media)
+        with self.naming(prompts, items):
+            scores = judge([[image] for image in images], [prompts[item] for item in items])
+        return mean_of_frames(scores, len(images) // len(media))
 
     @contextmanager
     def naming(self, prompts: Sequence[str], items: Sequence[int]) -> Iterator[None]:

@@ -5,9 +5,10 @@ CLIP text encoders. Randomness is counted: batch and noise of a step depend on (
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,9 +137,19 @@ def _examples(seed: int, stage: int, step: int, count: int, shapes: float) -> tu
     return [prompt for prompt, _ in examples], _pixels(render(scene) for _, scene in examples)
 
 
-def _save_state(path: Path, state: dict[str, object]) -> None:
+def _save_state(path: Path, step: int, parts: Mapping[str, Any]) -> None:
     with replaced_file(path) as partial:
-        torch.save(state, partial)
+        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
+
+
+def _resumed(path: Path, parts: Mapping[str, Any]) -> int:
+    """Give the parts the state that was saved last; returns the step to go on with."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state["step"]
 
 
 def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -> AutoencoderKL:
@@ -150,15 +161,9 @@ def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -
     model = make_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
-    checkpoint, first = work / "vae.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        first = state["step"]
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     started = time.perf_counter()
-    for step in range(first, steps):
+    for step in range(_resumed(work / "vae.pt", parts), steps):
         _, pixels = _examples(seed, 0, step, batch, shapes=0.5)
         torch.manual_seed(seed * 1_000_003 + step)
         with torch.autocast("cpu", torch.bfloat16):
@@ -173,8 +178,7 @@ def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -
         if (step + 1) % 100 == 0:
             psnr = -10 * torch.log10(F.mse_loss(decoded.clamp(-1, 1), pixels) / 4).item()
             log(f"vae {step + 1}/{steps} loss {loss.item():.4f} psnr {psnr:.1f} {time.perf_counter() - started:.0f} s")
-            parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
-            _save_state(checkpoint, {"step": step + 1, **{k: v.state_dict() for k, v in parts.items()}})
+            _save_state(work / "vae.pt", step + 1, parts)
     model.eval()
     with torch.no_grad():
         latents = model.encode(_examples(seed, 1, 0, 512, shapes=0.5)[1]).latent_dist.mean
@@ -246,7 +250,6 @@ def train_transformer(
     pooled text alone and draws the right number of letters but not the right ones. `start` is a pipeline folder whose
     weights are gone on from.
     """
-    latents, ids = data
     torch.manual_seed(seed)
     transformer, text = make_transformer(), TextTower(tokenizer)
     if start is not None:
@@ -260,30 +263,12 @@ def train_transformer(
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     parts = {"transformer": transformer, "text": text, "muon": optimizers[0], "adamw": optimizers[1]}
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
-    checkpoint, first = work / "transformer.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        first = state["step"]
+    first = _resumed(work / "transformer.pt", parts)
     started, total = time.perf_counter(), 0.0
     for step in range(first, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = torch.randint(len(latents), (batch,), generator=generator)
-        x0, tokens = latents[rows].float(), ids[rows].long()
-        dropped = torch.rand(batch, 1, generator=generator) < PROMPT_DROPOUT
-        tokens = torch.where(dropped, empty, tokens)
-        sigma = _sigmas(batch, generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        x = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden, pooled = text(torch.cat([tokens, empty]))
-            hidden, unsaid, pooled = hidden[:-1], pooled[-1:], pooled[:-1]
-            if step < (1 - decay) * steps:
-                silent = torch.rand(batch, 1, generator=generator) < POOLED_DROPOUT
-                pooled = torch.where(silent, unsaid, pooled)
-            velocity = transformer(x, hidden, pooled, sigma * 1000, return_dict=False)[0]
-        loss = F.mse_loss(velocity.float(), noise - x0)
+        silence = POOLED_DROPOUT if step < (1 - decay) * steps else 0.0
+        loss = _flow_matching(transformer, text, data, empty, batch, silence, generator)
         loss.backward()
         nn.utils.clip_grad_norm_([*transformer.parameters(), *text.parameters()], 1.0)
         for optimizer, rate in zip(optimizers, rates, strict=True):
@@ -296,8 +281,36 @@ def train_transformer(
             log(f"transformer {step + 1}/{steps} loss {total / 100:.4f} {rate_now:.0f} images/s")
             total = 0.0
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            _save_state(checkpoint, {"step": step + 1, **{k: v.state_dict() for k, v in parts.items()}})
+            _save_state(work / "transformer.pt", step + 1, parts)
     return transformer, text
+
+
+def _flow_matching(
+    transformer: SD3Transformer2DModel,
+    text: TextTower,
+    data: tuple[torch.Tensor, torch.Tensor],
+    empty: torch.Tensor,
+    batch: int,
+    silence: float,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """The loss of a batch that the generator draws, its pooled text dropped from a share `silence` of the examples."""
+    latents, ids = data
+    rows = torch.randint(len(latents), (batch,), generator=generator)
+    x0, tokens = latents[rows].float(), ids[rows].long()
+    dropped = torch.rand(batch, 1, generator=generator) < PROMPT_DROPOUT
+    tokens = torch.where(dropped, empty, tokens)
+    sigma = _sigmas(batch, generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    x = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, pooled = text(torch.cat([tokens, empty]))
+        hidden, unsaid, pooled = hidden[:-1], pooled[-1:], pooled[:-1]
+        if silence:
+            silent = torch.rand(batch, 1, generator=generator) < silence
+            pooled = torch.where(silent, unsaid, pooled)
+        velocity = transformer(x, hidden, pooled, sigma * 1000, return_dict=False)[0]
+    return F.mse_loss(velocity.float(), noise - x0)
 
 
 def assemble(

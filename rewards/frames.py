@@ -1,0 +1,48 @@
+"""Videos as pictures: some of their frames are judged, and a video scores their mean."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rewards.base import Reward
+
+
+def chosen_frames(media: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, int]:
+    """Frames (B * F, 3, H, W) of media (B, 3, H, W) or (B, N, 3, H, W), and F, how many each item has.
+
+    An image is one frame. Of a video's N frames F = min(count, N) are taken, the middles of as many equal spans; all of
+    them if `count` is None.
+    """
+    if media.ndim == 4:
+        return media, 1
+    total = media.shape[1]
+    chosen = total if count is None else min(count, total)
+    return media[:, [(2 * i + 1) * total // (2 * chosen) for i in range(chosen)]].flatten(0, 1), chosen
+
+
+def mean_of_frames(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Scores (B,) of items from the scores (B * count,) of their frames."""
+    return scores.view(-1, count).mean(1)
+
+
+class FrameReward(Reward):
+    """A reward of pictures; a video scores the mean of `frames` of its own, of all of them where that is None."""
+
+    frames: int | None = None
+
+    def __call__(
+        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (B,) of images (B, 3, H, W) or videos (B, F, 3, H, W)."""
+        images, count = chosen_frames(media, self.frames)
+        items = [item for item in range(len(prompts)) for _ in range(count)]
+        scores = self.of_pictures(images, [prompts[item] for item in items], [metadata[item] for item in items])
+        return mean_of_frames(scores, count)
+
+    @abstractmethod
+    def of_pictures(
+        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> torch.Tensor:
+        """Scores (N,) of images (N, 3, H, W) with the prompt and the metadata row of each."""
