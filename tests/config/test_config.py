@@ -32,11 +32,11 @@ from flowalign.config import (
     load_recipe,
     recipe_from_dict,
 )
-from flowalign.config.algorithm import algorithm_class, algorithm_names
+from flowalign.config.algorithm import algorithm_names, settings_class
 from flowalign.config.base import Section, UserError
 from flowalign.config.rewards import BaseAndBonus, LogSigmoid, Uncertainty, Worst
 
-ALGORITHMS = {name: algorithm_class(name) for name in algorithm_names()}
+ALGORITHMS = {name: settings_class(name) for name in algorithm_names()}
 GOOD = """\
 name: demo
 prompts: toyworld/words_train
