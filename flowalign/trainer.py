@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -238,6 +239,7 @@ class Trainer:
         if self.main:
             dtype = str(self.policy.dtype).removeprefix("torch.")
             about: dict[str, Any] = {"name": recipe.name, "device": device, "dtype": dtype, "parameters": counts}
+            about["media"] = asdict(self.policy.request)  # the recipe's, or the model's own
             shared = {"processes": self.world, "shared_out": self.learner.in_lockstep}
             started = {"started" if self.step == 0 else "resumed": now(), "finished": None, "stopped": None}
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())

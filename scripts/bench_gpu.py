@@ -179,7 +179,7 @@ def measure(
     rate = matrix_rate(device, policy.dtype)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "a processor"
     what = "a tiny model, which measures nothing" if check else "Stable Diffusion 3.5 Medium, random weights"
-    print(f"{what}: {recipe.model.height} x {recipe.model.width} pixels, LoRA of rank {recipe.model.lora.rank}")
+    print(f"{what}: {policy.request.height} x {policy.request.width} pixels, LoRA of rank {recipe.model.lora.rank}")
     print(f"{where}, {str(policy.dtype).removeprefix('torch.')}, matrix product {rate / 1e12:.1f} TFLOP/s")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print("; ".join(f"{name}: {how}" for name, how in recipe.arithmetic()))

@@ -50,8 +50,8 @@ def audit(
         raise UserError(f"{target} is a model: name --against, its base model, and a --recipe that says how to audit")
     else:
         given = load_recipe(recipe, overrides)
-        size = given.model.height, given.model.width
-        model = model_settings(target, adapter).model_copy(update={"height": size[0], "width": size[1]})
+        size = {"height": given.model.height, "width": given.model.width}
+        model = model_settings(target, adapter).model_copy(update=size)
         resolved = given.model_copy(update={"model": model})
     return _audited(resolved, run, against, device, target)
 
@@ -83,8 +83,9 @@ def _audited(
     with policy.reference() if base is None else nullcontext():
         guarding.learn(base or policy, partial(draw, base or policy))
     evaluated = draw(policy, rows, settings)
-    title += f" against {against or 'the model it began as'}"
-    return f"{title}, {sampling_words(settings, recipe.model, settings.seed)}", guarding.audit(policy, evaluated, base)
+    how = sampling_words(settings, policy.request, settings.seed)
+    title += f" against {against or 'the model it began as'}, {how}"
+    return title, guarding.audit(policy, evaluated, base)
 
 
 def _base(recipe: Recipe, against: str, device: torch.device | str, policy: Policy) -> Policy:

@@ -34,14 +34,15 @@ def check(
 
     check_there(path)
     quiet_libraries()
-    from flowalign.policies.loading import EMBEDDED, model_settings
+    from flowalign.policies.loading import EMBEDDED, model_settings, sizes_of
     from flowalign.preflight.check_model import check_model
 
     settings = model_settings(path, None, size, max_sequence_length)
     if size is None and settings.path != EMBEDDED:
         settings = settings.model_copy(update={"height": 256, "width": 256})
     findings = check_model(settings, device(), steps=steps, guidance=guidance)
-    sides = f"{settings.height} x {settings.width} pixels, {steps} steps, float32"
+    request = sizes_of(settings).request
+    sides = f"{request.height} x {request.width} pixels, {steps} steps, float32"
     table = Table("check", "result", "detail", title=f"{path}: {sides}", title_justify="left")
     for line, passed, detail in findings:
         table.add_row(line, verdict(passed), detail)

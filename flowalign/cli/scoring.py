@@ -190,6 +190,6 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         about = {"guidance": settings.guidance, "sampler_steps": settings.steps, "checkpoint": weights}
         known_prompts = {"prompts": known.prompts, "trained_prompts": known.trained}
         write_evaluation(run, "eval", evaluated, {**about, **known_prompts})
-    return f"{title}, {sampling_words(settings, recipe.model, settings.seed)}, {known.words}", evaluated.summary(
+    return f"{title}, {sampling_words(settings, policy.request, settings.seed)}, {known.words}", evaluated.summary(
         intervals=True
     )

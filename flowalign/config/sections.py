@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,18 +40,18 @@ class Model(Section):
     """A diffusers pipeline folder, a hub id, or toyworld, the embedded model."""
     adapter: str | None = None
     """A LoRA's file, folder or hub id to start from, of diffusers, PEFT, kohya or ComfyUI; merged into the weights."""
-    height: Positive = 512
-    """Pixels; of toyworld 64."""
-    width: Positive = 512
-    """Pixels; of toyworld 64."""
+    height: Positive | None = None
+    """Pixels; null: the model's own."""
+    width: Positive | None = None
+    """Pixels; null: the model's own."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Precision of the forward passes; auto is bf16 where the device multiplies it itself. Trainable weights and all
     probabilities stay float32."""
     attention: str = "native"
     """Attention backend: native, xformers, any other of diffusers' dispatcher; `flowalign doctor` times some."""
-    max_sequence_length: NotNegative = 256
-    """Tokens of the T5 encoder, of toyworld none; a pipeline without T5 gets as many zero tokens, so give what it was
-    trained with."""
+    max_sequence_length: NotNegative | None = None
+    """Tokens of the T5 encoder; null: the pipeline's own, of toyworld none. A pipeline without T5 gets as many zero
+    tokens."""
     embedded_guidance: Annotated[float, Field(ge=0)] | None = None
     """The guidance that a distilled model (FLUX.1-dev) has as an input, in rollouts and losses; null: 3.5 there."""
     compile: bool = False
@@ -69,14 +68,6 @@ class Model(Section):
     @classmethod
     def _home(cls, path: str | None) -> str | None:
         return path and expanded(path)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _toyworld_as_it_was_trained(cls, values: Any) -> Any:
-        """The embedded model has a size of its own and no T5."""
-        if isinstance(values, Mapping) and values.get("path", "toyworld") == "toyworld":
-            return {"height": 64, "width": 64, "max_sequence_length": 0, **values}
-        return values
 
 
 class Sampler(Section):

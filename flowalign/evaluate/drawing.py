@@ -27,7 +27,8 @@ from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_se
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.cutting import cut_prompts
-from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, usual_sampling
+from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, sizes_of, usual_sampling
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
@@ -67,7 +68,7 @@ class Drawing:
     @property
     def words(self) -> str:
         """How the pictures are drawn, for people."""
-        return f"drawn with {sampling_words(self.sampler, self.model, self.seed)} ({self.origin})"
+        return f"drawn with {sampling_words(self.sampler, sizes_of(self.model).request, self.seed)} ({self.origin})"
 
     def name(self, rows: Sequence[Row], about: Mapping[str, Any]) -> str:
         """A folder's name for pictures of these rows: the model, its adapter, and what else decides what is in it.
@@ -86,7 +87,7 @@ class Drawing:
 
     def settings(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What decides the pictures, as drawing.json keeps it."""
-        model = self.model
+        model, (request, length) = self.model, sizes_of(self.model)
         place = Path(model.path)
         local = not self.embedded and place.exists()
         dtype = forward_dtype(model.dtype, torch.device(self.device))
@@ -95,6 +96,9 @@ class Drawing:
             "adapter": _checksum(model.adapter) if model.adapter else None,
             **self.sampler.model_dump(include=set(Sampler.model_fields)),
             **model.model_dump(mode="json", exclude=_NOT_PICTURES),
+            "height": request.height,
+            "width": request.width,
+            "max_sequence_length": length,
             "seed": self.seed,
             "images_per_prompt": self.images,
             "batch": self.batch,
@@ -133,10 +137,10 @@ def drawing_of(
     return Drawing(settings, sampler, usual_seed if seed is None else seed, images, batch or 16, device, origin)
 
 
-def sampling_words(sampler: Sampler, model: Model, seed: int) -> str:
+def sampling_words(sampler: Sampler, request: MediaRequest, seed: int) -> str:
     """What decides a model's pictures, for people."""
     how = f"{counted(sampler.steps, 'step')}, guidance {sampler.guidance:g}, {sampler.grid} grid, {sampler.solver}"
-    return f"{how}, {model.width} x {model.height} pixels, seed {seed}"
+    return f"{how}, {request.width} x {request.height} pixels, seed {seed}"
 
 
 def folder_name(parts: Sequence[str], about: Mapping[str, Any]) -> str:

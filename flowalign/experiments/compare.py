@@ -26,7 +26,7 @@ from flowalign.experiments.best_of import evaluate_best_of
 from flowalign.experiments.campaign import is_done, train_unless_done
 from flowalign.experiments.scaling import check_judges
 from flowalign.policies.devices import own_device
-from flowalign.policies.loading import load_policy
+from flowalign.policies.loading import load_policy, sizes_of
 from flowalign.rollout.prompts import load_prompts
 from flowalign.score import learning, load_rewards
 from flowalign.terminal import Terminal
@@ -243,6 +243,8 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
         for section, own in _OWN.items()
         for key, value in getattr(recipe, section).model_dump(mode="json", exclude=own).items()
     }
+    request, length = sizes_of(recipe.model)
+    values |= {"model.height": request.height, "model.width": request.width, "model.max_sequence_length": length}
     rewards = recipe.evaluation.rewards or recipe.rewards
     judges = {name: {"load": of.load or name, "options": of.options} for name, of in rewards.items()}
     prompts = {"prompts": listed(recipe.prompts), "evaluation.prompts": listed(recipe.evaluation.prompts)}

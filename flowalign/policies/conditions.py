@@ -22,7 +22,7 @@ from flowalign.disk.files import replace_text
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.base import Condition, Policy, TextPolicy, forward_dtype
 from flowalign.policies.folders import model_folder
-from flowalign.policies.loading import load_policy
+from flowalign.policies.loading import load_policy, sizes_of
 
 AT_ONCE = 16  # prompts that are encoded together
 _NO_TEXT = ("transformer", "vae", "unet")  # the parts of a pipeline that do not change what a prompt is encoded to
@@ -107,8 +107,8 @@ def cached_policy(
 
     Its text encoders are loaded only if a prompt has yet to be encoded, or an adapter may have weights for them. Each
     process looks for itself: what one finds complete stays so, whatever the others still write. Without `whole` as
-    `load_policy` says. Raises UserError as it and `cache_conditions` do, and for a policy that a script gave: what it
-    encodes need not be what the settings name.
+    `load_policy` says. Raises UserError as it and `cache_conditions` do, and for settings that a script's own policy
+    does not follow: what it encodes need not be what they name.
     """
     if given is not None:
         if model.cache_conditions is not None:
@@ -116,6 +116,10 @@ def cached_policy(
                 "model.cache_conditions keeps what the recipe's own model encodes; for a policy of a script's own "
                 "leave it out, or call flowalign.policies.conditions.cache_conditions"
             )
+        for name in ("height", "width"):
+            asked, made = getattr(model, name), getattr(given.request, name)
+            if asked not in (None, made):
+                raise UserError(f"model.{name} {asked}: the policy that the script gives makes {made}; leave it out")
         return given
     needed = True
     if model.cache_conditions is not None and model.adapter is None:
@@ -157,4 +161,5 @@ def identity(model: Model, dtype: torch.dtype) -> dict[str, object]:
     files = [path for path in found if path.relative_to(folder).parts[0] not in _NO_TEXT]
     adapter = adapter_files(model.adapter) if model.adapter else []
     seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (*files, *adapter)]
-    return {"path": model.path, "files": seen, "max_sequence_length": model.max_sequence_length, "dtype": str(dtype)}
+    length = sizes_of(model).max_sequence_length
+    return {"path": model.path, "files": seen, "max_sequence_length": length, "dtype": str(dtype)}

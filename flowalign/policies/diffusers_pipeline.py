@@ -16,12 +16,13 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from flowalign.config import Model
 from flowalign.config.base import UserError
+from flowalign.disk.assets import EMBEDDED
 from flowalign.policies.adapters import Native, export_lora, merge_adapter
 from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, TextPolicy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
-from flowalign.policies.request import MediaRequest
+from flowalign.policies.request import MediaRequest, Sizes
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
 
@@ -35,6 +36,7 @@ class PipelinePolicy(TextPolicy):
     optional_parts: ClassVar[Sequence[str]] = ()  # components that a saved pipeline may lack
     usual: ClassVar[tuple[int, float]] = (50, 4.5)  # steps and guidance, where nobody says others
     t5: ClassVar[str]  # the component that max_sequence_length is for
+    sample_size: ClassVar[int | None] = None  # latent pixels of a side, where no configuration has them
     even_sigmas: ClassVar[bool] = False  # the pipeline hands its scheduler evenly spaced sigmas
 
     def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int, *, whole: bool = True):
@@ -47,8 +49,8 @@ class PipelinePolicy(TextPolicy):
         self.pipeline, self.transformer = pipeline, pipeline.transformer
         pipeline.scheduler = euler_scheduler(pipeline.scheduler)
         self._base = None if Path(model.path).exists() else model.path
-        self.max_sequence_length = model.max_sequence_length
-        self.request = MediaRequest(model.height, model.width)
+        configurations = pipeline.transformer.config, pipeline.vae.config
+        self.request, self.max_sequence_length = self.sizes(model, *configurations)
         self._check(model)
         if model.adapter:
             merge_adapter(pipeline, model.adapter, self.native)
@@ -109,6 +111,23 @@ class PipelinePolicy(TextPolicy):
         with loading(path, "scheduler or tokenizer"):
             return cls.pipeline_class.from_pretrained(path, **parts)
 
+    @classmethod
+    def sizes(cls, model: Model, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
+        """What the settings come to, by the configurations of the model's parts.
+
+        Raises UserError where neither say a size.
+        """
+        own = cls.sample_size or transformer.get("sample_size")
+        if own is None and None in (model.height, model.width):
+            raise UserError(f"model.height, model.width: the configuration of {model.path} says no size; give them")
+        side = (own or 0) * 2 ** (len(vae["block_out_channels"]) - 1)
+        call = inspect.signature(cls.pipeline_class.__call__).parameters
+        # The embedded model has never seen the zero tokens that stand for a T5 which is left out.
+        length = 0 if model.path == EMBEDDED else call["max_sequence_length"].default
+        if model.max_sequence_length is not None:
+            length = model.max_sequence_length
+        return Sizes(MediaRequest(model.height or side, model.width or side), length)
+
     @property
     @abstractmethod
     def patch(self) -> int:
@@ -138,14 +157,19 @@ class PipelinePolicy(TextPolicy):
 
     def _check(self, model: Model) -> None:
         unit = self.pipeline.vae_scale_factor * self.patch
-        for name, pixels in (("height", model.height), ("width", model.width)):
+        for name, pixels in (("height", self.request.height), ("width", self.request.width)):
             if pixels % unit:
                 near = max(unit, round(pixels / unit) * unit)
                 raise UserError(f"model.{name} {pixels}: this model's sides are multiples of {unit}; give {near}")
-        if getattr(self.pipeline, self.t5) is not None and not 0 < model.max_sequence_length <= 512:
+        if self._has_t5() and not 0 < self.max_sequence_length <= 512:
             raise UserError(
-                f"model.max_sequence_length {model.max_sequence_length}: this model has a T5 encoder; give 1 to 512"
+                f"model.max_sequence_length {self.max_sequence_length}: this model has a T5 encoder; give 1 to 512"
             )
+
+    def _has_t5(self) -> bool:
+        """Also where its weights were left out, since every prompt is encoded already."""
+        parts = self.pipeline.components
+        return any(parts.get(name) is not None for name in (self.t5, self.t5.replace("text_encoder", "tokenizer")))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

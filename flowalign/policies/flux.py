@@ -72,6 +72,7 @@ class FluxPolicy(PipelinePolicy):
     native = NATIVE
     usual = (28, 1.0)  # the embedded guidance is enough; a second pass is for who asks for it
     t5 = "text_encoder_2"
+    sample_size = 128
     even_sigmas = True
     patch = 2
 

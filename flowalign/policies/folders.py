@@ -37,7 +37,7 @@ def pipeline_index(path: Path | str) -> dict[str, Any]:
         if os.path.exists(place) or not is_hub_id(str(path)):
             what = "holds no model_index.json" if os.path.exists(place) else f"does not exist{sought(str(path))}"
             raise UserError(f"model.path: {str(path)!r} {what}; give a diffusers pipeline folder or a hub id")
-        index = _fetched(str(path))
+        index = _fetched(str(path), "model_index.json")
     try:
         contents = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -63,17 +63,28 @@ def _single_file(file: Path) -> str:
     return f"{why or 'is a file'}; give a diffusers pipeline folder or a hub id"
 
 
-def _fetched(name: str) -> Path:
+def _fetched(name: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(hf_hub_download(name, "model_index.json"))
+        return Path(hf_hub_download(name, file))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(
             f"model.path: {name!r} is no local folder{sought(name)}, and the hub did not give it "
             f"({type(error).__name__}); check the name, log in for gated models, or give a folder"
         ) from error
+
+
+def part_config(path: Path | str, name: str) -> dict[str, Any]:
+    """The configuration of a pipeline's part; of a hub id it is fetched. Raises UserError for one that is no JSON."""
+    there = Path(path).exists()
+    file = Path(path) / name / "config.json" if there else _fetched(str(path), f"{name}/config.json")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {file} is missing or no JSON ({error}); fetch it") from error
+    return config
 
 
 def part_class(name: str, library: str, kind: str) -> Any:
@@ -123,10 +134,7 @@ def loading(path: Path | str, name: str) -> Iterator[None]:
 
 def _check_part(folder: Path) -> str | None:
     """The variant of a part's weights, None for the plain ones; UserError unless its files are all there and whole."""
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {folder / 'config.json'} is missing or no JSON ({error}); fetch it") from error
+    part_config(folder.parent, folder.name)
     found = {path.name: path for path in folder.iterdir()}
     names = "|".join(_STEMS)
     pattern = re.compile(rf"({names})(\.(?P<a>\w+))?(-\d+-of-\d+)?(\.(?P<b>\w+))?\.safetensors")

@@ -14,7 +14,8 @@ from flowalign.disk.assets import asset
 from flowalign.policies.adapters import adapter_files
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.flux import FluxPolicy
-from flowalign.policies.folders import pipeline_index
+from flowalign.policies.folders import part_config, pipeline_index
+from flowalign.policies.request import Sizes
 from flowalign.policies.sd3 import SD3Policy
 
 # By the pipeline's class in model_index.json; installed packages add theirs as entry points of the same name.
@@ -69,9 +70,13 @@ def _plugin(entry: EntryPoint) -> type[PipelinePolicy]:
     return adapter
 
 
-def toyworld_model() -> Model:
-    """The settings that fit the embedded model."""
-    return Model(path=EMBEDDED)
+def sizes_of(model: Model) -> Sizes:
+    """What a model's settings come to, as its policy will have it, by its configuration files alone.
+
+    Raises UserError as `load_policy` does, and where a size is said nowhere.
+    """
+    family, path = find_family(model)
+    return family.sizes(model, part_config(path, "transformer"), part_config(path, "vae"))
 
 
 def model_settings(
@@ -86,8 +91,7 @@ def model_settings(
     if os.path.isfile(Path(model) / "recipe.yaml"):
         settings = _run_model(Path(model), adapter)
     else:
-        settings = toyworld_model() if model == EMBEDDED else Model(path=model)
-        settings = settings.model_copy(update={"adapter": str(adapter) if adapter else None})
+        settings = Model(path=model, adapter=str(adapter) if adapter else None)
     changes: dict[str, int] = {} if size is None else {"height": size, "width": size}
     if max_sequence_length is not None:
         changes["max_sequence_length"] = max_sequence_length

@@ -1,7 +1,7 @@
 """What is asked of a model: the rows that it is to draw, and what media."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,10 @@ class MediaRequest:
     width: int
     frames: int | None = None  # None: pictures
     fps: float | None = None
+
+
+class Sizes(NamedTuple):
+    """What a model's settings come to, with the model's own values where they say none."""
+
+    request: MediaRequest
+    max_sequence_length: int  # tokens of the T5 encoder

@@ -83,7 +83,7 @@ class GroupStore:
 
     def check(self, recipe: Recipe) -> None:
         """Raises UserError when the recipe cannot train from the store."""
-        train, model = recipe.train, recipe.model
+        train = recipe.train
         if train.group_size > self.manifest["group_size"]:
             raise UserError(
                 f"train.group_size ({train.group_size}) exceeds the {self.manifest['group_size']} samples "
@@ -93,12 +93,6 @@ class GroupStore:
             raise UserError(
                 f"train.prompts_per_step ({train.prompts_per_step}) exceeds the {len(self)} prompts "
                 f"of store {self.path}"
-            )
-        if [model.height, model.width] != self.manifest["size"]:
-            height, width = self.manifest["size"]
-            raise UserError(
-                f"store {self.path} holds pictures of {height} x {width} pixels, the recipe asks for "
-                f"{model.height} x {model.width}"
             )
         for name in recipe.rewards:
             if name not in self.rewards:
@@ -115,7 +109,11 @@ class GroupStore:
             )
 
     def check_model(self, policy: Policy) -> None:
-        """Raises UserError when another model made the store."""
+        """Raises UserError when another model made the store, or pictures of another size are asked for."""
+        asked, made = [policy.request.height, policy.request.width], self.manifest["size"]
+        if asked != made:
+            sizes = f"holds pictures of {made[0]} x {made[1]} pixels, the recipe asks for {asked[0]} x {asked[1]}"
+            raise UserError(f"store {self.path} {sizes}")
         if fingerprint(policy) != self.manifest["model"]["fingerprint"]:
             raise UserError(
                 f"store {self.path} was collected with other weights ({self.manifest['model']['path']}); "
@@ -242,7 +240,7 @@ def collect(
     wanted = {
         "format": FORMAT,
         "model": {"path": recipe.model.path, "fingerprint": fingerprint(policy)},
-        "size": [recipe.model.height, recipe.model.width],
+        "size": [policy.request.height, policy.request.width],
         "sampler": recipe.rollout.model_dump(mode="json", exclude={"batch"}),
         "seed": recipe.run.seed,
         "group_size": settings.group_size,

@@ -15,7 +15,6 @@ import pytest
 import typer
 
 from flowalign.cli import app as cli
-from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
 from flowalign.preflight.doctor import NEEDED
@@ -197,15 +196,3 @@ def test_every_command_takes_that_dialect(
     for option in ("mod=lines", "ocr.mod=lines"):  # both reach the reward, which has no such option
         assert code_of(*words, "--option", option) == 2
         assert "has no option 'mod'" in capsys.readouterr().err
-
-
-def test_toyworld_has_its_own_size_where_none_is_given() -> None:
-    plain = {"name": "t", "prompts": "toyworld/words_train", "rewards": {"ocr": 1.0}}
-    plain["algorithm"] = {"name": "flow_grpo", "clip_range": 0.01}
-    for model in ({}, {"path": "toyworld"}):
-        found = recipe_from_dict({**plain, "model": model}).model
-        assert (found.height, found.width, found.max_sequence_length) == (64, 64, 0)
-    assert recipe_from_dict(plain).model.height == 64
-    given = recipe_from_dict({**plain, "model": {"height": 32, "width": 32}}).model
-    assert (given.height, given.max_sequence_length) == (32, 0)
-    assert recipe_from_dict({**plain, "model": {"path": "other"}}).model.height == 512

@@ -20,7 +20,7 @@ from flowalign.cli.app import main
 from flowalign.config import Model, Recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
-from flowalign.policies.loading import load_policy, toyworld_model
+from flowalign.policies.loading import load_policy
 from flowalign.preflight.forwards import step_forwards
 from flowalign.preflight.model_size import condition_rows, decode_pass, meta_policy, parameters, transformer_pass
 from flowalign.preflight.plan import GIB, RUNTIME, Costs, held, phases, plan, snapshots
@@ -29,7 +29,7 @@ from flowalign.training.display import Display
 
 
 def test_the_embedded_model_s_parameters_are_exact() -> None:
-    model = toyworld_model()
+    model = Model(path="toyworld")
     counted, policy = parameters(meta_policy(model)), load_policy(model)
     parts = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, torch.nn.Module)}
     assert set(parts) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
@@ -132,7 +132,7 @@ def measured_peak(policy: PipelinePolicy, rows: int) -> int:
 
 @pytest.mark.slow
 def test_the_estimated_peak_is_near_the_measured_one() -> None:
-    model = toyworld_model().model_copy(update={"dtype": "fp32"})
+    model = Model(path="toyworld", dtype="fp32")
     planned = transformer_pass(meta_policy(model), 8, backward=True).peak
     # In a process of its own: what else lives in this one may allocate meanwhile.
     real = int(subprocess.run([sys.executable, __file__], check=True, capture_output=True, text=True).stdout)
@@ -296,4 +296,4 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(measured_peak(load_policy(toyworld_model().model_copy(update={"dtype": "fp32"})), 8))
+    print(measured_peak(load_policy(Model(path="toyworld", dtype="fp32")), 8))

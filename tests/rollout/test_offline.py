@@ -23,6 +23,7 @@ from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout import store as offline
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.stages import Recorded, Share
@@ -457,7 +458,7 @@ def refused(recipe: Recipe, message: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"height": 128}}, r"holds pictures of 64 x 64 pixels, the recipe asks for 128 x 64"),
+        ({"model": {"height": 32}}, r"holds pictures of 64 x 64 pixels, the recipe asks for 32 x 64"),
         ({"rewards": {"ocr": 1}}, r"lacks the reward 'ocr'; it has brightness \(`flowalign score ocr --store"),
         ({"train": {"group_size": 5}}, r"train.group_size \(5\) exceeds the 4 samples of each prompt in store"),
         ({"train": {"prompts_per_step": 5}}, r"train.prompts_per_step \(5\) exceeds the 4 prompts of store"),
@@ -550,7 +551,6 @@ def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> N
             {"rollout": {"guidance": 2.0}, "train": {"guidance": 1.0}},
             "with sampler .*'guidance': 1.0.*the recipe has .*'guidance': 2.0",
         ),
-        ({"model": {"width": 128}}, r"with size \[64, 64\], the recipe has \[64, 128\]"),
         ({"run": {"seed": 5}}, "with seed 0, the recipe has 5"),
         ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\], the recipe has \['compressibility'\]"),
     ],
@@ -561,6 +561,16 @@ def test_a_store_is_not_mixed_with_pictures_of_another_kind(
     before = contents(Path(ready["store"]))
     with pytest.raises(UserError, match=message):
         collected(changed(ready, **sections), policy)
+    assert contents(Path(ready["store"])) == before
+
+
+def test_a_store_is_not_mixed_with_pictures_of_another_size(
+    ready: dict[str, Any], policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(Path(ready["store"]))
+    monkeypatch.setattr(policy, "request", MediaRequest(64, 32))
+    with pytest.raises(UserError, match=r"with size \[64, 64\], the recipe has \[64, 32\]"):
+        collected(changed(ready), policy)
     assert contents(Path(ready["store"])) == before
 
 

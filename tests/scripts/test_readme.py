@@ -22,5 +22,5 @@ def test_the_python_example_runs_and_is_short(tmp_path: Path, monkeypatch: pytes
 def test_every_recipe_that_is_named_exists() -> None:
     from flowalign.config import bundled_recipes
 
-    named = set(re.findall(r"\b(?:toyworld|sd35_medium)_\w+", README.read_text())) - {"toyworld_model"}
+    named = set(re.findall(r"\b(?:toyworld|sd35_medium)_\w+", README.read_text()))
     assert named <= set(bundled_recipes())
