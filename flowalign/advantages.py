@@ -9,7 +9,7 @@ from flowalign.lazy import torch
 Scale = Literal["global", "group", "none"]
 
 
-class Scored(NamedTuple):
+class RewardTable(NamedTuple):
     """The rewards of N samples: their total, and each reward apart, shaped, with where it applies."""
 
     total: torch.Tensor  # (N,), NaN for a sample that a reward left out
@@ -21,7 +21,7 @@ class Scored(NamedTuple):
     measured: torch.Tensor | None = None  # (K, N), each reward as it was before shaping
     trust: torch.Tensor | None = None  # (N,) in (0, 1], what a sample's advantage is multiplied by
 
-    def trained(self) -> Scored:
+    def trained(self) -> RewardTable:
         """Without the monitors, the rewards of weight 0: they are scored and logged, and never learnt from."""
         kept = self.weights > 0
         names = tuple(name for name, of in zip(self.names, kept.tolist(), strict=True) if of)
@@ -29,7 +29,7 @@ class Scored(NamedTuple):
             values=self.values[kept], applies=self.applies[kept], weights=self.weights[kept], names=names, measured=None
         )
 
-    def of(self, chosen: torch.Tensor) -> Scored:
+    def of(self, chosen: torch.Tensor) -> RewardTable:
         """Of some samples alone, chosen (N,) bool."""
         given = {name: part for name, part in self._asdict().items() if name not in ("weights", "names")}
         known = {name: part for name, part in given.items() if part is not None}
@@ -83,7 +83,7 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, scale: Scale) -> tor
     return group_advantages(rewards, groups, global_std=scale == "global")
 
 
-def reward_advantages(scored: Scored, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
+def reward_advantages(scored: RewardTable, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
     """(N, K): the advantages of each reward apart, over the samples to which it applies; 0 for the others."""
     columns = torch.zeros(scored.values.shape, device=scored.total.device)
     for column, values, applies in zip(columns, scored.values, scored.applies, strict=True):
@@ -92,7 +92,7 @@ def reward_advantages(scored: Scored, groups: torch.Tensor, scale: Scale) -> tor
     return columns.T
 
 
-def summed_advantages(scored: Scored, groups: torch.Tensor, scale: Scale, eps: float = 1e-4) -> torch.Tensor:
+def summed_advantages(scored: RewardTable, groups: torch.Tensor, scale: Scale, eps: float = 1e-4) -> torch.Tensor:
     """(N,): the weighted sum of each reward's own advantages, then divided by its deviation over all samples.
 
     A reward of little spread counts as much as one of large spread. Source: GDPO (decoupled normalisation), as

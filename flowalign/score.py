@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 import rewards as zoo
-from flowalign.advantages import Scored
+from flowalign.advantages import RewardTable
 from flowalign.config import Combine, Recipe, RewardSettings
 from flowalign.config.base import UserError
 from flowalign.config.mistakes import nearest
 from flowalign.config.paths import sought
 from flowalign.config.rewards import Shaping
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Samples
+from flowalign.rollout.stages import Drawn, Generated, Recorded
 from flowalign.rollout.store import GroupStore
 from rewards import Reward, TrainableReward, as_reward
 from rewards.combine import (
@@ -35,11 +35,13 @@ from rewards.combine import (
     worst_case,
 )
 from rewards.devices import make_current
+from rewards.media import as_levels
 
 _SEPARATOR = "/"
+FINISHED = -1  # in place of the denoising step of a preview
 
 
-class Judging:
+class Scorer:
     """The rewards of a run, the recipe's or those that a script gives for them; one way for rollouts and stores."""
 
     def __init__(
@@ -64,7 +66,7 @@ class Judging:
         if recipe.store is not None:
             refuse_learning(self.rewards, "a store has fixed scores; train it with rollouts")
         self._thread = ThreadPoolExecutor(1, "rewards", make_current, (self.device,))
-        self._pending: list[Future[dict[str, Scores]]] = []
+        self._pending: dict[int, list[Future[dict[str, Scores]]]] = {}  # by denoising step
 
     def check_prompts(self, rows: Sequence[Row]) -> None:
         """Raises UserError for the first prompt that the recipe's shaping or combination cannot be made for.
@@ -109,49 +111,52 @@ class Judging:
                     "reward, so it is weighed against nothing; leave it out"
                 )
 
-    def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> None:
-        """Begin to score finished pictures of a rollout, in their order; `score` waits for the result."""
-        if all(reward.scope == "sample" for reward in self.rewards.values()):  # a group may be parted by batches
-            texts, metadata = [row.prompt for row in rows], [row.metadata for row in rows]
-            self._pending.append(self._thread.submit(score_all, self.rewards, media, texts, metadata))
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a reward compares the samples of a prompt, so that it must see them together."""
+        return any(reward.scope == "group" for reward in self.rewards.values())
 
-    def score(self, samples: Samples) -> Scored:
-        """What the algorithm gets of samples; those of a store bring their scores."""
-        if samples.scores is None:
-            samples.scores = self._finished() or self._measured(samples, samples.media)
-        scored = self.scored(samples.scores, samples.prompts)
-        if samples.previews is None:
+    def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+        """Begin to score finished media of a rollout, in their order; returns them as 8-bit levels off the device."""
+        self._begin(FINISHED, media, rows)
+        return as_levels(media).cpu()
+
+    def preview(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
+        """Begin to score one-step predictions made at denoising step `index`, in the order of their samples."""
+        self._begin(index, media, rows)
+
+    def _begin(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
+        texts, metadata = [row.prompt for row in rows], [row.metadata for row in rows]
+        found = self._thread.submit(score_all, self.rewards, media, texts, metadata)
+        self._pending.setdefault(index, []).append(found)
+
+    def score(self, samples: Generated) -> RewardTable:
+        """What the algorithm gets of samples: those of a dataset bring their scores, all others were begun with."""
+        if isinstance(samples, Recorded):
+            return self.scored(samples.scores, samples.prompts)
+        pending, self._pending = self._pending, {}
+        try:
+            found = {index: _joined([future.result() for future in parts]) for index, parts in pending.items()}
+        finally:
+            for future in (future for parts in pending.values() for future in parts):
+                future.cancel()
+        scored = self.scored(found.pop(FINISHED), samples.prompts)
+        if not found:
             return scored
-        earlier = [
-            self.scored(self._measured(samples, preview), samples.prompts).total
-            for preview in samples.previews[:, :-1].unbind(1)
-        ]
+        earlier = [self.scored(found[index], samples.prompts).total for index in sorted(found)]
         return scored._replace(previews=torch.stack([*earlier, scored.total], dim=1))
 
-    def _measured(self, samples: Samples, media: torch.Tensor) -> dict[str, Scores]:
-        return score_all(self.rewards, media, samples.prompts, samples.metadata)
-
-    def _finished(self) -> dict[str, Scores]:
-        """The scores of all pictures since the last call; none where scoring did not begin."""
-        pending, self._pending = self._pending, []
-        try:
-            parts = [future.result() for future in pending]
-        finally:
-            for future in pending:
-                future.cancel()
-        names = parts[0] if parts else ()
-        return {name: Scores(*map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in names}
-
-    def learn(self, samples: Samples, step: int, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
+    def learn(self, samples: Generated, step: int, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
         """Rewards that learn take their step; returns their figures and alarms.
 
-        Every process learns from the samples of all, so that the rewards stay the same everywhere.
+        Every process learns from the samples of all, so that the rewards stay the same everywhere. They see media as
+        files hold them, in 8 bits: what is real and what is drawn must not differ by its rounding.
         """
         figures: dict[str, Any] = {}
         alarms: list[str] = []
-        if not self.trainable:
+        if not self.trainable or not isinstance(samples, Drawn):
             return figures, alarms
-        media = accelerator.gather(samples.media)
+        media = accelerator.gather(samples.media.to(self.device))
         rows = samples.rows if accelerator.num_processes == 1 else gather_object(samples.rows)
         for name, reward in self.trainable.items():
             asked = [reward.applies_to(row.about) for row in rows]
@@ -159,7 +164,7 @@ class Judging:
             if chosen:
                 part = [rows[place] for place in chosen]
                 texts, metadata = [row.prompt for row in part], [deepcopy(row.metadata) for row in part]
-                figures[name] = reward.update(media[chosen], texts, metadata, step)
+                figures[name] = reward.update(media[chosen].float() / 255, texts, metadata, step)
                 if reward.alarm:
                     alarms.append(f"reward {name!r}: {reward.alarm}")
         return figures, alarms
@@ -176,7 +181,7 @@ class Judging:
         """Put back what `state` gave; KeyError for a reward that it lacks."""
         load_learnt(self.trainable, state)
 
-    def scored(self, scores: Mapping[str, Scores], prompts: Sequence[str]) -> Scored:
+    def scored(self, scores: Mapping[str, Scores], prompts: Sequence[str]) -> RewardTable:
         """What the algorithm gets of the scores of B samples with their prompts."""
         shaped = {name: self._shaped(name, score, prompts) for name, score in scores.items()}
         device = next(iter(shaped.values())).values.device
@@ -184,7 +189,7 @@ class Judging:
         combine = self.recipe.combine
         if combine.disagreement:
             trust = agreement(shaped, self.weights, combine.disagreement)
-        return Scored(
+        return RewardTable(
             total=total(shaped, self.weights, combine),
             values=torch.stack([score.values for score in shaped.values()]),
             applies=torch.stack([score.applies for score in shaped.values()]),
@@ -250,6 +255,11 @@ def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., A
     return {name: as_reward(reward, name) for name, reward in rewards.items()}
 
 
+def _joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
+    """The scores of batches, one after the other."""
+    return {name: Scores(*map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]}
+
+
 def tally(rewards: Mapping[str, Reward]) -> dict[str, dict[str, int]]:
     """What each reward of this process counted since it was last asked; those that count nothing are left out."""
     return {name: counts for name, one in rewards.items() if (counts := one.tally())}
@@ -265,7 +275,7 @@ def unread(tallies: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torch.Tensor]) -> None:
-    """Give rewards what a run's `Judging.state` kept of them; KeyError for one of which it has nothing."""
+    """Give rewards what a run's `Scorer.state` kept of them; KeyError for one of which it has nothing."""
     for name, reward in rewards.items():
         prefix = f"{name}{_SEPARATOR}"
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -3,14 +3,13 @@
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.disk.about import command_line, now, versions
@@ -19,117 +18,78 @@ from flowalign.disk.starting import check_start
 from flowalign.evaluate.evaluation import write_evaluation
 from flowalign.evaluate.report.report import write_report
 from flowalign.policies.base import Policy
-from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout.generate import Progress
-from flowalign.rollout.prompts import load_prompts, step_rows
-from flowalign.rollout.samples import Samples
-from flowalign.rollout.store import GroupStore
-from flowalign.score import Judging, check_prompts, tally, unread
+from flowalign.rollout.stages import Generated, Scored, Weighted
+from flowalign.score import tally, unread
 from flowalign.training import processes
 from flowalign.training.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.training.claims import Claims
 from flowalign.training.display import Display
 from flowalign.training.finite import not_finite_explained
-from flowalign.training.idle import Idle
+from flowalign.training.idle import Idle, score_figures
 from flowalign.training.inputs import check_inputs, inputs_of
 from flowalign.training.interrupt import Interrupted, asked_to_stop
-from flowalign.training.items import check_levels
-from flowalign.training.learner import Learner, optimizer_class
-from flowalign.training.measuring import Leave, Measuring
+from flowalign.training.measuring import Leave
 from flowalign.training.memory import out_of_memory_explained
+from flowalign.training.parts import Parts, Rewards, check_parts, load_parts
 from flowalign.training.selftest import Check, SelfTest
-from flowalign.training.step_samples import score_samples, step_samples
 from flowalign.training.tracing import traced
-from flowalign.training.tracking import check_trackers, evaluation_values, step_values
-from rewards import Reward
-from rewards.devices import chosen_device
+from flowalign.training.tracking import evaluation_values, step_values
 
 
 class Trainer:
-    """A run of a recipe. Everything that can be wrong is found out before the first step, in the cheapest order."""
+    """A run of a recipe, of parts that are ready; `from_recipe` checks the recipe and loads them."""
 
+    def __init__(self, recipe: Recipe, parts: Parts, *, profile: bool = False):
+        """profile: write a trace of the second step that is trained, when the first has warmed everything up."""
+        self.recipe, self.profile = recipe, profile
+        self.accelerator, self.display, self.device = parts.accelerator, parts.display, parts.device
+        self.scorer, self.source, self.measuring = parts.scorer, parts.source, parts.measuring
+        self.algorithm, self.policy, self.learner = parts.algorithm, parts.policy, parts.learner
+        self.guarding = self.measuring.guarding
+        self.world, self.main = self.accelerator.num_processes, self.accelerator.is_main_process
+        self.claimed = Claims({"policy": self.policy, **self.scorer.learners})
+        self.step = 0
+        self.minutes, self.forwards = self.source.spent()  # of all processes
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.tested = False
+        self.stop = threading.Event()
+        train, equal = recipe.train, self.algorithm.learns_from_equal
+        self.idle = Idle(train.idle_steps, train.group_size, equal, self.accelerator)
+        self.evaluated_at: int | None = None
+        self.run_folder = RunFolder(recipe.folder)
+
+    @classmethod
     @torch.inference_mode(False)  # with gradients, whatever a script around it has switched off
-    def __init__(
-        self,
+    def from_recipe(
+        cls,
         recipe: Recipe,
         *,
         resume: bool = False,
         overwrite: bool = False,
         display: Display | None = None,
         policy: Policy | None = None,
-        rewards: Mapping[str, Reward | Callable[..., Any]] | None = None,
+        rewards: Rewards | None = None,
         profile: bool = False,
-    ):
-        """`policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards.
+    ) -> "Trainer":
+        """Check the recipe, load its parts, and take possession of its run folder.
 
+        `policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards.
         What they learnt in an earlier run is forgotten first. Rewards bear the names that the recipe gives them. With
-        `overwrite` the run begins anew over another one in its folder.
-        `profile` writes a trace of the second step that is trained, when the first has warmed everything up.
+        `overwrite` the run begins anew over another one in its folder. `profile` as the Trainer has it.
         """
-        self.recipe, self.profile = recipe, profile
         changes = check_start(recipe, resume=resume, overwrite=overwrite)
         inputs = check_inputs(recipe.folder, inputs_of(recipe, policy, rewards), resume=resume)
-        check_trackers(recipe.run.trackers)
-        processes.refuse_launcher(recipe)
-        optimizer_class(recipe.train.optimizer)  # a missing library is found before a model loads
-        self.accelerator = processes.accelerator_for(recipe)  # which chooses the device, before anything loads
-        self.device = chosen_device(self.accelerator.device)
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.main = self.accelerator.is_main_process
-        self.display = display or Display(quiet=not self.main)
-        self._look_at_inputs(rewards)
-        self._load_policy(policy)
-        algorithm_of(recipe).state.clear()  # of an earlier run of the same recipe
-        algorithm_of(recipe).begin(self.policy)
-        self.claimed = Claims({"policy": self.policy, "recipe": algorithm_of(recipe), **self.judging.learners})
-        self.step = 0
-        self.minutes, self.forwards = self.store.spent() if self.store is not None else (0.0, 0)  # of all processes
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.tested = False
-        self.stop = threading.Event()
-        self.idle = Idle(recipe, self.accelerator)
-        self.evaluated_at: int | None = None
-        self.run_folder = RunFolder(recipe.folder)
-        if self.main:
-            self.run_folder = RunFolder.create(recipe, inputs, resume=resume, overwrite=overwrite)
-        self.accelerator.wait_for_everyone()
+        check_parts(recipe)
+        trainer = cls(recipe, load_parts(recipe, display=display, policy=policy, rewards=rewards), profile=profile)
+        if trainer.main:
+            trainer.run_folder = RunFolder.create(recipe, inputs, resume=resume, overwrite=overwrite)
+        trainer.accelerator.wait_for_everyone()
         if resume:
-            self._resume()
-            self.display.say("; ".join([f"goes on after step {self.step}", *changes]))
-
-    def _look_at_inputs(self, rewards: Mapping[str, Reward | Callable[..., Any]] | None) -> None:
-        """Rewards, what is trained on, and what is evaluated: all that can be wrong without a model."""
-        recipe = self.recipe
-        self.judging = Judging(recipe, rewards, self.device)
-        self.store = GroupStore.open(Path(recipe.store)) if recipe.store else None
-        self.rows = self.store.rows if self.store is not None else load_prompts(recipe.prompts)
-        if self.store is not None:
-            self.store.check(recipe)
-        else:
-            check_prompts(self.rows, self.judging.trained, recipe.prompts)
-            step_rows(self.rows, recipe.train.prompts_per_step, 0, 0)
-        self.judging.check_prompts(self.rows)
-        self.measuring = Measuring(recipe, self.judging, self.rows, self.accelerator, self.device, self.display)
-        self.guarding = self.measuring.guarding
-
-    def _load_policy(self, given: Policy | None) -> None:
-        """The policy with its weights as they are before any training, and its optimizer."""
-        recipe = self.recipe
-        prompts = [row.prompt for row in (*self.rows, *self.measuring.rows)]
-        seed, whole = recipe.run.seed, not processes.shares_out()
-        self.policy = cached_policy(
-            recipe.model, prompts, self.device, seed, self.accelerator, given=given, whole=whole
-        )
-        if self.store is not None:
-            self.store.check_model(self.policy)
-        check_levels(recipe, self.policy)
-        if self.policy.begin():
-            self.display.say("the policy was trained before; this run begins with the weights that it had before that")
-        processes.prepare(self.accelerator, self.policy.transformer)
-        self.learner = Learner(recipe, self.policy, self.accelerator)
-        if recipe.train.ema_decay:
-            self.policy.snapshot("ema")
+            trainer._resume()
+            trainer.display.say("; ".join([f"goes on after step {trainer.step}", *changes]))
+        return trainer
 
     @property
     def _name(self) -> str:
@@ -207,17 +167,21 @@ class Trainer:
         pictures = self.recipe.samples_per_step // self.world
         explained = not_finite_explained(self.recipe, self.step + 1, self.step > 0)
         with self._phase("rollout", "rollout", pictures) as advance, explained:
-            samples = self._samples(advance)
+            generated = self.source.next(self.policy, self.step, advance)
         with self._phase("reward", "scoring"):
-            figures = self._score(samples)
-            learnt, alarms = self.judging.learn(samples, self.step, self.accelerator)
+            scored = self._scored(generated)
+            weighted = self._weighted(scored)
+            figures = score_figures(scored, weighted)
+            if answers := processes.summed_counts(self.accelerator, tally(self.scorer.rewards)):
+                figures["answers"] = answers
+            learnt, alarms = self.scorer.learn(generated, self.step, self.accelerator)
         test = None
-        if not self.tested and (figures["zero_spread"] < 1 or algorithm_of(self.recipe).learns_from_equal):
-            test = SelfTest(self.policy, algorithm_of(self.recipe), samples, self.accelerator, self._self_tested)
+        if not self.tested and (weighted.zero_spread < 1 or self.algorithm.learns_from_equal):
+            test = SelfTest(self.policy, self.algorithm, weighted, self.accelerator, self._self_tested)
         with self._phase("train", "training", self.recipe.train.passes * self.recipe.train.updates_per_step) as advance:
-            figures |= self.learner.learn(samples, self.step, test, advance)
+            figures |= self.learner.learn(weighted, self.step, test, advance)
         self.step += 1
-        sentences = self.idle.step(self.step, samples, figures, self.tested)
+        sentences = self.idle.step(self.step, generated, figures, self.tested)
         self._spend((time.perf_counter() - started) / 60)
         line = {
             "step": self.step,
@@ -242,12 +206,17 @@ class Trainer:
         self.minutes += minutes
         self.forwards += int(forwards)
 
-    def _samples(self, progress: Progress | None = None) -> Samples:
-        source = self.rows if self.store is None else self.store
-        return step_samples(self.policy, source, self.recipe, self.judging, self.accelerator, self.step, progress)
+    def _scored(self, generated: Generated) -> Scored:
+        own = self.scorer.score(generated)
+        everyone = processes.all_scored(self.accelerator, own)
+        first = self.accelerator.process_index * len(generated)
+        return Scored(generated, own, everyone, first, self.recipe.train.group_size)
 
-    def _score(self, samples: Samples) -> dict[str, Any]:
-        return score_samples(samples, self.recipe, self.judging, self.accelerator, self.step)
+    def _weighted(self, scored: Scored) -> Weighted:
+        try:
+            return self.algorithm.weigh(scored)
+        except ValueError as error:
+            raise UserError(f"step {self.step + 1}: {error}") from error
 
     # What surrounds the steps.
 
@@ -274,7 +243,7 @@ class Trainer:
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
         if self.main:
-            for what, rows in (("training prompts", self.rows), ("evaluation prompts", self.measuring.rows)):
+            for what, rows in (("training prompts", self.source.rows), ("evaluation prompts", self.measuring.rows)):
                 for sentence in cut_prompts(self.policy, (row.prompt for row in rows), what):
                     self.display.say(sentence)
 
@@ -348,7 +317,7 @@ class Trainer:
                 "scaler": self.learner.scaler.state_dict(),
             }
             keep = self.recipe.run.keep_checkpoints
-            memory = {"algorithm": algorithm_of(self.recipe).state, "rewards": self.judging.state()}
+            memory = {"algorithm": self.algorithm.state_dict(), "rewards": self.scorer.state()}
             save_checkpoint(self.run_folder.checkpoints, self.policy, self.learner.optimizer, memory, counters, keep)
             self.run_folder.update_info(checkpoint=self.step)
         self.accelerator.wait_for_everyone()
@@ -357,8 +326,8 @@ class Trainer:
         """Go on from the last checkpoint; a run killed before its first begins again."""
         found = checkpoints(self.run_folder.checkpoints)
         if found:
-            remember: dict[str, Restore] = {"rewards": self.judging.load_state}
-            remember["algorithm"] = algorithm_of(self.recipe).state.update
+            remember: dict[str, Restore] = {"rewards": self.scorer.load_state}
+            remember["algorithm"] = self.algorithm.load_state_dict
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, remember)
             self.step, self.learner.update = counters["step"], counters["update"]
             self.minutes, self.forwards = counters["minutes"], counters["forwards"]
@@ -395,5 +364,5 @@ class Trainer:
 
 
 def train(recipe: Recipe, **options: Any) -> Path:
-    """Run a recipe from start to end and return its run folder; `options` are the Trainer's."""
-    return Trainer(recipe, **options).run()
+    """Run a recipe from start to end and return its run folder; `options` are those of `Trainer.from_recipe`."""
+    return Trainer.from_recipe(recipe, **options).run()

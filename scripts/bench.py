@@ -36,7 +36,7 @@ def _trainer(recipe: Recipe) -> Iterator[Trainer]:
     with tempfile.TemporaryDirectory() as folder:
         changes = {"folder": f"{folder}/run", "trackers": ()}
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
-        yield Trainer(recipe, display=Display(quiet=True))
+        yield Trainer.from_recipe(recipe, display=Display(quiet=True))
 
 
 def overlap(recipe: Recipe, repeats: int) -> Table:
@@ -44,10 +44,10 @@ def overlap(recipe: Recipe, repeats: int) -> Table:
     rows: dict[str, list[tuple[float, float, float]]] = {"beside the rollout": [], "after the rollout": []}
     with _trainer(recipe) as trainer:
         trainer.tested = True
-        begin = trainer.judging.judge
+        begin = trainer.scorer.judge
         for step in range(2 * repeats + 2):
             name = list(rows)[step % 2]
-            trainer.judging.judge = begin if step % 2 == 0 else _later  # type: ignore[method-assign]
+            trainer.scorer.judge = begin if step % 2 == 0 else _later  # type: ignore[method-assign]
             started = time.perf_counter()
             trainer._train_step()
             whole = time.perf_counter() - started

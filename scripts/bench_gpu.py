@@ -73,7 +73,7 @@ CHECKED = ("model.height=64", "model.width=64", "train.group_size=2", "rollout.s
 class RandomWeights(SD3Policy):
     """The architecture with random weights, and random numbers in the place of encoded prompts."""
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """Of the published shapes, different for different prompts."""
         config = self.pipeline.transformer.config
         rows = [counted_generator(*prompt.encode()) for prompt in prompts]
@@ -188,7 +188,7 @@ def measure(
         folder = tempfile.mkdtemp(dir=recipe.folder.parent)
         run = recipe.run.model_copy(update={"folder": f"{folder}/run"})
         own = recipe.model_copy(update={"run": run})
-        return Trainer(own, policy=policy, rewards={"ocr": brightness}, display=Display(quiet=True))
+        return Trainer.from_recipe(own, policy=policy, rewards={"ocr": brightness}, display=Display(quiet=True))
 
     flops = operations(trainer())
     steps: dict[str, float] = {}

@@ -43,7 +43,7 @@ def start(recipe: Recipe, folder: Path) -> int:
         torch.set_num_threads(1)
         training.write_report = lambda folder: folder  # made last, from files; its plots take longer than tiny runs
         there = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": str(folder)})})
-        training.Trainer(there, resume=(folder / "recipe.yaml").exists(), display=Display(quiet=True)).run()
+        training.Trainer.from_recipe(there, resume=(folder / "recipe.yaml").exists(), display=Display(quiet=True)).run()
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from rewards.lazy import exports
 
 if TYPE_CHECKING:
-    from flowalign.algorithms.base import Algorithm, Batch, Noised, Transition
+    from flowalign.algorithms.base import Algorithm
+    from flowalign.algorithms.batches import Batch, NoisedBatch, TransitionBatch
     from flowalign.algorithms.crd import CRD
     from flowalign.algorithms.flow_grpo import FlowGRPO
     from flowalign.algorithms.gdro import GDRO
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from flowalign.algorithms.prdp import PRDP
 
 _FROM = {
-    "base": ("Algorithm", "Batch", "Noised", "Transition"),
+    "base": ("Algorithm",),
+    "batches": ("Batch", "NoisedBatch", "TransitionBatch"),
     "crd": ("CRD",),
     "flow_grpo": ("FlowGRPO",),
     "gdro": ("GDRO",),
@@ -32,8 +34,8 @@ __all__ = [
     "Batch",
     "FlowGRPO",
     "Marble",
-    "Noised",
-    "Transition",
+    "NoisedBatch",
+    "TransitionBatch",
 ]
 
 __getattr__ = exports(__name__, _FROM)

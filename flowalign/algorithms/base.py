@@ -1,68 +1,30 @@
-"""What an algorithm is: a loss on a batch of items, and what it moves after a training step. Nothing else."""
+"""What an algorithm is: it weighs scored samples, makes batches of them, and has a loss on a batch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from pydantic import PrivateAttr
-
-from flowalign.advantages import Scored, advantages, has_spread, summed_advantages
-from flowalign.config.algorithm import AlgorithmSettings, Keep
+from flowalign.advantages import RewardTable, advantages, has_spread, summed_advantages
+from flowalign.algorithms.batches import Batch, Batches, Turn
+from flowalign.config.algorithm import AlgorithmSettings, algorithm_class
 from flowalign.config.base import UserError
 from flowalign.lazy import torch
-from flowalign.sampling.steps import Dynamics
+from flowalign.rollout.stages import Keep, Scored, Weighted
 
 if TYPE_CHECKING:
-    from flowalign.config.recipe import Recipe
-    from flowalign.policies.base import Condition, Policy
+    from flowalign.policies.base import Policy
 
 Figures: TypeAlias = "dict[str, torch.Tensor]"
 
 
-@dataclass(frozen=True)
-class Transition:
-    """A stochastic step that a rollout took, for n items."""
+class Cost(NamedTuple):
+    """The forward passes that the loss takes of an item."""
 
-    sigma: torch.Tensor  # (n,)
-    sigma_next: torch.Tensor  # (n,)
-    sigma_max: float
-    state: torch.Tensor  # (n, ...), float32, as the log-probability was computed on it
-    next_state: torch.Tensor  # (n, ...)
-    log_prob: torch.Tensor  # (n,), under the policy that sampled; float64 where the algorithm asks for it
-    dynamics: Dynamics
-    noise_level: float | None
-    mean: torch.Tensor | None = None  # (n, ...), of the policy that sampled, where the algorithm asks for it
-
-
-@dataclass(frozen=True)
-class Noised:
-    """Finished samples noised anew, for n items: state = (1 - sigma) x0 + sigma noise, with target noise - x0."""
-
-    sigma: torch.Tensor  # (n,)
-    noise: torch.Tensor  # (n, ...)
-    state: torch.Tensor  # (n, ...)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """n items of one training step: what `Algorithm.loss` sees."""
-
-    condition: Condition
-    advantages: torch.Tensor  # (n,), or (n, K) of an algorithm that keeps one a reward
-    groups: torch.Tensor  # (n,), the set within which an item is compared
-    latents: torch.Tensor  # (n, ...), the finished sample x0
-    guidance: float
-    reference_guidance: float
-    transition: Transition | None = None  # where needs = "trajectory"
-    noised: Noised | None = None  # where needs = "final"
-    rewards: torch.Tensor | None = None  # (n,), the weighted total
-    shares: torch.Tensor | None = None  # (n, K), see Scored.shares
-    samples: torch.Tensor | None = None  # (n,), which items are of one sample
-    update: int = 0  # optimizer updates before this one
-    at_once: int | None = None  # the items that fit in a pass; None: all
+    snapshots: int = 0  # without a gradient, under the trained policy's guidance
+    references: int = 0  # without a gradient, under the reference's guidance
+    apart: bool = False  # whether an update takes the gradient of each reward apart
 
 
 def guided_velocity(
@@ -88,70 +50,144 @@ def guided_velocity(
     return torch.cat([checkpoint(of, part, use_reentrant=False) for part in parts])
 
 
-class Algorithm(AlgorithmSettings, ABC):
-    """An algorithm: its settings and its loss."""
+class Algorithm(ABC):
+    """An algorithm made from its settings. `state` is what it remembers beside the policy's snapshots."""
 
-    _state: dict[str, Any] = PrivateAttr(default_factory=dict)  # tensors
+    Settings: ClassVar[type[AlgorithmSettings]]
+    behaviour: ClassVar[str | None] = None
+    """The snapshot that draws the rollouts; None: the trained weights."""
+
+    def __init__(self, settings: AlgorithmSettings):
+        self.settings: Any = settings
+        self.state: dict[str, torch.Tensor] = {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of it."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` gave."""
+        self.state = dict(state)
+
+    # What it asks of a run.
 
     @property
-    def state(self) -> dict[str, torch.Tensor]:
-        """What the algorithm remembers from update to update beside the policy's snapshots; checkpoints hold it."""
-        return self._state
+    def keep(self) -> frozenset[Keep]:
+        """What a rollout must keep beside the finished samples."""
+        return frozenset()
+
+    def check_schedule(self, sigmas: torch.Tensor) -> None:  # noqa: B027
+        """Raises ValueError for a rollout's schedule (steps + 1,) that cannot be learnt from."""
+
+    def begin(self, policy: Policy) -> None:  # noqa: B027
+        """Take the snapshots that the algorithm lives on; called once, before the first step."""
+
+    # Scored samples become weighted ones.
 
     @property
     def learns_from_equal(self) -> bool:
         """Whether groups of equal rewards say where to go too."""
         return False
 
-    @property
-    def keep(self) -> frozenset[Keep]:
-        """What a rollout must keep beside the finished samples."""
-        return frozenset({"trajectory"}) if self.needs == "trajectory" else frozenset()
-
-    def begin(self, policy: Policy) -> None:
-        """Take the snapshots that the algorithm lives on; called once, before the first step."""
-
-    def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+    def advantages(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
         """Advantages (N,) of all samples of a step, or (N, K)."""
-        if self.advantage == "summed":
-            return summed_advantages(scored, groups, self.advantage_std)
-        return advantages(scored.total, groups, self.advantage_std)
+        settings = self.settings
+        if settings.advantage == "summed":
+            return summed_advantages(scored, groups, settings.advantage_std)
+        return advantages(scored.total, groups, settings.advantage_std)
 
-    def differs(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+    def differs(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
         """(N,) bool: the samples in whose group the rewards differ, as far as the algorithm learns from them."""
         if scored.previews is not None:
             learnt = scored.previews.T
         else:
-            learnt = scored.values[scored.weights > 0] if self.parts_rewards else scored.total[None]
+            learnt = scored.values[scored.weights > 0] if self.settings.parts_rewards else scored.total[None]
         return torch.stack([has_spread(values, groups) for values in learnt]).any(0)
 
-    def teaches(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+    def teaches(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
         """(N,) bool: the samples to learn from."""
-        if self.equal_groups == "keep" or self.learns_from_equal:
+        if self.settings.equal_groups == "keep" or self.learns_from_equal:
             return torch.ones_like(scored.total, dtype=torch.bool)
         return self.differs(scored, groups)
 
+    def lessons(self, scored: RewardTable, groups: torch.Tensor) -> Lessons:
+        """What N scored samples in groups (N,) teach; ValueError for rewards that cannot be learnt from.
+
+        A sample that a reward left out takes no part in any statistic and teaches nothing; nor do the others of its
+        group where the algorithm learns from whole groups.
+        """
+        known = ~scored.total.isnan()
+        if scored.previews is not None:
+            known &= ~scored.previews.isnan().any(1)
+        if self.settings.unit != "item":
+            known &= ~torch.isin(groups, groups[~known])
+        if not known.any():
+            nothing = torch.zeros(len(known), device=groups.device)
+            return Lessons(nothing, nothing.bool(), nothing.bool())
+        table, own = (scored, groups) if known.all() else (scored.of(known), groups[known])
+        found = Lessons(self.advantages(table, own), self.teaches(table, own), self.differs(table, own))
+        if known.all():
+            return found
+        return Lessons(*(part.new_zeros(len(known), *part.shape[1:]).index_put((known,), part) for part in found))
+
+    def weigh(self, scored: Scored) -> Weighted:
+        """What each sample of this process teaches, by statistics over those of all; raises as `lessons`."""
+        own, table, count = scored.rewards, scored.everyone.trained(), len(scored.generated)
+        total = scored.everyone.total
+        prompts = torch.arange(len(total) // scored.group_size, device=total.device)
+        learnt = self.lessons(table, prompts.repeat_interleave(scored.group_size))
+        part = slice(scored.first, scored.first + count)
+        found = learnt.advantages[part].to(own.total.device)
+        return Weighted(
+            generated=scored.generated,
+            total=own.total.nan_to_num(0),
+            advantages=found if own.trust is None else (found.T * own.trust.nan_to_num(1)).T,
+            teaches=learnt.teaches[part],
+            differs=learnt.differs[part],
+            shares=table.shares(learnt.teaches).T[part],
+            zero_spread=1 - learnt.differs.float().mean().item(),
+        )
+
+    # Weighted samples become losses.
+
     @abstractmethod
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def batches(self, weighted: Weighted, turn: Turn) -> Batches[Any]:
+        """The items of one pass, as `Transitions` or `NoisedFinals`."""
+
+    @abstractmethod
+    def loss(self, policy: Policy, batch: Any) -> tuple[torch.Tensor, Figures]:
         """The mean loss over the batch's items, and detached figures to log, each (n,) or a scalar.
 
-        Where `apart` says so it is of shape (L,), and the loop asks `gradient_weights` how to join the L gradients.
+        Of shape (L,) it is several, whose gradients the loop takes one by one and joins by `join`. Whether it is
+        depends on the number of the update alone.
         """
 
-    def apart(self, update: int) -> bool:
-        """Whether the loss of this update is several, whose gradients are taken one by one."""
-        return False
-
-    def gradient_weights(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
+    def join(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
         """Weights (L,) of the gradients of a loss (L,), from their inner products (L, L), and figures to log."""
-        raise NotImplementedError(f"{self.name} has one loss")
+        raise NotImplementedError(f"{self.settings.name} has one loss")
 
-    def after_update(self, policy: Policy, update: int) -> None:
+    def cost(self, current: frozenset[str] | set[str]) -> Cost:
+        """The passes of an item beside the trained one, while the snapshots `current` equal the trained weights."""
+        return Cost(references=int(self.settings.kl_weight > 0))
+
+    def after_update(self, policy: Policy, update: int) -> None:  # noqa: B027
         """Move snapshots after a training step's last optimizer update, number `update`; many algorithms have none."""
 
 
-def algorithm_of(recipe: Recipe) -> Algorithm:
-    """The recipe's algorithm; UserError for an installed one that has settings but no loss."""
-    if not isinstance(recipe.algorithm, Algorithm):
-        raise UserError(f"algorithm {recipe.algorithm.name!r} is no flowalign.algorithms.base.Algorithm")
-    return recipe.algorithm
+class Lessons(NamedTuple):
+    """What N scored samples teach."""
+
+    advantages: torch.Tensor  # (N,) or (N, ...)
+    teaches: torch.Tensor  # (N,) bool: the samples to learn from
+    differs: torch.Tensor  # (N,) bool: those in whose group the rewards differ
+
+
+def algorithm_of(settings: AlgorithmSettings) -> Algorithm:
+    """The algorithm that a recipe's section names; UserError for settings that are not of an installed one."""
+    try:
+        kind: type[Algorithm] = algorithm_class(settings.name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not issubclass(kind, Algorithm) or not isinstance(settings, kind.Settings):
+        raise UserError(f"algorithm {settings.name!r} is no flowalign.algorithms.base.Algorithm with these settings")
+    return kind(settings)

@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Batch, Figures
+from flowalign.algorithms.base import Figures
+from flowalign.algorithms.batches import NoisedBatch
 from flowalign.algorithms.forward import (
     Decay,
     ForwardAlgorithm,
+    ForwardSettings,
     adaptive_error,
-    noised,
     predictions,
     reward_level,
     squared_error,
 )
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
@@ -98,11 +100,10 @@ def centered_reward_loss(
     return torch.stack(losses).mean()
 
 
-class CRD(ForwardAlgorithm):
-    """Settings and loss of Centered Reward Distillation."""
+class CRDSettings(ForwardSettings):
+    """What a recipe may say of Centered Reward Distillation."""
 
     unit: ClassVar = "group"
-    behaviour: ClassVar = "sampling"
     name: Literal["crd"] = "crd"
     equal_groups: Literal["skip", "keep"] = "keep"
     """Whether groups whose rewards are all equal are left out of a step."""
@@ -129,39 +130,47 @@ class CRD(ForwardAlgorithm):
         if not self.kl_weight:
             self.refuse("there is no KL to weigh with kl_weight 0; leave it out", "adaptive_kl")
 
+
+class CRD(ForwardAlgorithm):
+    """Centered Reward Distillation."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = CRDSettings
+    settings: CRDSettings
+    behaviour = "sampling"
+
     def begin(self, policy: Policy) -> None:
         """Both snapshots start as the trained policy."""
         policy.snapshot("old")
         policy.snapshot("sampling")
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: both parts, the spread of the implicit reward."""
-        at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)
-        target = at.noise - batch.latents
-        error = adaptive_error if self.adaptive else squared_error
+        seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
+        target = batch.noise - batch.latents
+        error = adaptive_error if self.settings.adaptive else squared_error
         implicit = error(seen.snapshot, target) - error(seen.policy, target)
-        level = reward_level(batch.advantages, self.advantage_clip)
+        level = reward_level(batch.advantages, self.settings.advantage_clip)
         loss = (
-            self.advantage_clip
-            / self.beta
+            self.settings.advantage_clip
+            / self.settings.beta
             * centered_reward_loss(
                 implicit,
                 level - 0.5,  # good above 0, bad below: only the pools of temperature 0 see the difference
                 batch.groups,
-                beta=self.beta,
-                weight_temperature=self.weight_temperature,
-                kind=self.kind,
+                beta=self.settings.beta,
+                weight_temperature=self.settings.weight_temperature,
+                kind=self.settings.kind,
             )
         )
         figures = {"policy_loss": loss.detach(), "implicit_reward_std": implicit.detach().std()}
         if seen.reference is not None:
             kl = squared_error(seen.policy, seen.reference)
-            lowest = min(1.0, LOWEST_KL / self.kl_weight) if self.adaptive_kl is not False else 1.0
-            loss = loss + self.kl_weight * ((lowest + level * (1 - lowest)) * kl).mean()
+            lowest = min(1.0, LOWEST_KL / self.settings.kl_weight) if self.settings.adaptive_kl is not False else 1.0
+            loss = loss + self.settings.kl_weight * ((lowest + level * (1 - lowest)) * kl).mean()
             figures["kl"] = kl.detach()
         return loss, figures
 
     def after_update(self, policy: Policy, update: int) -> None:
         """Each snapshot follows at its own pace."""
-        policy.blend("old", self.old_decay.at(update))
-        policy.blend("sampling", self.sampling_decay.at(update))
+        policy.blend("old", self.settings.old_decay.at(update))
+        policy.blend("sampling", self.settings.sampling_decay.at(update))

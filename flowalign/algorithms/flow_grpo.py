@@ -25,33 +25,33 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.advantages import Scored, value_advantages
-from flowalign.algorithms.base import Algorithm, Batch, Figures, guided_velocity
-from flowalign.config.algorithm import Keep
+from flowalign.advantages import RewardTable, value_advantages
+from flowalign.algorithms.base import Algorithm, Figures, guided_velocity
+from flowalign.algorithms.batches import TransitionBatch, Transitions, Turn
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.lazy import torch
 from flowalign.sampling import SdeStep, gaussian_kl, sde_step
 
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.rollout.stages import Keep, Weighted
 
 
-def replay(policy: Policy, batch: Batch, guidance: float, *, exact: bool = False) -> SdeStep:
+def replay(policy: Policy, batch: TransitionBatch, guidance: float, *, exact: bool = False) -> SdeStep:
     """The batch's stochastic steps under the weights in use: mean, std and log-probability of where they went.
 
     `exact`: all but the velocity in float64, for who multiplies a log-probability by the number of dimensions.
     """
-    step = batch.transition
-    assert step is not None, "the rollout kept a trajectory, since needs = 'trajectory'"
     return sde_step(
-        guided_velocity(policy, batch, step.state, step.sigma, guidance),
-        step.state.double() if exact else step.state,
-        step.sigma,
-        step.sigma_next,
-        dynamics=step.dynamics,
-        noise_level=step.noise_level,
-        sigma_max=step.sigma_max,
-        next_sample=step.next_state,
+        guided_velocity(policy, batch, batch.state, batch.sigma, guidance),
+        batch.state.double() if exact else batch.state,
+        batch.sigma,
+        batch.sigma_next,
+        dynamics=batch.dynamics,
+        noise_level=batch.noise_level,
+        sigma_max=batch.sigma_max,
+        next_sample=batch.next_state,
     )
 
 
@@ -64,10 +64,11 @@ def clipped_ratio_loss(
     return torch.maximum(-advantages * ratio, -advantages * clipped), ratio
 
 
-class FlowGRPO(Algorithm):
-    """Settings and loss of Flow-GRPO and its variants."""
+class FlowGRPOSettings(AlgorithmSettings):
+    """What a recipe may say of Flow-GRPO and its variants."""
 
     needs: ClassVar = "trajectory"
+    strength: ClassVar = ("clip_range", "kl_weight")
     name: Literal["flow_grpo"] = "flow_grpo"
     clip_range: Annotated[float, Field(gt=0)] = 1e-4
     """How far the ratio may move from 1 before an item stops teaching; log-probabilities are means over dimensions."""
@@ -81,21 +82,6 @@ class FlowGRPO(Algorithm):
     """Of the rewards of later previews, with dense values."""
     absolute: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the value itself beside the advantage, with dense values, so that equal groups teach too."""
-
-    @property
-    def keep(self) -> frozenset[Keep]:
-        """The means for GRPO-Guard, the previews for dense values."""
-        more: list[Keep] = ["trajectory"]
-        if self.ratio == "guard":
-            more.append("means")
-        if self.values == "dense":
-            more.append("previews")
-        return frozenset(more)
-
-    @property
-    def learns_from_equal(self) -> bool:
-        """With the absolute term."""
-        return self.absolute > 0
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """What belongs to a variant is refused without it."""
@@ -113,38 +99,65 @@ class FlowGRPO(Algorithm):
                 "dense values are of the weighted total, within groups; leave it out", "advantage", "advantage_std"
             )
 
-    def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+
+class FlowGRPO(Algorithm):
+    """Flow-GRPO and its variants."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = FlowGRPOSettings
+    settings: FlowGRPOSettings
+
+    @property
+    def keep(self) -> frozenset[Keep]:
+        """The means for GRPO-Guard, the previews for dense values."""
+        more: list[Keep] = ["trajectory"]
+        if self.settings.ratio == "guard":
+            more.append("means")
+        if self.settings.values == "dense":
+            more.append("previews")
+        return frozenset(more)
+
+    @property
+    def learns_from_equal(self) -> bool:
+        """With the absolute term."""
+        return self.settings.absolute > 0
+
+    def batches(self, weighted: Weighted, turn: Turn) -> Transitions:
+        """One advantage a sample, or one a step."""
+        return Transitions(weighted, turn, dense=self.settings.values == "dense")
+
+    def advantages(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
         """(N,), or (N, T) of dense values."""
         if scored.previews is None:
             return super().advantages(scored, groups)
-        return value_advantages(scored.previews, groups, discount=self.discount, absolute=self.absolute)
+        return value_advantages(
+            scored.previews, groups, discount=self.settings.discount, absolute=self.settings.absolute
+        )
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: ratio, clipped share, KL."""
-        step, taken = batch.transition, replay(policy, batch, batch.guidance)
-        assert step is not None
-        advantages = batch.advantages.clamp(-self.advantage_clip, self.advantage_clip)
-        log_prob, old_log_prob = taken.log_prob, step.log_prob
-        if self.ratio == "guard":
-            assert step.mean is not None, "the rollout kept its means"
+        taken = replay(policy, batch, batch.guidance)
+        advantages = batch.advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)
+        log_prob, old_log_prob = taken.log_prob, batch.log_prob
+        if self.settings.ratio == "guard":
+            assert batch.mean is not None, "the rollout kept its means"
             std = taken.std.flatten()
-            log_prob = (log_prob + gaussian_kl(taken.mean, step.mean, taken.std)) * std
+            log_prob = (log_prob + gaussian_kl(taken.mean, batch.mean, taken.std)) * std
             old_log_prob = old_log_prob * std
-        losses, ratio = clipped_ratio_loss(log_prob, old_log_prob, advantages, self.clip_range)
-        if self.ratio == "guard":
-            losses = losses / (step.sigma - step.sigma_next)
+        losses, ratio = clipped_ratio_loss(log_prob, old_log_prob, advantages, self.settings.clip_range)
+        if self.settings.ratio == "guard":
+            losses = losses / (batch.sigma - batch.sigma_next)
         distance = (ratio.detach() - 1).abs()
         figures = {
             "policy_loss": losses.detach(),
             "ratio_distance": distance,
-            "clipped": (distance > self.clip_range).float(),
+            "clipped": (distance > self.settings.clip_range).float(),
         }
-        if self.kl_weight:
+        if self.settings.kl_weight:
             with torch.no_grad(), policy.reference():
                 reference = replay(policy, batch, batch.reference_guidance)
             divergence = gaussian_kl(taken.mean, reference.mean, taken.std)
-            if self.kl == "flow_grpo" and step.dynamics != "cps":  # a cps step's variance holds no -D
-                divergence = divergence * (step.sigma - step.sigma_next)
-            losses = losses + self.kl_weight * divergence
+            if self.settings.kl == "flow_grpo" and batch.dynamics != "cps":  # a cps step's variance holds no -D
+                divergence = divergence * (batch.sigma - batch.sigma_next)
+            losses = losses + self.settings.kl_weight * divergence
             figures["kl"] = divergence.detach()
         return losses.mean(), figures

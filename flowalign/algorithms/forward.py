@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from flowalign.algorithms.base import Algorithm, Batch, Noised, guided_velocity
+from flowalign.algorithms.base import Algorithm, Cost, guided_velocity
+from flowalign.algorithms.batches import Batches, NoisedBatch, NoisedFinals, Turn
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import MOST, Section
 from flowalign.lazy import torch
+from flowalign.sampling.noise import counted_generator
 
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.rollout.stages import Weighted
 
 Level = Annotated[float, Field(ge=0, le=1)]
 TimestepSampling = Literal["grid", "grid_strata", "uniform", "logit_normal"]
@@ -60,8 +64,8 @@ class Predictions(NamedTuple):
     reference: torch.Tensor | None
 
 
-class ForwardAlgorithm(Algorithm):
-    """The settings of an algorithm that learns from finished samples noised anew."""
+class ForwardSettings(AlgorithmSettings):
+    """What a recipe may say of an algorithm that learns from finished samples noised anew."""
 
     needs: ClassVar = "final"
     timesteps: Annotated[int, Field(gt=0, le=MOST)] = 2
@@ -73,7 +77,7 @@ class ForwardAlgorithm(Algorithm):
     """The lowest and the highest sigma trained at."""
 
     @model_validator(mode="after")
-    def _range_is_wide(self) -> ForwardAlgorithm:
+    def _range_is_wide(self) -> ForwardSettings:
         low, high = self.timestep_range
         if not low < high:
             raise ValueError(f"timestep_range [{low:g}, {high:g}] is empty")
@@ -124,22 +128,34 @@ class ForwardAlgorithm(Algorithm):
         return torch.special.ndtri(first + (last - first) * uniform.double()).sigmoid().float().clamp(1e-3, 1 - 1e-3)
 
 
-def noised(batch: Batch) -> Noised:
-    """The batch's noised samples; they are there, since needs = "final"."""
-    assert batch.noised is not None
-    return batch.noised
+class ForwardAlgorithm(Algorithm):
+    """An algorithm that learns from finished samples noised anew."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = ForwardSettings
+    settings: ForwardSettings
+
+    def check_schedule(self, sigmas: torch.Tensor) -> None:
+        """The schedule must hold enough sigmas to train at."""
+        self.settings.levels(sigmas, counted_generator(0))
+
+    def batches(self, weighted: Weighted, turn: Turn) -> Batches[NoisedBatch]:
+        """Finished samples, noised anew to the settings' levels."""
+        return NoisedFinals(weighted, turn, self.settings.unit, self.settings.timesteps, self.settings.levels)
+
+    def cost(self, current: frozenset[str] | set[str]) -> Cost:
+        """The old policy's pass is saved while it equals the trained one."""
+        return Cost(snapshots=int("old" not in current), references=int(self.settings.kl_weight > 0))
 
 
-def predictions(policy: Policy, batch: Batch, snapshot: str | None, *, reference: bool) -> Predictions:
+def predictions(policy: Policy, batch: NoisedBatch, snapshot: str | None, *, reference: bool) -> Predictions:
     """The velocities at the batch's noised samples, each in one forward pass over all items.
 
     The snapshot's pass is saved while it equals the trained weights, as after a copy. `snapshot` None is the reference
     itself. The reference alone takes `batch.reference_guidance`.
     """
-    at = noised(batch)
 
     def velocity(guidance: float) -> torch.Tensor:
-        return guided_velocity(policy, batch, at.state, at.sigma, guidance)
+        return guided_velocity(policy, batch, batch.state, batch.sigma, guidance)
 
     own = velocity(batch.guidance)
     with torch.no_grad():

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Batch, Figures
-from flowalign.algorithms.forward import ForwardAlgorithm, TimestepSampling, noised, predictions, squared_error
+from flowalign.algorithms.base import Cost, Figures
+from flowalign.algorithms.batches import NoisedBatch
+from flowalign.algorithms.forward import ForwardAlgorithm, ForwardSettings, TimestepSampling, predictions, squared_error
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
@@ -70,11 +72,12 @@ def best_of_each(reward: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return best
 
 
-class GDRO(ForwardAlgorithm):
-    """Settings and loss of GDRO; with group size 2, temperature 0 and stabiliser 0, of Diffusion-DPO."""
+class GDROSettings(ForwardSettings):
+    """What a recipe may say of GDRO; with group size 2, temperature 0 and stabiliser 0, of Diffusion-DPO."""
 
     unit: ClassVar = "group"
     offline: ClassVar = True
+    strength: ClassVar = ("beta",)
     has_advantages: ClassVar = False
     name: Literal["gdro"] = "gdro"
     timestep_sampling: TimestepSampling = "uniform"
@@ -94,18 +97,30 @@ class GDRO(ForwardAlgorithm):
         self.refuse("gdro has no KL of its own, beta is its pull to the reference", "kl_weight")
         self.refuse("gdro ranks rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+
+class GDRO(ForwardAlgorithm):
+    """GDRO; with group size 2, temperature 0 and stabiliser 0, Diffusion-DPO."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = GDROSettings
+    settings: GDROSettings
+
+    def cost(self, current: frozenset[str] | set[str]) -> Cost:
+        """The reference's pass."""
+        return Cost(references=1)
+
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: the ranking loss, the spread of the implicit reward, the best sample's error."""
-        assert batch.rewards is not None
-        at, seen = noised(batch), predictions(policy, batch, None, reference=True)
-        target = at.noise - batch.latents
+        seen = predictions(policy, batch, None, reference=True)
+        target = batch.noise - batch.latents
         error = squared_error(seen.policy, target)
-        implicit = self.beta * (squared_error(seen.snapshot, target) - error)
-        ranking = group_loss(implicit, batch.rewards, batch.groups, temperature=self.temperature, top_1=self.top_1)
+        implicit = self.settings.beta * (squared_error(seen.snapshot, target) - error)
+        ranking = group_loss(
+            implicit, batch.rewards, batch.groups, temperature=self.settings.temperature, top_1=self.settings.top_1
+        )
         best = best_of_each(batch.rewards, batch.groups)
         figures = {
             "policy_loss": ranking.detach(),
             "implicit_reward_std": implicit.detach().std(),
             "best_error": error[best].mean().detach(),
         }
-        return ranking + self.stabiliser * error[best].mean(), figures
+        return ranking + self.settings.stabiliser * error[best].mean(), figures

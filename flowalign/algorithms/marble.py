@@ -32,14 +32,16 @@ and RACO (2602.02495), which turns the fixed sum away from conflicts: with g0 = 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from flowalign.advantages import Scored, reward_advantages
-from flowalign.algorithms.base import Batch, Figures
-from flowalign.algorithms.forward import Level, noised, predictions, reward_level, squared_error
-from flowalign.algorithms.nft import NFT, contrast
+from flowalign.advantages import RewardTable, reward_advantages
+from flowalign.algorithms.base import Cost, Figures
+from flowalign.algorithms.batches import NoisedBatch
+from flowalign.algorithms.forward import Level, predictions, reward_level, squared_error
+from flowalign.algorithms.nft import NFT, NFTSettings, contrast
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import MOST
 from flowalign.lazy import clarabel, sparse, torch
 from flowalign.lazy import numpy as np
@@ -100,8 +102,8 @@ def _cheapest(quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None
     return torch.from_numpy(weights / weights.sum())
 
 
-class Marble(NFT):
-    """Settings and loss of MARBLE."""
+class MarbleSettings(NFTSettings):
+    """What a recipe may say of MARBLE."""
 
     name: Literal["marble"] = "marble"  # type: ignore[assignment]
     advantage_std: Literal["global", "group", "none"] = "group"
@@ -116,9 +118,6 @@ class Marble(NFT):
     """The update from which only the recipe's weights count, for the paper's last, uniform stage; null: never."""
     radius: Annotated[float, Field(ge=0)] = 0.4
     """RACO's c: how far it may turn from the fixed sum."""
-
-    _names: tuple[str, ...] = PrivateAttr(default=())
-    _fixed: tuple[float, ...] = PrivateAttr(default=())
 
     @property
     def parts_rewards(self) -> bool:
@@ -141,12 +140,21 @@ class Marble(NFT):
         else:
             self.refuse("belongs to balance: fixed", "advantage")
 
-    def advantages(self, scored: Scored, groups: torch.Tensor) -> torch.Tensor:
+
+class Marble(NFT):
+    """MARBLE."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = MarbleSettings
+    settings: MarbleSettings
+    _names: tuple[str, ...] = ()
+    _fixed: tuple[float, ...] = ()
+
+    def advantages(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
         """One column a reward, and a last one of the sum where that is what is trained on."""
         self._names = scored.names
         self._fixed = tuple((scored.weights / scored.weights.sum()).tolist())
-        columns = reward_advantages(scored, groups, self.advantage_std)
-        if self.balance == "fixed":
+        columns = reward_advantages(scored, groups, self.settings.advantage_std)
+        if self.settings.balance == "fixed":
             columns = torch.cat([columns, super().advantages(scored, groups)[:, None]], dim=1)
         return columns
 
@@ -155,29 +163,32 @@ class Marble(NFT):
         fixed = torch.tensor(self._fixed)
         return fixed if self._uniform(update) else self.state.get("weights", fixed)
 
-    def apart(self, update: int) -> bool:
+    def _balances(self, update: int) -> bool:
         """Every so many updates, but not in the last stage, whose weights are known."""
-        return update % self.every == 0 and not self._uniform(update)
+        return update % self.settings.every == 0 and not self._uniform(update)
 
     def _uniform(self, update: int) -> bool:
-        return self.uniform_from is not None and update >= self.uniform_from
+        return self.settings.uniform_from is not None and update >= self.settings.uniform_from
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def cost(self, current: frozenset[str] | set[str]) -> Cost:
+        """An update that balances takes gradients apart."""
+        return super().cost(current)._replace(apart=self._balances(0))
+
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: those of NFT."""
-        assert batch.shares is not None
-        at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)
-        errors = contrast(batch.latents, at.noise, at.sigma, seen.policy, seen.snapshot, self.beta)
+        seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
+        errors = contrast(batch.latents, batch.noise, batch.sigma, seen.policy, seen.snapshot, self.settings.beta)
         positive, negative = (error[:, None] for error in errors)
 
         def losses(advantages: torch.Tensor) -> torch.Tensor:
-            level = reward_level(advantages, self.advantage_clip)
-            return self.advantage_clip / self.beta * (level * positive + (1 - level) * negative)
+            level = reward_level(advantages, self.settings.advantage_clip)
+            return self.settings.advantage_clip / self.settings.beta * (level * positive + (1 - level) * negative)
 
         count = batch.shares.shape[1]
         own, summed = batch.advantages[:, :count], batch.advantages[:, count:]
-        if self.apart(batch.update):
+        if self._balances(batch.update):
             parts = torch.cat([(batch.shares * losses(own)).mean(0), losses(summed).mean(0)])
-        elif self.balance == "fixed":
+        elif self.settings.balance == "fixed":
             parts = losses(summed).mean(0)
         else:
             weights = batch.shares * self.mean_weights(batch.update).to(own)
@@ -191,33 +202,33 @@ class Marble(NFT):
         if seen.reference is not None:
             kl = squared_error(seen.policy, seen.reference)
             figures["kl"] = kl.detach()
-            parts = torch.cat([parts, self.kl_weight * kl.mean()[None]])
-        return (parts if self.apart(batch.update) else parts.sum()), figures
+            parts = torch.cat([parts, self.settings.kl_weight * kl.mean()[None]])
+        return (parts if self._balances(batch.update) else parts.sum()), figures
 
-    def gradient_weights(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
+    def join(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
         """The step's weights of [each reward, (their sum), (the KL)]; figures: cosines of step and rewards, weights."""
         count = len(self._names)
         lengths = gram.diagonal()[:count].clamp(min=0).sqrt()
         alive = lengths > 1e-8 * lengths.max()
         weights = torch.zeros(len(gram), dtype=gram.dtype)
-        if self.balance == "fixed":
+        if self.settings.balance == "fixed":
             weights[count] = 1
         elif alive.any():
             part, fixed = gram[:count, :count][alive][:, alive], torch.tensor(self._fixed, dtype=gram.dtype)
-            if self.balance == "min_norm":
+            if self.settings.balance == "min_norm":
                 alpha = torch.zeros(count, dtype=gram.dtype)
                 unit = part / lengths[alive].outer(lengths[alive])
                 alpha[alive] = preferred_weights(unit, fixed[alive])
                 weights[:count][alive] = alpha[alive] / lengths[alive] * lengths.mean()
             else:
-                weights[:count][alive] = conflict_averse_weights(part, fixed[alive], self.radius)
+                weights[:count][alive] = conflict_averse_weights(part, fixed[alive], self.settings.radius)
                 alpha = weights[:count]
             kept = self.state.get("weights", fixed).to(alpha)
-            self.state["weights"] = self.ema * kept + (1 - self.ema) * alpha
+            self.state["weights"] = self.settings.ema * kept + (1 - self.settings.ema) * alpha
         step = gram[:count] @ weights
         length = (weights @ gram @ weights).clamp(min=0).sqrt()
         cosines = step / (length * lengths).clamp(min=1e-30)
-        if self.kl_weight:
+        if self.settings.kl_weight:
             weights[-1] = 1
         pairs = gram[:count, :count][torch.triu(torch.ones(count, count, dtype=torch.bool), 1)]
         figures = {f"cosine/{name}": float(value) for name, value in zip(self._names, cosines, strict=True)}

@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Batch, Figures
+from flowalign.algorithms.base import Figures
+from flowalign.algorithms.batches import NoisedBatch
 from flowalign.algorithms.forward import (
     Decay,
     ForwardAlgorithm,
+    ForwardSettings,
     adaptive_error,
-    noised,
     predictions,
     reward_level,
     squared_error,
 )
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.lazy import torch
 from flowalign.sampling.steps import column
 
@@ -82,10 +84,9 @@ def nft_loss(
     return NftLoss(policy_loss + kl_weight * kl, policy_loss, kl)
 
 
-class NFT(ForwardAlgorithm):
-    """Settings and loss of DiffusionNFT."""
+class NFTSettings(ForwardSettings):
+    """What a recipe may say of DiffusionNFT."""
 
-    behaviour: ClassVar = "old"
     name: Literal["nft"] = "nft"
     equal_groups: Literal["skip", "keep"] = "keep"
     """Whether groups whose rewards are all equal are left out of a step."""
@@ -94,24 +95,32 @@ class NFT(ForwardAlgorithm):
     old_decay: Decay = Decay(slope=1e-3, last=0.5)
     """How the old policy, which draws the rollouts, follows the trained one."""
 
+
+class NFT(ForwardAlgorithm):
+    """DiffusionNFT."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = NFTSettings
+    settings: NFTSettings
+    behaviour = "old"
+
     def begin(self, policy: Policy) -> None:
         """The old policy starts as the trained one."""
         policy.snapshot("old")
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: both parts, the distance to the old policy."""
-        at, seen = noised(batch), predictions(policy, batch, "old", reference=self.kl_weight > 0)
+        seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         result = nft_loss(
             batch.latents,
-            at.noise,
-            at.sigma,
+            batch.noise,
+            batch.sigma,
             seen.policy,
             seen.snapshot,
             seen.reference,
             batch.advantages,
-            beta=self.beta,
-            kl_weight=self.kl_weight,
-            advantage_clip=self.advantage_clip,
+            beta=self.settings.beta,
+            kl_weight=self.settings.kl_weight,
+            advantage_clip=self.settings.advantage_clip,
         )
         figures = {
             "policy_loss": result.policy_loss.detach(),
@@ -123,4 +132,4 @@ class NFT(ForwardAlgorithm):
 
     def after_update(self, policy: Policy, update: int) -> None:
         """The old policy follows."""
-        policy.blend("old", self.old_decay.at(update))
+        policy.blend("old", self.settings.old_decay.at(update))

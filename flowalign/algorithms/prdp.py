@@ -19,14 +19,16 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Algorithm, Batch, Figures
+from flowalign.algorithms.base import Algorithm, Cost, Figures
+from flowalign.algorithms.batches import TransitionBatch, Transitions, Turn
 from flowalign.algorithms.flow_grpo import replay
-from flowalign.config.algorithm import Keep
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.lazy import torch
 
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train
     from flowalign.policies.base import Policy
+    from flowalign.rollout.stages import Keep, Weighted
 
 
 def pair_loss(
@@ -43,8 +45,8 @@ def pair_loss(
     return errors.sum() / (len(reward) * (len(reward) - 1))
 
 
-class PRDP(Algorithm):
-    """Settings and loss of PRDP."""
+class PRDPSettings(AlgorithmSettings):
+    """What a recipe may say of PRDP."""
 
     needs: ClassVar = "trajectory"
     unit: ClassVar = "path"
@@ -55,11 +57,6 @@ class PRDP(Algorithm):
     proximity: Annotated[float, Field(gt=0)] = 0.1
     """How far a step's log-ratio may move from that of the policy that sampled before it stops teaching."""
 
-    @property
-    def keep(self) -> frozenset[Keep]:
-        """Log-probabilities in float64."""
-        return frozenset({"trajectory", "float64"})
-
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
         """Needs true log-probabilities."""
         super().check(rollout, train, rewards)
@@ -68,14 +65,33 @@ class PRDP(Algorithm):
         self.refuse("prdp has no KL of its own, beta is its pull to the reference", "kl_weight")
         self.refuse("prdp regresses on rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[torch.Tensor, Figures]:
+
+class PRDP(Algorithm):
+    """PRDP."""
+
+    Settings: ClassVar[type[AlgorithmSettings]] = PRDPSettings
+    settings: PRDPSettings
+
+    @property
+    def keep(self) -> frozenset[Keep]:
+        """Log-probabilities in float64."""
+        return frozenset({"trajectory", "float64"})
+
+    def batches(self, weighted: Weighted, turn: Turn) -> Transitions:
+        """A group with all its steps is never parted."""
+        return Transitions(weighted, turn, "path")
+
+    def cost(self, current: frozenset[str] | set[str]) -> Cost:
+        """The reference's pass."""
+        return Cost(references=1)
+
+    def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Figures]:
         """See the module; figures: how far the log-ratios stand from the reference and moved since the rollout."""
-        assert batch.transition is not None and batch.rewards is not None and batch.samples is not None
-        step, dimensions = batch.transition, batch.latents[0].numel()
+        dimensions = batch.latents[0].numel()
         own = replay(policy, batch, batch.guidance, exact=True).log_prob
         with torch.no_grad(), policy.reference():
             reference = replay(policy, batch, batch.reference_guidance, exact=True).log_prob
-        ratio, old_ratio = dimensions * (own - reference), dimensions * (step.log_prob - reference)
+        ratio, old_ratio = dimensions * (own - reference), dimensions * (batch.log_prob - reference)
         losses = []
         for group in batch.groups.unique():
             rows = (batch.groups == group).nonzero().flatten()
@@ -83,10 +99,10 @@ class PRDP(Algorithm):
             members = len(batch.samples[rows].unique())
             now, then = ratio[rows].view(members, -1), old_ratio[rows].view(members, -1)
             rewards = batch.rewards[rows].view(members, -1)[:, 0]
-            losses.append(pair_loss(now, then, rewards, beta=self.beta, proximity=self.proximity))
+            losses.append(pair_loss(now, then, rewards, beta=self.settings.beta, proximity=self.settings.proximity))
         figures = {
-            "ratio_distance": (own.detach() - step.log_prob).expm1().abs(),
+            "ratio_distance": (own.detach() - batch.log_prob).expm1().abs(),
             "log_ratio": ratio.detach(),
-            "clipped": ((ratio - old_ratio).detach().abs() > self.proximity).float(),
+            "clipped": ((ratio - old_ratio).detach().abs() > self.settings.proximity).float(),
         }
         return torch.stack(losses).mean(), figures

@@ -19,7 +19,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.loading import load_policy, model_settings
 from flowalign.rollout.prompts import Row, load_prompts
-from flowalign.score import Judging, check_prompts, load_learnt
+from flowalign.score import Scorer, check_prompts, load_learnt
 from flowalign.terminal import Terminal
 from flowalign.training.checkpoint import checkpoints, load_weights
 
@@ -62,11 +62,11 @@ def _audited(
     settings = recipe.evaluation
     if recipe.guard is None or settings.prompts is None:
         raise UserError("the recipe has no guard or no evaluation.prompts, which say how to audit")
-    judging = Judging(recipe, None, device)
+    judging = Scorer(recipe, None, device)
     rewards, weights = evaluation_rewards(recipe, judging)
     rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
     check_prompts(rows, rewards, settings.prompts)
-    guarding = Guarding(recipe, recipe.guard, weights, rows, load_prompts(recipe.prompts), device)
+    guarding = Guarding(recipe.evaluation, recipe.guard, weights, rows, load_prompts(recipe.prompts), device)
     policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
     title = target
     if run is not None:
@@ -77,9 +77,8 @@ def _audited(
     base = None if against is None else _base(recipe, against, device, policy)
 
     def draw(policy: Policy, rows: Sequence[Row], asked: Evaluation) -> Evaluated:
-        size = recipe.model.height, recipe.model.width
         with Terminal().evaluating(len(rows) * asked.images_per_prompt) as progress:
-            return evaluate(policy, rows, rewards, asked, size, progress, guarding.auditor.observe)
+            return evaluate(policy, rows, rewards, asked, policy.request, progress, guarding.auditor.observe)
 
     with policy.reference() if base is None else nullcontext():
         guarding.learn(base or policy, partial(draw, base or policy))
@@ -90,8 +89,8 @@ def _audited(
 
 def _base(recipe: Recipe, against: str, device: torch.device | str, policy: Policy) -> Policy:
     model = model_settings(against)
-    size = recipe.model.height, recipe.model.width
-    base = load_policy(model.model_copy(update={"height": size[0], "width": size[1]}), device, recipe.run.seed)
-    if base.latent_shape(*size) != policy.latent_shape(*size):
+    size = {"height": policy.request.height, "width": policy.request.width}
+    base = load_policy(model.model_copy(update=size), device, recipe.run.seed)
+    if base.latent_shape(base.request) != policy.latent_shape(policy.request):
         raise UserError(f"--against {against}: its latents have another shape than {recipe.model.path}'s")
     return base

@@ -97,10 +97,13 @@ def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path
     """The pictures of every prompt, and theirs."""
     from flowalign.disk.media import save_pictures
     from flowalign.rollout.generate import rollout
+    from flowalign.rollout.stages import RolloutRequest
     from flowalign.sampling.noise import EVALUATION
 
-    size, key = (drawing.model.height, drawing.model.width), (EVALUATION, drawing.seed, 0)
-    drawn = rollout(policy, rows, drawing.images, drawing.sampler, size, key, batch=drawing.batch)
+    key = (EVALUATION, drawing.seed, 0)
+    drawn = rollout(
+        policy, RolloutRequest(rows, drawing.images, drawing.sampler, policy.request, key, batch=drawing.batch)
+    )
     paths = save_pictures(output, drawn.media, [row.about for row in drawn.rows])
     return list(zip(paths, drawn.prompts, strict=True))
 
@@ -118,9 +121,9 @@ def _chosen(
     from flowalign.experiments import scaling
     from flowalign.sampling.noise import EVALUATION
 
-    size, key = (drawing.model.height, drawing.model.width), (EVALUATION, drawing.seed, 0)
+    key = (EVALUATION, drawing.seed, 0)
     search = partial(scaling.best_of, batch=drawing.batch, kept=drawing.images, schedule=schedule)
-    found = search(policy, rows, judges, candidates, drawing.sampler, size, key)
+    found = search(policy, rows, judges, candidates, drawing.sampler, policy.request, key)
     forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
     costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"
     return scaling.save_best_of(output, found), costs

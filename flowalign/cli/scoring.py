@@ -185,7 +185,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         title = f"{run.path}, {found[-1].name}"
         weights = load_weights(found[-1], policy, partial(load_learnt, learning(rewards)))
     with _scoring(rewards, len(rows) * settings.images_per_prompt) as progress:
-        evaluated = evaluate(policy, rows, rewards, settings, (recipe.model.height, recipe.model.width), progress)
+        evaluated = evaluate(policy, rows, rewards, settings, policy.request, progress)
     if run is not None:
         about = {"guidance": settings.guidance, "sampler_steps": settings.steps, "checkpoint": weights}
         known_prompts = {"prompts": known.prompts, "trained_prompts": known.trained}

@@ -35,7 +35,7 @@ def train(
     from flowalign.trainer import Trainer
     from flowalign.training.display import gain_table
 
-    trainer = Trainer(resolved, resume=resume, overwrite=overwrite, profile=profile)
+    trainer = Trainer.from_recipe(resolved, resume=resume, overwrite=overwrite, profile=profile)
     folder = trainer.run()
     if trainer.main and (table := gain_table(folder)):
         console.print(table)

@@ -1,4 +1,4 @@
-"""What a recipe says of its algorithm, and how the algorithm's class is found by its name."""
+"""What a recipe may say of its algorithm, and how the algorithm's class is found by its name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import inspect
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,7 +17,6 @@ from flowalign.config.mistakes import nearest
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train
 
-Keep = Literal["trajectory", "means", "previews", "float64"]  # what a rollout may have to keep beside its samples
 ENTRY_POINT_GROUP = "flowalign.algorithms"
 BUILT_IN = {
     "flow_grpo": "flowalign.algorithms.flow_grpo:FlowGRPO",
@@ -30,17 +29,18 @@ BUILT_IN = {
 
 
 class AlgorithmSettings(Section):
-    """The settings that all algorithms share. The class variables say what an algorithm must be given."""
+    """The settings that all algorithms share. The class variables say what else a recipe must fit."""
 
     needs: ClassVar[Literal["trajectory", "final"]]
     unit: ClassVar[Literal["item", "group", "path"]] = "item"
     """What a loss never parts: nothing, a group at one noise level, or a group with all its trained steps."""
-    behaviour: ClassVar[str | None] = None
-    """The snapshot that draws the rollouts; None: the trained weights."""
     offline: ClassVar[bool] = False
     """Whether it can learn from a store of groups that another policy drew."""
     has_advantages: ClassVar[bool] = True
     """Whether it learns from advantages, or from the rewards themselves."""
+
+    strength: ClassVar[tuple[str, ...]] = ("kl_weight",)
+    """The settings to lower where the policy diverges."""
 
     name: str
     """As a recipe gives it."""
@@ -91,8 +91,8 @@ def algorithm_names() -> list[str]:
 
 
 @cache
-def algorithm_class(name: str) -> type[AlgorithmSettings]:
-    """The class of an algorithm.
+def algorithm_class(name: str) -> Any:
+    """The class of an algorithm, a `flowalign.algorithms.base.Algorithm`; its `Settings` are what a recipe says of it.
 
     Raises ValueError for a name that is none's, and UserError for an installed one that cannot be imported.
     """
@@ -106,6 +106,13 @@ def algorithm_class(name: str) -> type[AlgorithmSettings]:
         made = found.load()
     except Exception as error:
         raise UserError(f"algorithm {name!r} cannot be imported ({found.value}): {error}") from error
-    if not (isinstance(made, type) and issubclass(made, AlgorithmSettings)) or inspect.isabstract(made):
+    settings = getattr(made, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, AlgorithmSettings)) or inspect.isabstract(made):
         raise UserError(f"algorithm {name!r}: {found.value} is no class of an Algorithm that has a loss")
     return made
+
+
+def settings_class(name: str) -> type[AlgorithmSettings]:
+    """What a recipe may say of an algorithm; raises as `algorithm_class` does."""
+    found: type[AlgorithmSettings] = algorithm_class(name).Settings
+    return found

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
-from flowalign.config.algorithm import BUILT_IN, AlgorithmSettings, algorithm_class, algorithm_names
+from flowalign.config.algorithm import BUILT_IN, AlgorithmSettings, algorithm_names, settings_class
 from flowalign.config.base import Section, UserError
 from flowalign.config.mistakes import Origins, explain, key_lines, nearest, origin_of
 from flowalign.config.paths import Keys, expanded, located
@@ -79,14 +79,14 @@ class Recipe(Section):
         settings = {"name": value} if isinstance(value, str) else value
         if not isinstance(settings, Mapping) or "name" not in settings:
             raise ValueError(f"algorithm needs a name, one of {', '.join(algorithm_names())}")
-        return algorithm_class(str(settings["name"])).model_validate(settings)
+        return settings_class(str(settings["name"])).model_validate(settings)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "Recipe":
         if self.algorithm.needs == "trajectory" and self.rollout.dynamics == "ode":
             raise ValueError(f"rollout.dynamics ode leaves no stochastic step to {self.algorithm.name}")
         if self.store is not None and not self.algorithm.offline:
-            able = ", ".join(name for name in BUILT_IN if algorithm_class(name).offline)
+            able = ", ".join(name for name in BUILT_IN if settings_class(name).offline)
             raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
         for key, name in self.combine.needed.items():
             if name not in self.rewards:
@@ -233,7 +233,7 @@ def _algorithm_of(values: Mapping[str, Any]) -> type[AlgorithmSettings] | None:
     """The class of the algorithm that a recipe's plain values name; None where they name none that is known."""
     given = values.get("algorithm")
     name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", given)
-    return algorithm_class(name) if isinstance(name, str) and name in algorithm_names() else None
+    return settings_class(name) if isinstance(name, str) and name in algorithm_names() else None
 
 
 def _with_weights(rewards: Any) -> Any:

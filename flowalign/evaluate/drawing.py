@@ -31,6 +31,7 @@ from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, us
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from flowalign.terminal import Terminal
 from rewards.media import FORMATS, natural, pictures_in, read_picture
@@ -164,7 +165,6 @@ def draw(
     settings = drawing.settings(rows)
     check_folder(folder, DRAWING, settings, made="*/samples/*.png")
     policy: Policy | None = None
-    size = (drawing.model.height, drawing.model.width)
     stopwatch.start()
     for chunk in drawing.chunks(rows):
         paths = [folder / picture_name(row.index, member) for row in chunk for member in range(drawing.images)]
@@ -177,7 +177,11 @@ def draw(
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
             images, batch = drawing.images, drawing.batch
-            drawn = rollout(policy, chunk, images, drawing.sampler, size, key, batch=batch, progress=progress)
+            drawn = rollout(
+                policy,
+                RolloutRequest(chunk, images, drawing.sampler, policy.request, key, batch=batch),
+                progress=progress,
+            )
             for row in chunk:
                 own = folder / f"{row.index:05d}"
                 make_folder(own / "samples")

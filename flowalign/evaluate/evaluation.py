@@ -16,8 +16,10 @@ from flowalign.disk.media import MAP, marked, save_pictures
 from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.intervals import clustered_error, combined_interval, mean_interval
 from flowalign.policies.base import Policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from rewards.combine import score_all
 
@@ -83,12 +85,12 @@ def evaluate(
     rows: Sequence[Row],
     rewards: Mapping[str, zoo.Reward],
     settings: Evaluation,
-    size: tuple[int, int],
+    request: MediaRequest,
     progress: Progress | None = None,
     observe: Observe | None = None,
     unscored: Sequence[Row] = (),
 ) -> Evaluated:
-    """Draw and score `images_per_prompt` pictures of every row; size: (height, width) in pixels.
+    """Draw and score `images_per_prompt` pictures of every row.
 
     `observe` is asked what it sees in the pictures of each batch. The rows `unscored` are drawn alone: other processes
     wait for as many passes as theirs.
@@ -104,12 +106,14 @@ def evaluate(
     for start in range(0, len(drawn), chunk):
         samples = rollout(
             policy,
-            drawn[start : start + chunk],
-            settings.images_per_prompt,
-            settings,
-            size,
-            (EVALUATION, settings.seed, 0),
-            batch=settings.batch,
+            RolloutRequest(
+                drawn[start : start + chunk],
+                settings.images_per_prompt,
+                settings,
+                request,
+                (EVALUATION, settings.seed, 0),
+                batch=settings.batch,
+            ),
             progress=progress,
         )
         count = max(0, len(rows) - start) * settings.images_per_prompt

@@ -16,6 +16,7 @@ from flowalign.config.base import UserError
 from flowalign.evaluate.evaluation import Evaluated, evaluate
 from flowalign.experiments.scaling import Cost, check_judges, check_search, cost
 from flowalign.policies.base import Policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.prompts import Row
 from rewards import Reward
@@ -58,7 +59,7 @@ def evaluate_best_of(
     by: str,
     counts: Sequence[int],
     settings: Evaluation,
-    size: tuple[int, int],
+    request: MediaRequest,
     progress: Progress | None = None,
 ) -> list[Point]:
     """Best-of-n for each n of `counts`, chosen by the reward `by` and measured by all, from one draw of max(counts).
@@ -74,7 +75,7 @@ def evaluate_best_of(
         raise UserError(f"{by} judges none of the evaluation prompts; choose by another reward")
     most = max(counts)
     settings = settings.model_copy(update={"images_per_prompt": most, "pictures": 0})
-    drawn = evaluate(policy, asked, rewards, settings, size, progress)
+    drawn = evaluate(policy, asked, rewards, settings, request, progress)
     groups = [drawn.scores[start : start + most] for start in range(0, len(drawn.scores), most)]
     return [
         Point(n, cost(n, (), settings.steps, settings.guidance), _expected(asked, groups, by, n).summary())

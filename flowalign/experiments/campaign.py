@@ -19,7 +19,7 @@ def train_unless_done(recipe: Recipe, *, display: Display | None = None) -> Path
     """
     if is_done(recipe):
         return recipe.folder
-    folder = Trainer(recipe, resume=_is_begun(recipe), display=display).run()
+    folder = Trainer.from_recipe(recipe, resume=_is_begun(recipe), display=display).run()
     gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
     torch.cuda.empty_cache()
     return folder

@@ -130,9 +130,9 @@ def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]
     rows = load_prompts(settings.prompts, settings.count)
     policy = load_policy(recipe.model, device, recipe.run.seed)
     Terminal().say(f"best of 1 to {candidates} of {recipe.model.path} without training, chosen by {reward}")
-    counts, size = range(1, candidates + 1), (recipe.model.height, recipe.model.width)
+    counts = range(1, candidates + 1)
     with Terminal().evaluating(len(rows) * candidates) as progress:
-        points = evaluate_best_of(policy, rows, judges, reward, counts, settings, size, progress)
+        points = evaluate_best_of(policy, rows, judges, reward, counts, settings, policy.request, progress)
     found = [
         {
             "n": point.candidates,

@@ -11,7 +11,6 @@ Shape legend: P prompts, N candidates of each, K rewards.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +27,10 @@ from flowalign.disk.files import replace_json_lines
 from flowalign.disk.media import save_pictures
 from flowalign.evaluate.evaluation import score_rows
 from flowalign.policies.base import Policy
-from flowalign.rollout.generate import Progress, rollout
+from flowalign.policies.request import MediaRequest
+from flowalign.rollout.generate import Progress, Step, rollout
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Samples
+from flowalign.rollout.stages import Drawn, RolloutRequest
 from flowalign.score import refuse_learning
 from rewards import Reward
 
@@ -63,7 +63,7 @@ class Judged(NamedTuple):
 class BestOf:
     """The finished candidates, which of them were chosen, and how every candidate was judged last."""
 
-    samples: Samples
+    samples: Drawn
     chosen: torch.Tensor  # (P, kept), places in `samples`, the best first
     judged: list[Judged]  # of all candidates, prompt by prompt
     forwards: int
@@ -160,7 +160,7 @@ def best_of(
     rewards: Mapping[str, Reward],
     candidates: int,
     sampler: Sampler,
-    size: tuple[int, int],
+    request: MediaRequest,
     key: tuple[int, ...],
     *,
     batch: int,
@@ -170,7 +170,7 @@ def best_of(
 ) -> BestOf:
     """Draw `candidates` pictures of each row, pruned by the schedule, and choose the best `kept` of the finished ones.
 
-    size, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
+    request, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
     without pruning, up to the rounding of smaller batches. Raises UserError as `check_search` and `check_judges` do,
     RewardError as the rewards do.
     """
@@ -179,8 +179,14 @@ def best_of(
     before = policy.forwards
     counts = survivors(candidates, schedule)
     court = _Court(policy, rows, rewards, candidates)
-    prunings = {cut.step: partial(court.prune, cut.step, left) for cut, left in zip(schedule, counts[1:], strict=True)}
-    samples = rollout(policy, rows, candidates, sampler, size, key, batch=batch, progress=progress, survivors=prunings)
+    left = {prune.step: count for prune, count in zip(schedule, counts[1:], strict=True)}
+
+    def watch(step: Step) -> None:
+        if (count := left.get(step.index + 1)) is not None:
+            step.going = court.prune(step.index + 1, count, step.predicted, step.places)
+
+    drawn = RolloutRequest(rows, candidates, sampler, request, key, batch=batch)
+    samples = rollout(policy, drawn, progress=progress, watch=watch, whole_groups=bool(schedule))
     numbered = zip(samples.groups.tolist(), samples.members, strict=True)
     places = [group * candidates + member for group, member in numbered]
     chosen = court.best(sampler.steps, kept, samples.media, places)

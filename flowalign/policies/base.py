@@ -1,4 +1,4 @@
-"""A diffusers pipeline seen as a policy: prompts to conditions, states to velocities, latents to media.
+"""A diffusers pipeline seen as a policy: rows to conditions, states to velocities, latents to media.
 
 Trainable weights are float32; the forward passes run in the policy's dtype. Snapshots are named copies of the
 trainable weights alone, so that an old policy or an average costs no second model.
@@ -8,40 +8,20 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from flowalign.config.base import UserError
+from flowalign.policies.conditioning import Condition as Condition
+from flowalign.policies.conditioning import Conditioning as Conditioning
+from flowalign.policies.request import MediaRequest, Row
+from flowalign.sampling.guidance import GuidanceForm, guided
 
 Grid = Literal["model", "uniform"]
-
-
-@dataclass(frozen=True)
-class Condition:
-    """Text conditioning of B rows: named tensors (B, ...), taken apart and put together by row."""
-
-    tensors: dict[str, torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, rows: torch.Tensor | slice | list[int]) -> "Condition":
-        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
-
-    def expand(self, rows: int) -> "Condition":
-        """One row seen as many."""
-        return Condition({name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in self.tensors.items()})
-
-    @staticmethod
-    def cat(parts: Sequence["Condition"]) -> "Condition":
-        """The rows of all parts, in order."""
-        return Condition({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
-
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -74,6 +54,8 @@ class Policy(ABC):
     transformer: nn.Module
     device: torch.device
     dtype: torch.dtype
+    request: MediaRequest  # what it makes
+    guidance_form: ClassVar[GuidanceForm] = "plain"
     forwards: int = 0  # rows that the transformer has seen, the unit of compute budgets
 
     def __init__(self) -> None:
@@ -81,12 +63,11 @@ class Policy(ABC):
         self._current: set[str] = set()
         self._beginning: dict[str, torch.Tensor] | None = None
         self._has_begun = False
-        self._empty: Condition | None = None
         self._adapters_off = False
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Text conditioning, one row a prompt."""
+    def encode(self, rows: Sequence[Row]) -> Conditioning:
+        """Both sides of guidance, of every row; a policy that takes text alone is a `TextPolicy`."""
 
     @abstractmethod
     def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -97,8 +78,8 @@ class Policy(ABC):
         """Latents (B, ...) to media in [0, 1], float32."""
 
     @abstractmethod
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one latent for pictures of this size in pixels."""
+    def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
+        """Shape of one latent of what is asked for."""
 
     @abstractmethod
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
@@ -109,7 +90,7 @@ class Policy(ABC):
         """Write the trained weights as diffusers loads them: a LoRA, or the whole transformer."""
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """v = eps - x0 at states x (B, ...) and noise levels sigma (B,), float32, without guidance.
+        """v = eps - x0 at states x (B, ...) and noise levels sigma (B,), float32, of one side of guidance.
 
         In half precision its gradients are: who trains with it scales losses, as the learner does.
         """
@@ -119,25 +100,24 @@ class Policy(ABC):
             return self._forward(x.to(self.dtype), sigma, condition).float()
 
     def guided_velocity(
-        self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float
+        self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, guidance: float
     ) -> torch.Tensor:
-        """v_empty + guidance (v_prompt - v_empty), (B, ...), in one batch; guidance 1 needs the prompt's pass alone.
+        """The velocity (B, ...) between both sides, in one batch; guidance 1 needs the pass of the positive one alone.
 
-        Source: Ho and Salimans, "Classifier-free diffusion guidance" (2022), in the form of diffusers' pipelines.
+        See `flowalign.sampling.guidance` for the formula.
         """
         if guidance == 1:
-            return self.velocity(x, sigma, condition)
-        both = Condition.cat([self.empty_condition.expand(len(x)), condition])
-        empty, prompt = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
-        return empty + guidance * (prompt - empty)
+            return self.velocity(x, sigma, conditioning.positive)
+        both = Condition.cat([conditioning.negative, conditioning.positive])
+        negative, positive = self.velocity(torch.cat([x, x]), torch.cat([sigma, sigma]), both).chunk(2)
+        return self.guided(positive, negative, guidance)
 
-    @property
-    def empty_condition(self) -> Condition:
-        """The condition of the empty prompt, one row, encoded once."""
-        if self._empty is None:
-            with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is first asked for in
-                self._empty = self.encode([""])
-        return self._empty
+    def guided(self, positive: torch.Tensor, negative: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Both sides' velocities (B, ...) as one, in the form of the family.
+
+        A "rescaled" family whose latents do not have a token's channels last packs them around this.
+        """
+        return guided(positive, negative, guidance, self.guidance_form)
 
     def free_text_encoders(self) -> None:
         """Release the pipeline's text encoders: from here on `encode` needs a cache (`flowalign.policies.conditions`).
@@ -263,3 +243,22 @@ class Policy(ABC):
         finally:
             self.transformer.enable_adapters()  # type: ignore[operator]
             self._adapters_off = False
+
+
+class TextPolicy(Policy):
+    """A policy whose rows are their prompts; the negative side is the empty prompt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._empty: Condition | None = None
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of texts, one row each."""
+
+    def encode(self, rows: Sequence[Row]) -> Conditioning:
+        """The prompts, and for each the empty one, which is encoded once."""
+        if self._empty is None:
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the mode that it is first asked for in
+                self._empty = self.encode_prompts([""])
+        return Conditioning(self.encode_prompts([row.prompt for row in rows]), self._empty.expand(len(rows)))

@@ -20,7 +20,7 @@ from flowalign.config import Model
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_text
 from flowalign.policies.adapters import adapter_files
-from flowalign.policies.base import Condition, Policy, forward_dtype
+from flowalign.policies.base import Condition, Policy, TextPolicy, forward_dtype
 from flowalign.policies.folders import model_folder
 from flowalign.policies.loading import load_policy
 
@@ -45,7 +45,7 @@ class CachedConditions:
         """The prompts that have yet to be encoded."""
         return [prompt for prompt in prompts if not self.path(prompt).is_file()]
 
-    def fill(self, policy: Policy, prompts: Sequence[str], share: slice = slice(None)) -> None:
+    def fill(self, policy: TextPolicy, prompts: Sequence[str], share: slice = slice(None)) -> None:
         """Encode a share of the batches of `prompts` with the policy, where any prompt of a batch is missing.
 
         Which prompts are encoded together does not depend on the share. Raises UserError when the disk is full.
@@ -53,7 +53,7 @@ class CachedConditions:
         batches = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
         for batch in batches[share]:
             if wanted := set(self.missing(batch)):
-                condition = policy.encode(batch)
+                condition = policy.encode_prompts(batch)
                 for row, prompt in enumerate(batch):
                     if prompt in wanted:
                         self._write(prompt, condition[row : row + 1])
@@ -128,7 +128,7 @@ def cached_policy(
 
 
 def cache_conditions(
-    policy: Policy, model: Model, prompts: Iterable[str], accelerator: Accelerator | None = None
+    policy: TextPolicy, model: Model, prompts: Iterable[str], accelerator: Accelerator | None = None
 ) -> None:
     """With `model.cache_conditions`, encode the prompts and the empty one, then release the policy's text encoders.
 
@@ -143,7 +143,7 @@ def cache_conditions(
         cache.fill(policy, texts, slice(accelerator.process_index, None, accelerator.num_processes))
         accelerator.wait_for_everyone()
     cache.fill(policy, texts)
-    policy.encode = cache.read  # type: ignore[method-assign]  # one way through: whoever asks the policy is answered
+    policy.encode_prompts = cache.read  # type: ignore[method-assign]  # one way through: who asks the policy is answered
     policy.free_text_encoders()
 
 

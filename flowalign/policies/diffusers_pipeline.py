@@ -1,7 +1,7 @@
 """What all adapters of diffusers' pipelines share: loading, the schedule, the autoencoder, the trained weights on disk.
 
-An adapter names its pipeline class and LoRA targets and fills in `patch`, `encode`, `_forward` and
-`pipeline_arguments`; docs/adding_a_model.md shows how. Latents have the autoencoder's layout (B, C, h, w).
+An adapter names its pipeline class and LoRA targets and fills in `patch`, `encode_prompts`, `_forward`
+and `pipeline_arguments`; docs/adding_a_model.md shows how. Latents have the autoencoder's layout (B, C, h, w).
 """
 
 import copy
@@ -18,14 +18,15 @@ from flowalign.config import Model
 from flowalign.config.base import UserError
 from flowalign.policies.adapters import Native, export_lora, merge_adapter
 from flowalign.policies.attention import use_attention
-from flowalign.policies.base import Grid, Policy, forward_dtype
+from flowalign.policies.base import Grid, TextPolicy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
+from flowalign.policies.request import MediaRequest
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
 
 
-class PipelinePolicy(Policy):
+class PipelinePolicy(TextPolicy):
     """A diffusers pipeline as a policy."""
 
     pipeline_class: ClassVar[Any]
@@ -47,7 +48,7 @@ class PipelinePolicy(Policy):
         pipeline.scheduler = euler_scheduler(pipeline.scheduler)
         self._base = None if Path(model.path).exists() else model.path
         self.max_sequence_length = model.max_sequence_length
-        self.size = (model.height, model.width)
+        self.request = MediaRequest(model.height, model.width)
         self._check(model)
         if model.adapter:
             merge_adapter(pipeline, model.adapter, self.native)
@@ -163,13 +164,15 @@ class PipelinePolicy(Policy):
         mode = vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
         return (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(16, height / 8, width / 8) of the published models; ValueError for a size that the schedule is not for."""
-        if (height, width) != self.size and self.pipeline.scheduler.config.use_dynamic_shifting:
-            sides = " x ".join(map(str, self.size))
-            raise ValueError(f"the schedule is that of {sides} pictures; load the policy for {height} x {width}")
+    def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
+        """(16, height / 8, width / 8) of the published models; ValueError for what the schedule or model is not for."""
+        if request.frames is not None:
+            raise ValueError(f"{type(self).__name__} makes pictures, not {request.frames} frames")
+        if request != self.request and self.pipeline.scheduler.config.use_dynamic_shifting:
+            known, asked = (f"{one.height} x {one.width}" for one in (self.request, request))
+            raise ValueError(f"the schedule is that of {known} pictures; load the policy for {asked}")
         factor: int = self.pipeline.vae_scale_factor
-        return (int(self.pipeline.vae.config.latent_channels), height // factor, width // factor)
+        return (int(self.pipeline.vae.config.latent_channels), request.height // factor, request.width // factor)
 
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
         """The pipeline's schedule for pictures of the policy's size, or the scheduler's shift of evenly spaced values.
@@ -191,7 +194,7 @@ class PipelinePolicy(Policy):
 
     def _tokens(self) -> int:
         """Of a picture in the transformer."""
-        _, height, width = self.latent_shape(*self.size)
+        _, height, width = self.latent_shape(self.request)
         return height * width // self.patch**2
 
     def export(self, folder: Path) -> None:

@@ -84,7 +84,7 @@ class FluxPolicy(PipelinePolicy):
         self.embedded_guidance: float | None = given if takes else None
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """As the pipeline encodes them: T5's "embeds" (B, L, D) and CLIP's "pooled" (B, P)."""
         embeds, pooled, _ = self.pipeline.encode_prompt(
             list(prompts), device=self.device, max_sequence_length=self.max_sequence_length

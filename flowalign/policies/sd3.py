@@ -11,6 +11,7 @@ from flowalign.config.base import UserError
 from flowalign.policies.adapters import in_blocks
 from flowalign.policies.base import Condition
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
+from flowalign.policies.request import MediaRequest
 
 # The names of Stability's own code, which ComfyUI and kohya's LoRA files have.
 NATIVE = {
@@ -70,18 +71,19 @@ class SD3Policy(PipelinePolicy):
         transformer: Any = self.transformer
         return int(transformer.config.patch_size)
 
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+    def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
         """(16, height / 8, width / 8) of the published models; UserError beyond the table of learnt positions."""
         transformer: Any = self.transformer
         largest = transformer.config.pos_embed_max_size * self.patch * self.pipeline.vae_scale_factor
-        if max(height, width) > largest:
+        if max(request.height, request.width) > largest:
             raise UserError(
-                f"model.height, model.width: this model draws at most {largest} pixels a side, not {height} x {width}"
+                f"model.height, model.width: this model draws at most {largest} pixels a side, not "
+                f"{request.height} x {request.width}"
             )
-        return super().latent_shape(height, width)
+        return super().latent_shape(request)
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Condition:
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """As the pipeline encodes them: "embeds" (B, L, D) and "pooled" (B, P)."""
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             list(prompts),

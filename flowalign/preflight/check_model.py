@@ -16,19 +16,21 @@ import torch
 from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.config.base import UserError
 from flowalign.policies.adapters import merge_adapter
-from flowalign.policies.base import Condition
+from flowalign.policies.base import Condition, Conditioning
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import find_family
+from flowalign.policies.request import MediaRequest, Row
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import target_modules
 from flowalign.rollout.generate import rollout
-from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_generator, counted_noise
 from flowalign.sampling.noise import EVALUATION
 from flowalign.toyworld.render import Scene, render
 from rewards.contract import Finding
 
 PROMPTS = ("a photo of a red star", 'a sign that says "AB CD"', "two rings")
+ROWS = [Row(place, prompt) for place, prompt in enumerate(PROMPTS)]
 KEY = (EVALUATION, 0, 0)
 CLOSE = 1e-4
 
@@ -75,28 +77,31 @@ def check_model(model: Model, device: torch.device | str, *, steps: int = 4, gui
         return [Finding("targets name modules", False, f"none of {', '.join(family.targets)} names one of this model")]
     samplers = [Sampler(steps=steps), Sampler(steps=steps, guidance=guidance)]
     noise = attempt(_noise, policy)
-    condition = attempt(policy.encode, PROMPTS)
+    conditioning = attempt(policy.encode, ROWS)
     sigmas = attempt(policy.sigmas, steps)
-    first = attempt(_first, policy, noise, sigmas, condition)
+    first = attempt(_first, policy, noise, sigmas, conditioning)
     drawn = [attempt(_draw, policy, sampler, noise) for sampler in samplers]
     own = {
         "zero SDE noise is the ODE": attempt(_zero_noise, policy, samplers[1]),
-        "a row of a batch is the row alone": attempt(_rows, policy, noise, condition),
-        "one guidance batch is two passes": attempt(_guidance, policy, noise, condition, guidance),
+        "a row of a batch is the row alone": attempt(_rows, policy, noise, conditioning),
+        "one guidance batch is two passes": attempt(_guidance, policy, noise, conditioning, guidance),
     }
-    reported = {"VAE round trip": attempt(_round_trip, policy), "one step to x0": attempt(_one_step, policy, noise)}
-    gradients = attempt(_gradients, policy, noise, condition, groups)
+    reported = {
+        "VAE round trip": attempt(_round_trip, policy),
+        "one step to x0": attempt(_one_step, policy, noise, conditioning),
+    }
+    gradients = attempt(_gradients, policy, noise, conditioning, groups)
     if isinstance(gradients, _Failed):
         gradients = dict.fromkeys((f"a gradient reaches {group}" for group in groups), gradients)
     with tempfile.TemporaryDirectory() as folder:
         trained = attempt(_draw, policy, samplers[0], noise)
         written = attempt(policy.export, Path(folder))
-        size = policy.size
+        request = policy.request
         del policy
         plain = attempt(_plain, family, path, model, device)
         arguments = [attempt(lambda one: one.arguments, one) for one in drawn]
-        traces = [attempt(_trace, plain, one, size, steps) for one in arguments]
-        exported = attempt(_exported, plain, folder, trained, drawn[0], size, steps, written)
+        traces = [attempt(_trace, plain, one, request, steps) for one in arguments]
+        exported = attempt(_exported, plain, folder, trained, drawn[0], request, steps, written)
     lines = {
         "ODE rollout is the pipeline's": attempt(_same, drawn[0], traces[0]),
         f"ODE rollout with guidance {guidance:g} is the pipeline's": attempt(_same, drawn[1], traces[1]),
@@ -155,13 +160,15 @@ def _plain(family: type[PipelinePolicy], path: Path | str, model: Model, device:
 
 def _noise(policy: PipelinePolicy) -> torch.Tensor:
     keys = [(*KEY, place, 0, 0) for place in range(len(PROMPTS))]
-    return counted_noise(keys, policy.latent_shape(*policy.size), policy.device)
+    return counted_noise(keys, policy.latent_shape(policy.request), policy.device)
 
 
 @torch.no_grad()
-def _first(policy: PipelinePolicy, noise: torch.Tensor, sigmas: torch.Tensor, condition: Condition) -> torch.Tensor:
+def _first(
+    policy: PipelinePolicy, noise: torch.Tensor, sigmas: torch.Tensor, conditioning: Conditioning
+) -> torch.Tensor:
     level = torch.full((len(PROMPTS),), sigmas[0].item(), device=noise.device)
-    return _packed(policy, policy.velocity(noise, level, condition))
+    return _packed(policy, policy.velocity(noise, level, conditioning.positive))
 
 
 def _packed(policy: PipelinePolicy, latents: torch.Tensor) -> torch.Tensor:
@@ -170,13 +177,12 @@ def _packed(policy: PipelinePolicy, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _draw(policy: PipelinePolicy, sampler: Sampler, noise: torch.Tensor) -> _Drawn:
-    rows = [Row(place, prompt) for place, prompt in enumerate(PROMPTS)]
-    samples = rollout(policy, rows, 1, sampler, policy.size, KEY, batch=len(rows))
+    samples = rollout(policy, RolloutRequest(ROWS, 1, sampler, policy.request, KEY, batch=len(ROWS)))
     arguments = policy.pipeline_arguments(noise, sampler.guidance)
     return _Drawn(samples.media.cpu(), _packed(policy, samples.latents), arguments)
 
 
-def _trace(pipeline: Any, arguments: dict[str, Any], size: tuple[int, int], steps: int) -> _Traced:
+def _trace(pipeline: Any, arguments: dict[str, Any], request: MediaRequest, steps: int) -> _Traced:
     states: list[torch.Tensor] = []
 
     def keep(_pipeline: Any, _step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -184,11 +190,10 @@ def _trace(pipeline: Any, arguments: dict[str, Any], size: tuple[int, int], step
         return {}
 
     pipeline.set_progress_bar_config(disable=True)
-    height, width = size
     media = pipeline(
         list(PROMPTS),
-        height=height,
-        width=width,
+        height=request.height,
+        width=request.width,
         num_inference_steps=steps,
         output_type="pt",
         callback_on_step_end=keep,
@@ -206,11 +211,11 @@ def _same(ours: _Drawn, theirs: _Traced) -> Judged:
 
 
 def _exported(
-    plain: Any, folder: str, trained: _Drawn, untrained: _Drawn, size: tuple[int, int], steps: int, _written: None
+    plain: Any, folder: str, trained: _Drawn, untrained: _Drawn, request: MediaRequest, steps: int, _written: None
 ) -> Judged:
     """Leaves the LoRA in the pipeline."""
     plain.load_lora_weights(folder)
-    passed, detail = _same(trained, _trace(plain, trained.arguments, size, steps))
+    passed, detail = _same(trained, _trace(plain, trained.arguments, request, steps))
     moved = _distance(trained.latents, untrained.latents)
     return passed if moved > 10 * CLOSE else None, f"{detail}, which it moves by {moved:.1e}"
 
@@ -230,11 +235,11 @@ def _direction(velocity: torch.Tensor, ours: _Drawn, theirs: _Traced) -> Judged:
 
 
 def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Judged:
-    rows = [Row(place, prompt) for place, prompt in enumerate(PROMPTS)]
     last = max(1, sampler.steps - 1)
     still = Rollout(steps=sampler.steps, guidance=sampler.guidance, noise_level=1e-6, window=(0, last))
     with_sde, with_ode = (
-        rollout(policy, rows, 1, one, policy.size, KEY, batch=len(rows)).latents for one in (still, sampler)
+        rollout(policy, RolloutRequest(ROWS, 1, one, policy.request, KEY, batch=len(ROWS))).latents
+        for one in (still, sampler)
     )
     distance = _distance(with_sde, with_ode)
     scale = max(1.0, with_ode.abs().max().item())
@@ -242,13 +247,14 @@ def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Judged:
 
 
 @torch.no_grad()
-def _rows(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition) -> Judged:
+def _rows(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning) -> Judged:
     """Text and velocity of every row, with noise levels of their own, against the row by itself."""
     sigma = torch.linspace(0.9, 0.3, len(noise), device=noise.device)
+    condition = conditioning.positive
     together = policy.velocity(noise, sigma, condition)
     text, velocities = [], []
-    for place, prompt in enumerate(PROMPTS):
-        row, alone = slice(place, place + 1), policy.encode([prompt])
+    for place, asked in enumerate(ROWS):
+        row, alone = slice(place, place + 1), policy.encode([asked]).positive
         for name, tensor in alone.tensors.items():
             text.append(_distance(condition[row].tensors[name], tensor))
         velocities.append(_distance(together[row], policy.velocity(noise[row], sigma[row], alone)))
@@ -258,16 +264,17 @@ def _rows(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition) -> 
 
 
 @torch.no_grad()
-def _guidance(policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, guidance: float) -> Judged:
+def _guidance(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning, guidance: float) -> Judged:
     sigma = torch.full((len(noise),), 0.6, device=noise.device)
-    prompt = policy.velocity(noise, sigma, condition)
-    empty = policy.velocity(noise, sigma, policy.encode([""] * len(noise)))
-    distance = _distance(policy.guided_velocity(noise, sigma, condition, guidance), empty + guidance * (prompt - empty))
+    positive = policy.velocity(noise, sigma, conditioning.positive)
+    negative = policy.velocity(noise, sigma, conditioning.negative)
+    together = policy.guided_velocity(noise, sigma, conditioning, guidance)
+    distance = _distance(together, policy.guided(positive, negative, guidance))
     return distance <= 10 * CLOSE, f"largest difference {distance:.1e}"
 
 
 def _gradients(
-    policy: PipelinePolicy, noise: torch.Tensor, condition: Condition, groups: Sequence[str]
+    policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning, groups: Sequence[str]
 ) -> dict[str, Judged]:
     """A module without a gradient is a mistake only if the velocity depends on it.
 
@@ -278,8 +285,8 @@ def _gradients(
     with torch.no_grad():  # adapters start with a zero factor, which hides the other one's gradient
         for weight in weights.values():
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
-    sigma = torch.full((1,), 0.6, device=noise.device)
-    velocity = policy.velocity(noise[:1], sigma, condition[[0]])
+    sigma, condition = torch.full((1,), 0.6, device=noise.device), conditioning.positive[[0]]
+    velocity = policy.velocity(noise[:1], sigma, condition)
     loss = velocity.square().mean()
     found: Sequence[torch.Tensor | None] = [None] * len(weights)
     if loss.requires_grad:
@@ -294,7 +301,7 @@ def _gradients(
     for group in groups:
         modules = target_modules(adapted, group, policy.targets)
         idle = [name for name in modules if name in without]
-        missed = [name for name in idle if _matters(policy, name, noise[:1], sigma, condition[[0]], velocity)]
+        missed = [name for name in idle if _matters(policy, name, noise[:1], sigma, condition, velocity)]
         unused = len(idle) - len(missed)
         detail = f"{len(modules) - len(idle)} of {len(modules)} modules"
         detail += f"; on {unused} more the velocity does not depend" if unused else ""
@@ -333,17 +340,19 @@ def _round_trip(policy: PipelinePolicy) -> Judged:
 
 
 @torch.no_grad()
-def _one_step(policy: PipelinePolicy, noise: torch.Tensor) -> Judged:
+def _one_step(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning) -> Judged:
     x0, half = policy.encode_media(_picture(policy)), torch.full((1,), 0.5, device=noise.device)
     x = (x0 + noise[:1]) / 2
-    error = (x - 0.5 * policy.velocity(x, half, policy.empty_condition) - x0).norm() / (x - x0).norm()
+    empty = conditioning.negative[[0]]
+    error = (x - 0.5 * policy.velocity(x, half, empty) - x0).norm() / (x - x0).norm()
     detail = f"leaves {error.item():.2f} of a half-noised picture's error; below 1 on a trained model"
     return None, detail
 
 
 def _picture(policy: PipelinePolicy) -> torch.Tensor:
     drawn = torch.from_numpy(render(Scene(lines=("HELLO",)))).permute(2, 0, 1)[None].float() / 255
-    return torch.nn.functional.interpolate(drawn, policy.size, mode="bilinear").to(policy.device)
+    size = policy.request.height, policy.request.width
+    return torch.nn.functional.interpolate(drawn, size, mode="bilinear").to(policy.device)
 
 
 def _distance(left: torch.Tensor, right: torch.Tensor) -> float:

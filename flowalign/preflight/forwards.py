@@ -1,28 +1,15 @@
-"""How many rows the transformer sees in a training step, by walking through the step with a model of one weight.
+"""How many rows the transformer sees in a training step, from what each algorithm says that an item costs.
 
-The rollout, the items, the algorithm's loss and the updates are the run's own code; only the pictures are a pixel and
-the rewards are drawn. So the count is exact for every algorithm, if every group teaches.
+The count is exact, if every group teaches. It follows the snapshots through the updates: an algorithm saves the pass of
+one that equals the trained weights.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from torch import nn
 
-from flowalign.advantages import Scored
-from flowalign.algorithms.base import algorithm_of
-from flowalign.algorithms.forward import ForwardAlgorithm
+from flowalign.algorithms.base import Algorithm, algorithm_of
 from flowalign.config import Recipe
-from flowalign.policies.base import Condition, Grid, Policy
-from flowalign.policies.devices import own_device
-from flowalign.rollout.generate import rollout
-from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Samples
-from flowalign.sampling import counted_generator
-from flowalign.training.learner import Learner
 
 
 class Forwards(NamedTuple):
@@ -38,87 +25,48 @@ class Forwards(NamedTuple):
         return self.rollout + self.trained + self.fixed
 
 
-class _Pixel(Policy):
-    """v = w x on pictures of one pixel; counts rows with and without a gradient."""
+class Snapshots:
+    """Stands for a policy where an algorithm takes and moves snapshots: their names, and which equal the weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-        self.transformer = nn.Linear(1, 1, bias=False)
-        nn.init.ones_(self.transformer.weight)
-        self.snapshot("reference")
-        self.with_gradient = 0
+    def __init__(self, algorithm: Algorithm):
+        self.names: list[str] = []
+        self.current: set[str] = set()
+        algorithm.begin(self)  # type: ignore[arg-type]
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        return Condition({"row": torch.zeros(len(prompts), 1)})
+    def snapshot(self, name: str) -> None:
+        """A copy of the weights."""
+        self.names.append(name)
+        self.current.add(name)
 
-    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-        self.with_gradient += len(x) * torch.is_grad_enabled()
-        return self.transformer(x)
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents.new_zeros(len(latents), 3, 1, 1)
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        return (1, 1, 1)
-
-    def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
-        return torch.linspace(1, 0, steps + 1)
-
-    def export(self, folder: Path) -> None:
-        raise NotImplementedError("nothing in it is worth keeping")
+    def blend(self, name: str, decay: float) -> None:
+        """A decay of 0 copies the weights."""
+        if decay == 0:
+            self.current.add(name)
 
 
-@torch.inference_mode(False)
 def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
     """The forwards of the first training steps over all processes: the first may save what later ones cannot."""
-    algorithm = algorithm_of(recipe).model_copy(deep=True)
-    if isinstance(algorithm, ForwardAlgorithm):  # how many levels count, not where they lie on a pixel's schedule
-        algorithm = algorithm.model_copy(update={"timestep_range": (0.0, 1.0)})
-    together = recipe.unit_items - 1 if recipe.in_parts else recipe.items_per_step + recipe.train.group_size
-    train = recipe.train.model_copy(update={"micro_batch": together, "optimizer": "adamw"})
-    recipe = recipe.model_copy(update={"algorithm": algorithm, "train": train})
-    policy = _Pixel()
-    learner = Learner(recipe, policy, Accelerator(cpu=own_device().type == "cpu"))
-    algorithm.begin(policy)
-    if train.ema_decay:
-        policy.snapshot("ema")
-    return [_step(recipe, policy, learner, step) for step in range(min(steps, train.steps))]
+    train, sampler, algorithm = recipe.train, recipe.rollout, algorithm_of(recipe.algorithm)
+    own = sampler.guidance if train.guidance is None else train.guidance
+    reference = own if train.reference_guidance is None else train.reference_guidance
+    drawn = 0 if recipe.store else recipe.samples_per_step * sampler.steps * _passes(sampler.guidance)
+    units = torch.arange(recipe.items_per_step // recipe.unit_items)
+    sizes = [len(part) * recipe.unit_items for part in units.tensor_split(train.updates_per_step)]
+    snapshots, update, counted = Snapshots(algorithm), 0, []
+    for _ in range(min(steps, train.steps)):
+        trained = fixed = 0
+        for items in [size for size in sizes if size] * train.passes:
+            cost = algorithm.cost(snapshots.current)
+            trained += items * _passes(own)
+            fixed += items * (cost.snapshots * _passes(own) + cost.references * _passes(reference))
+            fixed += items * _passes(own) * recipe.in_parts  # of a unit in parts each pass is made twice
+            snapshots.current.clear()
+            update += 1
+        algorithm.after_update(snapshots, update)  # type: ignore[arg-type]
+        counted.append(Forwards(drawn, trained, fixed))
+    return counted
 
 
-def _step(recipe: Recipe, policy: _Pixel, learner: Learner, step: int) -> Forwards:
-    train, algorithm = recipe.train, algorithm_of(recipe)
-    policy.forwards = policy.with_gradient = 0
-    rows = [Row(place, str(place)) for place in range(train.prompts_per_step)]
-    samples = rollout(
-        policy,
-        rows,
-        train.group_size,
-        recipe.rollout,
-        (1, 1),
-        (recipe.run.seed, step),
-        batch=len(rows) * train.group_size,
-        keep=algorithm.keep,
-        training_step=(recipe.run.seed, step),
-    )
-    drawn = 0 if recipe.store else policy.forwards
-    policy.forwards = 0
-    _score(samples, recipe, step)
-    learner.learn(samples, step)
-    # Of a unit in parts both passes ask for a gradient, and one has it.
-    trained = policy.with_gradient // (2 if recipe.in_parts else 1)
-    return Forwards(drawn, trained, policy.forwards - trained)
-
-
-def _score(samples: Samples, recipe: Recipe, step: int) -> None:
-    """Rewards that differ within every group."""
-    count, names = len(samples), tuple(recipe.rewards)
-    generator = counted_generator(recipe.run.seed, step)
-    values = torch.rand(len(names), count, generator=generator)
-    previews: Any = None if samples.previews is None else torch.rand(samples.previews.shape[:2], generator=generator)
-    weights = torch.tensor([entry.weight for entry in recipe.rewards.values()])
-    every = torch.ones_like(values, dtype=torch.bool)
-    scored = Scored(values.mean(0), values, every, weights, names, previews).trained()
-    samples.scored, samples.teaches = scored, algorithm_of(recipe).teaches(scored, samples.groups)
-    samples.advantages = algorithm_of(recipe).advantages(scored, samples.groups)
-    samples.shares = scored.shares(samples.teaches).T
+def _passes(guidance: float) -> int:
+    """Rows that the transformer sees for one velocity."""
+    return 1 if guidance == 1 else 2

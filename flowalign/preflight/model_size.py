@@ -156,7 +156,7 @@ def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, check
     transformer.disable_gradient_checkpointing()
     if checkpointing:
         transformer.enable_gradient_checkpointing(device.checkpoint)
-    x = torch.empty(rows, *policy.latent_shape(*policy.size), dtype=policy.dtype, device="meta")
+    x = torch.empty(rows, *policy.latent_shape(policy.request), dtype=policy.dtype, device="meta")
     sigma, condition = torch.empty(rows, device="meta"), condition_rows(policy, rows)
 
     def run() -> None:
@@ -174,7 +174,7 @@ def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, check
 
 def decode_pass(policy: PipelinePolicy, pictures: int) -> Pass:
     """The cost of decoding so many pictures, in the slices that the policy takes them in."""
-    latents = torch.empty(pictures, *policy.latent_shape(*policy.size), device="meta")
+    latents = torch.empty(pictures, *policy.latent_shape(policy.request), device="meta")
     known = [*policy.pipeline.vae.parameters(), *policy.pipeline.vae.buffers(), latents]
     return _traced(lambda: policy.decode(latents), _AsOnADevice(torch.float32), known)
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-from flowalign.algorithms import Algorithm
 from flowalign.algorithms.base import algorithm_of
 from flowalign.config import Recipe
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
-from flowalign.preflight.forwards import Forwards, step_forwards
+from flowalign.preflight.forwards import Forwards, Snapshots, step_forwards
 from flowalign.preflight.model_size import (
     Line,
     Pass,
@@ -79,8 +78,8 @@ class Costs:
         self.policy, self.shares = policy, shares
         self.counts = parameters(policy)
         self.element = policy.dtype.itemsize
-        self.latent = 4 * math.prod(policy.latent_shape(*policy.size))
-        self.picture = 4 * 3 * math.prod(policy.size)
+        self.latent = 4 * math.prod(policy.latent_shape(policy.request))
+        self.picture = 4 * 3 * policy.request.height * policy.request.width
         self.condition = sum(x.nbytes for x in condition_rows(policy, 1).tensors.values())
         self.decoding = cache(lambda pictures: decode_pass(policy, pictures))
         self._pass = cache(self._measured)
@@ -143,22 +142,12 @@ def _refuse_uneven(recipe: Recipe, gpus: int) -> None:
     )
 
 
-def snapshots(algorithm: Algorithm, ema: bool) -> list[str]:
+def snapshots(recipe: Recipe) -> list[str]:
     """The names of the copies of the trained weights that a run keeps."""
-    kept: Any = _Names()
-    algorithm.model_copy(deep=True).begin(kept)
-    return [*kept.names, *(["ema"] if ema else [])]
-
-
-class _Names:
-    """Stands for the policy where an algorithm takes its snapshots."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-
-    def snapshot(self, name: str) -> None:
-        """Only the name."""
-        self.names.append(name)
+    names = Snapshots(algorithm_of(recipe.algorithm)).names
+    if recipe.train.ema_decay is not None:
+        names.append("ema")
+    return names + (["reference"] if recipe.model.lora is None else [])
 
 
 def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
@@ -166,7 +155,7 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     counts, model, train = costs.counts, recipe.model, recipe.train
     full, weights = model.lora is None, counts["trainable"]
     texts = _text_encoders(costs)
-    kept = snapshots(algorithm_of(recipe), train.ema_decay is not None) + (["reference"] if full else [])
+    kept = snapshots(recipe)
     small = train.optimizer == "adamw8bit"
     element, text_bytes = 4 if full else costs.element, texts * costs.element
     released = f"released after encoding; {text_bytes / GIB:.2f} GiB while the run starts"
@@ -194,12 +183,11 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     ]
     if gpus > 1:
         parts.append(Part("gradients sent", min(weights, MESSAGE) * 8, "8 B a weight of a message"))
-    if algorithm_of(recipe).apart(
-        0
-    ):  # rows, their sum and their stack in float32, and twice in float64 for the products
+    # Rows, their sum and their stack in float32, and twice in float64 for the products.
+    if algorithm_of(recipe.algorithm).cost(frozenset()).apart:
         losses = len(recipe.trained_rewards)
         parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
-    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} pictures and paths"))
+    parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} latents and paths"))
     parts.append(Part("runtime", RUNTIME, "assumed"))
     return parts
 
@@ -210,13 +198,11 @@ def _text_encoders(costs: Costs) -> int:
 
 
 def _samples_bytes(recipe: Recipe, costs: Costs, gpus: int) -> float:
-    algorithm, window = algorithm_of(recipe), recipe.rollout.window_length
+    algorithm, window = algorithm_of(recipe.algorithm), recipe.rollout.window_length
     states = 1
     if "trajectory" in algorithm.keep:
         states += window + 1 + window * ("means" in algorithm.keep)
-    shown = 0 if recipe.store else 1 + (window + 1) * ("previews" in algorithm.keep)
-    each = states * costs.latent + shown * costs.picture
-    return (recipe.samples_per_step * each + recipe.train.prompts_per_step * costs.condition) / gpus
+    return (recipe.samples_per_step * states * costs.latent + recipe.train.prompts_per_step * costs.condition) / gpus
 
 
 def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[str, float]:

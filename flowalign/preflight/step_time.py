@@ -81,7 +81,7 @@ def recorded(trainer: Trainer) -> Iterator[Passes]:
         watch(torch.Tensor, "backward", lambda loss: Backward(1))
         watch(trainer.learner, "_each_gradient", lambda losses: Backward(len(losses)))
         watch(policy, "decode", Decoding)
-        watch(trainer.judging, "judge", Scoring)
+        watch(trainer.scorer, "judge", Scoring)
         yield passes
 
 
@@ -112,7 +112,7 @@ def score(trainer: Trainer, passes: Passes) -> None:
     for one in passes:
         if isinstance(one, Scoring):
             texts, metadata = [row.prompt for row in one.rows], [row.metadata for row in one.rows]
-            score_all(trainer.judging.rewards, one.media, texts, metadata)
+            score_all(trainer.scorer.rewards, one.media, texts, metadata)
 
 
 def time_steps(trainer: Trainer, repeats: int, warm_ups: int = 1) -> dict[str, float]:

@@ -1,142 +1,147 @@
 """From prompts to samples: latents, media, and the stochastic part of their trajectories.
 
+`denoise` is the loop; it yields its steps, and what else is wanted of them is made by who consumes them: the trajectory
+that is learnt from (`Recorder`), previews, prunings.
+
 Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from flowalign.config import Rollout, Sampler
-from flowalign.config.algorithm import Keep
 from flowalign.rollout.finite import refuse_not_finite
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Samples, Trajectory
-from flowalign.sampling import counted_noise, ode_solver, ode_step, sde_step
+from flowalign.rollout.stages import Drawn, Keep, RolloutRequest, Trajectory
+from flowalign.sampling import SdeStep, counted_noise, ode_solver, ode_step, sde_step
 
 if TYPE_CHECKING:
-    from flowalign.policies.base import Condition, Policy
+    from flowalign.policies.base import Conditioning, Policy
 
 Progress = Callable[[float], None]
 """Called with how many more pictures are done; a denoising step is a part of one."""
-Finished = Callable[[torch.Tensor, Sequence[Row]], None]
-Survivors = Callable[[torch.Tensor, Sequence[int]], list[int]]
-"""(one-step predictions x0_hat (R, ...), the places of these R samples) -> which of the R go on, ascending."""
+Finished = Callable[[torch.Tensor, Sequence[Row]], torch.Tensor]
+"""Called with each batch's media (B, 3, H, W) in [0, 1] and rows; returns what is kept of the media."""
+
+
+@dataclass
+class Step:
+    """A denoising step of B samples, as it was taken."""
+
+    index: int
+    sigma: float
+    sigma_next: float
+    state: torch.Tensor  # (B, ...)
+    velocity: torch.Tensor  # (B, ...)
+    next_state: torch.Tensor  # (B, ...)
+    places: list[int]  # of the samples among all of the rollout, B
+    take: Callable[..., SdeStep] | None = None  # of a stochastic step: the formula, for another state or next_sample
+    taken: SdeStep | None = None
+    going: list[int] | None = None  # a consumer may say which of the B samples go on, ascending
+
+    @property
+    def predicted(self) -> torch.Tensor:
+        """The one-step prediction x0_hat = x - sigma v, (B, ...)."""
+        return ode_step(self.velocity, self.state, self.sigma, 0.0)
+
+
+Watch = Callable[[Step], None]
+"""A consumer of a rollout's steps."""
 
 
 @torch.inference_mode(False)  # its samples are learnt from, wherever they were drawn
 @torch.no_grad()
 def rollout(
     policy: "Policy",
-    rows: Sequence[Row],
-    group_size: int,
-    sampler: Sampler,
-    size: tuple[int, int],
-    key: tuple[int, ...],
+    request: RolloutRequest,
     *,
-    batch: int,
-    condition: "Condition | None" = None,
+    condition: "Conditioning | None" = None,
     keep: Collection[Keep] = (),
-    training_step: tuple[int, int] = (0, 0),
     progress: Progress | None = None,
     finished: Finished | None = None,
-    survivors: Mapping[int, Survivors] | None = None,
-) -> Samples:
-    """`group_size` samples of each row's prompt, in groups, with noise counted by (*key, row, member, denoising step).
+    watch: Watch | None = None,
+    whole_groups: bool = False,
+) -> Drawn:
+    """The samples of a request, in groups.
 
-    A `Rollout` sampler takes its window of stochastic steps, that of `training_step` (seed, step) where it moves; any
-    other follows the ODE. size: (height, width) in pixels. `condition` is that of the rows; None encodes them. `keep`
-    names what is returned beside the finished samples. Whatever `batch`, the numbers of a sample are its own.
-    `finished` is called with each batch's media and rows.
-    `survivors` are asked, after as many steps as their key says, which samples go on; they see whole groups, and only
-    what goes on to the end is returned. ValueError with a `keep` or a solver that remembers the others.
-    NotFinite for latents or pictures that are NaN or infinite.
+    A `Rollout` sampler takes its window of stochastic steps; any other follows the ODE. `condition` is that of the
+    rows; None encodes them. `keep` names what is returned beside the finished samples. Whatever the batch, the numbers
+    of a sample are its own.
+    `watch` is shown every step, and may drop samples; with `whole_groups` it is shown, as `finished` is, the samples of
+    a prompt together. ValueError where it drops some, and `keep` or the solver remembers them.
+    NotFinite for latents or media that are NaN or infinite.
     """
-    if survivors and (keep or sampler.solver != "euler"):
-        raise ValueError("samples can be dropped on the way only with solver euler and nothing else kept")
-    condition = policy.encode([row.prompt for row in rows]) if condition is None else condition
-    groups = torch.arange(len(rows)).repeat_interleave(group_size)
-    members = torch.arange(group_size).repeat(len(rows)).tolist()
+    rows, sampler, size = request.rows, request.sampler, request.group_size
+    condition = policy.encode(rows) if condition is None else condition
+    groups = torch.arange(len(rows)).repeat_interleave(size)
+    members = torch.arange(size).repeat(len(rows)).tolist()
     samples = [rows[group] for group in groups.tolist()]
-    keys = [(*key, row.index, member) for row, member in zip(samples, members, strict=True)]
-    window = sampler.window_at(*training_step) if isinstance(sampler, Rollout) else (0, 0)
-    parts, media, previews = [], [], []
-    together = max(1, batch // group_size) * group_size if survivors else batch
-    for start in range(0, len(samples), together):
-        chosen = slice(start, start + together)
-        own = dict(enumerate(keys[chosen], start))
-        text = condition[groups[chosen].to(policy.device)]
-        moved = partial(progress, len(own) / sampler.steps) if progress else None
-        part = _denoise(policy, text, own, sampler, window, size, keep, batch, survivors or {}, moved)
-        parts.append(part)
-        media.append(policy.decode(part.latents))
-        refuse_not_finite([samples[place].prompt for place in part.places], part.latents, media[-1])
-        if "previews" in keep:
-            shown = [policy.decode(preview) for preview in part.previews]
-            previews.append(torch.stack([*shown, media[-1]], dim=1))
-        if finished:
-            finished(media[-1], [samples[place] for place in part.places])
-    places = [place for part in parts for place in part.places]
-    return Samples(
+    keys = [(*request.key, row.index, member) for row, member in zip(samples, members, strict=True)]
+    recorder = Recorder(keep) if "trajectory" in keep else None
+    places: list[int] = []
+    latents, media = [], []
+    together = max(1, request.batch // size) * size if whole_groups else request.batch
+    with policy.using(request.weights) if request.weights else nullcontext():
+        for start in range(0, len(samples), together):
+            own = dict(enumerate(keys[start : start + together], start))
+            for step in denoise(policy, condition[groups[list(own)].to(policy.device)], own, request):
+                for consumer in (recorder, watch):
+                    if consumer:
+                        consumer(step)
+                if step.going is not None and (recorder or sampler.solver != "euler"):
+                    raise ValueError("samples can be dropped on the way only with solver euler and no trajectory kept")
+                if progress:
+                    progress(len(own) / sampler.steps)
+            places += step.places
+            latents.append(step.next_state)
+            media.append(policy.decode(step.next_state))
+            refuse_not_finite([samples[place].prompt for place in step.places], latents[-1], media[-1])
+            if finished:
+                media[-1] = finished(media[-1], [samples[place] for place in step.places])
+    sigmas = policy.sigmas(sampler.steps, sampler.grid)
+    return Drawn(
         rows=[samples[place] for place in places],
         groups=groups[places].to(policy.device),
         condition=condition,
-        latents=torch.cat([part.latents for part in parts]),
+        latents=torch.cat(latents),
         media=torch.cat(media),
-        grid=policy.sigmas(sampler.steps, sampler.grid),
+        sigmas=sigmas,
         members=[members[place] for place in places],
-        trajectory=_join([part.trajectory for part in parts if part.trajectory]),
-        previews=torch.cat(previews) if previews else None,
+        trajectory=recorder.trajectory(sampler, sigmas, window_of(request)) if recorder else None,
     )
 
 
-@dataclass
-class _Denoised:
-    places: list[int]  # of the samples that came to the end
-    latents: torch.Tensor
-    trajectory: Trajectory | None
-    previews: list[torch.Tensor]  # x0_hat after each step from the window on, but the last
+def window_of(request: RolloutRequest) -> tuple[int, int]:
+    """The stochastic steps [first, end); none of a sampler that follows the ODE."""
+    sampler = request.sampler
+    return sampler.window_at(*request.training_step) if isinstance(sampler, Rollout) else (0, 0)
 
 
-def _denoise(
-    policy: "Policy",
-    condition: "Condition",
-    keys: Mapping[int, tuple[int, ...]],
-    sampler: Sampler,
-    window: tuple[int, int],
-    size: tuple[int, int],
-    keep: Collection[Keep],
-    batch: int,
-    survivors: Mapping[int, Survivors],
-    moved: Callable[[], None] | None,
-) -> _Denoised:
-    """Samples from noise to latents, `batch` in a forward pass; keys are by the sample's place and end in its member.
+def denoise(
+    policy: "Policy", condition: "Conditioning", keys: Mapping[int, tuple[int, ...]], request: RolloutRequest
+) -> Iterator[Step]:
+    """The steps of some of a request's samples from noise to latents, `request.batch` in a forward pass.
 
-    Initial noise is denoising step 0 of its member, or of member 0 where it is shared; the noise of step i is i + 1.
+    keys: by the sample's place, each ends in its member. Initial noise is denoising step 0 of its member, or of member
+    0 where it is shared; the noise of step i is i + 1.
     """
-    shape = policy.latent_shape(*size)
+    sampler, window, shape = request.sampler, window_of(request), policy.latent_shape(request.media)
     sigmas = policy.sigmas(sampler.steps, sampler.grid)
     settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
     solve = ode_solver(sampler.solver, sigmas)
-    first = [(*key[:-1], 0 if shared else key[-1], 0) for key in keys.values()]
-    x = counted_noise(first, shape, policy.device)
-    states, log_probs, means, previews = [x], [], [], []
-    for step in range(sampler.steps):
-        sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
-        velocity = _velocity(policy, x, sigma, condition, sampler.guidance, batch)
-        if judge := survivors.get(step + 1):
-            places = list(keys)
-            going = judge(ode_step(velocity, x, sigma, 0.0), places)
-            x, velocity, condition = x[going], velocity[going], condition[going]
-            keys = {places[row]: keys[places[row]] for row in going}
-        if "previews" in keep and step > window[0]:
-            previews.append(ode_step(velocity, x, sigma, 0.0))
-        if settings is not None and settings.dynamics != "ode" and window[0] <= step < window[1]:
-            take = partial(
+    x = counted_noise([(*key[:-1], 0 if shared else key[-1], 0) for key in keys.values()], shape, policy.device)
+    for index in range(sampler.steps):
+        sigma, sigma_next = sigmas[index].item(), sigmas[index + 1].item()
+        velocity = _velocity(policy, x, sigma, condition, sampler.guidance, request.batch)
+        step = Step(index, sigma, sigma_next, x, velocity, x, list(keys))
+        if settings is not None and settings.dynamics != "ode" and window[0] <= index < window[1]:
+            step.take = partial(
                 sde_step,
                 velocity,
                 sigma=sigma,
@@ -145,47 +150,66 @@ def _denoise(
                 noise_level=settings.noise_level,
                 sigma_max=sigmas[1].item(),
             )
-            taken = take(x, noise=counted_noise([(*key, step + 1) for key in keys.values()], shape, policy.device))
-            states = [x, taken.next_sample] if step == window[0] else [*states, taken.next_sample]
-            exact = take(x.double(), next_sample=taken.next_sample) if "float64" in keep else taken
-            log_probs.append(exact.log_prob)
-            if "means" in keep:
-                means.append(taken.mean)
-            x = taken.next_sample
+            noise = counted_noise([(*key, index + 1) for key in keys.values()], shape, policy.device)
+            step.taken = step.take(x, noise=noise)
+            step.next_state = step.taken.next_sample
         else:
-            x = solve(velocity, x, step)
-        if moved:
-            moved()
-    if settings is None or settings.dynamics == "ode" or "trajectory" not in keep:
-        return _Denoised(list(keys), x, None, previews)
-    kept = Trajectory(
-        states=torch.stack(states, dim=1),
-        log_probs=torch.stack(log_probs, dim=1),
-        sigmas=sigmas[window[0] : window[1] + 1],
-        sigma_max=sigmas[1].item(),
-        dynamics=settings.dynamics,
-        noise_level=settings.noise_level,
-        means=torch.stack(means, dim=1) if means else None,
-    )
-    return _Denoised(list(keys), x, kept, previews)
+            step.next_state = solve(velocity, x, index)
+        yield step
+        x = step.next_state
+        if step.going is not None:
+            x, condition = x[step.going], condition[step.going]
+            keys = {step.places[row]: keys[step.places[row]] for row in step.going}
+
+
+class Recorder:
+    """Keeps the stochastic steps of a rollout, batch after batch."""
+
+    def __init__(self, keep: Collection[Keep]):
+        """keep: "means" of the steps' Gaussians too; log-probabilities in "float64"."""
+        self.keep = keep
+        self.states: list[list[torch.Tensor]] = []  # of each batch
+        self.log_probs: list[list[torch.Tensor]] = []
+        self.means: list[list[torch.Tensor]] = []
+
+    def __call__(self, step: Step) -> None:
+        """Take a step into account; those of the ODE are not kept."""
+        if step.index == 0:
+            for batches in (self.states, self.log_probs, self.means):
+                batches.append([])
+        if step.taken is None or step.take is None:
+            return
+        exact = step.taken
+        if "float64" in self.keep:
+            exact = step.take(step.state.double(), next_sample=step.next_state)
+        self.states[-1] += [step.next_state] if self.states[-1] else [step.state, step.next_state]
+        self.log_probs[-1].append(exact.log_prob)
+        if "means" in self.keep:
+            self.means[-1].append(step.taken.mean)
+
+    def trajectory(self, sampler: Sampler, sigmas: torch.Tensor, window: tuple[int, int]) -> Trajectory | None:
+        """All that was kept; None of a rollout without stochastic steps."""
+        if not isinstance(sampler, Rollout) or sampler.dynamics == "ode":
+            return None
+
+        def joined(batches: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+            return torch.cat([torch.stack([*part], dim=1) for part in batches])
+
+        return Trajectory(
+            states=joined(self.states),
+            log_probs=joined(self.log_probs),
+            sigmas=sigmas[window[0] : window[1] + 1],
+            sigma_max=sigmas[1].item(),
+            dynamics=sampler.dynamics,
+            noise_level=sampler.noise_level,
+            means=joined(self.means) if "means" in self.keep else None,
+        )
 
 
 def _velocity(
-    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Condition", guidance: float, batch: int
+    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Conditioning", guidance: float, batch: int
 ) -> torch.Tensor:
     """The guided velocity (B, ...) of states at one sigma, `batch` rows at a time."""
     level = torch.full((len(x),), sigma, device=x.device)
     parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
     return torch.cat([policy.guided_velocity(x[p], level[p], condition[p], guidance) for p in parts])
-
-
-def _join(parts: Sequence[Trajectory]) -> Trajectory | None:
-    if not parts:
-        return None
-    first = parts[0]
-    return replace(
-        first,
-        states=torch.cat([part.states for part in parts]),
-        log_probs=torch.cat([part.log_probs for part in parts]),
-        means=None if first.means is None else torch.cat([part.means for part in parts if part.means is not None]),
-    )

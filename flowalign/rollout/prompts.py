@@ -3,7 +3,6 @@
 import os
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from flowalign.config.base import UserError
 from flowalign.config.paths import expanded
 from flowalign.disk.assets import asset
 from flowalign.lazy import torch
+from flowalign.policies.request import Row as Row
 from flowalign.rollout.prompt_files import READERS, read_prompt_file
 from flowalign.sampling.noise import PROMPTS, counted_generator
 
@@ -21,20 +21,6 @@ BUNDLED = {
     "toyworld/shapes_test": "toyworld/prompts/shapes_test.jsonl",
     "geneval": "geneval/prompts.jsonl",
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prompt and what rewards need to know of it; `index` is its place in the whole list, and counts its noise."""
-
-    index: int
-    prompt: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """The metadata with the prompt itself, as rewards and manifests have them."""
-        return {**self.metadata, "prompt": self.prompt}
 
 
 def load_prompts(sources: str | Sequence[str], count: int | None = None) -> list[Row]:

@@ -31,7 +31,7 @@ from flowalign.disk.tensors import save_tensors
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row, step_rows
-from flowalign.rollout.samples import Samples
+from flowalign.rollout.stages import Drawn, Recorded, RolloutRequest, Share
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import STORE
 from rewards import Reward
@@ -122,30 +122,43 @@ class GroupStore:
                 "train that model, or collect anew"
             )
 
-    def draw(self, policy: Policy, recipe: Recipe, step: int, share: slice) -> Samples:
-        """Of training step `step`'s groups the `share`, each with `train.group_size` of its samples, all counted."""
-        train, size = recipe.train, self.manifest["group_size"]
+    def lacks(self, rows: Sequence[Row]) -> list[Row]:
+        """Those of the rows that it does not hold yet; UserError where it holds another prompt in a row's place."""
+        done = {row.index: row.prompt for row in self.rows}
+        for row in rows:
+            if done.get(row.index, row.prompt) != row.prompt:
+                raise UserError(
+                    f"store {self.path} was collected with another prompt {row.index + 1} "
+                    f"({done[row.index]!r}, now {row.prompt!r}); choose another folder"
+                )
+        return [row for row in rows if row.index not in done]
+
+    def draw(self, policy: Policy, rewards: Iterable[str], sigmas: torch.Tensor, share: Share, step: int) -> Recorded:
+        """Of training step `step`'s groups this process's, each with `group_size` of its samples, all counted.
+
+        rewards: the names of those whose scores are wanted; sigmas: the schedule (steps + 1,) to train on.
+        """
+        size = self.manifest["group_size"]
         numbered = [Row(place, row.prompt, row.metadata) for place, row in enumerate(self.rows)]
-        together = step_rows(numbered, train.prompts_per_step, recipe.run.seed, step)
-        rows = together[share]
+        together = step_rows(numbered, share.prompts_per_step, share.seed, step)
+        rows = together[share.own]
         latents, members = [], []
         for row in rows:
-            generator = counted_generator(STORE, recipe.run.seed, step, row.index)
-            chosen = torch.randperm(size, generator=generator)[: train.group_size]
+            generator = counted_generator(STORE, share.seed, step, row.index)
+            chosen = torch.randperm(size, generator=generator)[: share.group_size]
             shard, place = self.places[row.index]
             latents.append(self._shard_latents(shard)[place, chosen])
             members += chosen.tolist()
-        drawn = [row for row in rows for _ in range(train.group_size)]
+        drawn = [row for row in rows for _ in range(share.group_size)]
         where = [row.index for row in drawn]
-        return Samples(
+        return Recorded(
             rows=drawn,
-            groups=torch.arange(len(rows)).repeat_interleave(train.group_size).to(policy.device),
-            condition=policy.encode([row.prompt for row in together])[share],  # as one process encodes them
+            groups=torch.arange(len(rows)).repeat_interleave(share.group_size).to(policy.device),
+            condition=policy.encode(together)[share.own],  # as one process encodes them
             latents=torch.cat(latents).to(policy.device),
-            media=torch.empty(0),
-            grid=policy.sigmas(recipe.rollout.steps, recipe.rollout.grid),
+            sigmas=sigmas,
             members=members,
-            scores=self._scores(recipe.rewards, where, members, policy.device),
+            scores=self._scores(rewards, where, members, policy.device),
         )
 
     def _scores(
@@ -235,41 +248,22 @@ def collect(
         "group_size": settings.group_size,
         "rewards": sorted(rewards),
     }
-    manifest: dict[str, Any] = {**wanted, "shards": []}
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        manifest = _read_manifest(path)
-        for key, value in wanted.items():
-            if key != "model" and manifest[key] != value:
-                raise UserError(
-                    f"store {path} was collected with {key} {manifest[key]}, the recipe has {value}; "
-                    "choose another folder"
-                )
-        store = GroupStore.open(path)
-        store.check_model(policy)
-    else:
-        make_folder(path)
-        _write_manifest(path, manifest)
-        store = GroupStore.open(path)
-    done = {row.index: row.prompt for row in store.rows}
-    for row in rows:
-        if done.get(row.index, row.prompt) != row.prompt:
-            raise UserError(
-                f"store {path} was collected with another prompt {row.index + 1} "
-                f"({done[row.index]!r}, now {row.prompt!r}); choose another folder"
-            )
-    left = [row for row in rows if row.index not in done]
+    store = _begun(path, wanted, policy)
+    manifest, left = store.manifest, store.lacks(rows)
     policy.forwards = 0
     for start in range(0, len(left), settings.shard_prompts):
         part = left[start : start + settings.shard_prompts]
         began, forwards = time.perf_counter(), policy.forwards
         samples = rollout(
             policy,
-            part,
-            settings.group_size,
-            recipe.rollout,
-            (recipe.model.height, recipe.model.width),
-            (STORE, recipe.run.seed, 0),
-            batch=recipe.rollout.batch,
+            RolloutRequest(
+                part,
+                settings.group_size,
+                recipe.rollout,
+                policy.request,
+                (STORE, recipe.run.seed, 0),
+                batch=recipe.rollout.batch,
+            ),
             progress=progress,
         )
         scores = score_all(rewards, samples.media, samples.prompts, samples.metadata)
@@ -278,6 +272,23 @@ def collect(
         manifest["shards"].append({**about, **spent})
         _write_manifest(path, manifest)
     return GroupStore.open(path)
+
+
+def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupStore:
+    """The store at `path` where one was begun with what is `wanted`, or a new one; UserError for any other folder."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        make_folder(path)
+        _write_manifest(path, {**wanted, "shards": []})
+        return GroupStore.open(path)
+    manifest = _read_manifest(path)
+    for key, value in wanted.items():
+        if key != "model" and manifest[key] != value:
+            raise UserError(
+                f"store {path} was collected with {key} {manifest[key]}, the recipe has {value}; choose another folder"
+            )
+    store = GroupStore.open(path)
+    store.check_model(policy)
+    return store
 
 
 def fingerprint(policy: Policy) -> str:
@@ -306,7 +317,7 @@ def _picture(place: int, group_size: int) -> str:
 
 
 def _write_shard(
-    path: Path, index: int, rows: Sequence[Row], samples: Samples, scores: Mapping[str, Scores]
+    path: Path, index: int, rows: Sequence[Row], samples: Drawn, scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
     """Write a shard whole and return its line of the manifest."""
     size = len(samples) // len(rows)

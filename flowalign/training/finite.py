@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from flowalign.algorithms import GDRO, FlowGRPO
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.rollout.finite import NotFinite
@@ -32,12 +31,9 @@ def what_to_lower(recipe: Recipe) -> str:
     """The settings that make updates smaller, as they are; in half precision also the way out of it."""
     train, algorithm = recipe.train, recipe.algorithm
     settings = {"train.learning_rate": train.learning_rate, "train.max_grad_norm": train.max_grad_norm}
-    if isinstance(algorithm, FlowGRPO):
-        settings["algorithm.clip_range"] = algorithm.clip_range
-    if getattr(algorithm, "kl_weight", 0):
-        settings["algorithm.kl_weight"] = algorithm.kl_weight
-    if isinstance(algorithm, GDRO):
-        settings["algorithm.beta"] = algorithm.beta
+    for name in algorithm.strength:
+        if value := getattr(algorithm, name):
+            settings[f"algorithm.{name}"] = value
     if recipe.rollout.guidance > 1:
         settings["rollout.guidance"] = recipe.rollout.guidance
     lower = " or ".join(f"{name} ({value:g})" for name, value in settings.items())

@@ -6,18 +6,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from flowalign.advantages import Scored, has_spread
-from flowalign.algorithms.base import algorithm_of
-from flowalign.config import Recipe
-from flowalign.rollout.samples import Samples
+from flowalign.advantages import RewardTable, has_spread
+from flowalign.rollout.stages import Drawn, Generated, Scored, Weighted
 from flowalign.training.processes import summed
 
 
-def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -> dict[str, Any]:
-    """What a step's line says of its samples' rewards, and of those that are flat.
-
-    scored: of all samples (N,); groups: (N,); differs: (N,) bool, whether the rewards of a sample's group do.
-    """
+def score_figures(samples: Scored, weighted: Weighted) -> dict[str, Any]:
+    """What a step's line says of the rewards of all processes' samples, and of those that are flat."""
+    scored = samples.everyone
+    groups = torch.arange(len(scored.total), device=scored.total.device) // samples.group_size
     assert scored.measured is not None
     known = ~scored.total.isnan()
     means, stds = {}, {}
@@ -25,7 +22,7 @@ def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -
     for name, values, applies in zip(*parts, strict=True):
         if applies.sum() > 1:
             means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
-    figures: dict[str, Any] = {"reward": means, "reward_std": stds, "zero_spread": 1 - differs.float().mean().item()}
+    figures: dict[str, Any] = {"reward": means, "reward_std": stds, "zero_spread": weighted.zero_spread}
     if scored.trust is not None:
         figures["trust"] = scored.trust[known].mean().item()
     if flat := flat_rewards(scored, groups):
@@ -33,7 +30,7 @@ def score_figures(scored: Scored, groups: torch.Tensor, differs: torch.Tensor) -
     return figures
 
 
-def flat_rewards(scored: Scored, groups: torch.Tensor) -> dict[str, str]:
+def flat_rewards(scored: RewardTable, groups: torch.Tensor) -> dict[str, str]:
     """Of each reward that is trained on and tells no two samples of a group apart: what it does, by its name.
 
     scored: of all samples (N,) of a step; groups: (N,).
@@ -57,22 +54,24 @@ def flat_rewards(scored: Scored, groups: torch.Tensor) -> dict[str, str]:
 class Idle:
     """Counts the steps in a row that teach nothing; `reason` says why the last of them did, None if it taught."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator):
-        self.recipe, self.accelerator = recipe, accelerator
+    def __init__(self, limit: int, group_size: int, learns_from_equal: bool, accelerator: Accelerator):
+        """limit: how many in a row there may be, 0 for any number."""
+        self.limit, self.group_size, self.accelerator = limit, group_size, accelerator
+        self.learns_from_equal = learns_from_equal
         self.in_a_row = 0
         self.reason: str | None = None
         self._said: set[str] = set()
 
-    def step(self, number: int, samples: Samples, figures: Mapping[str, Any], tested: bool) -> list[str]:
+    def step(self, number: int, samples: Generated, figures: Mapping[str, Any], tested: bool) -> list[str]:
         """Take the finished step `number` into account; returns the sentences that it calls for.
 
         All processes call it alike. samples: this process's; tested: whether the self-test is over.
         """
         skipped, before = figures.get("skipped_updates", 0), self.reason
-        flat = {} if algorithm_of(self.recipe).learns_from_equal else figures.get("flat", {})
+        flat = {} if self.learns_from_equal else figures.get("flat", {})
         told = {name: f"reward {name!r} {does}" for name, does in flat.items()}
         self.reason = None
-        if figures["zero_spread"] == 1 and not algorithm_of(self.recipe).learns_from_equal:
+        if figures["zero_spread"] == 1 and not self.learns_from_equal:
             equal = "what the rewards add up to is equal within every prompt"
             self.reason = "; ".join(told.values()) or (
                 equal if "total" in figures["reward"] else "no picture was judged"
@@ -94,13 +93,13 @@ class Idle:
             sentences.append(f"step {number}: {why}; the losses' scale is now {figures['gradient_scale']:g}")
         return sentences
 
-    def _alike(self, samples: Samples) -> bool:
-        seen = samples.media if len(samples.media) else samples.latents  # a store's are not drawn again
-        groups = seen.unflatten(0, (-1, self.recipe.train.group_size))
+    def _alike(self, samples: Generated) -> bool:
+        seen = samples.media if isinstance(samples, Drawn) else samples.latents  # a dataset's are not drawn again
+        groups = seen.unflatten(0, (-1, self.group_size))
         (differing,) = summed(self.accelerator, bool((groups != groups[:, :1]).any()))
         return not differing
 
     @property
     def over(self) -> bool:
         """Whether there were as many as there may be."""
-        return 0 < self.recipe.train.idle_steps <= self.in_a_row
+        return 0 < self.limit <= self.in_a_row

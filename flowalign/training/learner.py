@@ -8,16 +8,15 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 
-from flowalign.algorithms.base import algorithm_of
-from flowalign.config import Recipe
+from flowalign.algorithms.base import Algorithm
+from flowalign.algorithms.batches import Batches, Turn
+from flowalign.config import Train
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress
-from flowalign.rollout.samples import Samples
+from flowalign.rollout.stages import Weighted
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
-from flowalign.training.finite import what_to_lower
-from flowalign.training.items import Items
 from flowalign.training.processes import Share, is_shared_out, shared_out, sum_gradients, summed
 from flowalign.training.selftest import LOWEST_SCALE, SelfTest
 
@@ -39,9 +38,21 @@ def optimizer_class(name: Literal["adamw", "adamw8bit"]) -> Callable[..., torch.
 class Learner:
     """Holds the optimizer; `update` counts its updates."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, accelerator: Accelerator):
-        self.recipe, self.policy, self.accelerator = recipe, policy, accelerator
-        train = recipe.train
+    def __init__(
+        self,
+        train: Train,
+        algorithm: Algorithm,
+        policy: Policy,
+        accelerator: Accelerator,
+        *,
+        seed: int,
+        guidance: float,
+        remedy: str,
+    ):
+        """guidance: the rollout's, where `train` names none; remedy: what to lower where a loss is not finite."""
+        self.train, self.algorithm, self.policy, self.accelerator = train, algorithm, policy, accelerator
+        self.seed, self.remedy = seed, remedy
+        self.guidance = guidance if train.guidance is None else train.guidance
         self.parameters = list(policy.trainable_parameters().values())
         self.optimizer = optimizer_class(train.optimizer)(
             self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
@@ -52,7 +63,7 @@ class Learner:
         self.in_lockstep = is_shared_out(policy.transformer)
 
     def learn(
-        self, samples: Samples, step: int, test: SelfTest | None = None, progress: Progress | None = None
+        self, weighted: Weighted, step: int, test: SelfTest | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
         """The updates of training step `step`, which a test may look at; returns the figures to log.
 
@@ -61,22 +72,22 @@ class Learner:
         Raises UserError for a loss or a gradient that is not finite; in half precision an update whose gradient
         overflows is skipped, and the scale of the losses halved.
         """
-        recipe, train, algorithm = self.recipe, self.recipe.train, algorithm_of(self.recipe)
+        train, algorithm = self.train, self.algorithm
         figures = Figures()
         norms: list[float | None] = []
         for turn in range(train.passes):
-            items = Items(samples, recipe, step, turn)
-            units = items.units()
-            generator = counted_generator(ITEMS, recipe.run.seed, step, 0, turn)
+            batches = algorithm.batches(weighted, self._turn(step, turn))
+            units = batches.units()
+            generator = counted_generator(ITEMS, self.seed, step, 0, turn)
             count = torch.tensor([len(units)], device=self.accelerator.device)
             counts = self.accelerator.gather(count).tolist()
             for share in shared_out(counts, self.accelerator.process_index, train.updates_per_step, generator):
                 if share.total == 0:
                     continue
-                chunks = self._chunks(units, share)
+                chunks = self._chunks(batches, units, share)
                 if test and not norms:
-                    test.begin(items.batch(chunks[0][0], self.update), self.scaler.get_scale())
-                norms.append(self._update(items, chunks, share.total, step, figures, test, progress))
+                    test.begin(batches.batch(chunks[0][0], self.update), self.scaler.get_scale())
+                norms.append(self._update(batches, chunks, share.total, step, figures, test, progress))
         taken = [norm for norm in norms if norm is not None]
         if taken:
             algorithm.after_update(self.policy, self.update)
@@ -93,24 +104,34 @@ class Learner:
             seen |= {"skipped_updates": len(norms) - len(taken), "gradient_scale": self.scaler.get_scale()}
         return seen
 
-    def _chunks(self, units: torch.Tensor, share: Share) -> list[tuple[torch.Tensor, int]]:
+    def _turn(self, step: int, turn: int) -> Turn:
+        train, reference = self.train, self.train.reference_guidance
+        return Turn(
+            seed=self.seed,
+            step=step,
+            turn=turn,
+            group_size=train.group_size,
+            micro_batch=train.micro_batch,
+            guidance=self.guidance,
+            reference_guidance=self.guidance if reference is None else reference,
+        )
+
+    def _chunks(self, batches: Batches[Any], units: torch.Tensor, share: Share) -> list[tuple[torch.Tensor, int]]:
         """Micro-batches of whole units, each with how many units it counts for.
 
         Behind them come as many that count for nothing as others wait for: one in a process without units, which has
         the same figures and gradients to sum, and with a model that is shared out, up to the most that a process has.
         """
-        items = torch.arange(units.shape[1])
-        draws = len(items) // (self.recipe.train.group_size if algorithm_of(self.recipe).unit != "item" else 1)
-        spare = torch.stack([items // draws, items % draws], dim=1)[None]  # as large as any: others wait for its passes
         own = units[share.places]
-        size = max(1, self.recipe.train.micro_batch // len(items))
+        size = max(1, self.train.micro_batch // units.shape[1])
         chunks = [(chunk, len(chunk)) for chunk in own.split(size) if len(chunk)]
         wanted = math.ceil(share.most / size) if self.in_lockstep else 1
-        return chunks + [(own[:1] if len(own) else spare, 0)] * (wanted - len(chunks))
+        # The spare unit is as large as any, since others wait for its passes.
+        return chunks + [(own[:1] if len(own) else batches.spare(), 0)] * (wanted - len(chunks))
 
     def _update(
         self,
-        items: Items,
+        batches: Batches[Any],
         chunks: Sequence[tuple[torch.Tensor, int]],
         total: int,
         step: int,
@@ -119,14 +140,13 @@ class Learner:
         progress: Progress | None,
     ) -> float | None:
         """One optimizer update on chunks of `total` units over all processes; the gradient norm, or None if skipped."""
-        algorithm, train = algorithm_of(self.recipe), self.recipe.train
-        apart = algorithm.apart(self.update)
+        train = self.train
         gradients: torch.Tensor | float = 0.0
         finite = True
         for chunk, counted in chunks:
-            loss, seen = algorithm.loss(self.policy, items.batch(chunk, self.update))
+            loss, seen = self.algorithm.loss(self.policy, batches.batch(chunk, self.update))
             share = self.scaler.scale(loss * (counted / total))
-            if apart:
+            if loss.ndim:
                 gradients = gradients + self._each_gradient(share)
             else:
                 share.backward()
@@ -167,21 +187,18 @@ class Learner:
         """
         (broken,) = summed(self.accelerator, not finite)
         if broken:
-            raise UserError(
-                f"step {step + 1}: the loss is not finite, though the pictures are; {what_to_lower(self.recipe)}"
-            )
+            raise UserError(f"step {step + 1}: the loss is not finite, though the pictures are; {self.remedy}")
         scale = self.scaler.get_scale()
         if not self.scaler.is_enabled():
             raise UserError(
-                f"step {step + 1}: the gradient is {norm}, though loss and pictures are finite; "
-                f"{what_to_lower(self.recipe)}"
+                f"step {step + 1}: the gradient is {norm}, though loss and pictures are finite; {self.remedy}"
             )
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.get_scale() == scale or scale <= LOWEST_SCALE:
             raise UserError(
                 f"step {step + 1}: the gradient overflows in half precision however its scale is lowered, now "
-                f"{scale:g}; {what_to_lower(self.recipe)}"
+                f"{scale:g}; {self.remedy}"
             )
 
     def _each_gradient(self, losses: torch.Tensor) -> torch.Tensor:
@@ -201,7 +218,7 @@ class Learner:
         seen: Mapping[str, float] = {}
         if gradients.isfinite().all():
             gram = gradients.double() @ gradients.double().T / self.scaler.get_scale() ** 2
-            weights, seen = algorithm_of(self.recipe).gradient_weights(gram.cpu())
+            weights, seen = self.algorithm.join(gram.cpu())
         joined = weights.to(gradients) @ gradients
         parts = joined.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):

@@ -14,7 +14,7 @@ from flowalign.evaluate.evaluation import Evaluated, evaluate, evaluated_by_all
 from flowalign.evaluate.held_out import held_out
 from flowalign.policies.base import Policy
 from flowalign.rollout.prompts import Row, load_prompts
-from flowalign.score import Judging, check_prompts
+from flowalign.score import Scorer, check_prompts
 from flowalign.training import processes
 from flowalign.training.display import Display
 
@@ -29,23 +29,23 @@ class Measuring:
     def __init__(
         self,
         recipe: Recipe,
-        judging: Judging,
+        scorer: Scorer,
         training_rows: Sequence[Row],
         accelerator: Accelerator,
         device: torch.device,
         display: Display,
     ):
         """Raises UserError for prompts that cannot be measured by the rewards, or audited."""
-        self.recipe, self.accelerator, self.display = recipe, accelerator, display
-        settings = recipe.evaluation
+        self.accelerator, self.display = accelerator, display
+        self.settings = settings = recipe.evaluation
         self.rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
-        self.rewards, weights = evaluation_rewards(recipe, judging)
+        self.rewards, weights = evaluation_rewards(recipe, scorer)
         check_prompts(self.rows, self.rewards, settings.prompts)
         self.held_out = held_out(self.rows, training_rows)
         self.trained_rewards = [name for name, weight in weights.items() if weight > 0]  # as evaluations name them
         self.guarding: Guarding | None = None
         if recipe.guard and self.rows:
-            self.guarding = Guarding(recipe, recipe.guard, weights, self.rows, training_rows, device)
+            self.guarding = Guarding(recipe.evaluation, recipe.guard, weights, self.rows, training_rows, device)
 
     def evaluate(
         self, policy: Policy, stop: threading.Event, in_lockstep: bool, untrained: bool
@@ -58,7 +58,7 @@ class Measuring:
         def measure(rows: Sequence[Row], settings: Evaluation) -> Evaluated:
             return self._measure(policy, stop, in_lockstep, rows, settings)
 
-        evaluated = measure(self.rows, self.recipe.evaluation)
+        evaluated = measure(self.rows, self.settings)
         if self.guarding is None:
             return evaluated, None
         if not self.guarding.bands:
@@ -73,7 +73,6 @@ class Measuring:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shard, spare = processes.rows_of_process(rows, rank, world, in_lockstep)
         observe, own = self.guarding.auditor.observe if self.guarding else None, None
-        size = self.recipe.model.height, self.recipe.model.width
         with self.display.evaluating(len(shard) * settings.images_per_prompt) as advance, suppress(Leave):
 
             def progress(count: float) -> None:
@@ -82,7 +81,7 @@ class Measuring:
                 if processes.any_of(self.accelerator, stop.is_set()) if in_lockstep else stop.is_set():
                     raise Leave
 
-            own = evaluate(policy, shard, self.rewards, settings, size, progress, observe, spare)
+            own = evaluate(policy, shard, self.rewards, settings, policy.request, progress, observe, spare)
         if processes.any_of(self.accelerator, stop.is_set()):
             raise Leave
         assert own is not None  # or this process was asked

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from flowalign.advantages import Scored
+from flowalign.advantages import RewardTable
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.policies.base import forward_dtype
@@ -231,7 +231,7 @@ def gathered(accelerator: Accelerator, part: torch.Tensor) -> torch.Tensor:
     return whole.movedim(0, -1)
 
 
-def all_scored(accelerator: Accelerator, own: Scored) -> Scored:
+def all_scored(accelerator: Accelerator, own: RewardTable) -> RewardTable:
     """The scored samples of all processes, in their order."""
     together = partial(gathered, accelerator)
     return own._replace(

@@ -6,6 +6,7 @@ but for the KL's. What is checked must hold over the units of all processes: one
 
 import math
 from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from flowalign.algorithms import Algorithm, Batch
 
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
-    from flowalign.rollout.samples import Samples
+    from flowalign.rollout.stages import Weighted
 
 LOWEST_SCALE = 2.0**-10  # of losses in half precision; below it their gradients vanish
 
@@ -35,12 +36,12 @@ class SelfTest:
         self,
         policy: "Policy",
         algorithm: Algorithm,
-        samples: "Samples",
+        weighted: "Weighted",
         accelerator: Accelerator,
         conclude: Callable[[list[Check]], None],
     ):
         """`conclude` is given the checks, once; not at all where no update held a unit whose group's rewards differ."""
-        self.policy, self.algorithm, self.samples, self.accelerator = policy, algorithm, samples, accelerator
+        self.policy, self.algorithm, self.weighted, self.accelerator = policy, algorithm, weighted, accelerator
         self.conclude = conclude
         self.done = False
         self._checks: list[Check] = []
@@ -49,15 +50,15 @@ class SelfTest:
 
     def begin(self, batch: Batch, scale: float) -> None:
         """Before the first update, with its first micro-batch; losses are multiplied by `scale` in half precision."""
-        if self.algorithm.kl_weight:
+        if self.algorithm.settings.kl_weight:
             norm = self._kl_gradient(batch, scale)
             while not math.isfinite(norm) and scale > LOWEST_SCALE and self.policy.dtype == torch.float16:
                 scale /= 16
                 norm = self._kl_gradient(batch, scale)
             self._checks.append(Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} beside the reference"))
-        distinct = self._over_all(len(torch.unique(self.samples.latents.flatten(1), dim=0))).sum().item()
-        count = self._over_all(len(self.samples)).sum().item()
-        share = self._over_all(self.samples.differs.float().mean().item()).mean().item()
+        distinct = self._over_all(len(torch.unique(self.weighted.generated.latents.flatten(1), dim=0))).sum().item()
+        count = self._over_all(len(self.weighted.generated)).sum().item()
+        share = self._over_all(self.weighted.differs.float().mean().item()).mean().item()
         noise = Check("every sample has noise of its own", distinct == count, f"{distinct:.0f} of {count:.0f}")
         spread = share > 0 or self.algorithm.learns_from_equal
         self._checks += [noise, Check("rewards differ within prompts", spread, f"in {share:.0%} of the groups")]
@@ -66,7 +67,7 @@ class SelfTest:
         """A micro-batch's units (u, m, 2), how many of them count, and what its loss showed."""
         if self.done:
             return
-        differs = self.algorithm.learns_from_equal or self.samples.differs[units[..., 0].flatten()].any()
+        differs = self.algorithm.learns_from_equal or self.weighted.differs[units[..., 0].flatten()].any()
         self._teaching |= counted > 0 and bool(differs)
         if not self._moved and "ratio_distance" in figures:
             self._distances.append(figures["ratio_distance"].max().item())
@@ -98,7 +99,7 @@ class SelfTest:
         self.conclude(checks + self._checks)
 
     def _allowed(self) -> float:
-        return 0.5 * float(getattr(self.algorithm, "clip_range", 1e-4))
+        return 0.5 * float(getattr(self.algorithm.settings, "clip_range", 1e-4))
 
     def _over_all(self, value: float) -> torch.Tensor:
         """The value of each process (W,)."""
@@ -120,7 +121,8 @@ class SelfTest:
                 weight.add_(1e-2 * torch.randn(weight.shape, generator=generator).to(weight.device))
         self.policy.weights_changed()
         try:
-            without = self.algorithm.model_copy(update={"kl_weight": 0.0})
+            without = copy(self.algorithm)
+            without.settings = without.settings.model_copy(update={"kl_weight": 0.0})
             for factor, algorithm in ((scale, self.algorithm), (-scale, without)):
                 loss, _ = algorithm.loss(self.policy, batch)
                 (factor * loss.sum()).backward()

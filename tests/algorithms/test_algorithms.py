@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flowalign.algorithms.batches import Batches
 from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
+from flowalign.rollout.stages import Weighted
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
-from flowalign.training.items import Items
+from flowalign.training.idle import score_figures
 from flowalign.training.processes import Share
 
 JUDGES = """
@@ -209,17 +211,25 @@ def test_the_spread_is_said_of_what_differs_whoever_is_kept(
     assert line["grad_norm"] > 0
 
 
+def weighed(trainer: Trainer) -> Weighted:
+    """The samples of the first step, weighed."""
+    return trainer._weighted(trainer._scored(trainer.source.next(trainer.policy, 0)))
+
+
+def batches(trainer: Trainer, weighted: Weighted, step: int = 0, turn: int = 0) -> Batches[Any]:
+    return trainer.algorithm.batches(weighted, trainer.learner._turn(step, turn))
+
+
 @pytest.mark.parametrize("run", ["gdro", "prdp", "nft"])
 def test_a_process_without_units_has_a_finite_loss_to_wait_with(run: str, make: Callable[..., Recipe]) -> None:
     """Its gradient counts for nothing, but 0 times NaN would not."""
-    trainer = Trainer(make(run), display=Display(quiet=True))
-    samples = trainer._samples()
-    trainer._score(samples)
-    items = Items(samples, trainer.recipe, 0, 0)
+    trainer = Trainer.from_recipe(make(run), display=Display(quiet=True))
+    weighted = weighed(trainer)
+    items = batches(trainer, weighted)
     others = Share(torch.empty(0, dtype=torch.long), total=1, most=1)
-    ((nothing, counted),) = trainer.learner._chunks(items.units()[:0], others)
+    ((nothing, counted),) = trainer.learner._chunks(items, items.units()[:0], others)
     assert counted == 0
-    loss, _ = trainer.recipe.algorithm.loss(trainer.policy, items.batch(nothing, 0))
+    loss, _ = trainer.algorithm.loss(trainer.policy, items.batch(nothing, 0))
     gradients = torch.autograd.grad(loss, trainer.learner.parameters, allow_unused=True)
     assert loss.isfinite() and all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
@@ -231,14 +241,13 @@ def test_an_idle_process_waits_with_a_finite_loss_where_a_reward_teaches_nobody(
     judge = tmp_path / "judge.py"
     rewards = {"flat": {"load": f"{judge}:FlatRedness"}, "others": {"load": f"{judge}:OthersBrightness"}}
     more = {"algorithm": {"equal_groups": "skip"}, "train": {"prompts_per_step": 4}}
-    trainer = Trainer(make("marble", rewards=rewards, **more), display=Display(quiet=True))
-    samples = trainer._samples()
-    trainer._score(samples)
+    trainer = Trainer.from_recipe(make("marble", rewards=rewards, **more), display=Display(quiet=True))
+    samples = weighed(trainer)
     flat = torch.tensor([int(not teaches) for teaches in samples.teaches]).argmax().item()
     assert samples.teaches.any() and not samples.teaches.all()
-    items = Items(samples, trainer.recipe, 0, 0)
+    items = batches(trainer, samples)
     for update in (0, 1):  # several gradients, and one
-        loss, _ = trainer.recipe.algorithm.loss(trainer.policy, items.batch(torch.tensor([[[flat, 0]]]), update))
+        loss, _ = trainer.algorithm.loss(trainer.policy, items.batch(torch.tensor([[[flat, 0]]]), update))
         gradients = torch.autograd.grad((loss * 0).sum(), trainer.learner.parameters, allow_unused=True)
         assert loss.isfinite().all() and all(gradient is None or (gradient == 0).all() for gradient in gradients)
 
@@ -252,7 +261,7 @@ def test_dense_values_of_negative_rewards_are_refused(make: Callable[..., Recipe
 def test_a_range_with_too_few_sigmas_is_found_before_the_first_step(make: Callable[..., Recipe]) -> None:
     recipe = make("nft", algorithm={"timestep_range": [0.0, 0.9]})
     with pytest.raises(UserError, match=r"holds 1 sigmas of the rollout's grid; algorithm.timesteps asks for 2"):
-        Trainer(recipe, display=Display(quiet=True))
+        Trainer.from_recipe(recipe, display=Display(quiet=True))
     assert not recipe.folder.exists()
 
 
@@ -266,37 +275,32 @@ def test_moving_windows_train_one_step_at_a_time(make: Callable[..., Recipe]) ->
 def test_the_noise_of_an_item_is_that_of_its_prompt_whichever_groups_a_process_holds(
     run: str, make: Callable[..., Recipe]
 ) -> None:
-    trainer = Trainer(make(run, algorithm={"timestep_sampling": "uniform"}), display=Display(quiet=True))
-    both = trainer._samples()
-    trainer._score(both)
-    assert both.advantages is not None and both.scored is not None
-    second = replace(
-        both,
-        rows=both.rows[4:],
-        groups=both.groups[4:] - 1,
-        condition=both.condition[1:],
-        latents=both.latents[4:],
-        members=both.members[4:],
-        advantages=both.advantages[4:],
-        scored=both.scored._replace(total=both.scored.total[4:]),
-        shares=None,
-        teaches=both.teaches[4:],
+    trainer = Trainer.from_recipe(make(run, algorithm={"timestep_sampling": "uniform"}), display=Display(quiet=True))
+    both = weighed(trainer)
+    drawn = both.generated
+    generated = replace(
+        drawn,
+        rows=drawn.rows[4:],
+        groups=drawn.groups[4:] - 1,
+        condition=drawn.condition[1:],
+        latents=drawn.latents[4:],
+        members=drawn.members[4:],
     )
-    whole, part = (Items(samples, trainer.recipe, 5, 0) for samples in (both, second))
+    rest = {name: getattr(both, name)[4:] for name in ("total", "advantages", "shares", "teaches", "differs")}
+    second = replace(both, generated=generated, **rest)
+    whole, part = (batches(trainer, samples, 5) for samples in (both, second))
     places = torch.cartesian_prod(torch.arange(4), torch.arange(2))  # the second prompt's pictures, each level
-    ours = part.batch(places[:, None], 0).noised
-    theirs = whole.batch((places + torch.tensor([4, 0]))[:, None], 0).noised
-    first = whole.batch(places[:, None], 0).noised
-    assert ours is not None and theirs is not None and first is not None
+    ours = part.batch(places[:, None], 0)
+    theirs = whole.batch((places + torch.tensor([4, 0]))[:, None], 0)
+    first = whole.batch(places[:, None], 0)
     assert torch.equal(ours.noise, theirs.noise) and torch.equal(ours.sigma, theirs.sigma)
     assert torch.equal(ours.state, theirs.state)
     assert not torch.isin(first.sigma, ours.sigma).any()
     # Of a group's 4 pictures x 2 levels, all differ, or the pictures share each level's sigma and noise.
     distinct = 2 if run == "crd" else 8
     assert len(ours.sigma.unique()) == len(torch.unique(ours.noise.flatten(1), dim=0)) == distinct
-    again = Items(both, trainer.recipe, 6, 0).batch(places[:, None], 0).noised
-    other = Items(both, trainer.recipe, 5, 1).batch(places[:, None], 0).noised
-    assert again is not None and other is not None
+    again = batches(trainer, both, 6).batch(places[:, None], 0)
+    other = batches(trainer, both, 5, 1).batch(places[:, None], 0)
     assert len(torch.unique(torch.cat([first.sigma, again.sigma, other.sigma]))) == 3 * distinct
 
 
@@ -453,8 +457,8 @@ def test_a_weight_that_no_prompt_weighs_is_refused(make: Callable[..., Recipe], 
     judge = tmp_path / "judge.py"
     rewards = {"others": {"load": f"{judge}:OthersBrightness"}, "redness": {"load": f"{judge}:Redness", "weight": 2}}
     with pytest.raises(UserError, match=r"rewards\.redness\.weight 2: no prompt that it judges is judged by another"):
-        Trainer(make("nft", rewards=rewards), display=Display(quiet=True))
-    assert Trainer(make("marble", rewards=rewards), display=Display(quiet=True))
+        Trainer.from_recipe(make("nft", rewards=rewards), display=Display(quiet=True))
+    assert Trainer.from_recipe(make("marble", rewards=rewards), display=Display(quiet=True))
 
 
 def test_prompts_that_only_a_monitor_judges_are_refused_before_a_model_loads(
@@ -466,18 +470,18 @@ def test_prompts_that_only_a_monitor_judges_are_refused_before_a_model_loads(
     }
     recipe = make("nft", rewards=rewards, model={"path": str(tmp_path / "none")})
     with pytest.raises(UserError, match=r"cannot be judged by redness"):
-        Trainer(recipe, display=Display(quiet=True))
+        Trainer.from_recipe(recipe, display=Display(quiet=True))
 
 
 def test_a_reward_that_applies_to_some_prompts_is_reported_over_those(make: Callable[..., Recipe]) -> None:
     """4 prompts in a step, 2 of which have a redness."""
     recipe = make("marble", train={"steps": 1, "prompts_per_step": 4})
-    trainer = Trainer(recipe, display=Display(quiet=True))
-    samples = trainer._samples()
-    figures = trainer._score(samples)
-    assert samples.scored is not None and samples.shares is not None and samples.advantages is not None
-    red = torch.tensor(["two" in prompt or "four" in prompt for prompt in samples.prompts])
-    assert samples.scored.applies.tolist() == [[True] * 16, red.tolist()]
-    assert figures["reward"]["redness"] == pytest.approx(samples.scored.values[1][red].mean().item())
+    trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))
+    scored = trainer._scored(trainer.source.next(trainer.policy, 0))
+    samples = trainer._weighted(scored)
+    figures = score_figures(scored, samples)
+    red = torch.tensor(["two" in prompt or "four" in prompt for prompt in scored.generated.prompts])
+    assert scored.rewards.applies.tolist() == [[True] * 16, red.tolist()]
+    assert figures["reward"]["redness"] == pytest.approx(scored.rewards.values[1][red].mean().item())
     assert samples.shares[:, 1].tolist() == [2.0 if of else 0.0 for of in red]
     assert (samples.advantages[~red, 1] == 0).all() and (samples.advantages[red, 1] != 0).all()

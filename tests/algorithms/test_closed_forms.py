@@ -25,15 +25,18 @@ from scipy.special import logsumexp, softmax
 from scipy.stats import norm, qmc
 from torch import nn
 
-from flowalign.advantages import Scored
+from flowalign.advantages import RewardTable
+from flowalign.algorithms.base import algorithm_of
+from flowalign.algorithms.batches import Turn
 from flowalign.config import recipe_from_dict
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest, Scored
 from flowalign.rollout.store import collect
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
-from flowalign.training.items import Items
 from rewards import as_reward
 
 pytestmark = pytest.mark.slow  # trainings to their end
@@ -120,8 +123,10 @@ class Velocity(nn.Module):
         return exact[:, :, 0] - self.mean + self.units[place][:, None] * learnt
 
 
-class GaussianPolicy(Policy):
+class GaussianPolicy(TextPolicy):
     """Latents of one or two numbers, shown as a row of grey pixels; all prompts are alike."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self, data, grid, levels=(0.5,), units=(1.0,)):
         super().__init__()
@@ -130,7 +135,7 @@ class GaussianPolicy(Policy):
         self.transformer = Velocity(data, levels, units).to(self.device)
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1, device=self.device)})
 
     def _forward(self, x, sigma, condition):
@@ -139,7 +144,7 @@ class GaussianPolicy(Policy):
     def decode(self, latents):
         return (0.5 + latents / RANGE).clamp(0, 1)[:, None, None].expand(-1, 3, 1, -1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (self.data.size,)
 
     def sigmas(self, steps, grid="model"):
@@ -152,7 +157,7 @@ class GaussianPolicy(Policy):
     def velocities(self):
         """(K, k) of the velocity at each sigma of the grid but the last, as the weights are now."""
         points = torch.cat([torch.zeros(1, self.data.size), torch.eye(self.data.size)]).to(self.device)
-        condition, found = self.encode([""] * len(points)), []
+        condition, found = self.encode_prompts([""] * len(points)), []
         for sigma in self.grid[:-1]:
             with torch.no_grad():
                 values = self.velocity(points, torch.full((len(points),), sigma).to(points), condition)
@@ -200,7 +205,7 @@ def learn(folder, policy, algorithm, rewards, *, prompts=1, **settings):
     """Train, and leave the weights' average over all updates in the policy; returns the lines of the metrics."""
     (folder / "prompts.txt").write_text("".join(f"prompt {index}\n" for index in range(prompts)))
     recipe = recipe_of(folder, policy, algorithm, prompts, rewards, **settings)
-    path = Trainer(recipe, policy=policy, rewards=rewards, display=Display(quiet=True)).run()
+    path = Trainer.from_recipe(recipe, policy=policy, rewards=rewards, display=Display(quiet=True)).run()
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     remembered = 1 - recipe.train.ema_decay ** len(lines)  # the rest is the start, where all weights are 0
     policy.load_trainable_state({name: kept / remembered for name, kept in policy.snapshots["ema"].items()})
@@ -756,22 +761,24 @@ def first_items(algorithm, values, applies=None, moved=0.0):
         dynamics="flow_sde" if trajectory else "ode",
         train={"group_size": 4},
     )
-    recipe.algorithm.begin(policy)
+    algorithm_object = algorithm_of(recipe.algorithm)
+    algorithm_object.begin(policy)
     rows = [Row(index, f"prompt {index}") for index in range(2)]
-    samples = rollout(policy, rows, 4, recipe.rollout, (8, 8), (0, 0, 0), batch=8, keep=recipe.algorithm.keep)
+    samples = rollout(
+        policy, RolloutRequest(rows, 4, recipe.rollout, policy.request, (0, 0, 0), batch=8), keep=algorithm_object.keep
+    )
     applies = torch.ones_like(values, dtype=torch.bool) if applies is None else applies
-    scored = Scored((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
-    samples.scored = Scored(*(part.to(policy.device) if isinstance(part, torch.Tensor) else part for part in scored))
-    samples.advantages = recipe.algorithm.advantages(samples.scored, samples.groups)
-    samples.teaches = recipe.algorithm.teaches(samples.scored, samples.groups)
-    samples.shares = samples.scored.shares(samples.teaches).T
+    scored = RewardTable((values * applies).sum(0) / applies.sum(0), values, applies, torch.ones(len(values)), names)
+    weighted = algorithm_object.weigh(Scored(samples, scored, scored, 0, 4))
     with torch.no_grad():
         for index, weight in enumerate(policy.trainable_parameters().values()):
             weight += moved * torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)).to(weight)
     if moved:
         policy.weights_changed()
-    items = Items(samples, recipe, 0, 0)
-    return policy, recipe.algorithm, lambda update: items.batch(items.units(), update)
+    micro_batch, guidance = recipe.train.micro_batch, recipe.rollout.guidance
+    turn = Turn(0, 0, 0, 4, micro_batch, guidance, guidance)
+    items = algorithm_object.batches(weighted, turn)
+    return policy, algorithm_object, lambda update: items.batch(items.units(), update)
 
 
 def gradients(policy, losses):

@@ -10,15 +10,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
-from flowalign.algorithms import Batch, FlowGRPO, Transition
-from flowalign.algorithms.flow_grpo import clipped_ratio_loss
+from flowalign.algorithms.batches import TransitionBatch
+from flowalign.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings, clipped_ratio_loss
 from flowalign.config import Rollout
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, Conditioning, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import DYNAMICS, sde_step
 
 ROLLOUT = Rollout(steps=6, window=(0, 4))
+
+
+def flow_grpo(**settings):
+    return FlowGRPO(FlowGRPOSettings(**settings))
 
 
 class LinearVelocity(nn.Module):
@@ -32,8 +38,10 @@ class LinearVelocity(nn.Module):
         return self.linear(torch.cat([x, prompt, sigma[:, None]], dim=1))
 
 
-class TinyPolicy(Policy):
+class TinyPolicy(TextPolicy):
     """A policy whose reference is the snapshot of how it began."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self):
         super().__init__()
@@ -43,7 +51,7 @@ class TinyPolicy(Policy):
         self.reference_visits = 0
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])})
 
     def _forward(self, x, sigma, condition):
@@ -52,7 +60,7 @@ class TinyPolicy(Policy):
     def decode(self, latents):
         return latents.sigmoid()[:, :, None, None].expand(-1, 2, 3, 3)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (2,)
 
     def sigmas(self, steps, grid="model"):
@@ -78,27 +86,30 @@ def rolled_batch(policy, *, step=1, settings=ROLLOUT, guidance=1.0, reference_gu
     """The items of one denoising step of a real rollout: 2 prompts, 3 pictures each."""
     rows = [Row(0, "cat"), Row(1, "house")]
     settings = settings.model_copy(update={"guidance": guidance})
-    samples = rollout(policy, rows, 3, settings, (8, 8), (0, 0, 0), batch=6, keep={"trajectory", "means"})
+    samples = rollout(
+        policy, RolloutRequest(rows, 3, settings, policy.request, (0, 0, 0), batch=6), keep={"trajectory", "means"}
+    )
     taken = samples.trajectory
     count = len(samples.latents)
-    return Batch(
+    return TransitionBatch(
         condition=samples.condition[samples.groups],
         advantages=torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, -1.5]) if advantages is None else advantages,
         groups=samples.groups,
         latents=samples.latents,
         guidance=guidance,
         reference_guidance=reference_guidance,
-        transition=Transition(
-            sigma=taken.sigmas[step].expand(count),
-            sigma_next=taken.sigmas[step + 1].expand(count),
-            sigma_max=taken.sigma_max,
-            state=taken.states[:, step],
-            next_state=taken.states[:, step + 1],
-            log_prob=taken.log_probs[:, step],
-            dynamics=taken.dynamics,
-            noise_level=taken.noise_level,
-            mean=taken.means[:, step],
-        ),
+        samples=torch.arange(count),
+        rewards=torch.zeros(count),
+        shares=torch.ones(count, 1),
+        sigma=taken.sigmas[step].expand(count),
+        sigma_next=taken.sigmas[step + 1].expand(count),
+        sigma_max=taken.sigma_max,
+        state=taken.states[:, step],
+        next_state=taken.states[:, step + 1],
+        log_prob=taken.log_probs[:, step],
+        dynamics=taken.dynamics,
+        noise_level=taken.noise_level,
+        mean=taken.means[:, step],
     )
 
 
@@ -156,7 +167,7 @@ def test_on_the_first_pass_the_ratio_is_exactly_one(dynamics, step, guidance):
     policy = TinyPolicy()
     settings = Rollout(steps=6, window=(0, 4), dynamics=dynamics)
     batch = rolled_batch(policy, step=step, settings=settings, guidance=guidance)
-    loss, figures = FlowGRPO().loss(policy, batch)
+    loss, figures = flow_grpo().loss(policy, batch)
     assert figures["ratio_distance"].tolist() == [0] * 6
     assert figures["clipped"].tolist() == [0] * 6
     assert loss.item() == pytest.approx(-batch.advantages.mean().item())
@@ -165,10 +176,10 @@ def test_on_the_first_pass_the_ratio_is_exactly_one(dynamics, step, guidance):
 def test_the_first_gradient_is_that_of_reinforce():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
-    loss, _ = FlowGRPO().loss(policy, batch)
-    step = batch.transition
+    loss, _ = flow_grpo().loss(policy, batch)
+    step = batch
     replayed = sde_step(
-        policy.velocity(step.state, step.sigma, batch.condition),
+        policy.velocity(step.state, step.sigma, batch.condition.positive),
         step.state,
         step.sigma,
         step.sigma_next,
@@ -185,7 +196,7 @@ def test_advantages_of_zero_teach_nothing():
     policy = TinyPolicy()
     batch = rolled_batch(policy, advantages=torch.zeros(6))
     policy.move(0.01)
-    loss, _ = FlowGRPO().loss(policy, batch)
+    loss, _ = flow_grpo().loss(policy, batch)
     assert loss.item() == 0
     assert all((grad == 0).all() for grad in gradients(policy, loss))
 
@@ -193,20 +204,20 @@ def test_advantages_of_zero_teach_nothing():
 def test_advantages_are_clipped_on_both_sides():
     policy = TinyPolicy()
     far = rolled_batch(policy, advantages=torch.tensor([9.0, -7.0, 0.0, 0.0, 0.0, 0.0]))
-    loss, _ = FlowGRPO(advantage_clip=2.0).loss(policy, far)
+    loss, _ = flow_grpo(advantage_clip=2.0).loss(policy, far)
     assert loss.item() == pytest.approx(-(2 - 2) / 6)
-    loss, _ = FlowGRPO(advantage_clip=8.0).loss(policy, far)
+    loss, _ = flow_grpo(advantage_clip=8.0).loss(policy, far)
     assert loss.item() == pytest.approx(-(8 - 7) / 6)
 
 
 def test_a_gradient_step_makes_the_better_samples_likelier():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
-    loss, _ = FlowGRPO(clip_range=0.5).loss(policy, batch)
+    loss, _ = flow_grpo(clip_range=0.5).loss(policy, batch)
     with torch.no_grad():
         for parameter, grad in zip(policy.transformer.parameters(), gradients(policy, loss), strict=True):
             parameter -= 1e-3 * grad
-    after, figures = FlowGRPO(clip_range=0.5).loss(policy, batch)
+    after, figures = flow_grpo(clip_range=0.5).loss(policy, batch)
     assert after < loss
     assert (figures["ratio_distance"] > 0).all()
 
@@ -215,11 +226,11 @@ def test_clipped_items_are_counted_and_teach_nothing():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
     policy.move(0.3)
-    _, figures = FlowGRPO(clip_range=1e-6).loss(policy, batch)
+    _, figures = flow_grpo(clip_range=1e-6).loss(policy, batch)
     assert figures["clipped"].tolist() == [1] * 6
-    log_ratio = FlowGRPO(clip_range=1e3).loss(policy, batch)[1]["policy_loss"] / -batch.advantages
+    log_ratio = flow_grpo(clip_range=1e3).loss(policy, batch)[1]["policy_loss"] / -batch.advantages
     done = (log_ratio > 1).float() * 2 - 1  # the sign of the way each item moved
-    loss, _ = FlowGRPO(clip_range=1e-6).loss(policy, Batch(**{**vars(batch), "advantages": done}))
+    loss, _ = flow_grpo(clip_range=1e-6).loss(policy, TransitionBatch(**{**vars(batch), "advantages": done}))
     assert all((grad == 0).all() for grad in gradients(policy, loss))
 
 
@@ -227,7 +238,7 @@ def test_clipped_items_are_counted_and_teach_nothing():
 
 
 def divergence(policy, batch, **settings):
-    loss, figures = FlowGRPO(kl_weight=1.0, **settings).loss(policy, batch)
+    loss, figures = flow_grpo(kl_weight=1.0, **settings).loss(policy, batch)
     torch.testing.assert_close(loss, (figures["policy_loss"] + figures["kl"]).mean())
     return figures["kl"]
 
@@ -240,11 +251,11 @@ def still_batch(policy, **more):
 def test_the_divergence_is_zero_at_the_reference_and_grows_beside_it():
     policy = TinyPolicy()
     batch = still_batch(policy)
-    loss, figures = FlowGRPO(kl_weight=1.0).loss(policy, batch)
+    loss, figures = flow_grpo(kl_weight=1.0).loss(policy, batch)
     assert figures["kl"].tolist() == [0] * 6
     assert all((grad == 0).all() for grad in gradients(policy, loss))
     policy.move(0.01)
-    loss, figures = FlowGRPO(kl_weight=1.0).loss(policy, batch)
+    loss, figures = flow_grpo(kl_weight=1.0).loss(policy, batch)
     assert (figures["kl"] > 0).all()
     assert all((grad != 0).any() for grad in gradients(policy, loss))
 
@@ -255,7 +266,7 @@ def test_descending_the_divergence_leads_back_to_the_reference():
     policy.move(0.1)
     before = divergence(policy, batch).mean()
     for _ in range(100):
-        loss, _ = FlowGRPO(kl_weight=1.0).loss(policy, batch)
+        loss, _ = flow_grpo(kl_weight=1.0).loss(policy, batch)
         with torch.no_grad():
             for parameter, grad in zip(policy.transformer.parameters(), gradients(policy, loss), strict=True):
                 parameter -= 0.05 * grad
@@ -269,7 +280,7 @@ def test_the_exact_divergence_is_the_gaussians_mean_over_dimensions(dynamics, gu
     settings = Rollout(steps=6, window=(0, 4), dynamics=dynamics)
     batch = still_batch(policy, settings=settings, reference_guidance=guidance)
     policy.move(0.1)
-    step = batch.transition
+    step = batch
 
     def gaussian(guidance):
         velocity = policy.guided_velocity(step.state, step.sigma, batch.condition, guidance)
@@ -303,7 +314,7 @@ def test_the_kl_weight_scales_the_divergence():
     policy = TinyPolicy()
     batch = still_batch(policy)
     policy.move(0.1)
-    losses = [FlowGRPO(kl_weight=weight).loss(policy, batch)[0].item() for weight in (0.0, 0.04, 1.0)]
+    losses = [flow_grpo(kl_weight=weight).loss(policy, batch)[0].item() for weight in (0.0, 0.04, 1.0)]
     assert losses[0] == 0
     assert losses[1] == pytest.approx(0.04 * losses[2])
 
@@ -312,10 +323,10 @@ def test_without_a_kl_weight_no_forward_is_spent_on_the_reference():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
     policy.forwards = 0
-    _, figures = FlowGRPO(kl_weight=0.0).loss(policy, batch)
+    _, figures = flow_grpo(kl_weight=0.0).loss(policy, batch)
     assert (policy.forwards, policy.reference_visits) == (6, 0)
     assert "kl" not in figures
-    FlowGRPO(kl_weight=0.1).loss(policy, batch)
+    flow_grpo(kl_weight=0.1).loss(policy, batch)
     assert (policy.forwards, policy.reference_visits) == (6 + 12, 1)
 
 
@@ -324,7 +335,7 @@ def test_the_reference_learns_nothing_and_leaves_the_weights_as_they_are():
     batch = rolled_batch(policy)
     policy.move(0.1)
     before, kept = policy.trainable_state(), {k: v.clone() for k, v in policy.snapshots["reference"].items()}
-    loss, figures = FlowGRPO(kl_weight=0.1).loss(policy, batch)
+    loss, figures = flow_grpo(kl_weight=0.1).loss(policy, batch)
     loss.backward()
     assert not any(figure.requires_grad for figure in figures.values())
     for name, parameter in policy.trainable_parameters().items():
@@ -340,7 +351,7 @@ def test_the_reference_learns_nothing_and_leaves_the_weights_as_they_are():
 def test_the_guarded_ratio_of_a_policy_that_has_not_moved_is_exactly_one(dynamics, step):
     policy = TinyPolicy()
     batch = rolled_batch(policy, step=step, settings=Rollout(steps=6, window=(0, 4), dynamics=dynamics))
-    loss, figures = FlowGRPO(ratio="guard").loss(policy, batch)
+    loss, figures = flow_grpo(ratio="guard").loss(policy, batch)
     assert figures["ratio_distance"].tolist() == [0] * 6
     assert loss.item() == pytest.approx(-batch.advantages.mean().item() * 6)  # divided by a step of 1 / 6
 
@@ -352,16 +363,16 @@ def test_the_guarded_ratio_takes_each_items_own_bias_and_noise():
     policy.move(0.1)
     expected = []
     for batch in (early, late):
-        step = batch.transition
+        step = batch
         mean, std = gaussian_now(policy, batch)
         gain = (Normal(mean, std).log_prob(step.next_state) - Normal(step.mean, std).log_prob(step.next_state)).mean(1)
         bias = ((mean - step.mean) ** 2 / (2 * std**2)).mean(1)
         ratio = ((gain + bias) * std.flatten()).exp()
         expected.append(-batch.advantages * ratio * 6)
-        plain = FlowGRPO(clip_range=1e3).loss(policy, batch)[1]["policy_loss"]
+        plain = flow_grpo(clip_range=1e3).loss(policy, batch)[1]["policy_loss"]
         torch.testing.assert_close(plain, -batch.advantages * gain.exp())
     both = join(early, late)
-    loss, figures = FlowGRPO(ratio="guard", clip_range=1e3, advantage_clip=9.0).loss(policy, both)
+    loss, figures = flow_grpo(ratio="guard", clip_range=1e3, advantage_clip=9.0).loss(policy, both)
     torch.testing.assert_close(figures["policy_loss"], torch.cat(expected))
     torch.testing.assert_close(loss, torch.cat(expected).mean())
 
@@ -371,21 +382,21 @@ def test_a_sample_at_the_rollouts_mean_has_the_guarded_ratio_one_however_far_the
     policy = TinyPolicy()
     batch = rolled_batch(policy)
     _, std = gaussian_now(policy, batch)
-    step = batch.transition
+    step = batch
     log_prob = Normal(step.mean, std).log_prob(step.mean).mean(1)
-    middle = replace(batch, transition=replace(step, next_state=step.mean, log_prob=log_prob))
+    middle = replace(batch, next_state=step.mean, log_prob=log_prob)
     policy.move(0.3)
-    guarded = FlowGRPO(ratio="guard", clip_range=1e3).loss(policy, middle)[1]["ratio_distance"]
+    guarded = flow_grpo(ratio="guard", clip_range=1e3).loss(policy, middle)[1]["ratio_distance"]
     assert guarded.max() < 1e-6
-    plain = FlowGRPO(clip_range=1e3).loss(policy, middle)[1]["policy_loss"] / -batch.advantages
+    plain = flow_grpo(clip_range=1e3).loss(policy, middle)[1]["policy_loss"] / -batch.advantages
     assert (plain < 0.999).all()
 
 
 def gaussian_now(policy, batch):
     """Mean and std of the batch's steps under the policy as it is."""
-    step = batch.transition
+    step = batch
     with torch.no_grad():
-        velocity = policy.velocity(step.state, step.sigma, batch.condition)
+        velocity = policy.velocity(step.state, step.sigma, batch.condition.positive)
         taken = sde_step(
             velocity,
             step.state,
@@ -400,12 +411,11 @@ def gaussian_now(policy, batch):
 def join(*batches):
     """The items of batches from one rollout in one batch."""
 
-    def column(of, name):
-        values = [getattr(of(batch), name) for batch in batches]
+    def column(name):
+        values = [getattr(batch, name) for batch in batches]
         return torch.cat(values) if isinstance(values[0], torch.Tensor) and values[0].ndim else values[0]
 
-    step = batches[0].transition
-    transition = Transition(**{name: column(lambda batch: batch.transition, name) for name in vars(step)})
-    parts = {name: column(lambda batch: batch, name) for name in ("advantages", "groups", "latents")}
-    condition = Condition.cat([batch.condition for batch in batches])
-    return Batch(**{**vars(batches[0]), **parts, "condition": condition, "transition": transition})
+    condition = Conditioning.cat([batch.condition for batch in batches])
+    return TransitionBatch(
+        **{name: column(name) for name in vars(batches[0]) if name != "condition"}, condition=condition
+    )

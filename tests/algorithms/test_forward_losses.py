@@ -15,10 +15,16 @@ from torch.nn import functional as F
 
 from flowalign.algorithms.crd import centered_reward_loss
 from flowalign.algorithms.forward import Decay, adaptive_error, reward_level
-from flowalign.algorithms.gdro import GDRO, best_of_each, group_loss
-from flowalign.algorithms.marble import Marble, conflict_averse_weights, min_norm_weights, preferred_weights
-from flowalign.algorithms.nft import NFT, nft_loss
-from flowalign.algorithms.prdp import PRDP, pair_loss
+from flowalign.algorithms.gdro import GDROSettings, best_of_each, group_loss
+from flowalign.algorithms.marble import (
+    Marble,
+    MarbleSettings,
+    conflict_averse_weights,
+    min_norm_weights,
+    preferred_weights,
+)
+from flowalign.algorithms.nft import NFTSettings, nft_loss
+from flowalign.algorithms.prdp import PRDPSettings, pair_loss
 from flowalign.config import Rollout, Train
 
 
@@ -114,13 +120,13 @@ GRID = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 
 @given(st.integers(0, 2**31), st.integers(1, 5))
 def test_levels_of_the_grid_do_not_repeat_and_leave_out_zero(seed, timesteps):
-    levels = NFT(timesteps=timesteps).levels(GRID, torch.Generator().manual_seed(seed)).tolist()
+    levels = NFTSettings(timesteps=timesteps).levels(GRID, torch.Generator().manual_seed(seed)).tolist()
     assert len(set(levels)) == timesteps and set(levels) <= set(GRID[:-1].tolist())
 
 
 @given(st.integers(0, 2**31), st.sampled_from(["uniform", "logit_normal"]), st.integers(1, 6))
 def test_levels_of_a_density_lie_in_its_range_one_in_each_stratum(seed, sampling, timesteps):
-    algorithm = NFT(timesteps=timesteps, timestep_sampling=sampling, timestep_range=(0.3, 0.9))
+    algorithm = NFTSettings(timesteps=timesteps, timestep_sampling=sampling, timestep_range=(0.3, 0.9))
     levels = algorithm.levels(GRID, torch.Generator().manual_seed(seed))
     assert ((levels >= 0.3 - 1e-6) & (levels <= 0.9 + 1e-6)).all()
     share = (levels.double() - 0.3) / 0.6
@@ -133,7 +139,7 @@ def test_levels_of_a_density_lie_in_its_range_one_in_each_stratum(seed, sampling
 
 def test_a_range_with_too_few_sigmas_is_refused():
     with pytest.raises(ValueError, match=r"holds 2 sigmas of the rollout's grid; algorithm.timesteps asks for 3"):
-        NFT(timesteps=3, timestep_range=(0.5, 0.9)).levels(GRID, torch.Generator())
+        NFTSettings(timesteps=3, timestep_range=(0.5, 0.9)).levels(GRID, torch.Generator())
 
 
 # CRD
@@ -278,7 +284,7 @@ def test_the_best_of_each_group_is_one():
 
 def test_gdro_says_that_its_beta_is_its_kl():
     with pytest.raises(ValueError, match="beta is its pull"):
-        GDRO(kl_weight=0.1).check(Rollout(steps=4), Train(group_size=4, micro_batch=8), 1)
+        GDROSettings(kl_weight=0.1).check(Rollout(steps=4), Train(group_size=4, micro_batch=8), 1)
 
 
 # The balance of gradients
@@ -407,11 +413,14 @@ def test_prdp_stops_where_a_step_has_moved_far_enough():
 @pytest.mark.parametrize(
     ("algorithm", "words"),
     [
-        (GDRO(advantage_std="none"), "algorithm.advantage_std: gdro ranks rewards and has no advantages"),
-        (PRDP(advantage_clip=1.0), "algorithm.advantage_clip: prdp regresses on rewards"),
-        (Marble(radius=0.1), "algorithm.radius: belongs to balance: raco"),
-        (Marble(advantage="summed"), "algorithm.advantage: belongs to balance: fixed"),
-        (Marble(balance="fixed", uniform_from=10), "algorithm.uniform_from: a fixed balance has no weights to move"),
+        (GDROSettings(advantage_std="none"), "algorithm.advantage_std: gdro ranks rewards and has no advantages"),
+        (PRDPSettings(advantage_clip=1.0), "algorithm.advantage_clip: prdp regresses on rewards"),
+        (MarbleSettings(radius=0.1), "algorithm.radius: belongs to balance: raco"),
+        (MarbleSettings(advantage="summed"), "algorithm.advantage: belongs to balance: fixed"),
+        (
+            MarbleSettings(balance="fixed", uniform_from=10),
+            "algorithm.uniform_from: a fixed balance has no weights to move",
+        ),
     ],
 )
 def test_a_setting_that_would_be_ignored_is_refused(algorithm, words):
@@ -420,8 +429,8 @@ def test_a_setting_that_would_be_ignored_is_refused(algorithm, words):
 
 
 def test_marbles_last_stage_weighs_all_rewards_alike_and_takes_no_gradient_apart():
-    marble = Marble(every=2, uniform_from=5)
-    assert [marble.apart(update) for update in range(8)] == [True, False, True, False, True, False, False, False]
+    marble = Marble(MarbleSettings(every=2, uniform_from=5))
+    assert [marble._balances(update) for update in range(8)] == [True, False, True, False, True, False, False, False]
     marble._names, marble._fixed = ("a", "b"), (0.5, 0.5)
     marble.state["weights"] = torch.tensor([0.9, 0.1])
     assert marble.mean_weights(4).tolist() == pytest.approx([0.9, 0.1])

@@ -4,14 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.advantages import Scored
+from flowalign.advantages import RewardTable
+from flowalign.algorithms.base import algorithm_of
+from flowalign.algorithms.batches import Turn
 from flowalign.config import recipe_from_dict
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.preflight.forwards import step_forwards
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest, Scored
 from flowalign.sampling import sde_step
-from flowalign.training.items import Items
 
 LATENT = (16, 64, 64)
 
@@ -27,8 +30,10 @@ class Channels(nn.Module):
         return self.mix(x.movedim(1, -1)).movedim(-1, 1) + prompt[:, :, None, None]
 
 
-class Wide(Policy):
+class Wide(TextPolicy):
     """A policy of large latents and few weights."""
+
+    request = MediaRequest(8, 8)
 
     def __init__(self):
         super().__init__()
@@ -37,7 +42,7 @@ class Wide(Policy):
         self.largest_pass = 0
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.tensor([[0.1 * len(prompt)] for prompt in prompts])})
 
     def _forward(self, x, sigma, condition):
@@ -47,7 +52,7 @@ class Wide(Policy):
     def decode(self, latents):
         return latents[:, :3, :1, :1].sigmoid()
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return LATENT
 
     def sigmas(self, steps, grid="model"):
@@ -71,16 +76,27 @@ def recipe_of(name, micro_batch=1000, **more):
 
 
 def drawn(policy, recipe):
-    """Samples of two prompts, with rewards."""
+    """The algorithm, and its batches of the samples of two prompts with rewards."""
     rows = [Row(0, "a cat"), Row(1, "a house")]
-    keep = recipe.algorithm.keep
-    samples = rollout(policy, rows, 3, recipe.rollout, (8, 8), (0, 0, 0), batch=3, keep=keep)
+    algorithm = algorithm_of(recipe.algorithm)
+    algorithm.begin(policy)
+    samples = rollout(
+        policy, RolloutRequest(rows, 3, recipe.rollout, policy.request, (0, 0, 0), batch=3), keep=algorithm.keep
+    )
     values = torch.tensor([[0.1, 0.9, 0.4, 0.3, 0.2, 0.8]])
     applies = torch.ones_like(values, dtype=torch.bool)
-    samples.scored = Scored(values[0], values, applies, torch.ones(1), ("ocr",))
-    samples.teaches = torch.ones(6, dtype=torch.bool)
-    samples.advantages = recipe.algorithm.advantages(samples.scored, samples.groups)
-    return samples
+    table = RewardTable(values[0], values, applies, torch.ones(1), ("ocr",))
+    weighted = algorithm.weigh(Scored(samples, table, table, 0, 3))
+    turn = Turn(
+        seed=0,
+        step=0,
+        turn=0,
+        group_size=3,
+        micro_batch=recipe.train.micro_batch,
+        guidance=1.0,
+        reference_guidance=1.0,
+    )
+    return algorithm, algorithm.batches(weighted, turn)
 
 
 def moved(policy):
@@ -93,14 +109,13 @@ def moved(policy):
 def test_log_ratios_are_those_of_float64_at_the_size_of_a_latent():
     """sum (m - m_ref) (2 x' - m - m_ref) / (2 std^2), with means in float64: no mean of logarithms is multiplied."""
     policy, recipe = Wide(), recipe_of("prdp")
-    samples = drawn(policy, recipe)
-    items = Items(samples, recipe, 0, 0)
+    algorithm, items = drawn(policy, recipe)
     batch = items.batch(items.units()[:1], 0)
-    _, figures = recipe.algorithm.loss(policy, batch)
+    _, figures = algorithm.loss(policy, batch)
     assert figures["ratio_distance"].max() < 1e-9 and figures["log_ratio"].abs().max() < 1e-9
     moved(policy)
-    loss, figures = recipe.algorithm.loss(policy, batch)
-    step = batch.transition
+    loss, figures = algorithm.loss(policy, batch)
+    step = batch
 
     @torch.no_grad()
     def mean():
@@ -115,7 +130,7 @@ def test_log_ratios_are_those_of_float64_at_the_size_of_a_latent():
     expected = products.flatten(1).sum(1)
     assert expected.abs().max() > 0.1
     torch.testing.assert_close(figures["log_ratio"].double(), expected, atol=1e-7, rtol=0)
-    assert torch.equal(figures["clipped"], (expected.abs() > recipe.algorithm.proximity).float())
+    assert torch.equal(figures["clipped"], (expected.abs() > algorithm.settings.proximity).float())
     assert loss.dtype == torch.float64
 
 
@@ -125,11 +140,10 @@ def test_a_unit_larger_than_a_micro_batch_is_learnt_in_parts_with_the_same_gradi
     found = []
     for size in (1000, micro_batch):
         policy, recipe = Wide(), recipe_of(name, size)
-        recipe.algorithm.begin(policy)
-        items = Items(drawn(policy, recipe), recipe, 0, 0)
+        algorithm, items = drawn(policy, recipe)
         moved(policy)
         policy.forwards = 0
-        loss, _ = recipe.algorithm.loss(policy, items.batch(items.units()[:1], 0))
+        loss, _ = algorithm.loss(policy, items.batch(items.units()[:1], 0))
         gradients = torch.autograd.grad(loss, list(policy.transformer.parameters()))
         found.append((loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
         assert policy.largest_pass == min(size, unit)

@@ -8,11 +8,13 @@ import pytest
 import torch
 import yaml
 
+from flowalign.advantages import RewardTable
+from flowalign.algorithms.base import algorithm_of
+from flowalign.algorithms.batches import Turn
 from flowalign.config import Train, bundled_recipes, load_recipe, recipe_from_dict
-from flowalign.policies.base import Condition
+from flowalign.policies.base import Condition, Conditioning
 from flowalign.rollout.prompts import Row
-from flowalign.rollout.samples import Samples
-from flowalign.training.items import Items
+from flowalign.rollout.stages import Generated, Scored
 
 PAGE = Path(__file__).parents[2] / "docs" / "published_settings.md"
 TABLES = {
@@ -96,21 +98,23 @@ def test_more_draws_than_levels_take_every_level_alike_with_noise_of_their_own()
     levels = recipe.algorithm.levels(grid, torch.Generator().manual_seed(0))
     assert levels.sort(descending=True).values.tolist() == grid[:-1].repeat_interleave(2).tolist()
     latents = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
-    samples = Samples(
+    empty = Condition({"a": torch.zeros(1, 1)})
+    samples = Generated(
         rows=[Row(0, "a")] * 2,
         groups=torch.zeros(2, dtype=torch.long),
-        condition=Condition({"a": torch.zeros(1, 1)}),
+        condition=Conditioning(empty, empty),
         latents=latents,
-        media=torch.zeros(2, 3, 1, 1),
-        grid=grid,
+        sigmas=grid,
         members=[0, 1],
-        teaches=torch.ones(2, dtype=torch.bool),
     )
-    items = Items(samples, recipe, 0, 0)
+    values = torch.tensor([[0.0, 1.0]])
+    table = RewardTable(values[0], values, values >= 0, torch.ones(1), ("a",))
+    algorithm = algorithm_of(recipe.algorithm)
+    weighted = algorithm.weigh(Scored(samples, table, table, 0, 2))
+    items = algorithm.batches(weighted, Turn(0, 0, 0, 2, 40, 1.0, 1.0))
     units = items.units()
     assert len(units) == 20
-    row, draw = units.flatten(0, 1).unbind(1)
-    noised = items._noised(row, draw)
+    noised = items.batch(units, 0)
     assert torch.equal(noised.noise[0::2], noised.noise[1::2])  # a group shares a draw's noise,
     assert len(torch.unique(noised.noise, dim=0)) == 20  # and no two draws do
 

@@ -16,7 +16,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowalign.algorithms.flow_grpo import FlowGRPO
+from flowalign.algorithms.flow_grpo import FlowGRPOSettings
 from flowalign.config import (
     Evaluation,
     Guard,
@@ -32,11 +32,11 @@ from flowalign.config import (
     load_recipe,
     recipe_from_dict,
 )
-from flowalign.config.algorithm import algorithm_class, algorithm_names
+from flowalign.config.algorithm import algorithm_names, settings_class
 from flowalign.config.base import Section, UserError
 from flowalign.config.rewards import BaseAndBonus, LogSigmoid, Uncertainty, Worst
 
-ALGORITHMS = {name: algorithm_class(name) for name in algorithm_names()}
+ALGORITHMS = {name: settings_class(name) for name in algorithm_names()}
 GOOD = """\
 name: demo
 prompts: toyworld/words_train
@@ -82,7 +82,7 @@ def sentence_of(path, overrides=()):
 
 def test_the_smallest_recipe_has_a_name_prompts_rewards_and_an_algorithm(write):
     recipe = load_recipe(write("name: demo\nprompts: a.txt\nrewards: {ocr: 1}\nalgorithm: flow_grpo\n"))
-    assert recipe.algorithm == FlowGRPO()
+    assert recipe.algorithm == FlowGRPOSettings()
     assert recipe.train == Train()
     assert str(recipe.folder) == "runs/demo"
 
@@ -537,14 +537,14 @@ def test_what_would_be_ignored_is_refused(sections, sentence):
 def test_objects_of_a_script_are_checked_as_a_file_is():
     values = {"name": "demo", "prompts": "a.txt", "rewards": {"ocr": RewardSettings()}}
     with pytest.raises(UserError, match=r"algorithm\.kl: there is no KL"):
-        recipe_from_dict({**values, "algorithm": FlowGRPO(kl="flow_grpo")})
+        recipe_from_dict({**values, "algorithm": FlowGRPOSettings(kl="flow_grpo")})
     with pytest.raises(UserError, match=r"train\.guidance must be said"):
         recipe_from_dict({**values, "algorithm": ALGORITHMS["nft"](), "rollout": Rollout(guidance=2, dynamics="ode")})
     for wrong in ({"learning_rate": math.inf}, {"steps": True}, {"betas": (0.9, math.nan)}):
         with pytest.raises(ValueError, match="number"):
             Train(**wrong)
     with pytest.raises(ValueError, match="number"):
-        FlowGRPO(clip_range=math.inf)
+        FlowGRPOSettings(clip_range=math.inf)
 
 
 SECTIONS = {
@@ -552,7 +552,7 @@ SECTIONS = {
     ("model",): Model,
     ("model", "lora"): Lora,
     ("rewards", "ocr"): RewardSettings,
-    ("algorithm",): FlowGRPO,
+    ("algorithm",): FlowGRPOSettings,
     ("rollout",): Rollout,
     ("train",): Train,
     ("evaluation",): Evaluation,

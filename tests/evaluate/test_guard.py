@@ -21,7 +21,8 @@ from flowalign.evaluate.audit.divergence import NOISE_LEVEL, reference_divergenc
 from flowalign.evaluate.audit.looks import LOOKS, group_diversity, looks
 from flowalign.evaluate.report.audit_section import hacking_section
 from flowalign.evaluate.report.report import write_report
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.prompts import Row
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
@@ -197,9 +198,10 @@ class Constant(nn.Module):
         self.offset = nn.Parameter(torch.zeros(()))
 
 
-class Offset(Policy):
+class Offset(TextPolicy):
     """Its velocity is its state's plus a constant, which it learns."""
 
+    request = MediaRequest(1, 5)
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
@@ -207,7 +209,7 @@ class Offset(Policy):
         self.transformer = Constant()
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1)})
 
     def _forward(self, x, sigma, condition):
@@ -216,7 +218,7 @@ class Offset(Policy):
     def decode(self, latents):
         return latents.sigmoid().view(-1, 1, 1, 5).expand(-1, 3, 1, -1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (5,)
 
     def sigmas(self, steps, grid="model"):
@@ -229,7 +231,7 @@ class Offset(Policy):
 def test_the_kl_of_a_path_is_the_sum_of_its_steps():
     policy, rows = Offset(), [Row(index, "a") for index in range(7)]
     policy.transformer.offset.data.fill_(0.3)
-    found = reference_divergence(policy, rows, Sampler(steps=4), (1, 5), (1, 2), batch=3)
+    found = reference_divergence(policy, rows, Sampler(steps=4), policy.request, (1, 2), batch=3)
     sigmas, expected = np.linspace(1, 0, 5), 0.0
     for sigma, after in itertools.pairwise(sigmas[:4]):  # not the last step
         delta, bounded = after - sigma, sigmas[1] if sigma == 1 else sigma
@@ -243,7 +245,7 @@ def test_the_kl_of_a_path_is_the_sum_of_its_steps():
 def test_an_untrained_policy_is_at_no_distance_from_its_reference_and_from_its_like():
     policy, rows = Offset(), [Row(0, "a"), Row(1, "b")]
     for reference in (None, Offset()):
-        found = reference_divergence(policy, rows, Sampler(steps=3), (1, 5), (1,), reference=reference)
+        found = reference_divergence(policy, rows, Sampler(steps=3), policy.request, (1,), reference=reference)
         assert found.kl.tolist() == [0, 0]
         assert found.velocity_ratio.tolist() == [1, 1]
 
@@ -279,7 +281,7 @@ def audits(folder):
 
 
 def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     found = audits(folder)
     assert [one["kl"] == 0 for one in found] == [True, False, False, False, False]
     assert found[0]["alarms"] == [] and any("darkness" in alarm for alarm in found[-1]["alarms"])
@@ -297,7 +299,7 @@ def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
 def test_a_sustained_alarm_ends_the_run_where_asked(watched):
     watched["guard"] |= {"stop": True, "patience": 2}
     watched["train"]["steps"] = 9
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     alarmed = [bool(one["alarms"]) for one in audits(folder)]
     assert alarmed[-2:] == [True, True]
     assert not any(first and second for first, second in itertools.pairwise(alarmed[:-1]))
@@ -308,17 +310,17 @@ def test_a_sustained_alarm_ends_the_run_where_asked(watched):
 @pytest.mark.slow
 def test_a_resumed_run_audits_as_one_that_was_not_stopped(watched, tmp_path):
     watched["train"]["steps"] = 2
-    whole = audits(Trainer(recipe_from_dict(watched)).run())
+    whole = audits(Trainer.from_recipe(recipe_from_dict(watched)).run())
     watched["run"]["folder"] = str(tmp_path / "parted")
-    Trainer(recipe_from_dict({**watched, "train": {**watched["train"], "steps": 1}})).run()
-    trainer = Trainer(recipe_from_dict(watched), resume=True)
+    Trainer.from_recipe(recipe_from_dict({**watched, "train": {**watched["train"], "steps": 1}})).run()
+    trainer = Trainer.from_recipe(recipe_from_dict(watched), resume=True)
     assert trainer.guarding.bands and trainer.guarding.best
     assert audits(trainer.run()) == whole
 
 
 @pytest.mark.slow
 def test_audit_of_a_run_repeats_its_last_evaluation(watched, tmp_path):
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     title, found = audit(str(folder))
     how = "3 steps, guidance 1, model grid, euler, 64 x 64 pixels, seed 0"
     assert title == f"{folder}, step_000004 against the model it began as, {how}"
@@ -345,7 +347,7 @@ def test_gdros_corrected_score_is_audited(watched, tmp_path):
     watched["guard"]["rewards"]["redness"] = {"load": f"{tmp_path / 'judges.py'}:redness"}
     watched["guard"]["corrected"] = {"reward": "brightness", "quality": "redness", "low": 0, "high": 1}
     watched["train"]["steps"] = 1
-    folder = Trainer(recipe_from_dict(watched)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     last = json.loads((folder / "evaluations" / "step_000001.json").read_text())
     scores = [row["scores"] for row in last["rows"]]
     expected = np.mean([one["brightness"] * (1 + 4 * one["redness"] - 3) + 0.2 for one in scores])
@@ -375,7 +377,7 @@ def test_settings_that_cannot_be_audited_are_refused(watched, tmp_path, change, 
 def test_evaluation_prompts_that_are_trained_on_are_refused(watched):
     watched["evaluation"]["prompts"] = watched["prompts"]
     with pytest.raises(UserError, match=r"prompt 1 \('a photo of two stars'\) is trained on, .* set guard=null"):
-        Trainer(recipe_from_dict(watched))
+        Trainer.from_recipe(recipe_from_dict(watched))
 
 
 def test_a_training_reward_that_the_evaluation_lacks_is_measured_beside_it(watched, tmp_path):

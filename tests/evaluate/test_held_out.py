@@ -54,7 +54,7 @@ def test_a_run_counts_the_prompts_that_it_is_measured_and_trained_on(
     (tmp_path / "test.txt").write_text(lines)
     values["evaluation"] |= {"prompts": str(tmp_path / "test.txt"), "every": 0}
     values["train"] |= {"steps": 1}
-    folder = Trainer(recipe_from_dict(values)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(values)).run()
     evaluation = json.loads((folder / "evaluations" / "step_000001.json").read_text())
     assert (evaluation["trained_prompts"], evaluation["prompts"]) == (shared, 2)
     assert evaluation_values(evaluation["summary"], evaluation)["evaluation/trained_prompts"] == shared

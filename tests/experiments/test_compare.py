@@ -23,6 +23,7 @@ from flowalign.experiments.compare import compare, matching_n, price
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from flowalign.training.display import Display
 
@@ -164,7 +165,8 @@ def test_best_of_n_without_training_stands_beside_the_training(made: Path, place
     assert [(point["n"], point["forwards"]) for point in points] == [(1, 2), (2, 4), (3, 6)]
     policy = load_policy(load_recipe(str(place / "steady.yaml")).model)
     rows = load_prompts(str(place / "prompts.txt"))
-    media = rollout(policy, rows, 3, Sampler(steps=2), (64, 64), (EVALUATION, 0, 0), batch=12).media.view(4, 3, -1)
+    drawn = rollout(policy, RolloutRequest(rows, 3, Sampler(steps=2), policy.request, (EVALUATION, 0, 0), batch=12))
+    media = drawn.media.view(4, 3, -1)
     contrast, brightness = media.std(2), media.mean(2)
     best = contrast.argmax(1, keepdim=True)
     for point, values in ((points[0], contrast), (points[2], contrast.gather(1, best))):

@@ -27,12 +27,14 @@ from flowalign.experiments.scaling import (
 )
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
-from flowalign.rollout.generate import rollout
+from flowalign.policies.request import MediaRequest
+from flowalign.rollout.generate import Step, rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from rewards import Reward, TrainableReward, as_reward, score
 
 ROWS = [Row(0, "a red star"), Row(1, "a photo of two rings"), Row(2, "a ring")]
-SIZE, KEY = (64, 64), (1, 0, 0)
+REQUEST, KEY = MediaRequest(64, 64), (1, 0, 0)
 
 
 def brightness(media, prompts, metadata):
@@ -97,23 +99,23 @@ def test_several_rewards_choose_by_the_sum_of_their_ranks() -> None:
 
 
 def test_the_best_of_each_prompt_is_chosen_and_the_first_of_equals(policy: Policy) -> None:
-    found = best_of(policy, ROWS, {"brightness": BRIGHTNESS}, 4, Sampler(steps=2), SIZE, KEY, batch=8, kept=2)
+    found = best_of(policy, ROWS, {"brightness": BRIGHTNESS}, 4, Sampler(steps=2), REQUEST, KEY, batch=8, kept=2)
     levels = brightness(found.samples.media, [], []).view(3, 4)
     assert found.chosen.tolist() == (levels.argsort(1, descending=True)[:, :2] + 4 * torch.arange(3)[:, None]).tolist()
     assert [(one.row.index, one.candidate) for one in found.judged if one.rank == 0] == [
         (prompt, place) for prompt, place in enumerate(levels.argmax(1).tolist())
     ]
     assert found.judged[5].scores["brightness"] == pytest.approx(levels[1, 1].item(), abs=1e-6)
-    equal = best_of(policy, ROWS, {"constant": CONSTANT}, 4, Sampler(steps=2), SIZE, KEY, batch=5)
+    equal = best_of(policy, ROWS, {"constant": CONSTANT}, 4, Sampler(steps=2), REQUEST, KEY, batch=5)
     assert equal.chosen.tolist() == [[0], [4], [8]]
 
 
 @pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.0), (8, 1e-5)])
 def test_a_survivor_is_the_picture_that_it_is_without_pruning(policy: Policy, batch: int, tolerance: float) -> None:
     sampler, judges = Sampler(steps=3), {"brightness": BRIGHTNESS, "contrast": CONTRAST}
-    whole = rollout(policy, ROWS[:2], 4, sampler, SIZE, KEY, batch=batch)
+    whole = rollout(policy, RolloutRequest(ROWS[:2], 4, sampler, REQUEST, KEY, batch=batch))
     schedule = (Prune(1, 0.8), Prune(2, 0.5))
-    found = best_of(policy, ROWS[:2], judges, 4, sampler, SIZE, KEY, batch=batch, schedule=schedule)
+    found = best_of(policy, ROWS[:2], judges, 4, sampler, REQUEST, KEY, batch=batch, schedule=schedule)
     left = zip(found.samples.groups.tolist(), found.samples.members, strict=True)
     places = [4 * group + member for group, member in left]
     assert len(places) == 2 * 2  # of 4 the best 3, then the best 2
@@ -123,8 +125,12 @@ def test_a_survivor_is_the_picture_that_it_is_without_pruning(policy: Policy, ba
 
 def test_pruning_goes_on_with_those_that_the_prediction_puts_first(policy: Policy) -> None:
     sampler = Sampler(steps=3)
-    found = best_of(policy, ROWS, {"brightness": BRIGHTNESS}, 4, sampler, SIZE, KEY, batch=12, schedule=[Prune(1, 0.5)])
-    first = rollout(policy, ROWS, 4, Sampler(steps=1), SIZE, KEY, batch=12)  # one step from the same noise is x0_hat
+    found = best_of(
+        policy, ROWS, {"brightness": BRIGHTNESS}, 4, sampler, REQUEST, KEY, batch=12, schedule=[Prune(1, 0.5)]
+    )
+    first = rollout(
+        policy, RolloutRequest(ROWS, 4, Sampler(steps=1), REQUEST, KEY, batch=12)
+    )  # one step from the same noise is x0_hat
     levels = brightness(first.media, [], []).view(3, 4)
     left = [sorted(one.candidate for one in found.judged if one.row.index == n and one.step == 3) for n in range(3)]
     assert left == levels.argsort(1, descending=True)[:, :2].sort(1).values.tolist()
@@ -137,7 +143,7 @@ def test_counted_forwards_and_decodes_are_the_formulas(
 ) -> None:
     sampler = Sampler(steps=3, guidance=guidance)
     judges = {"brightness": BRIGHTNESS}
-    found = best_of(policy, ROWS[:2], judges, 3, sampler, SIZE, KEY, batch=4, schedule=schedule)
+    found = best_of(policy, ROWS[:2], judges, 3, sampler, REQUEST, KEY, batch=4, schedule=schedule)
     spent = cost(3, schedule, 3, guidance)
     assert (found.forwards, found.decodes) == (2 * spent.forwards, 2 * spent.decodes)
 
@@ -156,15 +162,15 @@ def test_the_cost_is_the_papers_where_every_fraction_leaves_whole_candidates() -
 def test_from_one_draw_the_best_of_n_of_every_n_and_for_all_candidates_that_of_a_run(policy: Policy) -> None:
     settings = Evaluation(steps=2, batch=8)
     judges = {"brightness": BRIGHTNESS, "contrast": CONTRAST}
-    points = evaluate_best_of(policy, ROWS, judges, "contrast", (1, 2, 4), settings, SIZE)
-    chosen = best_of(policy, ROWS, {"contrast": CONTRAST}, 4, settings, SIZE, KEY, batch=8).media
+    points = evaluate_best_of(policy, ROWS, judges, "contrast", (1, 2, 4), settings, REQUEST)
+    chosen = best_of(policy, ROWS, {"contrast": CONTRAST}, 4, settings, REQUEST, KEY, batch=8).media
     assert [(point.candidates, point.cost.forwards) for point in points] == [(1, 2), (2, 4), (4, 8)]
     for name in judges:
         scores = score(judges[name], chosen, [row.prompt for row in ROWS])
         assert points[-1].summary[name]["mean"] == pytest.approx(float(scores.mean()), abs=1e-6)
         error = float(scores.std()) / len(scores) ** 0.5
         assert points[-1].summary[name]["standard_error"] == pytest.approx(error, abs=1e-6)
-    drawn = rollout(policy, ROWS, 4, settings, SIZE, KEY, batch=8)
+    drawn = rollout(policy, RolloutRequest(ROWS, 4, settings, REQUEST, KEY, batch=8))
     assert points[0].summary["brightness"]["mean"] == pytest.approx(float(drawn.media.mean()), abs=1e-6)
     means = [point.summary["contrast"]["mean"] for point in points]
     assert means == sorted(means) and means[0] < means[-1]
@@ -231,7 +237,7 @@ def test_a_reward_that_judges_no_prompt_cannot_choose(policy: Policy) -> None:
             return torch.zeros(len(media))
 
     with pytest.raises(UserError, match="signs judges none of the evaluation prompts"):
-        evaluate_best_of(policy, ROWS, {"signs": Signs()}, "signs", [1], Evaluation(steps=2), SIZE)
+        evaluate_best_of(policy, ROWS, {"signs": Signs()}, "signs", [1], Evaluation(steps=2), REQUEST)
 
 
 def test_rewards_that_learn_or_compare_cannot_choose() -> None:
@@ -242,8 +248,11 @@ def test_rewards_that_learn_or_compare_cannot_choose() -> None:
 
 
 def test_dropping_samples_whose_way_is_kept_is_refused(policy: Policy) -> None:
-    with pytest.raises(ValueError, match="only with solver euler and nothing else kept"):
-        rollout(policy, ROWS, 2, Sampler(solver="dpm++"), SIZE, KEY, batch=8, survivors={1: lambda latents, places: []})
+    def drop(step: Step) -> None:
+        step.going = [0]
+
+    with pytest.raises(ValueError, match="only with solver euler and no trajectory kept"):
+        rollout(policy, RolloutRequest(ROWS, 2, Sampler(solver="dpm++"), REQUEST, KEY, batch=8), watch=drop)
 
 
 # The command

@@ -24,6 +24,7 @@ from flowalign.policies.loading import load_policy
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 
 Flux = Callable[[bool], Path]
 Tensors = dict[str, torch.Tensor]
@@ -106,17 +107,19 @@ def test_the_export_draws_the_same_with_and_without_its_header(
     save_file(load_file(folder / FILE), tmp_path / FILE)
     rows, key = [Row(0, "a photo of a red star")], (0, 7, 0)
     sampler = Sampler(steps=2)
-    wanted = rollout(policy, rows, 1, sampler, (16, 16), key, batch=1).media
+    wanted = rollout(policy, RolloutRequest(rows, 1, sampler, policy.request, key, batch=1)).media
     for adapter in (folder, tmp_path):
         pipeline = plain(tiny_sd35, StableDiffusion3Pipeline)
         pipeline.load_lora_weights(adapter)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
         other = SD3Policy(pipeline, settings(tiny_sd35), torch.device("cpu"), 0)
-        drawn = rollout(other, rows, 1, sampler, (16, 16), key, batch=1).media
+        drawn = rollout(other, RolloutRequest(rows, 1, sampler, other.request, key, batch=1)).media
         torch.testing.assert_close(drawn, wanted, atol=1e-4, rtol=0)
     with policy.reference():
-        assert (rollout(policy, rows, 1, sampler, (16, 16), key, batch=1).media - wanted).abs().max() > 1e-3
+        assert (
+            rollout(policy, RolloutRequest(rows, 1, sampler, policy.request, key, batch=1)).media - wanted
+        ).abs().max() > 1e-3
 
 
 def test_peft_reads_the_export(trained: tuple[Policy, Path], tiny_sd35: Path, tmp_path: Path, merged: Any) -> None:
@@ -145,7 +148,7 @@ def test_training_goes_on_from_an_export_at_its_strength(
     policy, folder = trained
     again = load_policy(settings(tiny_sd35, adapter=str(folder), lora=Lora(rank=2)))
     x, sigma = torch.randn(2, 4, 2, 2), torch.rand(2)
-    condition = again.encode(["a star", "a ring"])
+    condition = again.encode_prompts(["a star", "a ring"])
     with torch.no_grad():
         torch.testing.assert_close(again.velocity(x, sigma, condition), policy.velocity(x, sigma, condition))
 

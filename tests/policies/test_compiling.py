@@ -44,7 +44,7 @@ def passes(policy: PipelinePolicy, rows: int) -> dict[str, torch.Tensor]:
     """What is computed with the trained weights, a snapshot and none, and the gradients."""
     generator = counted_generator(rows)
     x, sigma = torch.randn(rows, 4, 16, 16, generator=generator), torch.rand(rows, generator=generator)
-    condition = policy.encode(["a red cube", 'a sign that says "HI"', "two dogs"][:rows])
+    condition = policy.encode_prompts(["a red cube", 'a sign that says "HI"', "two dogs"][:rows])
     with torch.no_grad():
         found = {"now": policy.velocity(x, sigma, condition)}
         with policy.using("old"):

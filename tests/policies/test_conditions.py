@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,22 @@ import yaml
 from flowalign.config import Model, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies import conditions
-from flowalign.policies.base import Policy
+from flowalign.policies.base import TextPolicy
 from flowalign.policies.conditions import CachedConditions, cache_conditions, cached_policy
 from flowalign.policies.loading import load_policy
+from flowalign.policies.request import Row
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
 
 PROMPTS = ["two stars", "three stars", "a star"]
-Make = Callable[..., tuple[Policy, Model]]
+Make = Callable[..., tuple[TextPolicy, Model]]
 
 
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Make:
     """A tiny policy and its settings, with a cache in the test's folder."""
 
-    def made(**changes: Any) -> tuple[Policy, Model]:
+    def made(**changes: Any) -> tuple[TextPolicy, Model]:
         values = {"path": str(tiny_model), "height": 64, "width": 64, "dtype": "fp32", "max_sequence_length": 0}
         model = Model(**values, cache_conditions=str(tmp_path / "cache"), **changes)
         return load_policy(model), model
@@ -38,19 +39,23 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
     return made
 
 
-def cache_of(policy: Policy, model: Model, folder: Path | None = None) -> CachedConditions:
+def rows_of(prompts: Sequence[str]) -> list[Row]:
+    return [Row(index, prompt) for index, prompt in enumerate(prompts)]
+
+
+def cache_of(policy: TextPolicy, model: Model, folder: Path | None = None) -> CachedConditions:
     return CachedConditions(folder or Path(str(model.cache_conditions)), model, policy.device, policy.dtype)
 
 
 def test_what_is_read_is_what_was_encoded_bit_for_bit(make: Make) -> None:
     policy, model = make()
-    expected = policy.encode(["", *PROMPTS])
+    expected = policy.encode_prompts(["", *PROMPTS])
     cache_conditions(policy, model, PROMPTS)
-    found = policy.encode([*PROMPTS, PROMPTS[0], ""])
-    for name, tensor in found.tensors.items():
+    found = policy.encode(rows_of([*PROMPTS, PROMPTS[0], ""]))
+    for name, tensor in found.positive.tensors.items():
         assert torch.equal(tensor, expected.tensors[name][[1, 2, 3, 1, 0]])
         assert tensor.dtype == expected.tensors[name].dtype
-    assert torch.equal(policy.empty_condition.tensors["pooled"], expected.tensors["pooled"][:1])
+    assert torch.equal(found.negative.tensors["pooled"], expected.tensors["pooled"][[0] * 5])
 
 
 def test_the_text_encoders_are_released_and_an_unknown_prompt_is_one_sentence(make: Make) -> None:
@@ -59,7 +64,7 @@ def test_the_text_encoders_are_released_and_an_unknown_prompt_is_one_sentence(ma
     parts = policy.pipeline.components  # type: ignore[attr-defined]
     assert [name for name, part in parts.items() if name.startswith("text_encoder") and part is not None] == []
     with pytest.raises(UserError, match=r"'four stars' was not encoded"):
-        policy.encode(["four stars"])
+        policy.encode(rows_of(["four stars"]))
 
 
 def test_only_new_prompts_are_written_and_other_settings_have_a_folder_of_their_own(make: Make) -> None:
@@ -93,8 +98,8 @@ def test_shares_of_several_processes_are_encoded_in_the_same_batches_as_by_one(
     policy, model = make()
     texts = [f"{n} stars" for n in range(7)]
     seen: list[list[str]] = []
-    encode = policy.encode
-    policy.encode = lambda prompts: seen.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
+    encode = policy.encode_prompts
+    policy.encode_prompts = lambda prompts: seen.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
     alone, shared = (cache_of(policy, model, tmp_path / name) for name in ("alone", "shared"))
     alone.fill(policy, texts)
     whole, seen[:] = list(seen), []
@@ -129,7 +134,7 @@ def test_a_run_with_kept_conditions_has_the_numbers_of_one_without(values: dict[
     plain = train(recipe_from_dict(values), display=Display(quiet=True))
     values["run"]["folder"] = str(tmp_path / "cached")
     values["model"]["cache_conditions"] = str(tmp_path / "cache")
-    trainer = Trainer(recipe_from_dict(values), display=Display(quiet=True))
+    trainer = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     assert trainer.policy.pipeline.text_encoder is None  # type: ignore[attr-defined]
     a, b = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -160,7 +165,7 @@ def test_text_encoders_are_not_even_read_once_every_prompt_is_kept(
     first = train(runs["first"], display=Display(quiet=True))
     for file in folder.glob("text_encoder*/*.safetensors"):
         spoilt(file, position=8)
-    trainer = Trainer(runs["again"], display=Display(quiet=True))
+    trainer = Trainer.from_recipe(runs["again"], display=Display(quiet=True))
     parts = trainer.policy.pipeline.components  # type: ignore[attr-defined]
     assert {name for name, part in parts.items() if part is None} >= {f"text_encoder{n}" for n in ("", "_2", "_3")}
     first_line, line = (json.loads((place / "metrics.jsonl").read_text()) for place in (first, trainer.run()))
@@ -173,7 +178,7 @@ def test_text_encoders_are_not_even_read_once_every_prompt_is_kept(
     for file in folder.glob("text_encoder*/*.safetensors"):
         spoilt(file, position=8)
     policy = cached_policy(runs["again"].model, prompts, "cpu", 0)
-    assert len(policy.encode(["a new one"])) == 1
+    assert len(policy.encode(rows_of(["a new one"]))) == 1
 
 
 @pytest.mark.slow
@@ -197,4 +202,4 @@ def test_two_processes_encode_a_share_each_and_read_one_cache(values: dict[str, 
 def test_a_script_s_own_policy_is_not_taken_for_the_recipe_s_model(make: Make, values: dict[str, Any]) -> None:
     values["model"]["cache_conditions"] = "cache"
     with pytest.raises(UserError, match="keeps what the recipe's own model encodes"):
-        Trainer(recipe_from_dict(values), display=Display(quiet=True), policy=make()[0])
+        Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True), policy=make()[0])

@@ -33,7 +33,8 @@ def test_every_text_encoder_counts_what_it_does_not_read(tiny_sd35: Path) -> Non
         " CLIP reads 20 tokens and cuts 2 of 2",
         " T5 reads 30 tokens and cuts 1 of 2",
     ]
-    read = policy.encode([exactly[30], exactly[30] + " ring ring"]).tensors  # what is counted as cut is not read
+    # What is counted as cut is not read.
+    read = policy.encode_prompts([exactly[30], exactly[30] + " ring ring"]).tensors
     assert torch.equal(read["pooled"][0], read["pooled"][1])
     assert cut_prompts(policy, []) == []
 

@@ -10,19 +10,21 @@ from diffusers import FluxPipeline
 from flowalign.config import Lora, Model, Sampler
 from flowalign.config.base import UserError
 from flowalign.policies.loading import load_policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", "a photo of two rings"]
 ROWS = [Row(index, prompt) for index, prompt in enumerate(PROMPTS)]
-SIZE = (32, 48)  # not square, so that rows and columns of tokens cannot change places
+REQUEST = MediaRequest(32, 48)  # not square, so that rows and columns of tokens cannot change places
 KEY = (0, 7, 0)
 Flux = Callable[[bool], Path]
 
 
 def settings(folder: Path, **changes: object) -> Model:
-    base = Model(path=str(folder), height=SIZE[0], width=SIZE[1], dtype="fp32", max_sequence_length=12)
+    base = Model(path=str(folder), height=REQUEST.height, width=REQUEST.width, dtype="fp32", max_sequence_length=12)
     return base.model_copy(update=changes)
 
 
@@ -34,8 +36,8 @@ def pipeline_images(pipeline: FluxPipeline, steps: int, guidance: float, embedde
         negative_prompt=[""] * len(PROMPTS),
         true_cfg_scale=guidance,
         guidance_scale=embedded,
-        height=SIZE[0],
-        width=SIZE[1],
+        height=REQUEST.height,
+        width=REQUEST.width,
         num_inference_steps=steps,
         latents=FluxPipeline._pack_latents(noise, 2, 4, 8, 12),
         max_sequence_length=12,
@@ -51,7 +53,7 @@ def test_a_rollout_is_the_pipelines_own_output(
 ) -> None:
     folder = tiny_flux(distilled)
     policy = load_policy(settings(folder, embedded_guidance=embedded))
-    ours = rollout(policy, ROWS, 1, Sampler(steps=3, guidance=guidance), SIZE, KEY, batch=2).media
+    ours = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=3, guidance=guidance), REQUEST, KEY, batch=2)).media
     theirs = pipeline_images(FluxPipeline.from_pretrained(folder), 3, guidance, embedded or 3.5)
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -61,8 +63,8 @@ def test_the_embedded_guidance_reaches_the_transformer(tiny_flux: Flux) -> None:
     for embedded in (None, 3.5, 1.0):
         policy = load_policy(settings(tiny_flux(True), embedded_guidance=embedded))
         with torch.no_grad():
-            x = torch.ones(1, *policy.latent_shape(*SIZE))
-            velocities.append(policy.velocity(x, torch.tensor([0.5]), policy.encode(PROMPTS[:1])))
+            x = torch.ones(1, *policy.latent_shape(REQUEST))
+            velocities.append(policy.velocity(x, torch.tensor([0.5]), policy.encode_prompts(PROMPTS[:1])))
     assert torch.equal(velocities[0], velocities[1])
     assert not torch.allclose(velocities[1], velocities[2])
 
@@ -73,7 +75,7 @@ def test_the_schedule_shifts_with_the_size_and_another_size_is_refused(tiny_flux
     fixed = [load_policy(settings(tiny_flux(False), height=side, width=side)).sigmas(4) for side in (32, 512)]
     assert torch.equal(*fixed)
     with pytest.raises(ValueError, match="of 32 x 32 pictures"):
-        small.latent_shape(512, 512)
+        small.latent_shape(MediaRequest(512, 512))
 
 
 def test_the_exported_lora_draws_the_same_pictures_in_plain_diffusers(tiny_flux: Flux, tmp_path: Path) -> None:
@@ -88,7 +90,7 @@ def test_the_exported_lora_draws_the_same_pictures_in_plain_diffusers(tiny_flux:
     pipeline.load_lora_weights(tmp_path)
     trained = pipeline_images(pipeline, 2, 1.0, 3.5)
     assert (trained - untrained).abs().max() > 1e-3
-    ours = rollout(policy, ROWS, 1, Sampler(steps=2), SIZE, KEY, batch=2).media
+    ours = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=2), REQUEST, KEY, batch=2)).media
     torch.testing.assert_close(ours, trained, atol=1e-4, rtol=0)
 
 
@@ -106,8 +108,8 @@ def test_an_explicit_attention_backend_keeps_the_rotary_embedding(tiny_flux: Flu
     for attention in ("native", "_native_math"):
         policy = load_policy(settings(tiny_flux(True), attention=attention))
         with torch.no_grad():
-            x = counted_noise([(0,)], policy.latent_shape(*SIZE), "cpu")
-            velocities.append(policy.velocity(x, torch.tensor([0.5]), policy.encode(PROMPTS[:1])))
+            x = counted_noise([(0,)], policy.latent_shape(REQUEST), "cpu")
+            velocities.append(policy.velocity(x, torch.tensor([0.5]), policy.encode_prompts(PROMPTS[:1])))
     torch.testing.assert_close(*velocities, atol=1e-5, rtol=1e-5)
 
 
@@ -116,8 +118,8 @@ def test_half_precision_gives_nearly_the_same_velocity_and_reaches_every_adapter
     velocities = []
     for precision in ("fp32", dtype):
         policy = load_policy(settings(tiny_flux(True), dtype=precision))
-        x = counted_noise([(0,), (1,)], policy.latent_shape(*SIZE), "cpu")
-        velocities.append(policy.velocity(x, torch.tensor([0.5, 0.5]), policy.encode(PROMPTS)))
+        x = counted_noise([(0,), (1,)], policy.latent_shape(REQUEST), "cpu")
+        velocities.append(policy.velocity(x, torch.tensor([0.5, 0.5]), policy.encode_prompts(PROMPTS)))
     assert velocities[1].dtype == torch.float32
     assert (velocities[1] - velocities[0]).norm() < 0.05 * velocities[0].norm()
     velocities[1].square().mean().backward()

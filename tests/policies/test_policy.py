@@ -10,13 +10,15 @@ from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.loading import load_policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"', "a photo of two rings"]
 ROWS = [Row(index, prompt) for index, prompt in enumerate(PROMPTS)]
-SIZE = (64, 64)
+REQUEST = MediaRequest(64, 64)
 KEY = (0, 7, 0)
 
 
@@ -59,7 +61,7 @@ def nudge(policy: Policy, scale: float = 0.05) -> None:
 @pytest.mark.parametrize("steps", [1, 7])
 def test_a_rollout_without_noise_is_the_pipelines_own_output(tiny_model: Path, guidance: float, steps: int) -> None:
     policy = load_policy(settings(tiny_model))
-    drawn = rollout(policy, ROWS, 1, Sampler(steps=steps, guidance=guidance), SIZE, KEY, batch=2)
+    drawn = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=steps, guidance=guidance), REQUEST, KEY, batch=2))
     torch.testing.assert_close(
         drawn.media, pipeline_images(plain_pipeline(tiny_model), guidance, steps), atol=1e-4, rtol=0
     )
@@ -68,15 +70,17 @@ def test_a_rollout_without_noise_is_the_pipelines_own_output(tiny_model: Path, g
 def test_an_sde_with_vanishing_noise_follows_the_ode(tiny_model: Path) -> None:
     policy = load_policy(settings(tiny_model))
     noisy = Rollout(steps=6, noise_level=1e-6, window=(0, 5))
-    with_sde = rollout(policy, ROWS, 1, noisy, SIZE, KEY, batch=8).latents
-    torch.testing.assert_close(with_sde, rollout(policy, ROWS, 1, Sampler(steps=6), SIZE, KEY, batch=8).latents)
+    with_sde = rollout(policy, RolloutRequest(ROWS, 1, noisy, REQUEST, KEY, batch=8)).latents
+    torch.testing.assert_close(
+        with_sde, rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=6), REQUEST, KEY, batch=8)).latents
+    )
 
 
 def test_a_sample_does_not_depend_on_its_batch(tiny_model: Path) -> None:
     policy = load_policy(settings(tiny_model))
     sampler = Rollout(steps=4)
-    whole = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=64)
-    parts = rollout(policy, ROWS[1:], 2, sampler, SIZE, KEY, batch=1)
+    whole = rollout(policy, RolloutRequest(ROWS, 2, sampler, REQUEST, KEY, batch=64))
+    parts = rollout(policy, RolloutRequest(ROWS[1:], 2, sampler, REQUEST, KEY, batch=1))
     torch.testing.assert_close(whole.latents[2:], parts.latents, atol=1e-5, rtol=1e-5)
 
 
@@ -85,7 +89,7 @@ def test_the_trajectory_is_the_window_and_its_log_probabilities_replay(tiny_mode
 
     policy = load_policy(settings(tiny_model))
     sampler = Rollout(steps=5, window=(1, 3), noise_level=0.8)
-    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep={"trajectory"})
+    drawn = rollout(policy, RolloutRequest(ROWS, 2, sampler, REQUEST, KEY, batch=4), keep={"trajectory"})
     path = drawn.trajectory
     assert path is not None
     assert path.states.shape[:2] == (6, 3)
@@ -103,7 +107,7 @@ def test_the_reference_is_the_model_before_training(tiny_model: Path) -> None:
     for lora in (Lora(rank=4), None):
         policy = load_policy(settings(tiny_model, lora=lora))
         x, sigma = torch.randn(3, 4, 16, 16), torch.rand(3)
-        condition = policy.encode(PROMPTS)
+        condition = policy.encode_prompts(PROMPTS)
         with torch.no_grad():
             before = policy.velocity(x, sigma, condition)
             nudge(policy)
@@ -148,18 +152,21 @@ def test_the_exported_lora_draws_the_same_pictures_in_plain_diffusers(tiny_model
     untrained = pipeline_images(pipeline, 1.0, 3)
     pipeline.load_lora_weights(tmp_path / "lora")
     trained = pipeline_images(pipeline, 1.0, 3)
-    ours = rollout(policy, ROWS, 1, Sampler(steps=3), SIZE, KEY, batch=8).media
+    ours = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=3), REQUEST, KEY, batch=8)).media
     assert (trained - untrained).abs().max() > 1e-3
     torch.testing.assert_close(ours, trained, atol=1e-4, rtol=0)
     merged = load_policy(settings(tiny_model, adapter=str(tmp_path / "lora"), lora=None))
     torch.testing.assert_close(
-        rollout(merged, ROWS, 1, Sampler(steps=3), SIZE, KEY, batch=8).media, trained, atol=1e-4, rtol=0
+        rollout(merged, RolloutRequest(ROWS, 1, Sampler(steps=3), REQUEST, KEY, batch=8)).media,
+        trained,
+        atol=1e-4,
+        rtol=0,
     )
 
 
 def test_half_precision_keeps_trainable_weights_and_velocities_in_float32(tiny_model: Path) -> None:
     policy = load_policy(settings(tiny_model, dtype="bf16"))
-    velocity = policy.velocity(torch.randn(3, 4, 16, 16), torch.rand(3), policy.encode(PROMPTS))
+    velocity = policy.velocity(torch.randn(3, 4, 16, 16), torch.rand(3), policy.encode_prompts(PROMPTS))
     assert velocity.dtype == torch.float32
     velocity.square().mean().backward()
     assert all(p.dtype == torch.float32 for p in policy.trainable_parameters().values())
@@ -172,7 +179,7 @@ def test_an_explicit_backend_equals_the_default(tiny_model: Path) -> None:
     for attention in ("native", "_native_math"):
         policy = load_policy(settings(tiny_model, attention=attention))
         with torch.no_grad():
-            velocities.append(policy.velocity(x, sigma, policy.encode(PROMPTS)))
+            velocities.append(policy.velocity(x, sigma, policy.encode_prompts(PROMPTS)))
     torch.testing.assert_close(*velocities, atol=1e-5, rtol=1e-5)
 
 
@@ -203,7 +210,7 @@ def test_a_folder_that_is_no_supported_pipeline_is_refused(tmp_path: Path) -> No
 def test_shared_noise_leaves_only_the_stochastic_steps_to_tell_members_apart(tiny_model: Path) -> None:
     policy = load_policy(settings(tiny_model))
     sampler = Rollout(steps=3, window=(0, 1), shared_noise=True)
-    drawn = rollout(policy, ROWS, 2, sampler, SIZE, KEY, batch=4, keep={"trajectory"})
+    drawn = rollout(policy, RolloutRequest(ROWS, 2, sampler, REQUEST, KEY, batch=4), keep={"trajectory"})
     assert drawn.trajectory is not None
     starts = drawn.trajectory.states[:, 0]
     assert torch.equal(starts[0::2], starts[1::2])

@@ -109,7 +109,7 @@ def test_a_published_model_has_its_size_shapes_and_lora_modules(name: str) -> No
     policy = family(plain, model, torch.device("meta"), 0)
     adapted = {key.split(".lora_")[0] for key in policy.trainable_parameters()}
     assert len(adapted) == sum(modules.values())
-    shape = policy.latent_shape(1024, 1024)
+    shape = policy.latent_shape(policy.request)
     assert shape == (16, 128, 128)
     tokens = {"embeds": (2, 256, 4096), "pooled": (2, 768 if name == "flux" else 2048)}
     condition = Condition({key: torch.empty(size, device="meta") for key, size in tokens.items()})

@@ -9,18 +9,20 @@ from diffusers import StableDiffusion3Pipeline
 from flowalign.config import Lora, Model, Sampler
 from flowalign.config.base import UserError
 from flowalign.policies.loading import load_policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import counted_noise
 
 PROMPTS = ["a photo of a red star", 'a sign that says "AB CD"']
 ROWS = [Row(index, prompt) for index, prompt in enumerate(PROMPTS)]
-SIZE = (32, 48)
+REQUEST = MediaRequest(32, 48)
 KEY = (0, 7, 0)
 
 
 def settings(folder: Path, **changes: object) -> Model:
-    base = Model(path=str(folder), height=SIZE[0], width=SIZE[1], dtype="fp32", max_sequence_length=12)
+    base = Model(path=str(folder), height=REQUEST.height, width=REQUEST.width, dtype="fp32", max_sequence_length=12)
     return base.model_copy(update=changes)
 
 
@@ -30,8 +32,8 @@ def test_a_rollout_is_the_pipelines_own_output(tiny_sd35: Path, guidance: float,
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(
         PROMPTS,
-        height=SIZE[0],
-        width=SIZE[1],
+        height=REQUEST.height,
+        width=REQUEST.width,
         num_inference_steps=3,
         guidance_scale=guidance,
         latents=counted_noise([(*KEY, row.index, 0, 0) for row in ROWS], (4, 8, 12), "cpu"),
@@ -39,7 +41,7 @@ def test_a_rollout_is_the_pipelines_own_output(tiny_sd35: Path, guidance: float,
         output_type="pt",
     ).images
     policy = load_policy(settings(tiny_sd35, max_sequence_length=length))
-    drawn = rollout(policy, ROWS, 1, Sampler(steps=3, guidance=guidance), SIZE, KEY, batch=2)
+    drawn = rollout(policy, RolloutRequest(ROWS, 1, Sampler(steps=3, guidance=guidance), REQUEST, KEY, batch=2))
     torch.testing.assert_close(drawn.media, theirs, atol=1e-4, rtol=0)
 
 
@@ -48,7 +50,7 @@ def test_the_t5_is_read_to_the_length_that_is_asked_for(tiny_sd35: Path) -> None
     embeds = []
     for length in (5, 12):
         policy.max_sequence_length = length
-        embeds.append(policy.encode(PROMPTS).tensors["embeds"])
+        embeds.append(policy.encode_prompts(PROMPTS).tensors["embeds"])
     assert [part.shape[1] for part in embeds] == [20 + 5, 20 + 12]
     assert (embeds[1][:, 20:].std(dim=1) > 0).any()  # words, not the zeros of a pipeline without T5
 
@@ -68,15 +70,15 @@ def test_a_setting_that_the_model_does_not_take_is_refused(tiny_sd35: Path) -> N
     with pytest.raises(UserError, match="give 1 to 512"):
         load_policy(settings(tiny_sd35, max_sequence_length=0))
     with pytest.raises(UserError, match="at most 128 pixels a side, not 32 x 136"):
-        load_policy(settings(tiny_sd35)).latent_shape(32, 136)
+        load_policy(settings(tiny_sd35)).latent_shape(MediaRequest(32, 136))
 
 
 def test_half_precision_keeps_gradients_that_its_numbers_are_too_coarse_for(tiny_sd35: Path) -> None:
     gradients = []
     for dtype in ("fp32", "fp16"):
         policy = load_policy(settings(tiny_sd35, dtype=dtype))
-        x = counted_noise([(0,), (1,)], policy.latent_shape(*SIZE), "cpu")
-        velocity = policy.velocity(x, torch.tensor([0.3, 0.7]), policy.encode(PROMPTS))
+        x = counted_noise([(0,), (1,)], policy.latent_shape(REQUEST), "cpu")
+        velocity = policy.velocity(x, torch.tensor([0.3, 0.7]), policy.encode_prompts(PROMPTS))
         assert velocity.dtype == torch.float32
         # About 1e-9 an element; half precision ends at 6e-8, and the learner's scaler keeps it above that.
         scaler = torch.amp.GradScaler("cpu", enabled=dtype == "fp16")

@@ -52,14 +52,14 @@ class Unshifted(FluxPolicy):
 
 
 class Mixed(FluxPolicy):
-    def encode(self, prompts):
-        condition = super().encode(prompts)
+    def encode_prompts(self, prompts):
+        condition = super().encode_prompts(prompts)
         return condition[[*range(1, len(prompts)), 0]]
 
 
 class Overguided(FluxPolicy):
-    def guided_velocity(self, x, sigma, condition, guidance):
-        return super().guided_velocity(x, sigma, condition, guidance + 1)
+    def guided_velocity(self, x, sigma, conditioning, guidance):
+        return super().guided_velocity(x, sigma, conditioning, guidance + 1)
 
 
 class Detached(FluxPolicy):

@@ -46,9 +46,9 @@ def test_conditions_and_parameters_of_every_family_have_their_sizes(
     folder = tiny_sd35 if family == "sd35" else tiny_flux(True)
     model = Model(path=str(folder), height=64, width=64, max_sequence_length=16, dtype="fp32")
     planned, real = meta_policy(model), load_policy(model)
-    shapes = {name: tensor.shape for name, tensor in real.encode(["a sign", "a star"]).tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in real.encode_prompts(["a sign", "a star"]).tensors.items()}
     assert {name: tensor.shape for name, tensor in condition_rows(planned, 2).tensors.items()} == shapes
-    assert planned.latent_shape(64, 64) == real.latent_shape(64, 64)
+    assert planned.latent_shape(planned.request) == real.latent_shape(real.request)
     assert parameters(planned) == parameters(real)
     assert transformer_pass(planned, 2, backward=True).flops > 2 * transformer_pass(planned, 2, backward=False).flops
 
@@ -117,8 +117,8 @@ def test_sd35_medium_has_its_published_size_and_cost(sd35_medium: Path) -> None:
 
 def measured_peak(policy: PipelinePolicy, rows: int) -> int:
     """The most bytes that a forward and backward pass of real tensors had at once, by PyTorch's profiler."""
-    x = torch.randn(rows, *policy.latent_shape(*policy.size))
-    condition = policy.encode(["a red circle"] * rows)
+    x = torch.randn(rows, *policy.latent_shape(policy.request))
+    condition = policy.encode_prompts(["a red circle"] * rows)
     weights = list(policy.trainable_parameters().values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         torch.autograd.grad(policy.velocity(x, torch.full((rows,), 0.5), condition).mean(), weights)
@@ -178,8 +178,9 @@ def test_forwards_are_those_that_a_run_counts(
 
 
 def test_snapshots_are_those_of_the_algorithm_and_the_average() -> None:
-    assert snapshots(load_recipe("toyworld_ocr").algorithm, ema=True) == ["ema"]
-    assert snapshots(load_recipe("toyworld_ocr_nft").algorithm, ema=False) == ["old"]
+    assert snapshots(load_recipe("toyworld_ocr", ["train.ema_decay=0.9"])) == ["ema"]
+    assert snapshots(load_recipe("toyworld_ocr_nft")) == ["old"]
+    assert snapshots(load_recipe("toyworld_ocr_crd", ["model.lora=null"])) == ["old", "sampling", "reference"]
 
 
 @pytest.fixture(scope="session")

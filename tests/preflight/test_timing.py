@@ -20,7 +20,7 @@ from flowalign.training.display import Display
 
 
 def trainer_of(values: dict[str, Any], **changes: Any) -> Trainer:
-    return Trainer(recipe_from_dict({**values, **changes}), display=Display(quiet=True))
+    return Trainer.from_recipe(recipe_from_dict({**values, **changes}), display=Display(quiet=True))
 
 
 def test_a_step_is_played_back_pass_by_pass(values: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def test_nothing_of_the_recording_stays(values: dict[str, Any]) -> None:
     assert torch.Tensor.backward is backward
     assert not trainer.policy.transformer._forward_pre_hooks
     assert trainer.policy.decode == type(trainer.policy).decode.__get__(trainer.policy)
-    assert trainer.judging.judge == type(trainer.judging).judge.__get__(trainer.judging)
+    assert trainer.scorer.judge == type(trainer.scorer).judge.__get__(trainer.scorer)
 
 
 def test_a_step_is_compared_with_the_floor_beside_it_and_warm_ups_are_left_out(
@@ -101,7 +101,7 @@ def test_a_step_is_compared_with_the_floor_beside_it_and_warm_ups_are_left_out(
 def test_a_trace_of_the_second_step_is_written(values: dict[str, Any]) -> None:
     values["train"]["steps"] = 3
     recipe = recipe_from_dict(values)
-    folder = Trainer(recipe, display=Display(quiet=True), profile=True).run() / "profile"
+    folder = Trainer.from_recipe(recipe, display=Display(quiet=True), profile=True).run() / "profile"
     assert sorted(path.name for path in folder.iterdir()) == ["step_000002.json.gz", "step_000002.txt"]
     events = json.loads(gzip.decompress((folder / "step_000002.json.gz").read_bytes()))["traceEvents"]
     names = [event.get("name") for event in events]
@@ -113,7 +113,7 @@ def test_a_trace_of_the_second_step_is_written(values: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_of_a_single_step_that_one_is_traced(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"]["steps"] = 1
-    folder = Trainer(recipe_from_dict(values), display=Display(quiet=True), profile=True).run() / "profile"
+    folder = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True), profile=True).run() / "profile"
     assert (folder / "step_000001.json.gz").is_file()
 
 

@@ -18,7 +18,7 @@ from flowalign.cli.scoring import collect_recipe, evaluate_recipe, score_images
 from flowalign.config import Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.disk.run_folder import RunFolder
-from flowalign.score import Judging
+from flowalign.score import Scorer
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards import Reward, RewardError, TrainableReward
@@ -89,7 +89,7 @@ def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
 def trained(values: dict[str, Any], rewards: Mapping[str, Reward], *, resume: bool = False, **train: Any) -> Trainer:
     named = {name: values["rewards"].get(name, 1.0) for name in rewards}
     recipe = recipe_from_dict({**values, "rewards": named, "train": {**values["train"], **train}})
-    trainer = Trainer(recipe, resume=resume, display=Display(quiet=True), rewards=rewards)
+    trainer = Trainer.from_recipe(recipe, resume=resume, display=Display(quiet=True), rewards=rewards)
     trainer.run()
     return trainer
 
@@ -106,11 +106,11 @@ def test_pictures_are_scored_batch_by_batch_on_a_thread_while_others_are_drawn(v
     assert threading.current_thread().name not in reward.threads
 
 
-def test_a_reward_for_groups_gets_a_step_s_pictures_together(values: dict[str, Any]) -> None:
+def test_a_reward_for_groups_gets_those_of_a_prompt_together(values: dict[str, Any]) -> None:
     reward = Level()
     reward.scope = "group"
-    trained(values, {"level": reward}, steps=1)
-    assert reward.batches == [6]
+    trained({**values, "rollout": {**values["rollout"], "batch": 4}}, {"level": reward}, steps=1)
+    assert reward.batches == [3, 3]
 
 
 def test_a_reward_that_fails_on_its_thread_ends_the_run_with_its_sentence(values: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def test_rewards_learn_after_each_step_and_are_resumed_exactly(values: dict[str,
     again = Moving()
     rest = trained(values, {"moving": again}, resume=True)
     assert again.steps == [1]
-    kept = [trainer.judging.rewards["moving"].state_dict()["level"] for trainer in (whole, rest)]  # type: ignore[attr-defined]
+    kept = [trainer.scorer.rewards["moving"].state_dict()["level"] for trainer in (whole, rest)]  # type: ignore[attr-defined]
     assert torch.equal(*kept)
     weights = [trainer.policy.trainable_state() for trainer in (whole, rest)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -142,9 +142,9 @@ def test_what_a_reward_learns_and_its_alarms_are_logged(values: dict[str, Any]) 
     assert [line["alarms"] for line in logged] == [[], ["reward 'moving': level too high"]]
 
 
-def judging(values: dict[str, Any], **changes: Any) -> Judging:
+def judging(values: dict[str, Any], **changes: Any) -> Scorer:
     recipe: Recipe = recipe_from_dict({**values, **changes})
-    return Judging(recipe, {name: Level() for name in recipe.rewards}, "cpu")
+    return Scorer(recipe, {name: Level() for name in recipe.rewards}, "cpu")
 
 
 def both(first: list[float], second: list[float]) -> dict[str, Scores]:
@@ -309,7 +309,7 @@ def test_a_run_is_evaluated_with_what_its_rewards_had_learnt(values: dict[str, A
         "evaluation": settings,
         "guard": None,
     }
-    Trainer(recipe_from_dict(recipe), display=Display(quiet=True)).run()
+    Trainer.from_recipe(recipe_from_dict(recipe), display=Display(quiet=True)).run()
     run, _ = RunFolder.open(Path(values["run"]["folder"]))
     _, summary = evaluate_recipe(recipe_from_dict(recipe), run, "cpu")
     assert summary["moving"]["mean"] == pytest.approx(2.0, abs=0.01)  # as after both steps
@@ -337,7 +337,7 @@ def test_a_reward_that_nothing_has_taught_scores_nothing(values: dict[str, Any],
     spec, store = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
     offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "store": store}
     with pytest.raises(UserError, match=r"'learner' learns in training .* a store has fixed scores"):
-        Judging(recipe_from_dict(offline), None, "cpu")
+        Scorer(recipe_from_dict(offline), None, "cpu")
     with pytest.raises(UserError, match=r"'learner' learns in training .* collect with other rewards"):
         collect_recipe(recipe_from_dict(offline), "cpu")
     with pytest.raises(UserError, match=r"'learner' learns in training .* name it in a recipe"):
@@ -353,4 +353,4 @@ def test_base_and_bonus_must_apply_to_every_prompt(values: dict[str, Any]) -> No
         {**values, "rewards": TWO, "combine": {"form": "bonus", "base": "first", "bonus": "second"}}
     )
     with pytest.raises(UserError, match="reward 'second' does not apply to 'a photo of a red ring'"):
-        Trainer(recipe, display=Display(quiet=True), rewards={"first": Level(), "second": Picky()})
+        Trainer.from_recipe(recipe, display=Display(quiet=True), rewards={"first": Level(), "second": Picky()})

@@ -25,6 +25,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.rollout import store as offline
 from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.stages import Recorded, Share
 from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import load_rewards
 from flowalign.trainer import Trainer, train
@@ -292,27 +293,31 @@ def test_full_fine_tuning_trains_from_a_store_that_adapters_made(ready: dict[str
 def test_groups_are_drawn_by_step_and_shared_out_whole(ready: dict[str, Any], policy: Policy) -> None:
     recipe = changed(ready, train={"prompts_per_step": 4, "group_size": 2})
     store = GroupStore.open(Path(ready["store"]))
-    everything = store.draw(policy, recipe, 0, slice(0, 4))
-    halves = [store.draw(policy, recipe, 0, share) for share in (slice(0, 2), slice(2, 4))]
+
+    def drawn(step: int = 0, rank: int = 0, world: int = 1) -> Recorded:
+        share = Share(4, 2, recipe.run.seed, rank, world)
+        return store.draw(policy, recipe.rewards, policy.sigmas(4), share, step)
+
+    everything = drawn()
+    halves = [drawn(rank=rank, world=2) for rank in (0, 1)]
     assert torch.equal(torch.cat([half.latents for half in halves]), everything.latents)
     assert [row for half in halves for row in half.rows] == everything.rows
     assert everything.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sorted({row.prompt for row in everything.rows}) == sorted(row.prompt for row in store.rows)
-    assert everything.scores is not None
     for place, (row, member) in enumerate(zip(everything.rows, everything.members, strict=True)):
         score = everything.scores["brightness"].values[place].item()
         assert score == pytest.approx(store.rewards["brightness"][row.index, member])
         shard, at = store.places[row.index]
         latents = load_file(store.path / f"shard_{shard:06d}" / "latents.safetensors")["latents"]
         assert torch.equal(everything.latents[place], latents[at, member])
-    pairs = {tuple(store.draw(policy, recipe, step, slice(0, 4)).members) for step in range(5)}
+    pairs = {tuple(drawn(step).members) for step in range(5)}
     assert len(pairs) == 5
 
 
 def test_groups_whose_rewards_are_equal_teach_nothing_and_break_nothing(ready: dict[str, Any]) -> None:
     for file in Path(ready["store"]).rglob("brightness.json"):
         file.write_text(json.dumps([[0.5] * 4] * 2))
-    trainer = Trainer(changed(ready), display=Display(quiet=True))
+    trainer = Trainer.from_recipe(changed(ready), display=Display(quiet=True))
     lines = metrics(trainer.run())
     assert [line["zero_spread"] for line in lines] == [1.0, 1.0]
     assert trainer.idle.reason == "reward 'brightness' is 0.5 for every picture"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowalign.advantages import (
-    Scored,
+    RewardTable,
     advantages,
     group_advantages,
     has_spread,
@@ -124,7 +124,7 @@ def scored(values, applies, weights):
     values, applies, weights = torch.tensor(values), torch.tensor(applies), torch.tensor(weights)
     shares = weights[:, None] * applies
     total = (shares * values).sum(0) / shares.sum(0)
-    return Scored(total, values, applies, weights, tuple("abc"[: len(weights)]))
+    return RewardTable(total, values, applies, weights, tuple("abc"[: len(weights)]))
 
 
 GROUPS = torch.tensor([0, 0, 1, 1])

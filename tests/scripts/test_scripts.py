@@ -62,7 +62,7 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(recipe: Recipe, **given: Any) -> list[dict[str, Any]]:
     """Trains it; returns the lines of its metrics without what a clock says."""
-    folder = Trainer(recipe, display=Display(quiet=True), **given).run()
+    folder = Trainer.from_recipe(recipe, display=Display(quiet=True), **given).run()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("minutes", "seconds")} for line in lines]
 
@@ -92,7 +92,7 @@ def test_two_runs_of_a_policy_are_those_of_two_fresh_ones(
     wanted = run(first, policy=policy)
     assert wanted[1]["grad_norm"] > 0
     assert run(second, policy=policy) == wanted
-    Trainer(other, policy=policy)  # which keeps no average, and must not evaluate the last run's
+    Trainer.from_recipe(other, policy=policy)  # which keeps no average, and must not evaluate the last run's
     assert "ema" not in policy.snapshots
     assert "begins with the weights that it had before" in capsys.readouterr().out
 
@@ -106,7 +106,7 @@ def test_weights_that_a_script_loads_are_where_its_policy_begins(recipe: Callabl
     assert run(recipe("second"), policy=policy) == wanted
     trained = policy.trainable_state()
     policy.load_trainable_state(trained)  # said aloud: go on from here
-    Trainer(recipe("third"), policy=policy, display=Display(quiet=True))
+    Trainer.from_recipe(recipe("third"), policy=policy, display=Display(quiet=True))
     assert all(torch.equal(trained[name], weight) for name, weight in policy.trainable_state().items())
 
 
@@ -122,13 +122,13 @@ def test_a_recipe_and_rewards_that_learn_are_as_new_in_every_run(recipe: Callabl
 
 def test_a_trainer_whose_policy_or_recipe_another_has_taken_does_not_run(recipe: Callable[..., Recipe]) -> None:
     policy = fresh(recipe("first"))
-    first = Trainer(recipe("first"), policy=policy, display=Display(quiet=True))
-    Trainer(recipe("second"), policy=policy, display=Display(quiet=True))
+    first = Trainer.from_recipe(recipe("first"), policy=policy, display=Display(quiet=True))
+    Trainer.from_recipe(recipe("second"), policy=policy, display=Display(quiet=True))
     with pytest.raises(UserError, match="another Trainer was made with the same policy since"):
         first.run()
     shared = recipe("third")
-    third = Trainer(shared, display=Display(quiet=True))
-    Trainer(shared.model_copy(update={"run": recipe("fourth").run}), display=Display(quiet=True))
+    third = Trainer.from_recipe(shared, display=Display(quiet=True))
+    Trainer.from_recipe(shared.model_copy(update={"run": recipe("fourth").run}), display=Display(quiet=True))
     with pytest.raises(UserError, match="another Trainer was made with the same recipe since"):
         third.run()
 
@@ -147,7 +147,7 @@ def test_rewards_must_bear_the_recipe_s_names(
 ) -> None:
     named = recipe("run", rewards={"brightness": 1.0, "redness": 0.5}, guard={"rewards": {"looks": 1.0}})
     with pytest.raises(UserError, match=sentence):
-        Trainer(named, rewards=dict.fromkeys(given, brightness))
+        Trainer.from_recipe(named, rewards=dict.fromkeys(given, brightness))
     assert not (tmp_path / "run").exists()
 
 
@@ -162,11 +162,11 @@ def test_a_script_gives_what_is_measured_too_and_the_recipe_its_weights(
         guard={"rewards": {"held_out": 1.0}},
     )
     given = {name: (lambda media, prompts, metadata: media.mean((1, 2, 3))) for name in ("measured", "second", "first")}
-    trainer = Trainer(named, rewards={**given, "held_out": brightness}, display=Display(quiet=True))
-    assert trainer.judging.weights == {"first": 1.0, "second": 0.25}
+    trainer = Trainer.from_recipe(named, rewards={**given, "held_out": brightness}, display=Display(quiet=True))
+    assert trainer.scorer.weights == {"first": 1.0, "second": 0.25}
     assert list(trainer.measuring.rewards) == ["measured", "first", "second", "held_out"]
     with pytest.raises(UserError, match=r"given as 'held_out' for guard.rewards is trained on"):
-        Trainer(named, rewards={**given, "held_out": given["first"]})
+        Trainer.from_recipe(named, rewards={**given, "held_out": given["first"]})
 
 
 def test_the_header_names_what_is_trained_on(recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:

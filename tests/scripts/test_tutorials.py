@@ -67,7 +67,7 @@ def test_the_model_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     passed = [finding.check for finding in names["findings"] if finding.passed]
     assert {"ODE rollout is the pipeline's", "a gradient reaches feed_forward"} <= set(passed) and len(passed) >= 10
     assert len((tmp_path / "runs" / "small" / "metrics.jsonl").read_text().splitlines()) == 2
-    real = load_policy(names["model"]).encode(["a sign"]).tensors
+    real = load_policy(names["model"]).encode_prompts(["a sign"]).tensors
     planned = condition_rows(meta_policy(names["model"]), 1).tensors
     assert {name: tensor.shape for name, tensor in planned.items()} == {"embeds": real["embeds"].shape}
     with pytest.raises(UserError, match="attention of AuraFlowTransformer2DModel is not exchangeable; use native"):

@@ -33,8 +33,10 @@ from torch.distributed.tensor import DTensor
 from flowalign import trainer as training
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Condition, TextPolicy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.stages import Drawn
 from flowalign.rollout.store import collect
 from flowalign.sampling import counted_generator
 from flowalign.training.display import Display
@@ -104,15 +106,17 @@ class Velocity(nn.Module):
         return self.layers[-1](hidden).view_as(x).clone()  # FSDP warns of views, which someone may change in place
 
 
-class SmallPolicy(Policy):
+class SmallPolicy(TextPolicy):
     """A network of three layers that computes in the precision it is given."""
+
+    request = MediaRequest(64, 64)
 
     def __init__(self, dtype, layer=nn.Linear):
         super().__init__()
         self.device, self.dtype, self.transformer = torch.device("cpu"), dtype, Velocity(dtype, layer)
         self.snapshot("reference")
 
-    def encode(self, prompts):
+    def encode_prompts(self, prompts):
         rows = [torch.randn(SIDE**2, generator=counted_generator(*prompt.encode())) for prompt in prompts]
         return Condition({"text": torch.stack(rows).to(self.dtype)})
 
@@ -127,7 +131,7 @@ class SmallPolicy(Policy):
         pictures = (0.5 + latents.float() / 6).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
         return pictures * torch.tensor([1.0, 0.8, 0.6]).view(3, 1, 1)
 
-    def latent_shape(self, height, width):
+    def latent_shape(self, request):
         return (1, SIDE, SIDE)
 
     def sigmas(self, steps, grid="model"):
@@ -155,7 +159,7 @@ def run(case: dict[str, Any], rank: int) -> None:
     training.write_report = lambda folder: folder  # type: ignore[assignment]  # its plots take longer than the runs
     folder = Path(f"{recipe.folder}_seen")
     folder.mkdir(exist_ok=True)
-    begin = partial(training.Trainer, recipe, policy=policy, rewards=rewards, display=Display(quiet=True))
+    begin = partial(training.Trainer.from_recipe, recipe, policy=policy, rewards=rewards, display=Display(quiet=True))
     if case.get("refused"):
         with pytest.raises(UserError) as caught:
             begin()
@@ -170,14 +174,15 @@ def run(case: dict[str, Any], rank: int) -> None:
     drawn: dict[str, torch.Tensor] = {}
     learn = trainer.learner.learn
 
-    def watched(samples, step, *more):
+    def watched(weighted, step, *more):
+        samples = weighted.generated
         drawn[f"{step}/latents"] = samples.latents
-        drawn[f"{step}/advantages"] = samples.advantages.contiguous()
+        drawn[f"{step}/advantages"] = weighted.advantages.contiguous()
         if case.get("asked") and rank == 1 and step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        if samples.trajectory:
+        if isinstance(samples, Drawn) and samples.trajectory:
             drawn[f"{step}/log_probs"] = samples.trajectory.log_probs
-        return learn(samples, step, *more)
+        return learn(weighted, step, *more)
 
     trainer.learner.learn = watched
     save_file(trainer.policy.trainable_state(), folder / f"start_{rank}.safetensors")

@@ -15,7 +15,7 @@ import yaml
 import rewards
 from flowalign.config import recipe_from_dict
 from flowalign.rollout.prompts import Row
-from flowalign.score import Judging
+from flowalign.score import Scorer
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards.backbones.features import unit_features
@@ -88,9 +88,10 @@ def test_the_scoring_thread_works_on_the_device(
 
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     values["rewards"] = {"without": {"load": f"{judges}:without"}}
-    judging = Judging(recipe_from_dict(values), None, torch.device("cuda", 1))
+    judging = Scorer(recipe_from_dict(values), None, torch.device("cuda", 1))
     judging.judge(torch.zeros(1, 3, 2, 2), [Row(0, "a star")])
-    assert list(judging._finished()) == ["without"]
+    (found,) = (future.result() for parts in judging._pending.values() for future in parts)
+    assert list(found) == ["without"]
     assert made_current == [(torch.device("cuda", 1), "rewards_0")]
 
 
@@ -120,16 +121,16 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
     values["evaluation"]["rewards"] = {"measured": placed | {"options": {"name": "measured"}}}
     values["guard"] = {"rewards": {"held_out": {"load": "clipscore", "options": {"model": "toyworld/judges/clip"}}}}
     values["guard"]["features"] = {"model": "toyworld/judges/vit"}
-    monkeypatch.setattr("flowalign.trainer.chosen_device", lambda device: SECOND)
+    monkeypatch.setattr("flowalign.training.parts.chosen_device", lambda device: SECOND)
     monkeypatch.setattr("flowalign.evaluate.audit.audit.unit_features", features)
-    monkeypatch.setattr("flowalign.trainer.cached_policy", model)
+    monkeypatch.setattr("flowalign.training.parts.cached_policy", model)
     found: list[Any] = []
-    for module in ("trainer", "training.measuring"):
+    for module in ("training.parts", "training.measuring"):
         monkeypatch.setattr(
             f"flowalign.{module}.check_prompts", lambda rows, judged, source: found.extend(judged.values())
         )
     with pytest.raises(Enough):
-        Trainer(recipe_from_dict(values), display=Display(quiet=True))
+        Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     assert len(found) >= 3 and {str(one.device) for one in found} == {"meta:1"}
     assert loaded == ["meta:1", "meta:1"]
 

@@ -118,7 +118,7 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
 ) -> None:
     values["evaluation"] |= {"every": 2, "batch": 1}
     whole = {**values, "run": {**values["run"], "folder": str(tmp_path / "whole")}}
-    Trainer(recipe_from_dict(whole)).run()
+    Trainer.from_recipe(recipe_from_dict(whole)).run()
 
     class Asking(Display):
         def evaluating(self, pictures, doing="evaluating"):
@@ -126,14 +126,14 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
                 signal.raise_signal(signal.SIGINT)
             return super().evaluating(pictures, doing)
 
-    stopped = Trainer(recipe_from_dict(values), display=Asking())
+    stopped = Trainer.from_recipe(recipe_from_dict(values), display=Asking())
     with pytest.raises(Interrupted, match="stopped in the evaluation after step 2 of 4; go on with --resume"):
         stopped.run()
     assert "an evaluation is not; once more to stop at once" in capsys.readouterr().out
     run = tmp_path / "run"
     assert not (run / "evaluations" / "step_000002.json").exists()
     assert json.loads((run / "run.json").read_text())["stopped"] == "asked to stop"
-    Trainer(recipe_from_dict(values), resume=True).run()
+    Trainer.from_recipe(recipe_from_dict(values), resume=True).run()
     for name in ("step_000002.json", "step_000004.json"):
         summaries = [
             json.loads((folder / "evaluations" / name).read_text())["summary"] for folder in (run, tmp_path / "whole")
@@ -147,8 +147,8 @@ def test_ctrl_c_in_the_first_evaluation_leaves_a_run_that_begins_again(values, t
             signal.raise_signal(signal.SIGINT)
             return super().evaluating(pictures, doing)
 
-    first = Trainer(recipe_from_dict(values), display=Asking())
+    first = Trainer.from_recipe(recipe_from_dict(values), display=Asking())
     with pytest.raises(Interrupted, match="stopped in the evaluation after step 0"):
         first.run()
-    folder = Trainer(recipe_from_dict(values), resume=True).run()
+    folder = Trainer.from_recipe(recipe_from_dict(values), resume=True).run()
     assert (folder / "evaluations" / "step_000000.json").exists() and (folder / "lora").is_dir()

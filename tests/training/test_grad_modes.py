@@ -17,6 +17,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import load_prompts
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.score import load_rewards
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
@@ -45,22 +46,23 @@ def test_a_policy_loads_evaluates_and_is_trained_afterwards(short: dict[str, Any
     with mode():
         policy = load_policy(recipe.model)
         judges = load_rewards(recipe.rewards, "cpu")
-        before = evaluate(policy, rows[:1], judges, recipe.evaluation, (64, 64))
-        samples = rollout(policy, rows[:1], 2, recipe.rollout, (64, 64), (0, 0), batch=2)
+        before = evaluate(policy, rows[:1], judges, recipe.evaluation, policy.request)
+        samples = rollout(policy, RolloutRequest(rows[:1], 2, recipe.rollout, policy.request, (0, 0), batch=2))
     assert not samples.latents.is_inference()
     assert any(weight.requires_grad for weight in policy.transformer.parameters())
     kept = policy.trainable_state()
-    trainer = Trainer(recipe, policy=policy, display=Display(quiet=True))
+    trainer = Trainer.from_recipe(recipe, policy=policy, display=Display(quiet=True))
     trainer.run()
     assert any(not torch.equal(kept[name], weight) for name, weight in policy.trainable_parameters().items())
-    assert before.scores == evaluate(load_policy(recipe.model), rows[:1], judges, recipe.evaluation, (64, 64)).scores
+    again = evaluate(load_policy(recipe.model), rows[:1], judges, recipe.evaluation, policy.request)
+    assert before.scores == again.scores
 
 
 @modes
 def test_a_run_is_the_same_as_outside(short: dict[str, Any], mode: Mode) -> None:
     def trained(folder: str) -> Policy:
         place = {**short["run"], "folder": short["run"]["folder"] + folder}
-        trainer = Trainer(recipe_from_dict({**short, "run": place}), display=Display(quiet=True))
+        trainer = Trainer.from_recipe(recipe_from_dict({**short, "run": place}), display=Display(quiet=True))
         trainer.run()
         return trainer.policy
 
@@ -86,4 +88,4 @@ def test_weights_made_in_inference_mode_by_a_script_are_one_sentence(short: dict
     with torch.inference_mode():
         setattr(policy.transformer.get_submodule(module), last, torch.nn.Parameter(weight.clone()))
     with pytest.raises(UserError, match=r"was made under torch\.inference_mode\(\).*; make the policy outside of it"):
-        Trainer(recipe, policy=policy, display=Display(quiet=True))
+        Trainer.from_recipe(recipe, policy=policy, display=Display(quiet=True))

@@ -78,7 +78,7 @@ class Said(Display):
 
 def trained(recipe: Recipe, **more: Any) -> tuple[Trainer, list[str]]:
     display = Said()
-    trainer = Trainer(recipe, display=display, **more)
+    trainer = Trainer.from_recipe(recipe, display=display, **more)
     trainer.run()
     return trainer, [line for line in display.said if "teaches nothing" in line]
 
@@ -93,7 +93,7 @@ def test_a_constant_reward_is_named_after_the_first_step_and_ends_the_run(
 ) -> None:
     recipe = make("constant", algorithm=algorithm, train={"steps": 9, "idle_steps": 2, "micro_batch": 8})
     display = Said()
-    trainer = Trainer(recipe, display=display)
+    trainer = Trainer.from_recipe(recipe, display=display)
     why = "reward 'constant' is 0.25 for every picture"
     with pytest.raises(UserError, match=rf"^stopped after step 2, .* taught nothing: {why}; train\.idle_steps=0"):
         trainer.run()
@@ -105,7 +105,7 @@ def test_a_constant_reward_is_named_after_the_first_step_and_ends_the_run(
 
 def test_a_run_that_goes_on_counts_the_steps_before_it_and_may_be_told_not_to(make: Callable[..., Recipe]) -> None:
     trained(make("constant", train={"steps": 2, "idle_steps": 3}))
-    trainer = Trainer(make("constant", train={"steps": 4, "idle_steps": 3}), resume=True, display=Said())
+    trainer = Trainer.from_recipe(make("constant", train={"steps": 4, "idle_steps": 3}), resume=True, display=Said())
     with pytest.raises(UserError, match="stopped after step 3, the last 3 steps taught nothing"):
         trainer.run()
     recipe = make("constant", train={"steps": 4, "idle_steps": 0})
@@ -137,7 +137,7 @@ def test_the_reason_is_said_where_rewards_are_not_constant(
 def test_pictures_that_are_all_alike_are_said(make: Callable[..., Recipe]) -> None:
     recipe = make("brightness")
     display = Said()
-    trainer = Trainer(recipe, display=display)
+    trainer = Trainer.from_recipe(recipe, display=display)
     trainer.policy.decode = lambda latents: latents.new_ones(len(latents), 3, 8, 8)  # type: ignore[method-assign]
     trainer.run()
     (said,) = [line for line in display.said if "teaches nothing" in line]
@@ -152,7 +152,7 @@ def test_one_constant_reward_of_several_is_said_once(make: Callable[..., Recipe]
 
 
 def test_a_gradient_that_is_exactly_zero_is_a_failed_self_test(make: Callable[..., Recipe]) -> None:
-    trainer = Trainer(make("brightness"), display=Said())
+    trainer = Trainer.from_recipe(make("brightness"), display=Said())
     velocity = trainer.policy.velocity
     trainer.policy.velocity = lambda *given: 0 * velocity(*given)  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"self-test failed: gradients reach the trainable weights: 0 of \d+"):
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_exactly_zero_is_a_failed_self_test(make: Callable[..
 
 def test_a_gradient_that_becomes_zero_is_said_and_ends_the_run(make: Callable[..., Recipe]) -> None:
     display = Said()
-    trainer = Trainer(make("brightness", train={"steps": 9, "idle_steps": 2}), display=display)
+    trainer = Trainer.from_recipe(make("brightness", train={"steps": 9, "idle_steps": 2}), display=display)
     trainer.tested = True
     velocity = trainer.policy.velocity
     trainer.policy.velocity = lambda *given: 0 * velocity(*given)  # type: ignore[method-assign]
@@ -224,7 +224,7 @@ def test_a_sample_of_average_reward_is_no_reason_to_fail(make: Callable[..., Rec
 def test_the_self_test_keeps_one_graph_at_a_time(make: Callable[..., Recipe]) -> None:
     """What a forward pass saved for its backward pass is gone before the next, as `flowalign plan` counts it."""
     recipe = make("brightness", algorithm={"name": "flow_grpo", "kl_weight": 0.1}, train={"steps": 1})
-    trainer = Trainer(recipe, display=Said())
+    trainer = Trainer.from_recipe(recipe, display=Said())
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()
     left: list[int] = []
     forward = trainer.policy._forward

@@ -193,7 +193,7 @@ rank = 0 if os.fork() else 1
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 accelerator = Accelerator(cpu=True)
 policy = SmallPolicy(torch.float32)
-x, sigma, condition = torch.ones(2, 1, SIDE, SIDE), torch.full((2,), 0.5), policy.encode(["one", "two"])
+x, sigma, condition = torch.ones(2, 1, SIDE, SIDE), torch.full((2,), 0.5), policy.encode_prompts(["one", "two"])
 whole = policy.velocity(x, sigma, condition).detach()
 mesh = init_device_mesh("cpu", (2,))
 for layer in policy.transformer.layers:

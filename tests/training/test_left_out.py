@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 
 import rewards
-from flowalign.advantages import Scored
-from flowalign.algorithms.flow_grpo import FlowGRPO
-from flowalign.algorithms.gdro import GDRO
-from flowalign.algorithms.lessons import lessons
+from flowalign.advantages import RewardTable
+from flowalign.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from flowalign.algorithms.gdro import GDRO, GDROSettings
 from flowalign.cli.app import main
 from flowalign.cli.scoring import collect_recipe
 from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.experiments.scaling import check_judges
+from flowalign.rollout.stages import Recorded
 from flowalign.score import tally, unread
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
@@ -70,9 +70,9 @@ def greys(*levels: float) -> torch.Tensor:
     return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
 
 
-def scored(total: torch.Tensor) -> Scored:
+def scored(total: torch.Tensor) -> RewardTable:
     known = ~total.isnan()
-    return Scored(total, total[None], known[None], torch.ones(1), ("judge",), measured=total[None])
+    return RewardTable(total, total[None], known[None], torch.ones(1), ("judge",), measured=total[None])
 
 
 def test_a_total_is_unknown_where_a_reward_of_weight_left_the_item_out() -> None:
@@ -87,23 +87,23 @@ def test_a_total_is_unknown_where_a_reward_of_weight_left_the_item_out() -> None
 
 
 def test_samples_left_out_are_in_no_statistic_and_teach_nothing() -> None:
-    algorithm, known = FlowGRPO(advantage_std="group"), ~TOTAL.isnan()
-    learnt = lessons(algorithm, scored(TOTAL), GROUPS)
+    algorithm, known = FlowGRPO(FlowGRPOSettings(advantage_std="group")), ~TOTAL.isnan()
+    learnt = algorithm.lessons(scored(TOTAL), GROUPS)
     assert torch.equal(learnt.teaches, known)
-    alone = lessons(algorithm, scored(TOTAL[known]), GROUPS[known])
+    alone = algorithm.lessons(scored(TOTAL[known]), GROUPS[known])
     assert torch.equal(learnt.advantages[known], alone.advantages)
     assert torch.equal(learnt.advantages[~known], torch.zeros(4))
     torch.testing.assert_close(learnt.advantages[[0, 2]], torch.tensor([-1.0, 1.0]), atol=1e-3, rtol=0)
 
 
 def test_a_group_that_is_learnt_from_as_a_whole_does_not_teach_without_all_its_samples() -> None:
-    learnt = lessons(GDRO(), scored(TOTAL), GROUPS)
+    learnt = GDRO(GDROSettings()).lessons(scored(TOTAL), GROUPS)
     assert learnt.teaches.tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert torch.isfinite(learnt.advantages).all()
 
 
 def test_a_step_of_which_nothing_is_known_teaches_nothing() -> None:
-    learnt = lessons(FlowGRPO(), scored(torch.full((9,), math.nan)), GROUPS)
+    learnt = FlowGRPO(FlowGRPOSettings()).lessons(scored(torch.full((9,), math.nan)), GROUPS)
     assert not learnt.teaches.any() and not learnt.differs.any() and not learnt.advantages.any()
 
 
@@ -121,7 +121,9 @@ def test_a_run_goes_on_without_the_pictures_left_out_and_counts_them(
     picky: dict[str, Any], algorithm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rollout = picky["rollout"] if algorithm == "flow_grpo" else ODE
-    Trainer(recipe_from_dict({**picky, "algorithm": algorithm, "rollout": rollout}), display=Display()).run()
+    Trainer.from_recipe(
+        recipe_from_dict({**picky, "algorithm": algorithm, "rollout": rollout}), display=Display()
+    ).run()
     folder = Path(picky["run"]["folder"])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -138,13 +140,13 @@ def test_a_store_keeps_which_pictures_were_left_out(picky: dict[str, Any], tmp_p
     store = collect_recipe(recipe, "cpu")
     left_out = torch.from_numpy(store.rewards["picky"]).isnan()
     assert 0 < left_out.sum() < left_out.numel()
-    trainer = Trainer(recipe, display=Display(quiet=True))
-    samples = store.draw(trainer.policy, recipe, 0, slice(None))
-    assert samples.scores is not None
+    trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))
+    samples = trainer.source.next(trainer.policy, 0)
+    assert isinstance(samples, Recorded)
     scores = samples.scores["picky"]
     assert torch.equal(scores.values.isnan(), ~scores.applies) and not scores.applies.all()
-    trainer._score(samples)
-    assert torch.equal(samples.teaches.view(-1, 4)[:, 0], scores.applies.view(-1, 4).all(1))
+    weighted = trainer._weighted(trainer._scored(samples))
+    assert torch.equal(weighted.teaches.view(-1, 4)[:, 0], scores.applies.view(-1, 4).all(1))
 
 
 def test_best_of_n_refuses_a_judge_that_leaves_pictures_out() -> None:

@@ -22,7 +22,7 @@ def exhausted(*_: Any, **__: Any) -> Any:
 
 def failing(values: dict[str, Any], part: str, name: str) -> str:
     """The sentence of a run one of whose parts runs out of memory."""
-    trainer = Trainer(recipe_from_dict(values), display=Display(quiet=True))
+    trainer = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     setattr(getattr(trainer, part), name, exhausted)
     with pytest.raises(UserError) as caught:
         trainer.run()
@@ -46,11 +46,11 @@ def test_out_of_memory_names_the_phase_and_the_setting_to_lower(values: dict[str
 
 def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_batches(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"]["steps"] = 1
-    Trainer(recipe_from_dict(values), display=Display(quiet=True)).run()
+    Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True)).run()
     values["train"] |= {"steps": 2, "micro_batch": 1}
     values["rollout"]["batch"] = values["evaluation"]["batch"] = 2
     values["model"] |= {"gradient_checkpointing": True, "cache_conditions": str(tmp_path / "conditions")}
-    folder = Trainer(recipe_from_dict(values), resume=True, display=Display(quiet=True)).run()
+    folder = Trainer.from_recipe(recipe_from_dict(values), resume=True, display=Display(quiet=True)).run()
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
@@ -59,7 +59,7 @@ def test_an_optimizer_that_is_not_installed_is_said_before_the_model_loads(value
     values["train"]["optimizer"] = "adamw8bit"
     values["model"]["path"] = "/none"
     with pytest.raises(UserError, match=r"needs bitsandbytes; install it with pip install 'flowalign\[bitsandbytes\]'"):
-        Trainer(recipe_from_dict(values))
+        Trainer.from_recipe(recipe_from_dict(values))
     assert optimizer_class("adamw") is torch.optim.AdamW
 
 

@@ -1,43 +1,63 @@
-"""What installed packages add by entry points, with no change to this package: algorithms and commands."""
+"""What installed packages add by entry points, with no change to this package: algorithms, commands, benchmarks.
 
+Rewards are in tests/rewards/test_reward_loading.py, policies in tests/preflight/test_model_check.py.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flowalign.algorithms.base import algorithm_of
 from flowalign.cli.app import main
 from flowalign.config import recipe_from_dict
 from flowalign.config.algorithm import AlgorithmSettings, algorithm_class, algorithm_names
 from flowalign.config.base import UserError
-from flowalign.trainer import train
+from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 
 SOURCE = '''
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from flowalign.algorithms.base import Algorithm
-from flowalign.algorithms.nft import NFT
+from flowalign.algorithms.nft import NFT, NFTSettings
+from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import UserError
+from flowalign.evaluate.benchmark import Benchmark
+from flowalign.evaluate.results import write_summary
+from rewards.media import read_picture
 
 
-class Plugged(NFT):
-    """NFT by another name, which counts its losses."""
+class PluggedSettings(NFTSettings):
+    """NFT by another name."""
 
     name: Literal["plugged"] = "plugged"
     push: float = 1.0
     """A setting of its own."""
+
+
+class Plugged(NFT):
+    """Counts its losses."""
+
+    Settings = PluggedSettings
 
     def loss(self, policy, batch):
         self.state["asked"] = self.state.get("asked", torch.zeros(())) + 1
         return super().loss(policy, batch)
 
 
-class NoLoss(Algorithm):
+class NoLossSettings(AlgorithmSettings):
     needs = "final"
     name: Literal["no_loss"] = "no_loss"
+
+
+class NoLoss(Algorithm):
+    Settings = NoLossSettings
 
 
 def hello(name: str, loud: bool = False) -> None:
@@ -45,6 +65,17 @@ def hello(name: str, loud: bool = False) -> None:
     if name == "nobody":
         raise UserError("nobody cannot be greeted; give a name")
     print(f"hello {name}{'!' * loud}")
+
+
+def brightness_benchmark(images: Path, output: Path) -> None:
+    """Judge how bright pictures are."""
+    benchmark = Benchmark(images, 1, output, None)
+
+    def judge(pictures):
+        return [{"image": one.name, "brightness": float(read_picture(one.path).mean())} for one in pictures]
+
+    lines = benchmark.judged(benchmark.rows(), {"benchmark": "brightness"}, judge)
+    write_summary(benchmark.folder, {"mean": sum(line["brightness"] for line in lines) / len(lines)})
 
 
 nothing = 3
@@ -63,6 +94,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "[flowalign.algorithms]\nplugged = plugged_package:Plugged\nlost = plugged_package:Nowhere\n"
         "three = plugged_package:nothing\nno_loss = plugged_package:NoLoss\n"
         "[flowalign.commands]\nhello = plugged_package:hello\nlost = plugged_package:nowhere\n"
+        "brightness = plugged_package:brightness_benchmark\n"
     )
     monkeypatch.syspath_prepend(folder)
     yield
@@ -75,8 +107,9 @@ def test_a_recipe_names_an_installed_algorithm_and_trains_with_it(plugged: None,
     small["rollout"] = {key: values["rollout"][key] for key in ("steps", "batch") if key in values["rollout"]}
     recipe = recipe_from_dict({**values, **small, "algorithm": {"name": "plugged", "push": 2}})
     assert recipe.algorithm.push == 2 and recipe.rollout.dynamics == "ode"
-    train(recipe, display=Display(quiet=True))
-    assert algorithm_of(recipe).state["asked"] > 0
+    trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))
+    trainer.run()
+    assert trainer.algorithm.state_dict()["asked"] > 0
 
 
 def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None, values: dict[str, Any]) -> None:
@@ -100,8 +133,8 @@ def test_settings_alone_are_no_algorithm(values: dict[str, Any]) -> None:
         name: str = "bare"
 
     recipe = recipe_from_dict({**values, "algorithm": Bare(), "rollout": {"steps": 3}})
-    with pytest.raises(UserError, match="algorithm 'bare' is no "):
-        algorithm_of(recipe)
+    with pytest.raises(UserError, match="unknown algorithm 'bare'"):
+        algorithm_of(recipe.algorithm)
 
 
 def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,3 +149,19 @@ def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.Captu
     assert "Greet." in said("--help")[1]
     code, text = said("lost")
     assert code == 2 and text.startswith("error: command 'lost' cannot be imported (plugged_package:nowhere)")
+
+
+def test_an_installed_benchmark_judges_pictures_and_goes_on_where_it_stopped(plugged: None, tmp_path: Path) -> None:
+    for index, level in enumerate((0, 51)):
+        place = tmp_path / "images" / f"{index:05d}" / "samples"
+        place.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (level,) * 3).save(place / "0000.png")
+        (place.parent / "metadata.jsonl").write_text(json.dumps({"prompt": f"prompt {index}"}) + "\n")
+    folder = tmp_path / "judged"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            main(("brightness", str(tmp_path / "images"), str(folder)))
+        assert caught.value.code == 0
+        lines = (folder / "results.jsonl").read_text().splitlines()
+        assert [json.loads(line)["brightness"] for line in lines] == pytest.approx([0, 0.2])
+    assert json.loads((folder / "summary.json").read_text())["mean"] == pytest.approx(0.1)

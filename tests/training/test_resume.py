@@ -77,7 +77,7 @@ def small(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def trainer_of(values: dict[str, Any], *, resume: bool = False, moving: bool = False, **run: Any) -> Trainer:
     recipe = recipe_from_dict({**values, "run": {**values["run"], **run}})
     rewards = {"brightness": Moving(), "redness": Moving()} if moving else None
-    return Trainer(recipe, resume=resume, display=Display(quiet=True), rewards=rewards)
+    return Trainer.from_recipe(recipe, resume=resume, display=Display(quiet=True), rewards=rewards)
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def begun(tiny_values: Callable[[Path], dict[str, Any]], tmp_path_factory: pytes
     (folder / "values.json").write_text(json.dumps(values))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flowalign.trainer.write_report", lambda folder: folder / "report.html")
-        Trainer(recipe_from_dict(values), display=Display(quiet=True)).run()
+        Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True)).run()
     return folder
 
 
@@ -109,7 +109,7 @@ def test_a_run_does_not_go_on_with_other_contents_under_the_same_name(
     check_inputs(recipe.folder, inputs_of(recipe), resume=True)
     change(run / file)
     with pytest.raises(UserError, match=rf"{sentence} .*when the run in {recipe.folder} began; put it back"):
-        Trainer(recipe, resume=True, display=Display(quiet=True))
+        Trainer.from_recipe(recipe, resume=True, display=Display(quiet=True))
 
 
 def test_a_changed_model_adapter_or_store_of_references_is_named(run: Path, begun: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_over(run: Path, begun: 
     before = (recipe.folder / "metrics.jsonl").read_text()
     for info in ("finished", "checkpoint"):  # also of one that had not come to its end
         with pytest.raises(UserError, match=r"has lost its checkpoints/, so that it cannot go on; .*--overwrite"):
-            Trainer(recipe, resume=True)
+            Trainer.from_recipe(recipe, resume=True)
         kept = json.loads((recipe.folder / "run.json").read_text())
         kept.pop(info)
         (recipe.folder / "run.json").write_text(json.dumps(kept))
@@ -241,7 +241,7 @@ def test_a_start_that_failed_is_not_in_the_next_one_s_way(run: Path, begun: Path
     values["run"]["folder"] = str(run / "new")
     failing = {**values, "rewards": {"raises": {"load": f"{run / 'judge.py'}:raises"}}, "evaluation": {"prompts": None}}
     with pytest.raises(ValueError, match="the judge is asleep"):
-        Trainer(recipe_from_dict(failing), display=Display(quiet=True)).run()
+        Trainer.from_recipe(recipe_from_dict(failing), display=Display(quiet=True)).run()
     assert (run / "new" / "recipe.yaml").exists()
     recipe = recipe_from_dict(values)
     check_start(recipe)
@@ -306,7 +306,7 @@ def test_a_half_written_file_is_named(run: Path, begun: Path, file: str, content
     damaged = recipe.folder / file
     damaged.unlink() if content is None else damaged.write_text(content)
     with pytest.raises(UserError, match=sentence) as caught:
-        Trainer(recipe, resume=True, display=Display(quiet=True))
+        Trainer.from_recipe(recipe, resume=True, display=Display(quiet=True))
     assert "\n" not in str(caught.value)
     if file != "recipe.yaml":
         damaged.unlink()

@@ -36,7 +36,7 @@ class Notebook(GeneralTracker):
 
 def test_rewards_loss_figures_and_evaluations_arrive(values: dict[str, Any]) -> None:
     values["train"]["steps"] = 2
-    trainer = Trainer(recipe_from_dict(values), display=Display(quiet=True))
+    trainer = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     notebook = Notebook()
     trainer.accelerator.trackers = [notebook]
     folder = trainer.run()

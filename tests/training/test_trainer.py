@@ -239,13 +239,13 @@ def test_a_damaged_checkpoint_is_named(values: dict[str, Any]) -> None:
 
 def test_too_few_prompts_and_unfit_prompts_are_found_before_the_model(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"prompts_per_step \(5\) exceeds the 4 prompts"):
-        Trainer(changed(values, train={"prompts_per_step": 5}, model={"path": "/none"}))
+        Trainer.from_recipe(changed(values, train={"prompts_per_step": 5}, model={"path": "/none"}))
     with pytest.raises(UserError, match="cannot be judged by ocr"):
-        Trainer(changed(values, rewards={"ocr": 1.0}, model={"path": "/none"}))
+        Trainer.from_recipe(changed(values, rewards={"ocr": 1.0}, model={"path": "/none"}))
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(values: dict[str, Any]) -> None:
-    trainer = Trainer(changed(values), display=Display(quiet=True))
+    trainer = Trainer.from_recipe(changed(values), display=Display(quiet=True))
     trainer.tested = True
     with torch.no_grad():
         next(iter(trainer.policy.trainable_parameters().values())).fill_(float("nan"))
@@ -260,8 +260,8 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
 
     rows = load_prompts(recipe.prompts)
     rewards = load_rewards(recipe.rewards, "cpu")
-    first = evaluate(policy, rows, rewards, recipe.evaluation, (64, 64))
-    fewer = evaluate(policy, rows[2:], rewards, recipe.evaluation.model_copy(update={"batch": 1}), (64, 64))
+    first = evaluate(policy, rows, rewards, recipe.evaluation, policy.request)
+    fewer = evaluate(policy, rows[2:], rewards, recipe.evaluation.model_copy(update={"batch": 1}), policy.request)
     a = [scores["brightness"] for scores in first.scores[2:]]
     assert a == pytest.approx([scores["brightness"] for scores in fewer.scores], rel=1e-4)
     assert first.pictures.shape == (2, 3, 64, 64)

@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 
 from flowalign.config import Rollout, Sampler
-from flowalign.policies.base import Condition, Policy
+from flowalign.policies.base import Conditioning, Policy
+from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
+from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import sde_step
 from flowalign.sampling.steps import gaussian_kl
 
@@ -39,7 +41,7 @@ def reference_divergence(
     policy: Policy,
     rows: Sequence[Row],
     sampler: Sampler,
-    size: tuple[int, int],
+    request: MediaRequest,
     key: tuple[int, ...],
     *,
     reference: Policy | None = None,
@@ -47,15 +49,15 @@ def reference_divergence(
 ) -> Divergence:
     """The policy's distance from the model it began as, or from another `reference`, on one picture of each row.
 
-    size: (height, width) in pixels. The noise is counted by (*key, row, member, denoising step).
+    The noise is counted by (*key, row, member, denoising step).
     """
     stochastic = Rollout(
         steps=sampler.steps, guidance=sampler.guidance, grid=sampler.grid, dynamics="flow_sde", noise_level=NOISE_LEVEL
     )
-    drawn = rollout(policy, rows, 1, stochastic, size, key, batch=batch, keep={"trajectory"})
+    drawn = rollout(policy, RolloutRequest(rows, 1, stochastic, request, key, batch=batch), keep={"trajectory"})
     path = drawn.trajectory
     assert path is not None
-    known = reference.encode(drawn.prompts)[drawn.groups] if reference else drawn.condition[drawn.groups]
+    known = reference.encode(drawn.rows)[drawn.groups] if reference else drawn.condition[drawn.groups]
     condition = drawn.condition[drawn.groups]
     kl, squares, reference_squares = torch.zeros(3, len(drawn), dtype=torch.float64, device=policy.device)
     for step in range(len(path.sigmas) - 1):
@@ -87,7 +89,7 @@ def reference_divergence(
 
 
 def _velocity(
-    policy: Policy, states: torch.Tensor, sigma: torch.Tensor, condition: Condition, guidance: float, batch: int
+    policy: Policy, states: torch.Tensor, sigma: torch.Tensor, condition: Conditioning, guidance: float, batch: int
 ) -> torch.Tensor:
     parts = [slice(start, start + batch) for start in range(0, len(states), batch)]
     return torch.cat([policy.guided_velocity(states[p], sigma[p], condition[p], guidance) for p in parts])

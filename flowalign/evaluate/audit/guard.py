@@ -17,7 +17,7 @@ from flowalign.evaluate.report.html import read_evaluations
 from flowalign.policies.base import Policy
 from flowalign.rollout.prompts import Row, shared_rows
 from flowalign.sampling.noise import EVALUATION
-from flowalign.score import Judging, load_rewards
+from flowalign.score import Scorer, load_rewards
 from rewards import Reward
 
 BEST, BEST_UNHACKED = "best", "best_unhacked"
@@ -26,7 +26,7 @@ _PATHS = 1  # the third part of the noise's key; pictures of evaluations have 0
 Draw = Callable[[Sequence[Row], Evaluation], Evaluated]
 
 
-def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Reward], dict[str, float]]:
+def evaluation_rewards(recipe: Recipe, scorer: Scorer) -> tuple[dict[str, Reward], dict[str, float]]:
     """What evaluations measure, and of the training rewards among them the weights, by their names there.
 
     Training rewards are the run's own, so that those that learn are measured as they are.
@@ -34,11 +34,11 @@ def evaluation_rewards(recipe: Recipe, judging: Judging) -> tuple[dict[str, Rewa
     measured, names = recipe.measured()
     if recipe.evaluation.rewards is None:  # a script's rewards may stand in for the recipe's
         held_out = {name: entry for name, entry in measured.items() if name not in recipe.rewards}
-        return {**judging.rewards, **load_rewards(held_out, judging.device, judging.held_out)}, dict(judging.weights)
-    own = {names[name]: reward for name, reward in judging.rewards.items() if name in names}
+        return {**scorer.rewards, **load_rewards(held_out, scorer.device, scorer.held_out)}, dict(scorer.weights)
+    own = {names[name]: reward for name, reward in scorer.rewards.items() if name in names}
     rest = {name: entry for name, entry in measured.items() if name not in own}
-    others = load_rewards(rest, judging.device, judging.held_out)
-    weights = {names[name]: weight for name, weight in judging.weights.items() if name in names}
+    others = load_rewards(rest, scorer.device, scorer.held_out)
+    weights = {names[name]: weight for name, weight in scorer.weights.items() if name in names}
     return {name: own[name] if name in own else others[name] for name in measured}, weights
 
 
@@ -54,7 +54,7 @@ class Guarding:
 
     def __init__(
         self,
-        recipe: Recipe,
+        evaluation: Evaluation,
         settings: Guard,
         weights: Mapping[str, float],
         rows: Sequence[Row],
@@ -63,8 +63,8 @@ class Guarding:
     ):
         """weights: of the training rewards as evaluations name them; rows: the evaluation's; device: to look on."""
         refuse_shared_prompts(rows, training_rows)
-        self.recipe, self.settings, self.rows = recipe, settings, spaced(rows, settings.count)
-        self.auditor = Auditor(settings, weights, recipe.evaluation.images_per_prompt, device)
+        self.evaluation, self.settings, self.rows = evaluation, settings, spaced(rows, settings.count)
+        self.auditor = Auditor(settings, weights, evaluation.images_per_prompt, device)
         self.bands: dict[str, Band] = {}
         self.in_a_row = 0
         self.best: dict[str, float] = {}
@@ -86,16 +86,16 @@ class Guarding:
         return self.auditor.audit(self.auditor.measured(evaluated), divergence, self.bands, self.peaks)
 
     def _seeded(self, seed: int) -> Evaluation:
-        settings = self.recipe.evaluation
+        settings = self.evaluation
         return settings.model_copy(update={"seed": settings.seed + seed, "pictures": 0})
 
     def _divergence(self, policy: Policy, seed: int, base: Policy | None) -> Divergence:
-        settings, model = self.recipe.evaluation, self.recipe.model
+        settings = self.evaluation
         return reference_divergence(
             policy,
             spaced(self.rows, self.settings.kl_samples),
             settings,
-            (model.height, model.width),
+            policy.request,
             (EVALUATION, settings.seed + seed, _PATHS),
             reference=base,
             batch=settings.batch,

@@ -1,0 +1,28 @@
+"""What is asked of a model: the rows that it is to draw, and what media."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and what rewards and models need to know of it; `index`, its place in the list, counts its noise."""
+
+    index: int
+    prompt: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The metadata with the prompt itself, as rewards and manifests have them."""
+        return {**self.metadata, "prompt": self.prompt}
+
+
+@dataclass(frozen=True)
+class MediaRequest:
+    """What media are made: pictures of height x width pixels, or so many frames of them at `fps` a second."""
+
+    height: int
+    width: int
+    frames: int | None = None  # None: pictures
+    fps: float | None = None
