@@ -2,13 +2,14 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 Advance = Callable[[float], None]
@@ -34,6 +35,16 @@ def tolerate(stream: object) -> None:
 def verdict(passed: bool | None, good: str = "pass", bad: str = "FAIL") -> Text:
     """A coloured word for a check; "-" for one that was not made."""
     return Text("-") if passed is None else Text(good, "green") if passed else Text(bad, "red")
+
+
+def titled(
+    title: str, *columns: str, left: Sequence[str] = (), overflow: OverflowMethod = "ellipsis", **style: Any
+) -> Table:
+    """A table under a title; numbers stand right, the columns `left` left, by default the first one."""
+    table = Table(title=title, title_justify="left", caption_justify="left", **style)
+    for name in columns:
+        table.add_column(name, justify="left" if name in (left or columns[:1]) else "right", overflow=overflow)
+    return table
 
 
 class _Count(ProgressColumn):

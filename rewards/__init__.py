@@ -4,8 +4,9 @@
 when it is first used, so that a program that may need no reward does not wait for torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rewards.lazy import exports
 
 if TYPE_CHECKING:
     from rewards.base import Golden, Reward, TrainableReward, score
@@ -38,9 +39,4 @@ __all__ = [
     "score",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _FROM.items():
-        if name in names:
-            return getattr(importlib.import_module(f"rewards.{module}"), name)
-    raise AttributeError(f"module 'rewards' has no attribute {name!r}")
+__getattr__ = exports(__name__, _FROM)

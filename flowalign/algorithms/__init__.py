@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from flowalign.lazy import exports
+from rewards.lazy import exports
 
 if TYPE_CHECKING:
     from flowalign.algorithms.base import Algorithm

@@ -19,6 +19,7 @@ from flowalign.cli.options import (
 )
 from flowalign.config.base import MOST, UserError, counted
 from flowalign.config.paths import expanded
+from flowalign.terminal import titled
 
 if TYPE_CHECKING:
     from flowalign.evaluate.benchmark import Benchmark
@@ -92,7 +93,7 @@ def evaluate_geneval(
     spec = detector or (EXACT_DETECTOR if embedded else DETECTOR)
     judging = load_judge(spec, parse_options([spec], detector_option or [], "--detector-option")[spec])
     summary, folder = evaluate(benchmark, judging, check_detector=check_detector)
-    table = _table(f"GenEval of {model or images}", "task", "score", "95 %", "prompts")
+    table = titled(f"GenEval of {model or images}", "task", "score", "95 %", "prompts")
     for task, row in summary["tasks"].items():
         table.add_row(task, *_score(row, row["prompts"]), str(row["prompts"]))
     table.add_section()
@@ -129,7 +130,7 @@ def evaluate_ocr(
     listed = prompts or ("toyworld/words_test" if embedded else None)
     benchmark = _benchmark(drawing, images, how, listed)
     summary, folder = evaluate(benchmark, mode or ("lines" if embedded else "page"), recogniser, keys)
-    table = _table(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
+    table = titled(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
     for length, row in {"all": summary, **summary["lengths"]}.items():
         for place, name in enumerate(SCORES):
             shown, prompts_of = ("", "") if place else (length, str(row["prompts"]))
@@ -243,13 +244,6 @@ def _benchmark(
     return Benchmark(source, how.images_per_prompt, how.output, prompts, how.count)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left")
-    return table
-
-
 def _score(row: Mapping[str, Any], prompts: int) -> tuple[str, str]:
     """A score and its interval, of so many prompts."""
     return f"{row['score']:.3f}", _interval(row["interval"], prompts)
@@ -264,7 +258,7 @@ def _interval(interval: Sequence[float] | None, prompts: int, digits: int = 3) -
 
 def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
     """A part for each reward and guidance: base, and where there is one the fine-tuned model and the difference."""
-    table = _table(title, "reward", "guidance", "model", "mean", "95 %")
+    table = titled(title, "reward", "guidance", "model", "mean", "95 %")
     lines = [(row["reward"], row["guidance"], row["model"], f"{row['mean']:.4f}", row) for row in summary["means"]]
     lines += [
         (row["reward"], row["guidance"], "tuned - base", f"{row['mean']:+.4f}", row) for row in summary["differences"]

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from flowalign.cli.console import console, quiet_libraries
 from flowalign.config.base import MOST, UserError
+from flowalign.terminal import titled
 
 if TYPE_CHECKING:
     from flowalign.preflight.plan import Plan
@@ -48,9 +49,7 @@ def _memory_table(found: "Plan") -> Table:
     from flowalign.preflight.plan import GIB
 
     title = f"{found.recipe.name}: memory of each of {found.gpus} GPU(s) of {found.vram / GIB:g} GiB"
-    table = Table(title=title, title_justify="left")
-    for column in ("part", "GiB", "how"):
-        table.add_column(column, justify="right" if column == "GiB" else "left")
+    table = titled(title, "part", "GiB", "how", left=("part", "how"))
     for part in found.parts:
         table.add_row(part.name, f"{part.bytes / GIB:.3g}", part.how)
     for phase, needed in found.phases.items():

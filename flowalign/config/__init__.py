@@ -5,7 +5,7 @@ An algorithm's class is found by its name when it is needed. What stands here is
 
 from typing import TYPE_CHECKING
 
-from flowalign.lazy import exports
+from rewards.lazy import exports
 
 if TYPE_CHECKING:
     from flowalign.config.recipe import Recipe, bundled_recipes, dump_recipe, load_recipe, recipe_from_dict

@@ -9,7 +9,7 @@ from typing import Any
 from flowalign.config.base import UserError
 from flowalign.disk.media import MANIFEST
 from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
-from flowalign.evaluate.held_out import held_out_by
+from flowalign.evaluate.held_out import said_of
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
 from flowalign.rollout.manifest import manifest_of
 from flowalign.rollout.prompts import Row, load_prompts
@@ -62,9 +62,7 @@ class Benchmark:
         """What a summary says of its pictures and prompts."""
         if not isinstance(self.source, Drawing):
             return {"drawn": None}
-        known = held_out_by(self.source.model.adapter, rows)
-        trained = {} if known is None else {"trained_prompts": known.trained, "held_out": known.words}
-        return {"drawn": self.source.words, **trained}
+        return {"drawn": self.source.words, **said_of(self.source.model.adapter, rows)}
 
     @property
     def folder(self) -> Path:

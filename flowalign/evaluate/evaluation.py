@@ -120,11 +120,7 @@ def evaluate(
         if count == 0:
             continue
         own, media = samples.rows[:count], samples.media[:count]
-        scores = score_all(rewards, media, [row.prompt for row in own], [row.metadata for row in own])
-        scored += [
-            {name: float(s.values[index]) for name, s in scores.items() if s.applies[index]}
-            for index in range(len(own))
-        ]
+        scored += score_rows(rewards, media, own)
         expanded += own
         seen += observe(media) if observe else []
         if sum(len(part) for part in pictures) < settings.pictures:
@@ -134,6 +130,15 @@ def evaluate(
     shown = torch.cat(pictures)[: settings.pictures]
     maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown.clone())) is not None}
     return Evaluated(expanded, scored, shown, maps, seen)
+
+
+def score_rows(rewards: Mapping[str, zoo.Reward], media: torch.Tensor, rows: Sequence[Row]) -> list[dict[str, float]]:
+    """The scores of media (B, ...) that were made of B rows: for each the rewards that apply to it, by name."""
+    scores = score_all(rewards, media, [row.prompt for row in rows], [row.metadata for row in rows])
+    return [
+        {name: float(one.values[index]) for name, one in scores.items() if one.applies[index]}
+        for index in range(len(rows))
+    ]
 
 
 def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:

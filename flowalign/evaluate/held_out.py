@@ -51,10 +51,13 @@ def _different(rows: Sequence[Row]) -> int:
     return len({normalised(row.prompt) for row in rows})
 
 
-def held_out_by(adapter: str | None, rows: Sequence[Row]) -> HeldOut | None:
-    """Of rows beside what the run trained on that an adapter lies in; None for an adapter of elsewhere and for none."""
+def said_of(adapter: str | None, rows: Sequence[Row]) -> dict[str, Any]:
+    """What a summary says of rows beside what the run trained on that an adapter lies in; nothing for others."""
     recipe = Path(adapter).resolve().parent / "recipe.yaml" if adapter else None
-    return held_out_from(load_recipe(recipe), rows) if recipe is not None and recipe.is_file() else None
+    if recipe is None or not recipe.is_file():
+        return {}
+    known = held_out_from(load_recipe(recipe), rows)
+    return {"trained_prompts": known.trained, "held_out": known.words}
 
 
 def held_out_of(evaluation: Mapping[str, Any]) -> HeldOut:

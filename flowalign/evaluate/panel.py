@@ -17,7 +17,8 @@ import torch
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_csv
 from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
-from flowalign.evaluate.held_out import held_out_by
+from flowalign.evaluate.evaluation import score_rows
+from flowalign.evaluate.held_out import said_of
 from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval, mean_of
 from flowalign.evaluate.results import (
     EVALUATION,
@@ -34,7 +35,6 @@ from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import check_prompts, refuse_learning
 from flowalign.terminal import Terminal
 from rewards import Reward
-from rewards.combine import score_all
 from rewards.media import read_picture
 
 BASE, TUNED = "base", "tuned"
@@ -95,10 +95,8 @@ def evaluate_panel(
             raise UserError(f"reward {mute[0]!r} left out all pictures of {part.model} at guidance {part.guidance:g}")
     bounds = {name: reward.range for name, reward in rewards.items()}
     _write_table(output / "panel.csv", parts, rows)
-    known = held_out_by(last.model.adapter, rows)
-    trained = {} if known is None else {"trained_prompts": known.trained, "held_out": known.words}
     prompts_of = [row.prompt for row in rows]
-    about = {"drawn": last.words, **trained, "prompts": len(set(prompts_of))}
+    about = {"drawn": last.words, **said_of(last.model.adapter, rows), "prompts": len(set(prompts_of))}
     summary = {"benchmark": "panel", **settings, **summarise(parts, bounds, prompts_of), **about}
     write_summary(output, summary)
     return summary, output
@@ -117,16 +115,11 @@ def _scored(
     def judge(places: range) -> list[Line]:
         chosen = [pictures[place] for place in places]
         media = torch.stack([read_picture(picture.path) for picture in chosen])
-        prompts, metadata = [one.row.prompt for one in chosen], [one.row.metadata for one in chosen]
-        scores = score_all(rewards, media, prompts, metadata)
+        scores = score_rows(rewards, media, [one.row for one in chosen])
         stopwatch.lap("judge")
         return [
-            {
-                "filename": one.name,
-                "prompt": one.row.prompt,
-                "scores": {name: float(s.values[i]) for name, s in scores.items() if s.applies[i]},
-            }
-            for i, one in enumerate(chosen)
+            {"filename": one.name, "prompt": one.row.prompt, "scores": own}
+            for one, own in zip(chosen, scores, strict=True)
         ]
 
     stopwatch.start()

@@ -25,6 +25,7 @@ from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
 from flowalign.disk.files import replace_json_lines
 from flowalign.disk.media import save_pictures
+from flowalign.evaluate.evaluation import score_rows
 from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
 from flowalign.rollout.generate import Progress, Step, rollout
@@ -32,7 +33,6 @@ from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import Drawn, RolloutRequest
 from flowalign.score import refuse_learning
 from rewards import Reward
-from rewards.combine import score_all
 
 
 class Prune(NamedTuple):
@@ -214,10 +214,9 @@ class _Court:
         """Of each prompt the best `count` of media (R, 3, H, W), as indices into `places`, the best first."""
         self.decodes += len(places)
         rows = [self.rows[place // self.candidates] for place in places]
-        found = score_all(self.rewards, media, [row.prompt for row in rows], [row.metadata for row in rows])
+        found = score_rows(self.rewards, media, rows)
         groups: dict[int, list[int]] = {}
-        for index, (place, row) in enumerate(zip(places, rows, strict=True)):
-            scores = {name: float(one.values[index]) for name, one in found.items() if one.applies[index]}
+        for index, (place, row, scores) in enumerate(zip(places, rows, found, strict=True)):
             self.judged[place] = Judged(row, place % self.candidates, step, scores, None)
             groups.setdefault(place // self.candidates, []).append(index)
         return [self._ordered(group, places)[:count] for group in groups.values()]

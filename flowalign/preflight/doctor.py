@@ -3,8 +3,7 @@
 import importlib.metadata
 import os
 import shutil
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from flowalign.policies.attention import CANDIDATES, attention_seconds, use_atte
 from flowalign.policies.base import forward_dtype
 from flowalign.policies.compiling import why_not_compiled
 from flowalign.policies.devices import own_device
+from flowalign.preflight.step_time import seconds_of
 from flowalign.rollout.prompts import BUNDLED
 from flowalign.toyworld.render import Scene, render
 
@@ -94,15 +94,7 @@ def _bf16(device: torch.device) -> Row:
 def _seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
     """The least time of a matrix product over a few tries, the first of them a warm-up."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    synchronize: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(6):
-        synchronize()
-        started = time.perf_counter()
-        left @ right
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    return min([seconds_of(partial(torch.matmul, left, right)) for _ in range(6)][1:])
 
 
 def _attention(backend: str, device: torch.device) -> Row:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowalign.terminal import Terminal, verdict
+from flowalign.terminal import Terminal, titled, verdict
 
 if TYPE_CHECKING:
     from flowalign.config import Recipe
@@ -110,9 +110,8 @@ def gain_table(folder: Path) -> Table | None:
         return None
     held_out, rows = found
     title = f"{held_out.words if held_out.trained else held_out.word + ' prompts'}, same noise"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
-    for column in ("reward", "is", "before", "after", "gain ± s.e.", "95 %"):
-        table.add_column(column, justify="left" if column in ("reward", "is") else "right", overflow="fold")
+    columns = ("reward", "is", "before", "after", "gain ± s.e.", "95 %")
+    table = titled(title, *columns, left=columns[:2], overflow="fold", box=SIMPLE_HEAD, pad_edge=False)
     for name, trained, change in sorted(rows, key=lambda row: not row[1]):
         error = "" if math.isnan(change.standard_error) else f" ± {change.standard_error:.3f}"
         kind = "trained" if trained else "held out"
@@ -132,9 +131,7 @@ def summary_table(title: str, summary: Summary) -> Table:
     """Means, standard errors, intervals and GenEval tasks of an evaluation with intervals."""
     from flowalign.evaluate.intervals import FEW
 
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in ("reward", "task", "mean", "± s.e.", "95 %", "pictures"):
-        table.add_column(column, justify="left" if column in ("reward", "task") else "right")
+    table = titled(title, "reward", "task", "mean", "± s.e.", "95 %", "pictures", left=("reward", "task"))
     for name, result in summary.items():
         for task, row in [("all", result), *result.get("tasks", {}).items()]:
             error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
@@ -154,9 +151,7 @@ def _between(interval: "Interval", style: str = ".4f") -> str:
 
 def audit_table(title: str, audit: "Audit") -> Table:
     """Every measure of an audit with its band."""
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    for column in ("measure", "base", "now", "band", "state"):
-        table.add_column(column, justify="left" if column in ("measure", "state") else "right")
+    table = titled(title, "measure", "base", "now", "band", "state", left=("measure", "state"))
     for name, band in audit.bands.items():
         value = audit.values[name]
         bounds = f">= {band.low:.4g}" if band.high == math.inf else f"{band.low:.4g} to {band.high:.4g}"
