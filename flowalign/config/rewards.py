@@ -15,6 +15,14 @@ def _form(section: Any) -> Any:
     return section.get("form") if isinstance(section, Mapping) else getattr(section, "form", None)
 
 
+def _own(section: type[Section], values: Any, earlier: Mapping[str, Any]) -> Any:
+    """Values without the defaults of other forms, which earlier versions wrote into every recipe of a run."""
+    if not isinstance(values, Mapping):
+        return values
+    known = section.model_fields
+    return {key: value for key, value in values.items() if key in known or earlier.get(key, section) != value}
+
+
 class _Bend(Section):
     """How a reward is bent before it is learnt from; sources in `rewards.combine`."""
 
@@ -22,6 +30,11 @@ class _Bend(Section):
     """What it is compared by: standardise, sigmoid or log_sigmoid."""
     reference: str | Annotated[tuple[float, ...], Field(min_length=1)]
     """Scores of the model before training: a store of groups that has this reward, or numbers for every prompt."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_other_forms(cls, values: Any) -> Any:
+        return _own(cls, values, {"scale": 1.0, "quantile": 0.85})
 
 
 class Standardise(_Bend):
@@ -68,6 +81,11 @@ class _Combination(Section):
     """What is made of them: sum, worst, uncertainty or bonus."""
     disagreement: Annotated[float, Field(ge=0)] = 0.0
     """Samples on which the rewards disagree by U teach exp(-this U) as much; 0 leaves that out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_other_forms(cls, values: Any) -> Any:
+        return _own(cls, values, {"penalty": 1.0, "base": None, "bonus": None, "floor": 0.4})
 
     @property
     def needed(self) -> Mapping[str, str]:

@@ -64,6 +64,12 @@ class Model(Section):
     lora: Lora | None = Lora()
     """The adapters to train; null trains all weights of the transformer."""
 
+    @field_validator("attention")
+    @classmethod
+    def _chosen_as_ever(cls, backend: str) -> str:
+        """Earlier versions wrote auto into every recipe of a run; it is native on every processor."""
+        return "native" if backend == "auto" else backend
+
     @field_validator("path", "adapter", "cache_conditions")
     @classmethod
     def _home(cls, path: str | None) -> str | None:

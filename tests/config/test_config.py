@@ -718,3 +718,15 @@ def test_a_mistake_names_the_file_in_which_it_stands(write, tmp_path, text, sent
     with pytest.raises(UserError) as caught:
         load_recipe(tmp_path / "above.yaml")
     assert re.search(sentence, str(caught.value)), caught.value
+
+
+def test_the_recipes_of_runs_that_earlier_versions_wrote_are_read():
+    values = {"name": "demo", "prompts": "a.txt", "algorithm": "nft", "model": {"attention": "auto"}}
+    shaping = {"form": "sigmoid", "reference": [0.1, 0.2], "scale": 2.0, "quantile": 0.85}
+    rewards = {"ocr": {"weight": 1.0, "load": None, "options": {}, "shaping": shaping}}
+    combine = {"form": "sum", "penalty": 1.0, "base": None, "bonus": None, "floor": 0.4, "disagreement": 0.0}
+    recipe = recipe_from_dict({**values, "rewards": rewards, "combine": combine})
+    assert recipe.model.attention == "native" and recipe.combine.form == "sum"
+    assert recipe.rewards["ocr"].shaping.scale == 2.0
+    with pytest.raises(UserError, match=r"combine: floor belongs to form bonus, not to sum; leave it out"):
+        recipe_from_dict({**values, "rewards": rewards, "combine": combine | {"floor": 0.5}})
