@@ -15,6 +15,7 @@ from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import MOST, Section
 from flowalign.lazy import torch
 from flowalign.sampling.noise import counted_generator
+from flowalign.sampling.steps import row_mean
 
 if TYPE_CHECKING:
     from flowalign.config.sections import Rollout, Train
@@ -172,18 +173,18 @@ def predictions(policy: Policy, batch: NoisedBatch, snapshot: str | None, *, ref
             return Predictions(own, velocity(batch.guidance), fixed)
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error over each row's dimensions, (n,)."""
-    return ((prediction - target) ** 2).flatten(1).mean(1)
+def squared_error(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error over each row's dimensions, or over those where `mask` is true, (n,)."""
+    return row_mean((prediction - target) ** 2, mask)
 
 
-def adaptive_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def adaptive_error(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """`squared_error` divided by the row's own mean absolute error, which takes no gradient; (n,).
 
     Source: DiffusionNFT's training code, whose weight is at least 1e-5.
     """
-    weight = (prediction - target).detach().double().abs().flatten(1).mean(1).clamp(min=1e-5)
-    return (squared_error(prediction, target) / weight).to(prediction.dtype)
+    weight = row_mean((prediction - target).detach().double().abs(), mask).clamp(min=1e-5)
+    return (squared_error(prediction, target, mask) / weight).to(prediction.dtype)
 
 
 def reward_level(advantage: torch.Tensor, clip: float) -> torch.Tensor:

@@ -138,7 +138,7 @@ def denoise(
     x = counted_noise([(*key[:-1], 0 if shared else key[-1], 0) for key in keys.values()], shape, policy.device)
     for index in range(sampler.steps):
         sigma, sigma_next = sigmas[index].item(), sigmas[index + 1].item()
-        velocity = _velocity(policy, x, sigma, condition, sampler.guidance, request.batch)
+        velocity = velocity_in_batches(policy, x, sigma, condition, sampler.guidance, request.batch)
         step = Step(index, sigma, sigma_next, x, velocity, x, list(keys))
         if settings is not None and settings.dynamics != "ode" and window[0] <= index < window[1]:
             step.take = partial(
@@ -206,10 +206,15 @@ class Recorder:
         )
 
 
-def _velocity(
-    policy: "Policy", x: torch.Tensor, sigma: float, condition: "Conditioning", guidance: float, batch: int
+def velocity_in_batches(
+    policy: "Policy",
+    x: torch.Tensor,
+    sigma: float | torch.Tensor,
+    condition: "Conditioning",
+    guidance: float,
+    batch: int,
 ) -> torch.Tensor:
-    """The guided velocity (B, ...) of states at one sigma, `batch` rows at a time."""
-    level = torch.full((len(x),), sigma, device=x.device)
+    """The guided velocity (B, ...) of states at a sigma, of all or (B,), `batch` rows in a forward pass."""
+    levels = torch.as_tensor(sigma, device=x.device).expand(len(x))
     parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
-    return torch.cat([policy.guided_velocity(x[p], level[p], condition[p], guidance) for p in parts])
+    return torch.cat([policy.guided_velocity(x[p], levels[p], condition[p], guidance) for p in parts])

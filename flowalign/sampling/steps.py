@@ -70,11 +70,14 @@ def sde_step(
     next_sample: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     noise: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> SdeStep:
     """A stochastic step and the log-probability of `next_sample`, which is drawn where it is not given.
 
     velocity, sample, next_sample, noise: (B, ...); sigma, sigma_next, sigma_max: scalars or (B,). `sigma_max` stands in
-    for sigma = 1 in flow_sde's denominator. Computed in float32 or better; see the module for the formulas.
+    for sigma = 1 in flow_sde's denominator. `mask`, bool and broadcastable to the sample, is true where that
+    is not given: the log-probability is the mean over that part. Computed in float32 or better; see the module for the
+    formulas.
     """
     if dynamics not in DYNAMICS:
         raise ValueError(f"unknown dynamics {dynamics!r}; choose one of {', '.join(DYNAMICS)}")
@@ -114,19 +117,32 @@ def sde_step(
         next_sample = mean + std * noise.to(x.dtype)
     else:
         next_sample = next_sample.to(x.dtype)
-    return SdeStep(next_sample, mean, std, _log_prob(next_sample - mean, std, dynamics))
+    return SdeStep(next_sample, mean, std, _log_prob(next_sample - mean, std, dynamics, mask))
 
 
-def _log_prob(residual: torch.Tensor, std: torch.Tensor, dynamics: Dynamics) -> torch.Tensor:
+def row_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean (B,) over a row's dimensions of values (B, ...), or over those where `mask` is true.
+
+    mask: bool, broadcastable to the values; a row where it is true nowhere has the mean 0.
+    """
+    if mask is None:
+        return values.flatten(1).mean(1)
+    counted = mask.expand_as(values).flatten(1)
+    return torch.where(counted, values.flatten(1), 0.0).sum(1) / counted.sum(1).clamp(min=1)
+
+
+def _log_prob(residual: torch.Tensor, std: torch.Tensor, dynamics: Dynamics, mask: torch.Tensor | None) -> torch.Tensor:
     if dynamics == "cps":
         values = -(residual**2)
     else:
         safe = torch.where(std > 0, std, torch.ones_like(std))
         values = -(residual**2) / (2 * safe**2) - torch.log(safe) - 0.5 * math.log(2 * math.pi)
     values = torch.where(std > 0, values, torch.zeros_like(values))
-    return values.flatten(1).mean(1)
+    return row_mean(values, mask)
 
 
-def gaussian_kl(mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL divergence (B,) of two Gaussians of the same `std`, as a mean over a row's dimensions."""
-    return ((mean - other_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+def gaussian_kl(
+    mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """KL divergence (B,) of two Gaussians of the same `std`, as a mean over a row's dimensions where `mask` is true."""
+    return row_mean((mean - other_mean) ** 2 / (2 * std**2), mask)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 
 from flowalign.config import Rollout, Sampler
-from flowalign.policies.base import Conditioning, Policy
+from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
-from flowalign.rollout.generate import rollout
+from flowalign.rollout.generate import rollout, velocity_in_batches
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import sde_step
@@ -62,13 +62,13 @@ def reference_divergence(
     kl, squares, reference_squares = torch.zeros(3, len(drawn), dtype=torch.float64, device=policy.device)
     for step in range(len(path.sigmas) - 1):
         states = path.states[:, step]
-        levels = path.sigmas[step].expand(len(states)).to(states.device)
-        own = _velocity(policy, states, levels, condition, sampler.guidance, batch)
+        levels = path.sigmas[step].to(states.device)
+        own = velocity_in_batches(policy, states, levels, condition, sampler.guidance, batch)
         if reference:
-            other = _velocity(reference, states, levels, known, sampler.guidance, batch)
+            other = velocity_in_batches(reference, states, levels, known, sampler.guidance, batch)
         else:
             with policy.reference():
-                other = _velocity(policy, states, levels, known, sampler.guidance, batch)
+                other = velocity_in_batches(policy, states, levels, known, sampler.guidance, batch)
         taken, expected = (
             sde_step(
                 velocity,
@@ -86,10 +86,3 @@ def reference_divergence(
         reference_squares += other.double().square().flatten(1).mean(1)
     steps = len(path.sigmas) - 1
     return Divergence(kl.cpu(), (squares / steps).sqrt().cpu(), (reference_squares / steps).sqrt().cpu())
-
-
-def _velocity(
-    policy: Policy, states: torch.Tensor, sigma: torch.Tensor, condition: Conditioning, guidance: float, batch: int
-) -> torch.Tensor:
-    parts = [slice(start, start + batch) for start in range(0, len(states), batch)]
-    return torch.cat([policy.guided_velocity(states[p], sigma[p], condition[p], guidance) for p in parts])
