@@ -1,4 +1,4 @@
-"""What is one run's at a time: a policy, a recipe's algorithm and rewards that learn, each changed by its steps."""
+"""What is one run's at a time: a policy and rewards that learn, each changed by the run's steps."""
 
 from collections.abc import Mapping
 from weakref import WeakValueDictionary
