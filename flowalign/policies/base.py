@@ -74,8 +74,8 @@ class Policy(ABC):
         """The transformer's prediction (B, ...), of inputs already in the policy's dtype."""
 
     @abstractmethod
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, ...) to media in [0, 1], float32."""
+    def decode(self, latents: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
+        """Latents (B, ...) to media in [0, 1], float32; with `gradients` a loss of the media has one in the latents."""
 
     @abstractmethod
     def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:

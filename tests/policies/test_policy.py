@@ -236,3 +236,28 @@ def test_a_model_keeps_its_own_attention_whichever_is_set_after_it(tiny_model: P
     load_policy(settings.model_copy(update={"attention": "_native_math"}))
     own = {str(getattr(p, "_attention_backend", None)) for p in first.transformer.attn_processors.values()}
     assert own == {"AttentionBackendName.NATIVE"}
+
+
+def test_a_gradient_of_the_media_comes_back_to_the_latents_where_it_is_asked_for(tiny_model: Path) -> None:
+    """Along a direction it is the difference quotient of the decoder in float64."""
+    policy = load_policy(settings(tiny_model, lora=None))
+    latents = counted_noise([(0, 0), (0, 1)], policy.latent_shape(REQUEST), "cpu")
+    weight, direction = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for shape in ((2, 3, 64, 64), latents.shape)
+    )
+    assert not policy.decode(latents.clone().requires_grad_(True)).requires_grad
+    given = latents.clone().requires_grad_(True)
+    media = policy.decode(given, gradients=True)
+    assert torch.equal(media.detach(), policy.decode(latents))
+    (gradient,) = torch.autograd.grad((media.double() * weight).sum(), given)
+    assert all(part.grad is None for part in policy.pipeline.vae.parameters())
+    vae, config = policy.pipeline.vae.double(), policy.pipeline.vae.config
+
+    def loss(step: float) -> torch.Tensor:
+        scaled = (latents.double() + step * direction) / config.scaling_factor + (config.shift_factor or 0)
+        return ((vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1) * weight).sum()
+
+    with torch.no_grad():
+        quotient = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert (gradient.double() * direction).sum().item() == pytest.approx(quotient.item(), rel=1e-3)
