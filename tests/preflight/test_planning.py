@@ -98,7 +98,7 @@ def sd35_medium(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_sd35_medium_has_its_published_size_and_cost(sd35_medium: Path) -> None:
-    policy = meta_policy(Model(path=str(sd35_medium), max_sequence_length=128))
+    policy = meta_policy(Model(path=str(sd35_medium), height=512, width=512, max_sequence_length=128))
     assert parameters(policy) == {
         "transformer": 2_243_171_520,  # the model card's 2.2 billion
         "vae": 83_819_683,
