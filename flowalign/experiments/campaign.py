@@ -26,13 +26,18 @@ def train_unless_done(recipe: Recipe, *, display: Display | None = None) -> Path
 
 
 def is_done(recipe: Recipe) -> bool:
-    """Whether the recipe's run has come to its end and had all its minutes; UserError for the run of another recipe."""
+    """Whether the recipe's run has come to its end: of its steps, of its minutes, or by its guard.
+
+    UserError for the run of another recipe.
+    """
     if not _is_begun(recipe):
         return False
     run, saved = RunFolder.open(recipe.folder)
     refuse_changes(saved, recipe)
-    enough = recipe.run.max_minutes is None or read_info(run.path).get("minutes", 0) >= recipe.run.max_minutes
-    return run.finished and saved.train.steps == recipe.train.steps and enough
+    info, limit = read_info(run.path), recipe.run.max_minutes
+    ended = info.get("checkpoint") == recipe.train.steps or "stopped" in info
+    in_time = limit is not None and info.get("minutes", 0) >= limit
+    return run.finished and saved.train.steps == recipe.train.steps and (limit is None or ended or in_time)
 
 
 def _is_begun(recipe: Recipe) -> bool:

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from flowalign.cli.app import main
-from flowalign.config import Sampler, load_recipe
+from flowalign.config import Sampler, dump_recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.evaluate.report.plots import Curve, mean_curve
+from flowalign.experiments.campaign import is_done
 from flowalign.experiments.compare import compare, matching_n, price
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.generate import rollout
@@ -392,3 +393,24 @@ def test_a_finished_run_of_another_recipe_or_a_larger_budget_is_refused(made: Pa
     with pytest.raises(UserError, match=r"was given 0\.01 minutes; on --resume the --budget may only grow"):
         compare(sources(place), BUDGET / 2, made, **again)
     assert times(made) == before
+
+
+@pytest.mark.parametrize(
+    ("info", "done"),
+    [
+        ({"finished": "now", "minutes": 1.0, "checkpoint": 3}, True),  # all steps before the time was over
+        ({"finished": "now", "minutes": 5.0, "checkpoint": 2}, True),  # all its minutes
+        ({"finished": "now", "minutes": 1.0, "checkpoint": 2, "stopped": "sustained alarm"}, True),
+        ({"finished": "now", "minutes": 1.0, "checkpoint": 2}, False),  # there is more time now
+        ({"minutes": 5.0, "checkpoint": 3}, False),
+    ],
+)
+def test_a_run_is_done_by_its_steps_its_minutes_or_its_guard(info: dict[str, Any], done: bool, tmp_path: Path) -> None:
+    run = {"folder": str(tmp_path / "run"), "max_minutes": 5}
+    values = {"name": "demo", "prompts": "a.txt", "rewards": {"ocr": 1}, "algorithm": "nft", "run": run}
+    recipe = recipe_from_dict({**values, "train": {"steps": 3}})
+    assert not is_done(recipe)
+    recipe.folder.mkdir()
+    (recipe.folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (recipe.folder / "run.json").write_text(json.dumps(info))
+    assert is_done(recipe) == done
