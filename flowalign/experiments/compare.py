@@ -34,7 +34,10 @@ from flowalign.terminal import Terminal
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for
 _DECIDED = {"run.folder": "--output", "run.seed": "--seeds", "run.max_minutes": "--budget", "train.steps": "--budget"}
 _OWN = {  # how a recipe trains and how densely it is measured; the rest of these sections is what is compared on
-    "model": {"lora", "dtype", "attention", "compile", "gradient_checkpointing"},
+    "model": {
+        *("lora", "dtype", "attention", "compile", "gradient_checkpointing"),
+        *("height", "width", "max_sequence_length"),  # `_sizes` compares what they come to
+    },
     "evaluation": {"every", "batch", "pictures", "rewards"},
 }
 
@@ -85,7 +88,7 @@ def compare(
         "reward": reward or next(iter(measured)),
         "target": target,
         "best_of": yardstick,
-        "shared": _shared(recipes[0]),
+        "shared": _settings_shared(recipes[0]) | _sizes(recipes[0]),
         "prompts": known.prompts,
         "trained_prompts": known.trained,
     }
@@ -220,20 +223,27 @@ def _check(
     for recipe in recipes:
         if recipe.evaluation.prompts is None:
             raise UserError(f"recipe {recipe.name} has no evaluation.prompts, so there is nothing to compare it by")
-    first = _shared(recipes[0])
-    for recipe in recipes[1:]:
-        for key, value in _shared(recipe).items():
-            if value != first[key]:
-                both = f"{names[0]} ({_shown(first[key])}) and {recipe.name} ({_shown(value)})"
-                raise UserError(f"recipes {both} differ in {key}; a comparison needs the same")
+    for shared in (_settings_shared, _sizes):  # the settings first: sizes are asked of the model, maybe of the hub
+        first = shared(recipes[0])
+        for recipe in recipes[1:]:
+            for key, value in shared(recipe).items():
+                if value != first[key]:
+                    both = f"{names[0]} ({_shown(first[key])}) and {recipe.name} ({_shown(value)})"
+                    raise UserError(f"recipes {both} differ in {key}; a comparison needs the same")
 
 
 def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _shared(recipe: Recipe) -> dict[str, Any]:
-    """What all recipes of a comparison must have in common, by key."""
+def _sizes(recipe: Recipe) -> dict[str, Any]:
+    """The media's size and the text's length, which a recipe may leave to its model."""
+    request, length = sizes_of(recipe.model)
+    return {"model.height": request.height, "model.width": request.width, "model.max_sequence_length": length}
+
+
+def _settings_shared(recipe: Recipe) -> dict[str, Any]:
+    """What all recipes of a comparison must have in common, by key, but for what `_sizes` compares."""
 
     def listed(prompts: str | tuple[str, ...] | None) -> list[str]:
         return [prompts] if isinstance(prompts, str) else list(prompts or ())
@@ -243,8 +253,6 @@ def _shared(recipe: Recipe) -> dict[str, Any]:
         for section, own in _OWN.items()
         for key, value in getattr(recipe, section).model_dump(mode="json", exclude=own).items()
     }
-    request, length = sizes_of(recipe.model)
-    values |= {"model.height": request.height, "model.width": request.width, "model.max_sequence_length": length}
     rewards = recipe.evaluation.rewards or recipe.rewards
     judges = {name: {"load": of.load or name, "options": of.options} for name, of in rewards.items()}
     prompts = {"prompts": listed(recipe.prompts), "evaluation.prompts": listed(recipe.evaluation.prompts)}
