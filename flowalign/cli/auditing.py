@@ -67,7 +67,7 @@ def _audited(
     rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
     check_prompts(rows, rewards, settings.prompts)
     guarding = Guarding(recipe.evaluation, recipe.guard, weights, rows, load_prompts(recipe.prompts), device)
-    policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
+    policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
     title = target
     if run is not None:
         found = checkpoints(run.checkpoints)

@@ -111,7 +111,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     refuse_learning(rewards, "collect with other rewards")
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
-    policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
+    policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
     _say_cut(policy, rows)
     with _scoring(rewards, len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
@@ -175,7 +175,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     known = held_out_from(recipe, rows)
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
-    policy = cached_policy(recipe.model, [row.prompt for row in rows], device, recipe.run.seed)
+    policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
     _say_cut(policy, rows)
     title, weights = f"{recipe.model.path} as it is", None
     if run is not None:

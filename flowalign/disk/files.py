@@ -17,7 +17,7 @@ from flowalign.config.base import UserError
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Another name to write a file under, which then takes the place of `path`; of a failure nothing is left."""
-    partial = path.with_name(f".partial_{path.name}")
+    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # another process may write the same file
     try:
         yield partial
         os.replace(partial, path)

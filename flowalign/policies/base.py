@@ -56,6 +56,8 @@ class Policy(ABC):
     dtype: torch.dtype
     request: MediaRequest  # what it makes
     guidance_form: ClassVar[GuidanceForm] = "plain"
+    inputs: ClassVar[Sequence[str]] = ("prompt",)  # what of a row its condition depends on, beside files
+    input_files: ClassVar[Sequence[str]] = ()  # keys of a row's metadata that name files which it depends on
     forwards: int = 0  # rows that the transformer has seen, the unit of compute budgets
 
     def __init__(self) -> None:
@@ -67,7 +69,11 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, rows: Sequence[Row]) -> Conditioning:
-        """Both sides of guidance, of every row; a policy that takes text alone is a `TextPolicy`."""
+        """Both sides of guidance, of every row; a policy that takes text alone is a `TextPolicy`.
+
+        It reads the rows' `inputs` and `input_files`, and the negative side all of them but the prompt, so that a cache
+        (`flowalign.policies.conditions`) knows rows that have a condition in common.
+        """
 
     @abstractmethod
     def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:

@@ -71,9 +71,9 @@ def load_parts(
     scorer = Scorer(recipe, rewards, device)
     source = _source(recipe, scorer, algorithm, accelerator)
     measuring = Measuring(recipe, scorer, source.rows, accelerator, device, display)
-    prompts = [row.prompt for row in (*source.rows, *measuring.rows)]
+    rows = [*source.rows, *measuring.rows]
     whole, seed = not processes.shares_out(), recipe.run.seed
-    policy = cached_policy(recipe.model, prompts, device, seed, accelerator, given=policy, whole=whole)
+    policy = cached_policy(recipe.model, rows, device, seed, accelerator, given=policy, whole=whole)
     source.check(policy)
     try:
         algorithm.check_schedule(policy.sigmas(recipe.rollout.steps, recipe.rollout.grid))

@@ -16,14 +16,16 @@ import yaml
 from flowalign.config import Model, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies import conditions
-from flowalign.policies.base import TextPolicy
+from flowalign.policies.base import Condition, Conditioning, TextPolicy
 from flowalign.policies.conditions import CachedConditions, cache_conditions, cached_policy
-from flowalign.policies.loading import load_policy
+from flowalign.policies.loading import FAMILIES, load_policy
 from flowalign.policies.request import Row
+from flowalign.policies.sd3 import SD3Policy
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
 
 PROMPTS = ["two stars", "three stars", "a star"]
+ROWS = [Row(index, prompt) for index, prompt in enumerate(PROMPTS)]
 Make = Callable[..., tuple[TextPolicy, Model]]
 
 
@@ -44,23 +46,26 @@ def rows_of(prompts: Sequence[str]) -> list[Row]:
 
 
 def cache_of(policy: TextPolicy, model: Model, folder: Path | None = None) -> CachedConditions:
-    return CachedConditions(folder or Path(str(model.cache_conditions)), model, policy.device, policy.dtype)
+    return CachedConditions(
+        folder or Path(str(model.cache_conditions)), model, type(policy), policy.device, policy.dtype
+    )
 
 
 def test_what_is_read_is_what_was_encoded_bit_for_bit(make: Make) -> None:
     policy, model = make()
-    expected = policy.encode_prompts(["", *PROMPTS])
-    cache_conditions(policy, model, PROMPTS)
-    found = policy.encode(rows_of([*PROMPTS, PROMPTS[0], ""]))
-    for name, tensor in found.positive.tensors.items():
-        assert torch.equal(tensor, expected.tensors[name][[1, 2, 3, 1, 0]])
-        assert tensor.dtype == expected.tensors[name].dtype
-    assert torch.equal(found.negative.tensors["pooled"], expected.tensors["pooled"][[0] * 5])
+    expected = policy.encode(ROWS)[[0, 1, 2, 0]]
+    cache_conditions(policy, model, ROWS)
+    found = policy.encode([*ROWS, Row(7, PROMPTS[0], {"tag": "again"})])  # what is no input does not count
+    for side in ("positive", "negative"):
+        for name, tensor in getattr(found, side).tensors.items():
+            wanted = getattr(expected, side).tensors[name]
+            assert torch.equal(tensor, wanted) and tensor.dtype == wanted.dtype
+    assert {tensor.stride(0) for tensor in found.negative.tensors.values()} == {0}  # the memory of one row
 
 
 def test_the_text_encoders_are_released_and_an_unknown_prompt_is_one_sentence(make: Make) -> None:
     policy, model = make()
-    cache_conditions(policy, model, PROMPTS)
+    cache_conditions(policy, model, ROWS)
     parts = policy.pipeline.components  # type: ignore[attr-defined]
     assert [name for name, part in parts.items() if name.startswith("text_encoder") and part is not None] == []
     with pytest.raises(UserError, match=r"'four stars' was not encoded"):
@@ -69,13 +74,13 @@ def test_the_text_encoders_are_released_and_an_unknown_prompt_is_one_sentence(ma
 
 def test_only_new_prompts_are_written_and_other_settings_have_a_folder_of_their_own(make: Make) -> None:
     policy, model = make()
-    cache_conditions(policy, model, PROMPTS)
+    cache_conditions(policy, model, ROWS)
     (folder,) = Path(str(model.cache_conditions)).iterdir()
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert len(before) == len(PROMPTS) + 1
     assert json.loads((folder / "model.json").read_text())["max_sequence_length"] == 0
     policy, model = make()
-    cache_conditions(policy, model, [*PROMPTS, "four stars"])
+    cache_conditions(policy, model, rows_of([*PROMPTS, "four stars"]))
     after = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     assert {path: after[path] for path in before} == before
     assert len(after) == len(before) + 1
@@ -96,35 +101,86 @@ def test_shares_of_several_processes_are_encoded_in_the_same_batches_as_by_one(
 ) -> None:
     monkeypatch.setattr(conditions, "AT_ONCE", 2)
     policy, model = make()
-    texts = [f"{n} stars" for n in range(7)]
+    rows = rows_of([f"{n} stars" for n in range(7)])
     seen: list[list[str]] = []
-    encode = policy.encode_prompts
-    policy.encode_prompts = lambda prompts: seen.append(list(prompts)) or encode(prompts)  # type: ignore[method-assign,func-returns-value]
+    encode = policy.encode
+
+    def watched(rows: Sequence[Row]) -> Conditioning:
+        seen.append([row.prompt for row in rows])
+        return encode(rows)
+
+    monkeypatch.setattr(policy, "encode", watched)
     alone, shared = (cache_of(policy, model, tmp_path / name) for name in ("alone", "shared"))
-    alone.fill(policy, texts)
+    alone.fill(policy, rows)
     whole, seen[:] = list(seen), []
-    shared.fill(policy, texts, slice(1, None, 2))
-    assert shared.missing(texts) == ["0 stars", "1 stars", "4 stars", "5 stars"]
-    shared.fill(policy, texts, slice(0, None, 2))
+    shared.fill(policy, rows, slice(1, None, 2))
+    assert [row.prompt for row in shared.missing(rows)] == ["0 stars", "1 stars", "4 stars", "5 stars"]
+    shared.fill(policy, rows, slice(0, None, 2))
     assert sorted(seen) == whole
-    for name, tensor in alone.read(texts).tensors.items():
-        assert torch.equal(tensor, shared.read(texts).tensors[name])
+    both = [cache.read(rows) for cache in (alone, shared)]
+    for side in ("positive", "negative"):
+        one, other = (getattr(conditioning, side).tensors for conditioning in both)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+class Editing(SD3Policy):
+    """Its conditions hold the bytes of the row's image and its strength, on both sides of guidance."""
+
+    inputs, input_files = ("prompt", "strength"), ("image",)
+
+    def encode(self, rows: Sequence[Row]) -> Conditioning:
+        text = super().encode(rows)
+        given = [[*Path(row.metadata["image"]).read_bytes()[:1], row.metadata["strength"]] for row in rows]
+        return Conditioning(
+            *(Condition({**side.tensors, "given": torch.tensor(given)}) for side in (text.positive, text.negative))
+        )
+
+
+def test_a_condition_is_known_by_the_content_of_every_input(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "StableDiffusion3Pipeline", Editing)
+    for name, content in (("cat", b"c"), ("dog", b"d"), ("same_cat", b"c")):
+        (tmp_path / f"{name}.png").write_bytes(content)
+
+    def row(prompt: str, image: str, strength: int = 1, **others: str) -> Row:
+        return Row(0, prompt, {"image": str(tmp_path / f"{image}.png"), "strength": strength, **others})
+
+    policy, model = make()
+    rows = [row("a hat", "cat"), row("a hat", "dog"), row("a hat", "cat", 2), row("a bow", "cat")]
+    again = row("a hat", "same_cat", tag="not read")
+    expected = policy.encode([*rows, again])
+    cache = cache_of(policy, model)
+    cache_conditions(policy, model, rows)
+    assert len(list(cache.folder.glob("*.safetensors"))) == 4 + 3  # rows that differ in their prompts share a negative
+    found = policy.encode([*rows, again])
+    for side in ("positive", "negative"):
+        for name, tensor in getattr(found, side).tensors.items():
+            torch.testing.assert_close(tensor, getattr(expected, side).tensors[name])
+    (tmp_path / "cat.png").write_bytes(b"another cat")
+    assert cache_of(policy, model).missing(rows) == [rows[0], rows[2], rows[3]]
+    assert cache_of(policy, model.model_copy(update={"height": 32})).folder != cache.folder
+    with pytest.raises(UserError, match=r"the image of prompt 'a hat' cannot be read: .*bird\.png"):
+        cache.missing([row("a hat", "bird")])
+    with pytest.raises(UserError, match="prompt 'a hat' has no strength, which this model needs of every prompt"):
+        cache.missing([Row(0, "a hat", {"image": str(tmp_path / "dog.png")})])
 
 
 def test_a_damaged_file_is_named(make: Make) -> None:
     policy, model = make()
     cache = cache_of(policy, model)
-    cache.fill(policy, PROMPTS)
-    cache.path(PROMPTS[1]).write_bytes(b"torn")
-    with pytest.raises(UserError, match=rf"{cache.path(PROMPTS[1]).name} is damaged .*; remove it"):
-        cache.read(PROMPTS)
+    cache.fill(policy, ROWS)
+    torn, _ = cache.paths(ROWS[1])
+    torn.write_bytes(b"torn")
+    with pytest.raises(UserError, match=rf"{torn.name} is damaged .*; remove it"):
+        cache.read(ROWS)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(make: Make, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     policy, model = make()
     with pytest.raises(UserError, match=r"model\.cache_conditions: cannot write to"):
-        cache_conditions(policy, model, PROMPTS)
+        cache_conditions(policy, model, ROWS)
 
 
 @pytest.mark.slow
@@ -172,12 +228,12 @@ def test_text_encoders_are_not_even_read_once_every_prompt_is_kept(
     for clocked in (first_line, line):
         del clocked["minutes"], clocked["seconds"]
     assert line == first_line
-    prompts = [*(tmp_path / "prompts.txt").read_text().splitlines(), "a new one"]
+    rows = rows_of([*(tmp_path / "prompts.txt").read_text().splitlines(), "a new one"])
     with pytest.raises(UserError, match="header"):
-        cached_policy(runs["again"].model, prompts, "cpu", 0)
+        cached_policy(runs["again"].model, rows, "cpu", 0)
     for file in folder.glob("text_encoder*/*.safetensors"):
         spoilt(file, position=8)
-    policy = cached_policy(runs["again"].model, prompts, "cpu", 0)
+    policy = cached_policy(runs["again"].model, rows, "cpu", 0)
     assert len(policy.encode(rows_of(["a new one"]))) == 1
 
 
