@@ -4,8 +4,8 @@ An adapter names its pipeline class and LoRA targets and fills in `patch`, `enco
 and `pipeline_arguments`; docs/adding_a_model.md shows how. Latents have the autoencoder's layout (B, C, h, w).
 """
 
-import copy
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +23,9 @@ from flowalign.policies.base import Grid, TextPolicy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
 from flowalign.policies.request import MediaRequest, Sizes
-from flowalign.policies.schedules import euler_scheduler
+from flowalign.policies.schedules import EvenEuler, euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
+from flowalign.sampling.schedule import shifted, sigma_schedule
 
 
 class PipelinePolicy(TextPolicy):
@@ -199,22 +200,24 @@ class PipelinePolicy(TextPolicy):
         return (int(self.pipeline.vae.config.latent_channels), request.height // factor, request.width // factor)
 
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
-        """The pipeline's schedule for pictures of the policy's size, or the scheduler's shift of evenly spaced values.
+        """The pipeline's schedule for pictures of the policy's size, or its shift of evenly spaced values.
 
         A schedule that shifts with the resolution does so as in Esser et al. (2024), section 5.3.2, by token count.
         """
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        shift = {"mu": self._shift()} if scheduler.config.use_dynamic_shifting else {}
-        if grid == "uniform" or self.even_sigmas:
-            scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), **shift)
-        else:
-            scheduler.set_timesteps(steps, **shift)
-        return scheduler.sigmas.float().cpu()
+        config = self.pipeline.scheduler.config
+        shift = self._resolution_shift() if config.use_dynamic_shifting else config.shift
+        lowest = None
+        if grid == "model" and not self.even_sigmas and not isinstance(self.pipeline.scheduler, EvenEuler):
+            # As FlowMatchEulerDiscreteScheduler: its lowest value is shifted already, and is so again with the others.
+            first = torch.tensor(1 / config.num_train_timesteps, dtype=torch.float64)
+            lowest = float(first if config.use_dynamic_shifting else shifted(first, shift))
+        return sigma_schedule(steps, shift, lowest=lowest, terminal=config.shift_terminal)
 
-    def _shift(self) -> float:
+    def _resolution_shift(self) -> float:
         config = self.pipeline.scheduler.config
         names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return calculate_shift(self._tokens(), *(config[name] for name in names))
+        mu = calculate_shift(self._tokens(), *(config[name] for name in names))
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
     def _tokens(self) -> int:
         """Of a picture in the transformer."""

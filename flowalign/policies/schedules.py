@@ -40,6 +40,11 @@ def euler_scheduler(scheduler: Any) -> Any:
             raise UserError(
                 "model.path: its scheduler has invert_sigmas, so 1 is no noise there; that is not supported"
             )
+        for spacing in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            if config.get(spacing):
+                raise UserError(
+                    f"model.path: its scheduler has {spacing}, and no flow is drawn so here; set it to false"
+                )
         if config.stochastic_sampling:
             _say("model.path: its scheduler has stochastic_sampling; pictures are drawn by Euler steps without it")
         return scheduler

@@ -216,6 +216,20 @@ def test_another_flow_scheduler_gives_its_shift_and_that_is_said_once(
         torch.testing.assert_close(policy.sigmas(4), theirs.sigmas, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "config", [{"shift": 3.0}, {**RESOLUTION, "time_shift_type": "linear"}, {**RESOLUTION, "shift_terminal": 0.1}]
+)
+def test_the_schedule_is_that_of_the_scheduler_in_the_folder(copied: Path, config: dict[str, Any]) -> None:
+    schedule(copied, "FlowMatchEulerDiscreteScheduler", **config)
+    policy = load_policy(settings(copied))
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    if "shift" in config:
+        theirs.set_timesteps(6)
+    else:  # on the line from 256 to 4096 tokens
+        theirs.set_timesteps(6, mu=0.5 + (1.15 - 0.5) * (policy._tokens() - 256) / (4096 - 256))
+    torch.testing.assert_close(policy.sigmas(6), theirs.sigmas, atol=2e-7, rtol=0)
+
+
 def test_a_shift_by_resolution_is_taken_from_any_flow_scheduler(copied: Path) -> None:
     found = []
     for kind, config in (("FlowMatchEulerDiscreteScheduler", {}), ("UniPCMultistepScheduler", FLOW)):
@@ -231,6 +245,7 @@ def test_a_shift_by_resolution_is_taken_from_any_flow_scheduler(copied: Path) ->
         ("UniPCMultistepScheduler", {}, "for a model that predicts no velocity"),
         ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "epsilon"}, "no velocity"),
         ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "has invert_sigmas"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, "has use_karras_sigmas, and no flow"),
     ],
 )  # fmt: skip
 def test_a_scheduler_of_no_flow_is_refused(copied: Path, kind: str, config: dict[str, Any], message: str) -> None:

@@ -47,8 +47,8 @@ class Backwards(FluxPolicy):
 
 
 class Unshifted(FluxPolicy):
-    def _shift(self):
-        return super()._shift() + 0.5
+    def _resolution_shift(self):
+        return super()._resolution_shift() * 1.6
 
 
 class Mixed(FluxPolicy):
