@@ -18,9 +18,9 @@ from flowalign.config.base import UserError
 from flowalign.config.mistakes import nearest
 from flowalign.config.paths import sought
 from flowalign.config.rewards import Shaping
+from flowalign.rollout.dataset import GroupDataset
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import Drawn, Generated, Recorded
-from flowalign.rollout.store import GroupStore
 from rewards import Reward, TrainableReward, as_reward
 from rewards.combine import (
     Scores,
@@ -42,7 +42,7 @@ FINISHED = -1  # in place of the denoising step of a preview
 
 
 class Scorer:
-    """The rewards of a run, the recipe's or those that a script gives for them; one way for rollouts and stores."""
+    """The rewards of a run, the recipe's or those that a script gives for them; one way for rollouts and datasets."""
 
     def __init__(
         self, recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]] | None, device: torch.device | str
@@ -55,7 +55,7 @@ class Scorer:
         self.weights = {name: entry.weight for name, entry in recipe.rewards.items()}
         self.shaping = {name: entry.shaping for name, entry in recipe.rewards.items() if entry.shaping is not None}
         self.references = {
-            name: GroupStore.open(Path(shaping.reference)).references(name)
+            name: GroupDataset.open(Path(shaping.reference)).references(name)
             for name, shaping in self.shaping.items()
             if isinstance(shaping.reference, str)
         }
@@ -63,8 +63,8 @@ class Scorer:
         self.learners = {f"reward {name!r}": reward for name, reward in self.trainable.items()}
         for reward in self.learners.values():
             reward.begin()
-        if recipe.store is not None:
-            refuse_learning(self.rewards, "a store has fixed scores; train it with rollouts")
+        if recipe.dataset is not None:
+            refuse_learning(self.rewards, "a dataset has fixed scores; train it with rollouts")
         self._thread = ThreadPoolExecutor(1, "rewards", make_current, (self.device,))
         self._pending: dict[int, list[Future[dict[str, Scores]]]] = {}  # by denoising step
 
@@ -86,7 +86,7 @@ class Scorer:
                 asked = self.rewards[name].applies_to(row.about)
                 if asked and row.prompt not in known:
                     raise UserError(
-                        f"rewards.{name}.shaping: store {self.shaping[name].reference} has no reference scores "
+                        f"rewards.{name}.shaping: dataset {self.shaping[name].reference} has no reference scores "
                         f"of {row.prompt!r}; collect it for all prompts"
                     )
 

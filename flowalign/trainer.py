@@ -179,7 +179,9 @@ class Trainer:
         test = None
         if not self.tested and (weighted.zero_spread < 1 or self.algorithm.learns_from_equal):
             test = SelfTest(self.policy, self.algorithm, weighted, self.accelerator, self._self_tested)
-        with self._phase("train", "training", self.recipe.train.passes * self.recipe.train.updates_per_step) as advance:
+        with self._phase(
+            "train", "training", self.recipe.train.inner_epochs * self.recipe.train.updates_per_step
+        ) as advance:
             figures |= self.learner.learn(weighted, self.step, test, advance)
         self.step += 1
         sentences = self.idle.step(self.step, generated, figures, self.tested)

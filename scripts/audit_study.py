@@ -72,7 +72,12 @@ def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
         shared,
         shared / f"{defence}-seed{seed}",
         train={"steps": options.steps, "learning_rate": rate},
-        evaluation={"every": options.evaluate_every, "count": options.prompts, "images_per_prompt": 2, "pictures": 12},
+        evaluation={
+            "every": options.evaluate_every,
+            "count": options.prompts,
+            "images_per_prompt": 2,
+            "keep_media": 12,
+        },
         guard={"rewards": HELD_OUT, "seeds": 3, "kl_samples": 16, "features": {"model": "toyworld/judges/vit"}},
     )
 

@@ -91,7 +91,7 @@ def beside(recipe: Recipe, changed: Recipe, repeats: int) -> tuple[float, float]
 def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:
     pictures, items = recipe.samples_per_step, recipe.items_per_step
     table = Table("quantity", "value", title=recipe.name, title_justify="left")
-    if seconds["decode"]:  # a step from a store draws nothing
+    if seconds["decode"]:  # a step from a dataset draws nothing
         table.add_row("rollout", f"{pictures / seconds['rollout']:.1f} images/s (decoding included)")
     table.add_row("training", f"{items / seconds['train']:.1f} items/s")
     table.add_row("reward", f"{1000 * seconds['scores'] / pictures:.2f} ms/image alone")

@@ -1,9 +1,9 @@
 """Record the numbers that a refactor must not move: `python scripts/refactoring_numbers.py OUTPUT.json [BEFORE.json]`.
 
-Every algorithm trains the embedded world for three steps in one process and in two, GDRO from a store; GenEval and OCR
-judge the model that NFT leaves. OUTPUT.json gets the metrics of each step, the checksums of the trained weights and the
-benchmarks' results. With BEFORE.json, made by this script on the same machine from the code before, it ends with 1 and
-names what differs.
+Every algorithm trains the embedded world for three steps in one process and in two, GDRO from a dataset; GenEval and
+OCR judge the model that NFT leaves. OUTPUT.json gets the metrics of each step, the checksums of the trained weights and
+the benchmarks' results. With BEFORE.json, made by this script on the same machine from the code before, it ends with 1
+and names what differs.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def command(*words: str, processes: int = 1) -> None:
 def trained(folder: Path, recipe: str, processes: int) -> dict[str, Any]:
     settings = (f"run.folder={folder}", *SETTINGS)
     if recipe.endswith("gdro"):  # from groups that one process collects
-        settings += (f"store={folder.parent / 'groups'}", "collect.prompts=8", "collect.group_size=4")
+        settings += (f"dataset={folder.parent / 'groups'}", "collect.prompts=8", "collect.group_size=4")
         command("collect", recipe, *settings)
     command("train", recipe, *settings, processes=processes)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -211,7 +211,7 @@ def _values(tiny_model: Path, folder: Path) -> dict[str, Any]:
             "micro_batch": 3,
             "learning_rate": 3e-3,
         },
-        "evaluation": {"prompts": str(folder / "prompts.txt"), "steps": 3, "every": 2, "pictures": 2},
+        "evaluation": {"prompts": str(folder / "prompts.txt"), "steps": 3, "every": 2, "keep_media": 2},
         "guard": None,
         "run": {"folder": str(folder / "run"), "checkpoint_every": 1},
     }

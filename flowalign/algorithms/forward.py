@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flowalign.rollout.stages import Weighted
 
 Level = Annotated[float, Field(ge=0, le=1)]
-TimestepSampling = Literal["grid", "grid_strata", "uniform", "logit_normal"]
+TimestepSampling = Literal["schedule", "schedule_strata", "uniform", "logit_normal"]
 
 
 class Decay(Section):
@@ -71,9 +71,9 @@ class ForwardSettings(AlgorithmSettings):
     needs: ClassVar = "final"
     timesteps: Annotated[int, Field(gt=0, le=MOST)] = 2
     """Noise levels that each sample is trained at."""
-    timestep_sampling: TimestepSampling = "grid"
+    timestep_sampling: TimestepSampling = "schedule"
     """Drawn from the rollout's own sigmas without repeating; one from each of as many equal parts of them, so that more
-    draws than sigmas repeat some (grid_strata); or from a density, one from each of equal strata."""
+    draws than sigmas repeat some (schedule_strata); or from a density, one from each of equal strata."""
     timestep_range: tuple[Level, Level] = (0.0, 1.0)
     """The lowest and the highest sigma trained at."""
 
@@ -96,10 +96,10 @@ class ForwardSettings(AlgorithmSettings):
                 f"train.guidance must be said where rollouts are guided (rollout.guidance {rollout.guidance:g}): 1 "
                 f"trains the model's own velocity, as published for {self.name}, more than 1 the guided one"
             )
-        if self.timestep_sampling == "grid" and self.timesteps > rollout.steps:
+        if self.timestep_sampling == "schedule" and self.timesteps > rollout.steps:
             raise ValueError(
                 f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's grid; "
-                "timestep_sampling grid_strata repeats them"
+                "timestep_sampling schedule_strata repeats them"
             )
 
     def levels(self, grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -109,7 +109,7 @@ class ForwardSettings(AlgorithmSettings):
         """
         low, high = self.timestep_range
         inside = grid[(grid >= low) & (grid <= high) & (grid > 0)]
-        if self.timestep_sampling == "grid":
+        if self.timestep_sampling == "schedule":
             if len(inside) < self.timesteps:
                 raise ValueError(
                     f"algorithm.timestep_range [{low:g}, {high:g}] holds {len(inside)} sigmas of the rollout's grid; "
@@ -118,7 +118,7 @@ class ForwardSettings(AlgorithmSettings):
             return inside[torch.randperm(len(inside), generator=generator)[: self.timesteps]]
         strata = torch.randperm(self.timesteps, generator=generator)
         uniform = (strata + torch.rand(self.timesteps, generator=generator)) / self.timesteps
-        if self.timestep_sampling == "grid_strata":
+        if self.timestep_sampling == "schedule_strata":
             if not len(inside):
                 raise ValueError(f"algorithm.timestep_range [{low:g}, {high:g}] holds no sigma of the rollout's grid")
             return inside[(uniform * len(inside)).long().clamp(max=len(inside) - 1)]  # 1 - 1e-8 rounds to 1

@@ -1,4 +1,4 @@
-"""`flowalign collect`: groups for a store."""
+"""`flowalign collect`: groups for a dataset."""
 
 from typing import Annotated
 
@@ -9,14 +9,16 @@ from flowalign.cli.console import Overrides, console, device, quiet_libraries
 from flowalign.config.base import UserError
 
 
-def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:
-    """Draw and score groups into the recipe's store; what is there already is kept."""
+def collect(
+    recipe: Annotated[str, typer.Argument(help="a recipe with a dataset")], overrides: Overrides = None
+) -> None:
+    """Draw and score groups into the recipe's dataset; what is there already is kept."""
     from flowalign.cli.existing import check_prompts, check_recipe
     from flowalign.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    if resolved.store is None:
-        raise UserError("the recipe names no store; give store=FOLDER")
+    if resolved.dataset is None:
+        raise UserError("the recipe names no dataset; give dataset=FOLDER")
     check_recipe(resolved)
     check_prompts(resolved.prompts)
     quiet_libraries()
@@ -24,9 +26,9 @@ def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")]
 
     from flowalign.cli.scoring import collect_recipe
 
-    store = collect_recipe(resolved, device())
-    table = Table("reward", "mean", "std", title=f"{store.path}: {len(store)} prompts", title_justify="left")
-    for name, values in store.rewards.items():
+    dataset = collect_recipe(resolved, device())
+    table = Table("reward", "mean", "std", title=f"{dataset.path}: {len(dataset)} prompts", title_justify="left")
+    for name, values in dataset.rewards.items():
         known = values[~np.isnan(values)]
         table.add_row(name, f"{known.mean():.4f}", f"{known.std():.4f}")
     console.print(table)

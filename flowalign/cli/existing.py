@@ -18,7 +18,7 @@ from rewards.catalogue import check_name
 
 def check_recipe(recipe: Recipe) -> None:
     """Raises UserError or RewardError for a prompt list, model or reward of the recipe that is not there."""
-    check_prompts(None if recipe.store else recipe.prompts, recipe.evaluation.prompts)
+    check_prompts(None if recipe.dataset else recipe.prompts, recipe.evaluation.prompts)
     for entries in (recipe.rewards, recipe.evaluation.rewards, recipe.guard and recipe.guard.rewards):
         check_rewards([entry.loads(name) for name, entry in (entries or {}).items()])
     check_model(recipe.model.path)

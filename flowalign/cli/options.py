@@ -12,7 +12,7 @@ import typer
 from flowalign.config.base import MOST
 
 OWN = "by default a run's evaluation's, else what its kind of model is drawn with"
-Grid = Literal["model", "uniform"]  # as `flowalign.config.sections.Sampler` has them
+Schedule = Literal["model", "uniform"]  # as `flowalign.config.sections.Sampler` has them
 Solver = Literal["euler", "dpm++"]
 
 ModelArgument = Annotated[
@@ -35,7 +35,7 @@ Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help=f"denoising ste
 Guidance = Annotated[
     float | None, typer.Option(min=1, max=1e6, help=f"{OWN}; GenEval's script has 9, for older models")
 ]
-GridOption = Annotated[Grid | None, typer.Option(help=f"the sigmas; {OWN}")]
+ScheduleOption = Annotated[Schedule | None, typer.Option(help=f"the sigmas; {OWN}")]
 SolverOption = Annotated[Solver | None, typer.Option(help=f"of the ODE; {OWN}")]
 Size = Annotated[int | None, typer.Option(min=8, max=MOST, help="pixels of a side; the default fits the model")]
 SequenceLength = Annotated[int | None, typer.Option(min=0, max=MOST, help="T5 tokens; the default fits the model")]
@@ -56,7 +56,7 @@ class DrawingOptions:
 
     steps: Steps = None
     guidance: Guidance = None
-    grid: GridOption = None
+    schedule: ScheduleOption = None
     solver: SolverOption = None
     size: Size = None
     max_sequence_length: SequenceLength = None

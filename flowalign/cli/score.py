@@ -1,4 +1,4 @@
-"""`flowalign score`: pictures or a store under a reward."""
+"""`flowalign score`: pictures or a dataset under a reward."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,12 +19,12 @@ def score(
         str | None,
         typer.Option(metavar="FILE[#COLUMN]", help="a row for each image; left out, the folder's metadata.jsonl says"),
     ] = None,
-    store: Annotated[Path | None, typer.Option(help="in place of images: a store of groups, which keeps them")] = None,
-    name: Annotated[str | None, typer.Option(help="the reward's name in the store; the default is its own")] = None,
+    dataset: Annotated[Path | None, typer.Option(help="score a dataset of groups, which keeps the scores")] = None,
+    name: Annotated[str | None, typer.Option(help="the reward's name in the dataset; the default is its own")] = None,
     option: RewardOptions = None,
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
-    """Score pictures, or the groups of a store, with a reward."""
+    """Score pictures, or the groups of a dataset, with a reward."""
     from flowalign.cli.existing import check_pictures, check_prompts, check_rewards, check_scores
 
     check_rewards([reward])
@@ -33,20 +33,20 @@ def score(
     check_scores(output)
     import numpy as np
 
-    from flowalign.cli.scoring import read_images, rescore_store, score_images, write_scores
+    from flowalign.cli.scoring import read_images, rescore_dataset, score_images, write_scores
 
-    if store is not None:
+    if dataset is not None:
         if images or prompts or output:
             raise UserError(
-                "--store holds pictures and prompts and keeps the scores; leave --images, --prompts, --output out"
+                "--dataset holds pictures and prompts and keeps the scores; leave --images, --prompts, --output out"
             )
-        values = rescore_store(store, reward, option or [], name)
-        console.print(f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} pictures, now in {store}")
+        values = rescore_dataset(dataset, reward, option or [], name)
+        console.print(f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} pictures, now in {dataset}")
         return
     if images is None:
-        raise UserError("give --images, or --store")
+        raise UserError("give --images, or --dataset")
     if name is not None:
-        raise UserError("--name is the reward's name in a store; give --store with it")
+        raise UserError("--name is the reward's name in a dataset; give --dataset with it")
     rows, paths = read_images(images, prompts)
     scores = score_images(reward, option or [], rows, paths)
     table = Table("image", "prompt", "score")

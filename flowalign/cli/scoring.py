@@ -1,4 +1,4 @@
-"""Score files, collect and rescore stores, evaluate a model or a run: what the command line does."""
+"""Score files, collect and rescore datasets, evaluate a model or a run: what the command line does."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,10 @@ from flowalign.evaluate.held_out import held_out_from
 from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
+from flowalign.rollout.dataset import GroupDataset, collect
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
-from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import check_prompts, learning, load_learnt, load_rewards, refuse_learning, tally, unread
 from flowalign.terminal import Terminal
 from flowalign.training.checkpoint import checkpoints, load_weights
@@ -103,10 +103,10 @@ def _batches(judge: zoo.Reward, rows: Sequence[Row]) -> list[list[int]]:
     return [list(range(start, min(start + _BATCH, len(rows)))) for start in range(0, len(rows), _BATCH)]
 
 
-def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
-    """Fill the recipe's store with groups of its model's pictures."""
-    if recipe.store is None:
-        raise UserError("the recipe names no store; give store=FOLDER")
+def collect_recipe(recipe: Recipe, device: str) -> GroupDataset:
+    """Fill the recipe's dataset with groups of its model's pictures."""
+    if recipe.dataset is None:
+        raise UserError("the recipe names no dataset; give dataset=FOLDER")
     rewards = load_rewards(recipe.rewards, device)
     refuse_learning(rewards, "collect with other rewards")
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
@@ -114,7 +114,7 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupStore:
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
     _say_cut(policy, rows)
     with _scoring(rewards, len(rows) * recipe.collect.group_size) as progress:
-        return collect(recipe, Path(recipe.store), rows, rewards, policy, progress)
+        return collect(recipe, Path(recipe.dataset), rows, rewards, policy, progress)
 
 
 def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
@@ -122,12 +122,12 @@ def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
         Terminal().say(sentence)
 
 
-def rescore_store(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
-    """Add a reward to a store; (N, G), NaN where it does not apply."""
-    store = GroupStore.open(path)
+def rescore_dataset(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
+    """Add a reward to a dataset; (N, G), NaN where it does not apply."""
+    dataset = GroupDataset.open(path)
     judge = _judge(reward, options)
-    with _scoring({judge.name: judge}, len(store) * store.manifest["group_size"]) as progress:
-        return store.rescore(name or judge.name, judge, progress)
+    with _scoring({judge.name: judge}, len(dataset) * dataset.manifest["group_size"]) as progress:
+        return dataset.rescore(name or judge.name, judge, progress)
 
 
 def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: str | None) -> list[zoo.Finding]:

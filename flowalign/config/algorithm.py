@@ -1,4 +1,4 @@
-"""What a recipe may say of its algorithm, and how the algorithm's class is found by its name."""
+"""The settings that all algorithms share, and how an algorithm's class is found by its name."""
 
 from __future__ import annotations
 
@@ -29,39 +29,43 @@ BUILT_IN = {
 
 
 class AlgorithmSettings(Section):
-    """The settings that all algorithms share. The class variables say what else a recipe must fit."""
+    """The settings that all algorithms share. The class variables say what else a recipe must agree with."""
 
     needs: ClassVar[Literal["trajectory", "final"]]
     unit: ClassVar[Literal["item", "group", "path"]] = "item"
-    """What a loss never parts: nothing, a group at one noise level, or a group with all its trained steps."""
+    """The items that one loss needs together: one, a group at one noise level, or a group with all its trained
+    steps."""
     offline: ClassVar[bool] = False
-    """Whether it can learn from a store of groups that another policy drew."""
+    """Whether it can learn from a dataset of groups that another policy drew."""
     has_advantages: ClassVar[bool] = True
-    """Whether it learns from advantages, or from the rewards themselves."""
+    """Whether it learns from advantages, and not from the rewards themselves."""
 
     strength: ClassVar[tuple[str, ...]] = ("kl_weight",)
     """The settings to lower where the policy diverges."""
 
     name: str
-    """As a recipe gives it."""
+    """The algorithm's name."""
     advantage: Literal["total", "summed"] = "total"
-    """Advantages of the weighted total, or the weighted sum of each reward's own advantages (GDPO)."""
+    """total: advantages of the weighted total. summed: the weighted sum of each reward's own advantages (GDPO),
+    which keeps a reward with a small spread from being drowned."""
     advantage_std: Scale = "global"
-    """Divide advantages by the standard deviation of the whole step's rewards, of the group's, or by none."""
+    """The standard deviation that advantages are divided by: that of the whole step's rewards, of the group's, or
+    none."""
     advantage_clip: Annotated[float, Field(gt=0)] = 5.0
-    """Advantages are clipped to [-this, this]."""
+    """Advantages are clipped to between minus this value and this value."""
     equal_groups: Literal["skip", "keep"] = "skip"
-    """Whether groups whose rewards are all equal are left out of a step."""
+    """Leave groups whose rewards are all equal out of a step, or keep them."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of the KL to the reference; 0 spends no forward on it."""
+    """Weight of the KL to the reference model. Raise it to stay closer to that model; 0 spends no forward pass on
+    it."""
 
     @property
     def parts_rewards(self) -> bool:
-        """Whether it learns from each reward apart and not from their total."""
+        """Whether it learns from each reward by itself and not from their total."""
         return self.advantage == "summed"
 
     def draws(self, rollout: Rollout) -> int:
-        """Items that each sample makes."""
+        """How many items a sample makes."""
         return rollout.window_length
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
@@ -75,7 +79,7 @@ class AlgorithmSettings(Section):
             )
 
     def refuse(self, why: str, *settings: str) -> None:
-        """Raises ValueError for the first of the settings that is not at its default: it would be ignored."""
+        """Raises ValueError for the first of these settings that is not at its default, since it would be ignored."""
         if name := self.changed(*settings):
             raise ValueError(f"algorithm.{name}: {why}")
 
@@ -92,9 +96,9 @@ def algorithm_names() -> list[str]:
 
 @cache
 def algorithm_class(name: str) -> Any:
-    """The class of an algorithm, a `flowalign.algorithms.base.Algorithm`; its `Settings` are what a recipe says of it.
+    """The class of an algorithm (a `flowalign.algorithms.base.Algorithm`), whose `Settings` are its part of a recipe.
 
-    Raises ValueError for a name that is none's, and UserError for an installed one that cannot be imported.
+    Raises ValueError for an unknown name, and UserError for an installed algorithm that cannot be imported.
     """
     if name in BUILT_IN:
         module, _, kind = BUILT_IN[name].partition(":")
@@ -113,6 +117,6 @@ def algorithm_class(name: str) -> Any:
 
 
 def settings_class(name: str) -> type[AlgorithmSettings]:
-    """What a recipe may say of an algorithm; raises as `algorithm_class` does."""
+    """The class of an algorithm's settings; raises as `algorithm_class` does."""
     found: type[AlgorithmSettings] = algorithm_class(name).Settings
     return found

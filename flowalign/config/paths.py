@@ -13,7 +13,7 @@ _looked: dict[str, Path] = {}  # what was in neither place, and the folder of th
 
 # Where a recipe names what is read, and what is written; between slashes the keys.
 _READ = re.compile(
-    r"model/(path|adapter)|prompts|store|evaluation/prompts|guard/features/model"
+    r"model/(path|adapter)|prompts|dataset|evaluation/prompts|guard/features/model"
     r"|((evaluation|guard)/)?rewards/[^/]+/(load|shaping/reference)"
 )
 _OPTION = re.compile(r"((evaluation|guard)/)?rewards/[^/]+/options/.+")

@@ -13,6 +13,7 @@ from flowalign.config.algorithm import BUILT_IN, AlgorithmSettings, algorithm_na
 from flowalign.config.base import Section, UserError
 from flowalign.config.mistakes import Origins, explain, key_lines, nearest, origin_of
 from flowalign.config.paths import Keys, expanded, located
+from flowalign.config.renamed import of_today, with_names_of_today
 from flowalign.config.rewards import Combine, Rewards, RewardSettings, WeightedMean
 from flowalign.config.sections import (
     Collect,
@@ -37,8 +38,9 @@ class Recipe(Section):
     rewards: Rewards
     combine: Combine = WeightedMean()
     algorithm: SerializeAsAny[AlgorithmSettings]
-    store: str | None = None
-    """A store of groups to learn from in place of rollouts (`flowalign collect` makes one)."""
+    dataset: str | None = None
+    """The folder of a dataset of groups to learn from in place of rollouts (`flowalign collect` makes one); null:
+    rollouts."""
     collect: Collect = Collect()
     rollout: Rollout = Rollout()
     train: Train = Train()
@@ -85,9 +87,11 @@ class Recipe(Section):
     def _parts_agree(self) -> "Recipe":
         if self.algorithm.needs == "trajectory" and self.rollout.dynamics == "ode":
             raise ValueError(f"rollout.dynamics ode leaves no stochastic step to {self.algorithm.name}")
-        if self.store is not None and not self.algorithm.offline:
+        if self.dataset is not None and not self.algorithm.offline:
             able = ", ".join(name for name in BUILT_IN if settings_class(name).offline)
-            raise ValueError(f"store: {self.algorithm.name} learns from its own rollouts; from a store learns {able}")
+            raise ValueError(
+                f"dataset: {self.algorithm.name} learns from its own rollouts; from a dataset learns {able}"
+            )
         for key, name in self.combine.needed.items():
             if name not in self.rewards:
                 raise ValueError(f"combine.{key}: there is no reward {name!r}{nearest(name, self.rewards)}")
@@ -145,9 +149,9 @@ class Recipe(Section):
         return self
 
     def measured(self) -> tuple[dict[str, RewardSettings], dict[str, str]]:
-        """The rewards that evaluations measure, by name, and the names there of the training rewards among them.
+        """The rewards that evaluations measure, by name, and under which of these names each training reward is.
 
-        With a guard these are the evaluation's, the training rewards and the held-out ones, each once.
+        With a guard they are the evaluation's, the training rewards and the held-out ones, each once.
         """
         found = dict(self.evaluation.rewards or self.rewards)
         names = {}
@@ -171,28 +175,28 @@ class Recipe(Section):
 
     @property
     def trained_rewards(self) -> dict[str, RewardSettings]:
-        """Those that are learnt from; a reward of weight 0 is scored and logged alone."""
+        """The rewards that are learnt from; a reward of weight 0 is only scored and logged."""
         return {name: entry for name, entry in self.rewards.items() if entry.weight > 0}
 
     @property
     def samples_per_step(self) -> int:
-        """Pictures drawn in a training step."""
+        """Samples drawn in a training step."""
         return self.train.prompts_per_step * self.train.group_size
 
     @property
     def items_per_step(self) -> int:
-        """Pictures times trained denoising steps or noise levels."""
+        """Samples times trained denoising steps or noise levels."""
         return self.samples_per_step * self.algorithm.draws(self.rollout)
 
     @property
     def unit_items(self) -> int:
-        """Items that a loss never parts: one, a group at a noise level, or a group with all its trained steps."""
+        """How many items one loss needs together: one, a group at a level, or a group with all its trained steps."""
         group = self.train.group_size
         return {"item": 1, "group": group, "path": group * self.algorithm.draws(self.rollout)}[self.algorithm.unit]
 
     @property
     def in_parts(self) -> bool:
-        """Whether a unit is larger than a micro-batch, so that its forward passes are made a second time."""
+        """Whether a unit exceeds a micro-batch, so that its forward passes are computed a second time."""
         return self.train.micro_batch < self.unit_items
 
     @property
@@ -201,7 +205,7 @@ class Recipe(Section):
         return Path(self.run.folder or f"runs/{self.name}")
 
     def arithmetic(self, processes: int = 1) -> list[tuple[str, str]]:
-        """The batch arithmetic, as rows of a quantity and how it comes about."""
+        """The batch arithmetic, as rows of a quantity and how it is computed."""
         train, sampler, draws = self.train, self.rollout, self.algorithm.draws(self.rollout)
         first, end = sampler.sde_window
         within = f"steps {first} to {end - 1} of {sampler.steps}"
@@ -219,18 +223,18 @@ class Recipe(Section):
             passes = f"{own} / {size * unit} = {math.ceil(units / size)}"
         forwards = self.samples_per_step * sampler.steps * (2 if sampler.guidance > 1 else 1)
         return [
-            ("pictures per step", f"{train.prompts_per_step} prompts x {train.group_size} = {self.samples_per_step}"),
+            ("samples per step", f"{train.prompts_per_step} prompts x {train.group_size} = {self.samples_per_step}"),
             ("trained noise levels", trained),
             ("items per step", f"{self.samples_per_step} x {draws} = {self.items_per_step}"),
             ("items per update", f"{self.items_per_step} / {train.updates_per_step} updates = {items}"),
             ("micro-batches per update", passes),
-            ("rollout forwards per step", "none, from the store" if self.store else f"{forwards}"),
-            ("training steps", f"{until} x {train.passes * train.updates_per_step} updates"),
+            ("rollout forwards per step", "none, from the dataset" if self.dataset else f"{forwards}"),
+            ("training steps", f"{until} x {train.inner_epochs * train.updates_per_step} updates"),
         ]
 
 
 def _algorithm_of(values: Mapping[str, Any]) -> type[AlgorithmSettings] | None:
-    """The class of the algorithm that a recipe's plain values name; None where they name none that is known."""
+    """The settings' class of the algorithm that a recipe's plain values name; None where the name is unknown."""
     given = values.get("algorithm")
     name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", given)
     return settings_class(name) if isinstance(name, str) and name in algorithm_names() else None
@@ -287,7 +291,7 @@ def _file_of(source: str | Path) -> Path:
 
 
 def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
-    """A recipe's values over those of its base, and where each key stands."""
+    """A recipe's values over those of its base, and the file and line of each key."""
     path = _file_of(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -313,7 +317,8 @@ def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str,
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of keys to values")
     base = values.pop("base", None)
-    origins: Origins = {keys: (path, line) for keys, line in lines.items()}
+    values = with_names_of_today(values)
+    origins: Origins = {of_today(keys): (path, line) for keys, line in lines.items()}
     if base is None:
         return values, origins
     if not isinstance(base, str):
@@ -325,7 +330,7 @@ def _read_recipe(source: str | Path, above: tuple[Path, ...]) -> tuple[dict[str,
 
 
 def _put_over(base: dict[str, Any], own: Mapping[str, Any], origins: Origins, within: Keys = ()) -> None:
-    """Gives a base the values of a recipe on top of it; the origins of what it no longer holds go too."""
+    """Put a recipe's values over those of its base; the origins of values that are gone go too."""
     for key, value in own.items():
         keys = (*within, str(key))
         if key != "rewards" and _is_of_one_kind(base.get(key), value):
@@ -337,7 +342,7 @@ def _put_over(base: dict[str, Any], own: Mapping[str, Any], origins: Origins, wi
 
 
 def _is_of_one_kind(below: Any, above: Any) -> bool:
-    """Whether two sections can be merged: neither has another name or form than the other."""
+    """Whether two sections can be merged: they have no different name or form."""
     if not (isinstance(below, dict) and isinstance(above, dict)):
         return False
     return all(below[key] == above[key] for key in ("name", "form") if key in below and key in above)
@@ -346,7 +351,7 @@ def _is_of_one_kind(below: Any, above: Any) -> bool:
 def recipe_from_dict(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """A recipe from plain values; raises UserError as `load_recipe` does."""
     try:
-        return Recipe.model_validate(located(dict(values), lambda _: [Path()]))
+        return Recipe.model_validate(located(with_names_of_today(values), lambda _: [Path()]))
     except ValidationError as error:
         raise UserError(explain(error, Recipe, Path(where), {}, {}, _algorithm_of(values))) from None
 
@@ -361,7 +366,8 @@ def _parse_override(text: str) -> tuple[Keys, Any]:
     if not equals or not key:
         raise UserError(f"override {text!r} must be written key=value, such as train.steps=50")
     try:
-        return tuple(key.split(".")), yaml.safe_load(value)
+        keys = tuple(key.split("."))
+        return of_today(keys), with_names_of_today(yaml.safe_load(value), keys)
     except (yaml.YAMLError, ValueError) as error:  # ValueError of a date that is none
         raise UserError(f"override {text!r}: the value is not YAML") from error
 

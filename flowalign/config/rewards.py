@@ -1,4 +1,4 @@
-"""The sections of a recipe about its rewards: each one, how it is bent, and how several become one."""
+"""The sections of a recipe about rewards: a reward, its shaping, and the combination of several into one."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from flowalign.config.base import Section
 
 
 def _form(section: Any) -> Any:
-    """The form that a section names. pydantic reads it by itself only where no validator sees it first."""
+    """The form that a section names; pydantic finds it alone only where no validator runs before."""
     return section.get("form") if isinstance(section, Mapping) else getattr(section, "form", None)
 
 
 def _own(section: type[Section], values: Any, earlier: Mapping[str, Any]) -> Any:
-    """Values without the defaults of other forms, which earlier versions wrote into every recipe of a run."""
+    """The values without defaults of other forms, which earlier versions wrote into every recipe of a run."""
     if not isinstance(values, Mapping):
         return values
     known = section.model_fields
     return {key: value for key, value in values.items() if key in known or earlier.get(key, section) != value}
 
 
-class _Bend(Section):
-    """How a reward is bent before it is learnt from; sources in `rewards.combine`."""
+class _Shaped(Section):
+    """How a reward is shaped before it is learnt from; `rewards.combine` names the sources."""
 
     form: str
-    """What it is compared by: standardise, sigmoid or log_sigmoid."""
+    """The shape: standardise, sigmoid or log_sigmoid."""
     reference: str | Annotated[tuple[float, ...], Field(min_length=1)]
-    """Scores of the model before training: a store of groups that has this reward, or numbers for every prompt."""
+    """Scores of the model before training: a dataset of groups that has this reward, or numbers that hold for every
+    prompt."""
 
     @model_validator(mode="before")
     @classmethod
@@ -37,8 +38,8 @@ class _Bend(Section):
         return _own(cls, values, {"scale": 1.0, "quantile": 0.85})
 
 
-class Standardise(_Bend):
-    """In deviations from the references' mean."""
+class Standardise(_Shaped):
+    """The reward in standard deviations of the references, from their mean."""
 
     form: Literal["standardise"]
 
@@ -50,20 +51,20 @@ class Standardise(_Bend):
         return reference
 
 
-class Sigmoid(_Bend):
-    """PAR's sigmoid of the difference to the references."""
+class Sigmoid(_Shaped):
+    """The mean over the references of sigmoid(scale (reward - reference)) (PAR)."""
 
     form: Literal["sigmoid"]
     scale: Annotated[float, Field(gt=0)] = 1.0
-    """Of the difference."""
+    """Factor of the difference. Lower it for rewards of a wide range, so that the sigmoid does not saturate."""
 
 
-class LogSigmoid(_Bend):
-    """Log sigmoid of the difference to the references."""
+class LogSigmoid(_Shaped):
+    """log sigmoid(reward - q), with q a quantile of the references."""
 
     form: Literal["log_sigmoid"]
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.85
-    """Of the references."""
+    """Which quantile of the references the reward is compared with."""
 
 
 Shaping = Annotated[
@@ -75,12 +76,13 @@ Shaping = Annotated[
 
 
 class _Combination(Section):
-    """How several rewards become the one that advantages are made of; sources in `rewards.combine`."""
+    """How several rewards become the total that is learnt from; `rewards.combine` names the sources."""
 
     form: str
-    """What is made of them: sum, worst, uncertainty or bonus."""
+    """The combination: sum, worst, uncertainty or bonus."""
     disagreement: Annotated[float, Field(ge=0)] = 0.0
-    """Samples on which the rewards disagree by U teach exp(-this U) as much; 0 leaves that out."""
+    """c: a sample on which the rewards disagree by U weighs exp(-c U) in the loss. Raise it to trust disagreement
+    less; 0 gives every sample the same weight."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,28 +91,28 @@ class _Combination(Section):
 
     @property
     def needed(self) -> Mapping[str, str]:
-        """The rewards without which there is no total, by their part in it."""
+        """The rewards that the combination needs, by their part in it."""
         return {}
 
 
 class WeightedMean(_Combination):
-    """The weighted mean."""
+    """The weighted mean of the rewards."""
 
     form: Literal["sum"] = "sum"
 
 
 class Worst(_Combination):
-    """The lowest."""
+    """The lowest of the rewards."""
 
     form: Literal["worst"]
 
 
 class Uncertainty(_Combination):
-    """The weighted mean less the variance."""
+    """The weighted mean of the rewards, less a multiple of their variance."""
 
     form: Literal["uncertainty"]
     penalty: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of the variance."""
+    """Weight of the variance. Raise it to trust samples less on which the rewards disagree."""
 
 
 class BaseAndBonus(_Combination):
@@ -118,11 +120,11 @@ class BaseAndBonus(_Combination):
 
     form: Literal["bonus"]
     base: str
-    """The reward without which nothing counts."""
+    """The reward that multiplies all else."""
     bonus: str
-    """The reward that adds to it."""
+    """The reward that raises what the base is worth."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.4
-    """What the base is worth without the bonus: 0.4 for generation, 0.6 for editing."""
+    """The share of the base that remains without the bonus: 0.4 for generation, 0.6 for editing."""
 
     @model_validator(mode="after")
     def _two_rewards(self) -> BaseAndBonus:
@@ -148,19 +150,19 @@ class RewardSettings(Section):
     """One reward of a recipe."""
 
     weight: Annotated[float, Field(ge=0)] = 1.0
-    """Its part in the total that is learnt from, beside the other weights: ratios count, not sizes, so one reward alone
-    has 1. Of 0: scored and logged, never learnt from. Others lie between 1e-6 and 1e6."""
+    """Weight in the total that is learnt from. Only the ratio to the other weights counts, so a single reward has 1. A
+    reward of weight 0 is scored and logged, and never learnt from. Other weights lie between 1e-6 and 1e6."""
     load: str | None = None
-    """A built-in name, "file.py:Name" or "package.module:Name"; left out, the reward's key is its name."""
+    """A built-in name, "file.py:Name" or "package.module:Name"; null: the reward's key in the recipe."""
     options: dict[str, Any] = {}
-    """Passed to the reward."""
+    """Options that the reward is made with."""
     shaping: Shaping | None = None
-    """How it is bent before it is learnt from; it is measured as it is."""
+    """How the reward is shaped before it is learnt from; evaluations measure it unshaped."""
 
     @field_validator("weight")
     @classmethod
     def _weighs(cls, weight: float) -> float:
-        """Beyond these bounds sums in float32 lose one of two rewards, or overflow."""
+        """Beyond these bounds a sum in float32 loses one of two rewards, or overflows."""
         if weight and not 1e-6 <= weight <= 1e6:
             raise ValueError(f"{weight:g} must be 0 or between 1e-6 and 1e6; only the ratio of weights counts")
         return weight
@@ -170,7 +172,7 @@ class RewardSettings(Section):
         return self.load or key
 
     def same_as(self, other: RewardSettings, key: str, other_key: str | None = None) -> bool:
-        """Whether both score alike, whatever their weights."""
+        """Whether both give the same scores, whatever their weights."""
         return self.loads(key) == other.loads(other_key or key) and self.options == other.options
 
 

@@ -15,9 +15,13 @@ from flowalign.config.base import UserError
 
 
 @contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """Another name to write a file under, which then takes the place of `path`; of a failure nothing is left."""
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}")  # another process may write the same file
+def replaced_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
+    """Another name to write a file under, which then takes the place of `path`; of a failure nothing is left.
+
+    What a kill leaves is written over the next time, but where the file is `contended`: several processes may then
+    write it at once, each under a name of its own.
+    """
+    partial = path.with_name(f".partial_{os.getpid()}_{path.name}" if contended else f".partial_{path.name}")
     try:
         yield partial
         os.replace(partial, path)

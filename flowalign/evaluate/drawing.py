@@ -139,8 +139,9 @@ def drawing_of(
 
 def sampling_words(sampler: Sampler, request: MediaRequest, seed: int) -> str:
     """What decides a model's pictures, for people."""
-    how = f"{counted(sampler.steps, 'step')}, guidance {sampler.guidance:g}, {sampler.grid} grid, {sampler.solver}"
-    return f"{how}, {request.width} x {request.height} pixels, seed {seed}"
+    steps, pixels = counted(sampler.steps, "step"), f"{request.width} x {request.height} pixels"
+    how = f"guidance {sampler.guidance:g}, {sampler.schedule} schedule, {sampler.solver}"
+    return f"{steps}, {how}, {pixels}, seed {seed}"
 
 
 def folder_name(parts: Sequence[str], about: Mapping[str, Any]) -> str:

@@ -123,11 +123,11 @@ def evaluate(
         scored += score_rows(rewards, media, own)
         expanded += own
         seen += observe(media) if observe else []
-        if sum(len(part) for part in pictures) < settings.pictures:
+        if sum(len(part) for part in pictures) < settings.keep_media:
             pictures.append(media[:: settings.images_per_prompt].cpu())
     if not pictures:
         return Evaluated(expanded, scored, torch.empty(0), seen=seen)
-    shown = torch.cat(pictures)[: settings.pictures]
+    shown = torch.cat(pictures)[: settings.keep_media]
     maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown.clone())) is not None}
     return Evaluated(expanded, scored, shown, maps, seen)
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError, counted
+from flowalign.rollout.dataset import GroupDataset
 from flowalign.rollout.prompts import Row, load_prompts, normalised, shared_rows
-from flowalign.rollout.store import GroupStore
 
 
 class HeldOut(NamedTuple):
@@ -41,7 +41,7 @@ def held_out(rows: Sequence[Row], training_rows: Sequence[Row]) -> HeldOut:
 def held_out_from(recipe: Recipe, rows: Sequence[Row]) -> HeldOut:
     """Of rows beside what the recipe trains on, which may be gone by now."""
     try:
-        training_rows = GroupStore.open(Path(recipe.store)).rows if recipe.store else load_prompts(recipe.prompts)
+        training_rows = GroupDataset.open(Path(recipe.dataset)).rows if recipe.dataset else load_prompts(recipe.prompts)
     except UserError:
         return HeldOut(None, _different(rows))
     return held_out(rows, training_rows)

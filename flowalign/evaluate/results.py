@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flowalign.config.base import UserError
+from flowalign.config.renamed import with_names_of_today
 from flowalign.disk.files import append_json_line, make_folder, replace_json, writing
 from flowalign.evaluate.report.html import parsed
 from flowalign.rollout.generate import Progress
@@ -33,7 +34,8 @@ def check_folder(folder: Path, name: str, settings: Mapping[str, Any], made: str
     if (folder.exists() and not folder.is_dir()) or (there and not any(path.name in SETTINGS for path in there)):
         raise UserError(f"{folder} is neither an empty folder nor one of an evaluation; choose another --output")
     if any(path.stat().st_size for path in folder.glob(made)):
-        _refuse_other(folder / name, parsed(folder / name, json.loads), json.loads(json.dumps(settings)))
+        begun = with_names_of_today(parsed(folder / name, json.loads), ("rollout",))  # where a sampler's keys stand
+        _refuse_other(folder / name, begun, json.loads(json.dumps(settings)))
 
 
 def keep_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:

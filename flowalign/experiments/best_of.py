@@ -74,7 +74,7 @@ def evaluate_best_of(
     if not asked:
         raise UserError(f"{by} judges none of the evaluation prompts; choose by another reward")
     most = max(counts)
-    settings = settings.model_copy(update={"images_per_prompt": most, "pictures": 0})
+    settings = settings.model_copy(update={"images_per_prompt": most, "keep_media": 0})
     drawn = evaluate(policy, asked, rewards, settings, request, progress)
     groups = [drawn.scores[start : start + most] for start in range(0, len(drawn.scores), most)]
     return [

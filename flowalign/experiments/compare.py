@@ -38,7 +38,7 @@ _OWN = {  # how a recipe trains and how densely it is measured; the rest of thes
         *("lora", "dtype", "attention", "compile", "gradient_checkpointing"),
         *("height", "width", "max_sequence_length"),  # `_sizes` compares what they come to
     },
-    "evaluation": {"every", "batch", "pictures", "rewards"},
+    "evaluation": {"every", "batch", "keep_media", "rewards"},
 }
 
 

@@ -1,6 +1,6 @@
 """The runs of the over-optimisation bench: on each proxy of the embedded world, each defence against hacking it.
 
-`prepare` makes what the runs on a proxy share: prompts, reference pictures, learned judges, and a store of the base
+`prepare` makes what the runs on a proxy share: prompts, reference pictures, learned judges, and a dataset of the base
 model's pictures with the scores of every judge, to which shaping compares.
 """
 
@@ -19,8 +19,8 @@ from flowalign.disk.media import save_pictures
 from flowalign.experiments.overoptimization_results import GOLD, PROXY
 from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
+from flowalign.rollout.dataset import GroupDataset, collect
 from flowalign.rollout.prompts import load_prompts
-from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import load_rewards
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.proxies import BACKBONE, fit_learned
@@ -39,7 +39,7 @@ HELD_OUT: Settings = {
     "artifact": {"options": {"head": "toyworld/judges/artifact.safetensors"}},
     "aesthetic": {"options": {"model": "toyworld/judges/clip", "head": "toyworld/judges/aesthetic.safetensors"}},
 }
-GROUP = 8  # pictures of each prompt, in a step and in the store
+GROUP = 8  # pictures of each prompt, in a step and in the dataset
 LABELLED = 32  # prompts whose pictures a learned judge is fitted to
 KL_WEIGHT = 0.3
 _JUDGES = ("judge_a", "judge_b", "judge_c")  # alike but for the prompts that they were fitted on
@@ -66,7 +66,7 @@ def make_recipe(
     base = load_recipe("toyworld_ocr_crd")
     proxy = _proxy(world, shared)
     sizes = {"prompts_per_step": 6, "group_size": GROUP, "micro_batch": 48}
-    measured = {"prompts": f"{_LISTS[world]}_test", "steps": 4, "grid": "uniform", "pictures": 24}
+    measured = {"prompts": f"{_LISTS[world]}_test", "steps": 4, "schedule": "uniform", "keep_media": 24}
     values = {
         "name": f"overoptimization_{world}_{defence}",
         "model": base.model,
@@ -138,24 +138,24 @@ def prepare(world: str, shared: Path, prompts: int) -> None:
         replace_json_lines(listed, lines[:prompts])
     if not (shared / "references").exists():
         save_pictures(shared / "references", _references(world))
-    store = _store(world, shared)
+    dataset = _dataset(world, shared)
     for seed, name in enumerate(_JUDGES):
         if not (shared / f"{name}.safetensors").exists():
-            _fit(store, seed, shared / f"{name}.safetensors")
+            _fit(dataset, seed, shared / f"{name}.safetensors")
     for name, entry in {**_ensemble(world, shared), "artifact": _ARTIFACT}.items():
-        if name not in store.rewards:
-            store.rescore(name, _reward(name, entry), lambda _: None)
+        if name not in dataset.rewards:
+            dataset.rescore(name, _reward(name, entry), lambda _: None)
 
 
 def _reward(name: str, entry: Settings) -> Any:
     return load_rewards({name: RewardSettings.model_validate(entry)}, own_device())[name]
 
 
-def _store(world: str, shared: Path) -> GroupStore:
+def _dataset(world: str, shared: Path) -> GroupDataset:
     """The base model's pictures of all training prompts with their gold scores, and with what was added later."""
     path, listed = shared / "store", load_prompts(str(shared / "prompts.jsonl"))
-    if path.exists() and len(store := GroupStore.open(path)) == len(listed):
-        return store
+    if path.exists() and len(dataset := GroupDataset.open(path)) == len(listed):
+        return dataset
     values: Settings = {"name": world, "prompts": str(shared / "prompts.jsonl"), "rewards": {GOLD: _GOLDS[world]}}
     base = load_recipe("toyworld_ocr_crd")
     values |= {"model": base.model, "rollout": base.rollout, "algorithm": "crd", "collect": {"group_size": GROUP}}
@@ -164,12 +164,12 @@ def _store(world: str, shared: Path) -> GroupStore:
     return collect(recipe, path, listed, {GOLD: _reward(GOLD, _GOLDS[world])}, policy, lambda _: None)
 
 
-def _fit(store: GroupStore, seed: int, path: Path) -> None:
+def _fit(dataset: GroupDataset, seed: int, path: Path) -> None:
     """Write a judge learned from the gold scores of some prompts' pictures."""
-    files = sorted(store.path.glob("shard_*/media/*.png"))
-    chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
+    files = sorted(dataset.path.glob("shard_*/media/*.png"))
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
     images = torch.stack([read_picture(files[row * GROUP + member]) for row in chosen for member in range(GROUP)])
-    scores = torch.from_numpy(store.rewards[GOLD][chosen]).float().flatten()
+    scores = torch.from_numpy(dataset.rewards[GOLD][chosen]).float().flatten()
     with replaced_file(path) as partial:
         save_head(fit_learned(images, scores, seed=seed), BACKBONE, partial)
 

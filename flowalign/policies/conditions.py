@@ -93,7 +93,8 @@ class CachedConditions:
         try:
             if not self.folder.is_dir():
                 replace_json(make_folder(self.folder) / "model.json", self._about)
-            save_tensors(path, {name: tensor.detach().cpu() for name, tensor in condition.tensors.items()})
+            tensors = {name: tensor.detach().cpu() for name, tensor in condition.tensors.items()}
+            save_tensors(path, tensors, contended=True)  # by other runs too
         except (OSError, SafetensorError) as error:
             raise UserError(f"model.cache_conditions: cannot write to {self.folder}: {error}") from error
 

@@ -49,13 +49,13 @@ def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
     train, sampler, algorithm = recipe.train, recipe.rollout, algorithm_of(recipe.algorithm)
     own = sampler.guidance if train.guidance is None else train.guidance
     reference = own if train.reference_guidance is None else train.reference_guidance
-    drawn = 0 if recipe.store else recipe.samples_per_step * sampler.steps * _passes(sampler.guidance)
+    drawn = 0 if recipe.dataset else recipe.samples_per_step * sampler.steps * _passes(sampler.guidance)
     units = torch.arange(recipe.items_per_step // recipe.unit_items)
     sizes = [len(part) * recipe.unit_items for part in units.tensor_split(train.updates_per_step)]
     snapshots, update, counted = Snapshots(algorithm), 0, []
     for _ in range(min(steps, train.steps)):
         trained = fixed = 0
-        for items in [size for size in sizes if size] * train.passes:
+        for items in [size for size in sizes if size] * train.inner_epochs:
             cost = algorithm.cost(snapshots.current)
             trained += items * _passes(own)
             fixed += items * (cost.snapshots * _passes(own) + cost.references * _passes(reference))

@@ -110,7 +110,7 @@ def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS, costs: 
         refuse_all_trained(recipe)
     forwards = step_forwards(recipe)[-1]
     refuse_too_large(recipe, costs, gpus, vram, forwards)
-    pictures = 0 if recipe.store else recipe.samples_per_step
+    pictures = 0 if recipe.dataset else recipe.samples_per_step
     decode = costs.decoding(1).flops
     step = (forwards.rollout + forwards.fixed) * costs.flops(backward=False) + pictures * decode
     checkpointing = recipe.model.gradient_checkpointing
@@ -212,7 +212,7 @@ def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[
     if recipe.model.cache_conditions:  # the text encoders are there until all prompts are encoded
         loaded = ("transformer", "autoencoder", "adapters", "runtime")
         found["start"] = sum(parts.get(name, 0) for name in loaded) + _text_encoders(costs) * costs.element
-    if not recipe.store:
+    if not recipe.dataset:
         found["rollout"] = base + _drawing(recipe.rollout.batch, recipe.rollout.guidance, costs)
     found["train"] = base + _learning(recipe, costs, forwards).at(recipe.train.micro_batch) + _unit(recipe, costs)
     if recipe.evaluation.prompts:

@@ -103,7 +103,7 @@ def rollout(
             refuse_not_finite([samples[place].prompt for place in step.places], latents[-1], media[-1])
             if finished:
                 media[-1] = finished(media[-1], [samples[place] for place in step.places])
-    sigmas = policy.sigmas(sampler.steps, sampler.grid)
+    sigmas = policy.sigmas(sampler.steps, sampler.schedule)
     return Drawn(
         rows=[samples[place] for place in places],
         groups=groups[places].to(policy.device),
@@ -131,7 +131,7 @@ def denoise(
     0 where it is shared; the noise of step i is i + 1.
     """
     sampler, window, shape = request.sampler, window_of(request), policy.latent_shape(request.media)
-    sigmas = policy.sigmas(sampler.steps, sampler.grid)
+    sigmas = policy.sigmas(sampler.steps, sampler.schedule)
     settings = sampler if isinstance(sampler, Rollout) else None
     shared = settings is not None and settings.shared_noise
     solve = ode_solver(sampler.solver, sigmas)

@@ -8,10 +8,10 @@ import torch
 
 from flowalign.config import Rollout
 from flowalign.policies.base import Policy
+from flowalign.rollout.dataset import GroupDataset
 from flowalign.rollout.generate import Progress, Step, rollout
 from flowalign.rollout.prompts import Row, step_rows
 from flowalign.rollout.stages import Generated, Keep, RolloutRequest, Share
-from flowalign.rollout.store import GroupStore
 from flowalign.sampling.noise import ROLLOUT
 
 
@@ -103,20 +103,20 @@ class Rollouts(Source):
 class Dataset(Source):
     """Groups that were drawn and scored before."""
 
-    def __init__(self, store: GroupStore, rewards: Sequence[str], sampler: Rollout, share: Share):
+    def __init__(self, dataset: GroupDataset, rewards: Sequence[str], sampler: Rollout, share: Share):
         """rewards: the names of those that are learnt from or measured; sampler: whose schedule is trained on."""
-        self.store, self.rewards, self.sampler, self.share = store, rewards, sampler, share
-        self.rows = store.rows
+        self.dataset, self.rewards, self.sampler, self.share = dataset, rewards, sampler, share
+        self.rows = dataset.rows
 
     def next(self, policy: Policy, step: int, progress: Progress | None = None) -> Generated:
         """Counted groups, and of each so many of its samples."""
-        sigmas = policy.sigmas(self.sampler.steps, self.sampler.grid)
-        return self.store.draw(policy, self.rewards, sigmas, self.share, step)
+        sigmas = policy.sigmas(self.sampler.steps, self.sampler.schedule)
+        return self.dataset.draw(policy, self.rewards, sigmas, self.share, step)
 
     def spent(self) -> tuple[float, int]:
         """What collecting took."""
-        return self.store.spent()
+        return self.dataset.spent()
 
     def check(self, policy: Policy) -> None:
         """The policy must begin as the one that drew the groups."""
-        self.store.check_model(policy)
+        self.dataset.check_model(policy)

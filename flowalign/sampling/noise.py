@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from flowalign.lazy import torch
 
 # The first part of every key says what the numbers are for, so that no two uses share a stream.
-ROLLOUT, EVALUATION, PROMPTS, ITEMS, FORWARD, WINDOW, STORE = range(7)
+ROLLOUT, EVALUATION, PROMPTS, ITEMS, FORWARD, WINDOW, DATASET = range(7)
 
 
 def _seed(key: Sequence[int]) -> int:

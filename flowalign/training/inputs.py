@@ -1,4 +1,4 @@
-"""What decides a run's numbers under the names in its recipe: prompts, reward files, adapters, heads, models, stores.
+"""What decides a run's numbers under the names in its recipe: prompts, reward files, adapters, heads, models, datasets.
 
 Their contents are known again by checksums, kept in the run folder: a run does not go on with others.
 """
@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
+from flowalign.config.renamed import of_today
 from flowalign.disk.files import checksum, checksum_of
 from flowalign.disk.starting import read_json
 from flowalign.policies.folders import model_folder
@@ -42,12 +43,12 @@ def inputs_of(recipe: Recipe, policy: object | None = None, rewards: Mapping[str
             for option, value in _leaves(entry.options):
                 found[f"{section}.{name}.options{option}"] = _files(value)
             if entry.shaping and isinstance(entry.shaping.reference, str):
-                found[f"{section}.{name}.shaping.reference"] = _store(Path(entry.shaping.reference), [name])
+                found[f"{section}.{name}.shaping.reference"] = _dataset(Path(entry.shaping.reference), [name])
     found["model.path"] = _files(recipe.model.path) if policy is None else _given(policy)
     found["model.adapter"] = _files(recipe.model.adapter)
     found["guard.features.model"] = _files(recipe.guard and recipe.guard.features and recipe.guard.features.model)
-    if recipe.store:
-        found["store"] = _store(Path(recipe.store), list(recipe.rewards))
+    if recipe.dataset:
+        found["dataset"] = _dataset(Path(recipe.dataset), list(recipe.rewards))
     return {key: files for key, files in found.items() if files}
 
 
@@ -58,7 +59,8 @@ def check_inputs(folder: Path, now: Inputs, *, resume: bool) -> Inputs:
     """
     if not resume:
         return now
-    before = read_json(folder / "inputs.json", "to go on without a look at what its inputs were")
+    known = read_json(folder / "inputs.json", "to go on without a look at what its inputs were")
+    before = {".".join(of_today(tuple(key.split(".")))): files for key, files in known.items()}
     for key in before.keys() & now.keys():
         for name in sorted(before[key].keys() | now[key].keys()):
             if before[key].get(name) != now[key].get(name):
@@ -114,8 +116,8 @@ def _files(name: Any) -> dict[str, str]:
     return {str(part): _digest(file) for file, part in shown.items() if not any(p.startswith(".") for p in part.parts)}
 
 
-def _store(path: Path, rewards: Sequence[str]) -> dict[str, str]:
-    """A store's prompts and its scores by some rewards; its manifest has the checksums of its latents."""
+def _dataset(path: Path, rewards: Sequence[str]) -> dict[str, str]:
+    """A dataset's prompts and its scores by some rewards; its manifest has the checksums of its latents."""
     try:
         shards = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("shards")
     except (OSError, ValueError, AttributeError):

@@ -75,7 +75,7 @@ class Learner:
         train, algorithm = self.train, self.algorithm
         figures = Figures()
         norms: list[float | None] = []
-        for turn in range(train.passes):
+        for turn in range(train.inner_epochs):
             batches = algorithm.batches(weighted, self._turn(step, turn))
             units = batches.units()
             generator = counted_generator(ITEMS, self.seed, step, 0, turn)

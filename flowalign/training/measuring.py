@@ -85,4 +85,4 @@ class Measuring:
         if processes.any_of(self.accelerator, stop.is_set()):
             raise Leave
         assert own is not None  # or this process was asked
-        return own if world == 1 else evaluated_by_all(own, settings.pictures)
+        return own if world == 1 else evaluated_by_all(own, settings.keep_media)

@@ -13,10 +13,10 @@ from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
+from flowalign.rollout.dataset import GroupDataset
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.source import Dataset, Rollouts, Source
 from flowalign.rollout.stages import Share
-from flowalign.rollout.store import GroupStore
 from flowalign.score import Scorer, check_prompts
 from flowalign.training import processes
 from flowalign.training.display import Display
@@ -76,7 +76,7 @@ def load_parts(
     policy = cached_policy(recipe.model, rows, device, seed, accelerator, given=policy, whole=whole)
     source.check(policy)
     try:
-        algorithm.check_schedule(policy.sigmas(recipe.rollout.steps, recipe.rollout.grid))
+        algorithm.check_schedule(policy.sigmas(recipe.rollout.steps, recipe.rollout.schedule))
     except ValueError as error:
         raise UserError(str(error)) from error
     if policy.begin():
@@ -101,10 +101,10 @@ def _source(recipe: Recipe, scorer: Scorer, algorithm: Algorithm, accelerator: A
         accelerator.num_processes,
     )
     source: Source
-    if recipe.store:
-        store = GroupStore.open(Path(recipe.store))
-        store.check(recipe)
-        source = Dataset(store, list(recipe.rewards), sampler, share)
+    if recipe.dataset:
+        dataset = GroupDataset.open(Path(recipe.dataset))
+        dataset.check(recipe)
+        source = Dataset(dataset, list(recipe.rewards), sampler, share)
     else:
         rows = load_prompts(recipe.prompts)
         check_prompts(rows, scorer.trained, recipe.prompts)

@@ -31,10 +31,10 @@ from flowalign.algorithms.batches import Turn
 from flowalign.config import recipe_from_dict
 from flowalign.policies.base import Condition, TextPolicy
 from flowalign.policies.request import MediaRequest
+from flowalign.rollout.dataset import collect
 from flowalign.rollout.generate import rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import RolloutRequest, Scored
-from flowalign.rollout.store import collect
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards import as_reward
@@ -147,7 +147,7 @@ class GaussianPolicy(TextPolicy):
     def latent_shape(self, request):
         return (self.data.size,)
 
-    def sigmas(self, steps, grid="model"):
+    def sigmas(self, steps, schedule="model"):
         assert steps == len(self.grid) - 1
         return torch.as_tensor(self.grid, dtype=torch.float32)
 
@@ -178,14 +178,14 @@ def _quick(monkeypatch):
     monkeypatch.setattr("flowalign.trainer.write_report", lambda folder: folder)
 
 
-def recipe_of(folder, policy, algorithm, prompts, rewards, dynamics="ode", train=None, store=None):
+def recipe_of(folder, policy, algorithm, prompts, rewards, dynamics="ode", train=None, dataset=None):
     return recipe_from_dict(
         {
             "name": "gaussian",
             "prompts": str(folder / "prompts.txt"),
             "rewards": dict.fromkeys(rewards, 1.0),
             "algorithm": algorithm,
-            "store": store,
+            "dataset": dataset,
             "rollout": {"steps": len(policy.grid) - 1, "batch": ALL_AT_ONCE, "dynamics": dynamics},
             "train": {
                 "prompts_per_step": prompts,
@@ -456,7 +456,7 @@ def test_prdp_finds_the_tilted_paths_or_those_of_least_variance(size, kind, tmp_
 GRID = np.linspace(1, 0, 6)
 LEVELS = GRID[1:-1]
 HELD = {"first": 1 - 1e-7}  # an old policy that stays the reference
-FORWARD = {"timesteps": 3, "timestep_sampling": "grid", "timestep_range": [0.1, 0.9]}
+FORWARD = {"timesteps": 3, "timestep_sampling": "schedule", "timestep_range": [0.1, 0.9]}
 POWER = 17
 FORWARD_TRAIN = {"steps": 70, "learning_rate": 0.03, "ema_decay": 0.98}
 
@@ -518,8 +518,8 @@ def one_of_levels(uniform):
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory):
-    """For each size a store of the reference's samples with both rewards."""
+def datasets(tmp_path_factory):
+    """For each size a dataset of the reference's samples with both rewards."""
     made = {}
     for size, data in DATA.items():
         folder, policy = tmp_path_factory.mktemp(f"size_{size}"), GaussianPolicy(data, GRID)
@@ -532,7 +532,7 @@ def stores(tmp_path_factory):
 
 
 @every_case
-def test_gdro_finds_the_least_listwise_loss_on_stored_samples_of_the_reference(size, kind, stores, tmp_path):
+def test_gdro_finds_the_least_listwise_loss_on_stored_samples_of_the_reference(size, kind, datasets, tmp_path):
     """A group's samples x0_1 ... x0_k, in falling order of r, share eps and sigma. With e the reference's error
     v - (eps - x0) and l = bias + gain z what was learnt, s = -beta (mean (e + l)^2 - mean e^2) and the objective is
 
@@ -557,7 +557,7 @@ def test_gdro_finds_the_least_listwise_loss_on_stored_samples_of_the_reference(s
         },
         {kind: reward},
         prompts=32,
-        store=stores[size],
+        dataset=datasets[size],
         train={"steps": 100, "group_size": count, "learning_rate": 0.06, "ema_decay": 0.975},
     )
     x0, noise, uniform = points(reference_samples(data), 13, count)

@@ -63,7 +63,7 @@ class TinyPolicy(TextPolicy):
     def latent_shape(self, request):
         return (2,)
 
-    def sigmas(self, steps, grid="model"):
+    def sigmas(self, steps, schedule="model"):
         return torch.linspace(1, 0, steps + 1)
 
     def export(self, folder):

@@ -55,7 +55,7 @@ class Wide(TextPolicy):
     def latent_shape(self, request):
         return LATENT
 
-    def sigmas(self, steps, grid="model"):
+    def sigmas(self, steps, schedule="model"):
         return torch.linspace(1, 0, steps + 1)
 
     def export(self, folder):

@@ -47,7 +47,7 @@ def test_the_published_numbers_that_were_once_missed():
     ocr, crd, marble = (load_recipe(f"sd35_medium_{name}") for name in ("ocr", "ocr_crd", "marble"))
     assert (ocr.train.ema_decay, ocr.train.ema_interval, ocr.train.ema_warmup) == (0.9, 8, True)
     assert (crd.algorithm.timesteps, crd.rollout.steps, crd.model.max_sequence_length) == (20, 10, 256)
-    assert (crd.rollout.grid, crd.evaluation.grid, crd.train.ema_decay) == ("uniform", "uniform", None)
+    assert (crd.rollout.schedule, crd.evaluation.schedule, crd.train.ema_decay) == ("uniform", "uniform", None)
     assert (marble.algorithm.timesteps, marble.rollout.steps) == (24, 25)
     assert load_recipe("sd35_medium_geneval_nft").train.ema_interval == 1
 
@@ -121,7 +121,7 @@ def test_more_draws_than_levels_take_every_level_alike_with_noise_of_their_own()
 
 def test_draws_from_as_many_parts_of_the_grid_differ_and_a_range_without_one_is_refused():
     values = {"name": "a", "prompts": "a.txt", "rewards": {"ocr": 1}, "rollout": {"steps": 10}}
-    algorithm = {"name": "nft", "timesteps": 5, "timestep_sampling": "grid_strata"}
+    algorithm = {"name": "nft", "timesteps": 5, "timestep_sampling": "schedule_strata"}
     recipe = recipe_from_dict({**values, "algorithm": algorithm})
     for seed in range(20):
         levels = recipe.algorithm.levels(torch.linspace(1, 0, 11), torch.Generator().manual_seed(seed))

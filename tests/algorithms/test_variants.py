@@ -109,7 +109,7 @@ def merged(sections: dict[str, Any]) -> dict[str, Any]:
         ({"rollout": {"noise_level": None}}, "rollout: dynamics flow_sde needs a noise_level"),
         (
             {"rollout": {"solver": "dpm++"}},
-            "rollout: solver dpm++ follows the ODE; it cannot take stochastic steps (flow_sde)",
+            "rollout: solver dpm++ follows the ODE and cannot take the stochastic steps of flow_sde",
         ),
         ({"rollout": {"dynamics": "ode"}}, "rollout.dynamics ode leaves no stochastic step to flow_grpo"),
         (
@@ -118,7 +118,7 @@ def merged(sections: dict[str, Any]) -> dict[str, Any]:
         ),
         (
             {"algorithm": {"name": "nft"}, "rollout": {"shared_noise": True}},
-            "rollout: shared_noise makes the pictures of a prompt all alike with dynamics ode; leave it out",
+            "rollout: shared_noise makes all samples of a group alike with dynamics ode; leave it out",
         ),
         # The variants of Flow-GRPO
         (
@@ -161,8 +161,8 @@ def merged(sections: dict[str, Any]) -> dict[str, Any]:
         ({"train": {"group_size": 1}}, "train.group_size should be greater than or equal to 2, not 1"),
         ({"collect": {"group_size": 1}}, "collect.group_size should be greater than or equal to 2, not 1"),
         # Stores
-        ({"store": "here"}, "store: flow_grpo learns from its own rollouts; from a store learns gdro"),
-        ({"algorithm": {"name": "nft"}, "store": "here"}, "store: nft learns from its own rollouts"),
+        ({"dataset": "here"}, "dataset: flow_grpo learns from its own rollouts; from a dataset learns gdro"),
+        ({"algorithm": {"name": "nft"}, "dataset": "here"}, "dataset: nft learns from its own rollouts"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(sections, sentence, tmp_path: Path):

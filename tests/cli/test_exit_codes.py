@@ -39,7 +39,7 @@ EVERY = sorted(commands(typer.main.get_command(cli.app)))
 # Of each command, words that it cannot run with; the folders and files are not there.
 IMPOSSIBLE = {
     ("audit",): ["/no/run"],
-    ("collect",): ["toyworld_ocr", "store=null"],
+    ("collect",): ["toyworld_ocr", "dataset=null"],
     ("compare",): ["toyworld_ocr", "no_recipe", "--budget", "1"],
     ("data", "geneval"): ["/no/folder/new.jsonl", "--count", "2"],
     ("doctor",): ["too", "many", "words"],

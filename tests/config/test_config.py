@@ -485,19 +485,19 @@ def test_no_number_is_infinite_or_a_truth_and_no_truth_a_number(name):
         *(
             (
                 {"algorithm": {"name": "nft"}, "rollout": rollout},
-                f"rollout: {next(iter(rollout))} is of stochastic steps",
+                f"rollout: {next(iter(rollout))} is a setting of stochastic steps",
             )
             for rollout in ({"window": [0, 2]}, {"window_size": 3}, {"window_moves": "sliding"}, {"window_interval": 2})
         ),
-        ({"rollout": {"window_moves": "sliding"}}, "rollout: window_moves is of a window_size, which moves within"),
-        ({"rollout": {"window_interval": 4}}, "rollout: window_interval is of a window_size, which moves within"),
+        ({"rollout": {"window_moves": "sliding"}}, "rollout: window_moves says how a window_size moves within"),
+        ({"rollout": {"window_interval": 4}}, "rollout: window_interval says how a window_size moves within"),
         (
             {"rollout": {"window_size": 2, "window_interval": 4}},
             "rollout: window_interval belongs to window_moves sliding; a random window moves at every step",
         ),
         # Averages and decays
-        ({"train": {"ema_interval": 8}}, "train: ema_interval: no average is kept without ema_decay"),
-        ({"train": {"ema_warmup": True}}, "train: ema_warmup: no average is kept without ema_decay"),
+        ({"train": {"ema_interval": 8}}, "train: ema_interval: without ema_decay no average is kept"),
+        ({"train": {"ema_warmup": True}}, "train: ema_warmup: without ema_decay no average is kept"),
         (
             {"algorithm": {"name": "nft", "old_decay": {"first": 0.5, "last": 0.9}}},
             "algorithm.old_decay: last belongs to a decay that rises; give a slope or leave it out",
@@ -632,7 +632,7 @@ def test_the_arithmetic_of_a_small_recipe_is_as_by_hand():
     assert recipe.samples_per_step == 12  # 4 prompts, 3 pictures each
     assert recipe.items_per_step == 24  # at 2 of the 5 denoising steps
     assert dict(recipe.arithmetic(processes=2)) == {
-        "pictures per step": "4 prompts x 3 = 12",
+        "samples per step": "4 prompts x 3 = 12",
         "trained noise levels": "steps 1 to 2 of 5",
         "items per step": "12 x 2 = 24",
         "items per update": "24 / 5 updates = 5",  # 5 5 5 5 4

@@ -12,8 +12,8 @@ from flowalign.cli.app import main
 from flowalign.config import Recipe, dump_recipe, load_recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.adapters import adapter_files
+from flowalign.rollout.dataset import GroupDataset
 from flowalign.rollout.prompts import load_prompts
-from flowalign.rollout.store import GroupStore
 from flowalign.score import load_rewards
 
 FILES = ("words.txt", "test.txt", "judge.py", "heads/x.safetensors")
@@ -21,7 +21,7 @@ VALUES: dict[str, Any] = {
     "name": "paths",
     "model": {"path": "models/own", "adapter": "lora", "cache_conditions": "~/cache"},
     "prompts": ["words.txt", "toyworld/words_train", "test.txt#text"],
-    "store": "groups",
+    "dataset": "groups",
     "rewards": {
         "mine": {"load": "judge.py:brightness", "shaping": {"form": "standardise", "reference": "groups"}},
         "ocr": {
@@ -62,7 +62,7 @@ def named(recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model.path,
         "adapter": recipe.model.adapter,
         "prompts": recipe.prompts[0],
-        "store": recipe.store,
+        "dataset": recipe.dataset,
         "reward": mine.load,
         "reference": mine.shaping.reference,
         "option": ocr["head"],
@@ -80,7 +80,7 @@ def test_files_are_found_beside_the_recipe_from_anywhere_and_stay_so_in_the_dump
         "model": str(beside / "models/own"),
         "adapter": str(beside / "lora"),
         "prompts": str(beside / "words.txt"),
-        "store": str(beside / "groups"),
+        "dataset": str(beside / "groups"),
         "reward": f"{beside / 'judge.py'}:brightness",
         "reference": str(beside / "groups"),
         "option": str(beside / "heads/x.safetensors"),
@@ -117,7 +117,7 @@ def test_files_of_a_base_lie_beside_the_base(places: tuple[Path, ...]) -> None:
     (working / "deep" / "child.yaml").write_text(f"base: {beside / 'my.yaml'}\nname: child\nstore: own\n")
     (working / "deep" / "own").mkdir()
     recipe = load_recipe(working / "deep" / "child.yaml")
-    assert recipe.store == str(working / "deep" / "own") and recipe.prompts[0] == str(beside / "words.txt")
+    assert recipe.dataset == str(working / "deep" / "own") and recipe.prompts[0] == str(beside / "words.txt")
 
 
 def test_home_is_expanded_in_recipes_scripts_and_options(
@@ -131,7 +131,7 @@ def test_home_is_expanded_in_recipes_scripts_and_options(
     (home / "one.txt").write_text("white")
     own = recipe_from_dict({**VALUES, "prompts": "~/words.txt", "model": {"path": "~/models/own", "adapter": "~/lora"}})
     assert (own.prompts, own.model.path) == (str(home / "words.txt"), str(home / "models/own"))
-    assert load_recipe("~/my.yaml", ["store=~/kept"]).store == str(home / "kept")
+    assert load_recipe("~/my.yaml", ["dataset=~/kept"]).dataset == str(home / "kept")
     assert load_prompts("~/one.txt")[0].prompt == "white"
     arguments = ["score", "~/judge.py:brightness", "--images=~/pictures", "--prompts", "~/one.txt"]
     with pytest.raises(SystemExit) as ended:
@@ -148,11 +148,11 @@ def test_an_error_says_where_a_file_was_looked_for(places: tuple[Path, ...]) -> 
         (beside / folder).rmdir()
     recipe = load_recipe(beside / "my.yaml", ["evaluation.prompts=gone.txt"])
     where = f"(looked beside the recipe in {beside} and in the working folder {working})"
-    assert recipe.store and recipe.model.adapter
+    assert recipe.dataset and recipe.model.adapter
     for ask in (
         lambda: load_prompts(recipe.prompts),
         lambda: load_prompts(recipe.evaluation.prompts or ""),
-        lambda: GroupStore.open(Path(str(recipe.store))),
+        lambda: GroupDataset.open(Path(str(recipe.dataset))),
         lambda: load_rewards(recipe.rewards, "cpu"),
         lambda: adapter_files(str(recipe.model.adapter)),
     ):

@@ -673,7 +673,7 @@ def run_folder(tiny_model: Path, tmp_path: Path) -> Path:
         "prompts": str(tmp_path / "train.jsonl"),
         "rewards": {"colorfulness": 1.0},
         "algorithm": {"name": "flow_grpo", "clip_range": 0.01},
-        "evaluation": {"prompts": "test.txt", "steps": 3, "guidance": 1.5, "grid": "uniform", "solver": "dpm++"}
+        "evaluation": {"prompts": "test.txt", "steps": 3, "guidance": 1.5, "schedule": "uniform", "solver": "dpm++"}
         | {"seed": 7},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -682,13 +682,15 @@ def run_folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 def test_a_run_is_drawn_as_its_evaluation_draws_and_options_override(run_folder: Path) -> None:
     own = drawing_of(str(run_folder), device="cpu")
-    assert own.sampler == Sampler(steps=3, guidance=1.5, grid="uniform", solver="dpm++") and own.seed == 7
+    assert own.sampler == Sampler(steps=3, guidance=1.5, schedule="uniform", solver="dpm++") and own.seed == 7
     assert own.words == (
-        "drawn with 3 steps, guidance 1.5, uniform grid, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)"
+        "drawn with 3 steps, guidance 1.5, uniform schedule, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)"
     )
-    other = drawing_of(str(run_folder), device="cpu", steps=5, grid="model", seed=0, size=32)
-    assert other.sampler == Sampler(steps=5, guidance=1.5, grid="model", solver="dpm++") and other.seed == 0
-    assert "32 x 32 pixels, seed 0 (the run's own settings but for the given steps, grid, seed, size)" in other.words
+    other = drawing_of(str(run_folder), device="cpu", steps=5, schedule="model", seed=0, size=32)
+    assert other.sampler == Sampler(steps=5, guidance=1.5, schedule="model", solver="dpm++") and other.seed == 0
+    assert (
+        "32 x 32 pixels, seed 0 (the run's own settings but for the given steps, schedule, seed, size)" in other.words
+    )
 
 
 def test_a_run_without_evaluations_is_drawn_as_its_model_is(run_folder: Path) -> None:
@@ -712,7 +714,7 @@ def test_every_model_and_setting_has_a_folder_of_its_own_and_the_same_command_go
     command += [f"{tmp_path}/stars.jsonl", "--no-check-detector"]
     succeed(*command, run_folder)
     shown = " ".join(capsys.readouterr().out.split())
-    assert "3 steps, guidance 1.5, uniform grid, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)" in shown
+    assert "3 steps, guidance 1.5, uniform schedule, dpm++, 64 x 64 pixels, seed 7 (the run's own settings)" in shown
     assert "not held out: 1 of 2 prompts is trained on" in shown and "few: fewer than 20 prompts" in shown
     (first,) = (tmp_path / "runs" / "geneval").iterdir()
     assert first.name.startswith("tiny-own-lora-3steps-g1.5-")

@@ -221,7 +221,7 @@ class Offset(TextPolicy):
     def latent_shape(self, request):
         return (5,)
 
-    def sigmas(self, steps, grid="model"):
+    def sigmas(self, steps, schedule="model"):
         return torch.linspace(1, 0, steps + 1)
 
     def export(self, folder):

@@ -62,7 +62,7 @@ def place(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "algorithm": {"name": "flow_grpo", "clip_range": 1e-2},
             "rollout": {"steps": 3, "window": [0, 2]},
             "train": {"steps": 1, "prompts_per_step": 2, "group_size": 4, "learning_rate": rate},
-            "evaluation": {**sampler, "every": 1, "pictures": pictures, "rewards": measured},
+            "evaluation": {**sampler, "every": 1, "keep_media": pictures, "rewards": measured},
             "guard": None,
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
@@ -368,7 +368,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
         ("evaluation.count", 3),
         ("evaluation.steps", 3),
         ("evaluation.guidance", 2.0),
-        ("evaluation.grid", "uniform"),
+        ("evaluation.schedule", "uniform"),
         ("evaluation.seed", 1),
         ("evaluation.images_per_prompt", 2),
         ("evaluation.rewards", {"ocr": 1.0}),

@@ -79,7 +79,7 @@ def values(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
         "prompts": str(tmp_path / "prompts.txt"),
         "rewards": {"first": {"load": "colorfulness"}},
         "algorithm": {"name": "nft", "timesteps": 1},
-        "rollout": {"steps": 2, "grid": "uniform", "batch": 2},
+        "rollout": {"steps": 2, "schedule": "uniform", "batch": 2},
         "train": {"steps": 2, "prompts_per_step": 2, "group_size": 3, "updates_per_step": 1, "micro_batch": 6},
         "evaluation": {"prompts": None},
         "run": {"folder": str(tmp_path / "run"), "checkpoint_every": 1},
@@ -334,9 +334,9 @@ LEARNER = (
 
 def test_a_reward_that_nothing_has_taught_scores_nothing(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "learner.py").write_text(LEARNER)
-    spec, store = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
-    offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "store": store}
-    with pytest.raises(UserError, match=r"'learner' learns in training .* a store has fixed scores"):
+    spec, dataset = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
+    offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "dataset": dataset}
+    with pytest.raises(UserError, match=r"'learner' learns in training .* a dataset has fixed scores"):
         Scorer(recipe_from_dict(offline), None, "cpu")
     with pytest.raises(UserError, match=r"'learner' learns in training .* collect with other rewards"):
         collect_recipe(recipe_from_dict(offline), "cpu")

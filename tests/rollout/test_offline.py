@@ -18,16 +18,16 @@ import yaml
 from safetensors.torch import load_file
 
 from flowalign.cli.app import main
-from flowalign.cli.scoring import rescore_store
+from flowalign.cli.scoring import rescore_dataset
 from flowalign.config import Model, Recipe, recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Policy
 from flowalign.policies.loading import load_policy
 from flowalign.policies.request import MediaRequest
-from flowalign.rollout import store as offline
+from flowalign.rollout import dataset as offline
+from flowalign.rollout.dataset import GroupDataset, collect
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.stages import Recorded, Share
-from flowalign.rollout.store import GroupStore, collect
 from flowalign.score import load_rewards
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
@@ -76,7 +76,7 @@ def stored_values(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         **values,
         "algorithm": {"name": "gdro", "beta": 10},
-        "store": str(folder / "store"),
+        "dataset": str(folder / "store"),
         "collect": {"group_size": 4, "shard_prompts": 2},
         "rollout": {"steps": 2, "batch": 8},
         "train": {**values["train"], "steps": 2, "micro_batch": 8},
@@ -98,17 +98,17 @@ def policy(tiny_model: Path) -> Policy:
     return load_policy(Model(path=str(tiny_model), height=64, width=64, dtype="fp32", max_sequence_length=0))
 
 
-def collected(recipe: Recipe, policy: Policy, progress: Callable[[int], None] = nothing) -> GroupStore:
+def collected(recipe: Recipe, policy: Policy, progress: Callable[[int], None] = nothing) -> GroupDataset:
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
-    assert recipe.store
-    return collect(recipe, Path(recipe.store), rows, load_rewards(recipe.rewards, "cpu"), policy, progress)
+    assert recipe.dataset
+    return collect(recipe, Path(recipe.dataset), rows, load_rewards(recipe.rewards, "cpu"), policy, progress)
 
 
 @pytest.fixture(scope="module")
 def whole(
     tiny_values: Callable[[Path], dict[str, Any]], policy: Policy, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A store of 4 prompts, collected without a break; copy it before you change it."""
+    """A dataset of 4 prompts, collected without a break; copy it before you change it."""
     folder = tmp_path_factory.mktemp("whole")
     collected(recipe_from_dict(stored_values(tiny_values(folder), folder)), policy)
     return folder / "store"
@@ -122,14 +122,14 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A recipe whose store is not there yet."""
+    """A recipe whose dataset is not there yet."""
     return stored_values(values, tmp_path)
 
 
 @pytest.fixture
 def ready(fresh: dict[str, Any], whole: Path) -> dict[str, Any]:
-    """A recipe with a store of its own."""
-    shutil.copytree(whole, fresh["store"])
+    """A recipe with a dataset of its own."""
+    shutil.copytree(whole, fresh["dataset"])
     return fresh
 
 
@@ -152,28 +152,28 @@ def contents(folder: Path) -> dict[str, bytes]:
 # Collecting
 
 
-def test_a_store_holds_what_was_drawn_and_scored(whole: Path) -> None:
-    store = GroupStore.open(whole)
-    assert [row.prompt for row in store.rows] == [f"a photo of {n} stars" for n in ("two", "three", "four", "a")]
+def test_a_dataset_holds_what_was_drawn_and_scored(whole: Path) -> None:
+    dataset = GroupDataset.open(whole)
+    assert [row.prompt for row in dataset.rows] == [f"a photo of {n} stars" for n in ("two", "three", "four", "a")]
     assert [load_file(path)["latents"].shape for path in sorted(whole.rglob("*.safetensors"))] == [
         (2, 4, 4, 16, 16)
     ] * 2
-    assert store.rewards["brightness"].shape == (4, 4)
-    assert len(np.unique(store.rewards["brightness"])) == 16
+    assert dataset.rewards["brightness"].shape == (4, 4)
+    assert len(np.unique(dataset.rewards["brightness"])) == 16
     picture = read_picture(whole / "shard_000001" / "media" / "0001_03.png")
-    assert picture.mean().item() == pytest.approx(store.rewards["brightness"][3, 3], abs=1 / 255)
+    assert picture.mean().item() == pytest.approx(dataset.rewards["brightness"][3, 3], abs=1 / 255)
 
 
 def test_collecting_again_draws_only_what_is_missing(fresh: dict[str, Any], policy: Policy, whole: Path) -> None:
     drawn: list[int] = []
     collected(changed(fresh, collect={"prompts": 2}), policy, drawn.append)
     assert sum(drawn) == 2 * 4
-    first = contents(Path(fresh["store"]))
+    first = contents(Path(fresh["dataset"]))
     collected(changed(fresh), policy, drawn.append)
     assert sum(drawn) == 4 * 4
     collected(changed(fresh), policy, drawn.append)
     assert sum(drawn) == 4 * 4
-    both = contents(Path(fresh["store"]))
+    both = contents(Path(fresh["dataset"]))
     assert both == contents(whole)
     assert {name: both[name] for name in first if name != "manifest.json"}.items() <= first.items()
 
@@ -192,9 +192,9 @@ def test_a_collection_killed_while_it_draws_is_completed_alike(
 
     with pytest.raises(Killed):
         collected(changed(fresh), policy, kill)
-    assert len(GroupStore.open(Path(fresh["store"]))) == pictures // 4
+    assert len(GroupDataset.open(Path(fresh["dataset"]))) == pictures // 4
     collected(changed(fresh), policy)
-    assert contents(Path(fresh["store"])) == contents(whole)
+    assert contents(Path(fresh["dataset"])) == contents(whole)
 
 
 @pytest.mark.parametrize("cut", ["_write_rewards", "_write_manifest"])
@@ -215,9 +215,9 @@ def test_a_collection_killed_while_it_writes_is_completed_alike(
         patched.setattr(offline, cut, kill)
         with pytest.raises(Killed):
             collected(changed(fresh), policy)
-    assert len(GroupStore.open(Path(fresh["store"]))) == 2
+    assert len(GroupDataset.open(Path(fresh["dataset"]))) == 2
     collected(changed(fresh), policy)
-    assert contents(Path(fresh["store"])) == contents(whole)
+    assert contents(Path(fresh["dataset"])) == contents(whole)
 
 
 @pytest.mark.slow
@@ -237,9 +237,9 @@ def test_a_killed_collection_is_completed_from_the_command_line(
         time.sleep(0.005)
     process.kill()
     process.wait()
-    assert 2 <= len(GroupStore.open(tmp_path / "store")) < 40
+    assert 2 <= len(GroupDataset.open(tmp_path / "store")) < 40
     command("collect", str(tmp_path / "recipe.yaml"))
-    collected(changed(fresh, store=str(tmp_path / "unbroken")), policy)
+    collected(changed(fresh, dataset=str(tmp_path / "unbroken")), policy)
     assert contents(tmp_path / "store") == contents(tmp_path / "unbroken")
 
 
@@ -251,25 +251,27 @@ def test_a_model_is_known_by_its_weights_not_by_its_path(
 
 
 def test_a_reward_may_have_any_name(fresh: dict[str, Any], policy: Policy) -> None:
-    rewards = {"bright/../ness": {"load": f"{Path(fresh['store']).parent / 'judge.py'}:brightness"}}
+    rewards = {"bright/../ness": {"load": f"{Path(fresh['dataset']).parent / 'judge.py'}:brightness"}}
     recipe = changed(fresh, rewards=rewards, collect={"prompts": 2})
-    assert list(collected(recipe, policy).rewards) == list(GroupStore.open(Path(fresh["store"])).rewards) == [*rewards]
+    assert (
+        list(collected(recipe, policy).rewards) == list(GroupDataset.open(Path(fresh["dataset"])).rewards) == [*rewards]
+    )
 
 
 # Training
 
 
-def test_a_store_is_trained_from_with_the_same_numbers_every_time(ready: dict[str, Any], tmp_path: Path) -> None:
-    kept = contents(Path(ready["store"]))
+def test_a_dataset_is_trained_from_with_the_same_numbers_every_time(ready: dict[str, Any], tmp_path: Path) -> None:
+    kept = contents(Path(ready["dataset"]))
     first = metrics(quiet_train(changed(ready)))
     again = metrics(quiet_train(changed(ready, run={"folder": str(tmp_path / "again")})))
     assert first == again
-    assert contents(Path(ready["store"])) == kept
+    assert contents(Path(ready["dataset"])) == kept
     assert all(line["grad_norm"] > 0 for line in first)
     drawn, learnt = 16 * 2, 8 * 2 * 2  # 16 pictures in 2 steps, once; 8 at 2 levels with the reference, every step
     assert [line["forwards"] for line in first] == [drawn + learnt, drawn + 2 * learnt]
     # 2 steps of 2 prompts go through the 4 prompts once, with all their pictures.
-    values = GroupStore.open(Path(ready["store"])).rewards["brightness"]
+    values = GroupDataset.open(Path(ready["dataset"])).rewards["brightness"]
     for name in ("total", "brightness"):
         assert np.mean([line["reward"][name] for line in first]) == pytest.approx(values.mean(), rel=1e-5)
     other = metrics(quiet_train(changed(ready, run={"folder": str(tmp_path / "other"), "seed": 1})))
@@ -293,30 +295,30 @@ def test_full_fine_tuning_trains_from_a_store_that_adapters_made(ready: dict[str
 
 def test_groups_are_drawn_by_step_and_shared_out_whole(ready: dict[str, Any], policy: Policy) -> None:
     recipe = changed(ready, train={"prompts_per_step": 4, "group_size": 2})
-    store = GroupStore.open(Path(ready["store"]))
+    dataset = GroupDataset.open(Path(ready["dataset"]))
 
     def drawn(step: int = 0, rank: int = 0, world: int = 1) -> Recorded:
         share = Share(4, 2, recipe.run.seed, rank, world)
-        return store.draw(policy, recipe.rewards, policy.sigmas(4), share, step)
+        return dataset.draw(policy, recipe.rewards, policy.sigmas(4), share, step)
 
     everything = drawn()
     halves = [drawn(rank=rank, world=2) for rank in (0, 1)]
     assert torch.equal(torch.cat([half.latents for half in halves]), everything.latents)
     assert [row for half in halves for row in half.rows] == everything.rows
     assert everything.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert sorted({row.prompt for row in everything.rows}) == sorted(row.prompt for row in store.rows)
+    assert sorted({row.prompt for row in everything.rows}) == sorted(row.prompt for row in dataset.rows)
     for place, (row, member) in enumerate(zip(everything.rows, everything.members, strict=True)):
         score = everything.scores["brightness"].values[place].item()
-        assert score == pytest.approx(store.rewards["brightness"][row.index, member])
-        shard, at = store.places[row.index]
-        latents = load_file(store.path / f"shard_{shard:06d}" / "latents.safetensors")["latents"]
+        assert score == pytest.approx(dataset.rewards["brightness"][row.index, member])
+        shard, at = dataset.places[row.index]
+        latents = load_file(dataset.path / f"shard_{shard:06d}" / "latents.safetensors")["latents"]
         assert torch.equal(everything.latents[place], latents[at, member])
     pairs = {tuple(drawn(step).members) for step in range(5)}
     assert len(pairs) == 5
 
 
 def test_groups_whose_rewards_are_equal_teach_nothing_and_break_nothing(ready: dict[str, Any]) -> None:
-    for file in Path(ready["store"]).rglob("brightness.json"):
+    for file in Path(ready["dataset"]).rglob("brightness.json"):
         file.write_text(json.dumps([[0.5] * 4] * 2))
     trainer = Trainer.from_recipe(changed(ready), display=Display(quiet=True))
     lines = metrics(trainer.run())
@@ -329,15 +331,15 @@ def test_groups_whose_rewards_are_equal_teach_nothing_and_break_nothing(ready: d
 
 
 def test_a_new_reward_is_added_without_sampling_and_trained_with(ready: dict[str, Any], tmp_path: Path) -> None:
-    path, judge = Path(ready["store"]), f"{tmp_path / 'judge.py'}"
+    path, judge = Path(ready["dataset"]), f"{tmp_path / 'judge.py'}"
     latents = {name: data for name, data in contents(path).items() if "rewards" not in name}
-    added = rescore_store(path, f"{judge}:darkness", [], None)
-    two = rescore_store(path, f"{judge}:Two", [], "reds")
-    store = GroupStore.open(path)
-    assert set(store.rewards) == {"brightness", "darkness", "reds"}
-    np.testing.assert_allclose(added, 1 - store.rewards["brightness"], atol=1 / 255)  # of pictures in 8 bits
-    np.testing.assert_array_equal(store.rewards["darkness"], added)
-    np.testing.assert_array_equal(store.rewards["reds"], two)
+    added = rescore_dataset(path, f"{judge}:darkness", [], None)
+    two = rescore_dataset(path, f"{judge}:Two", [], "reds")
+    dataset = GroupDataset.open(path)
+    assert set(dataset.rewards) == {"brightness", "darkness", "reds"}
+    np.testing.assert_allclose(added, 1 - dataset.rewards["brightness"], atol=1 / 255)  # of pictures in 8 bits
+    np.testing.assert_array_equal(dataset.rewards["darkness"], added)
+    np.testing.assert_array_equal(dataset.rewards["reds"], two)
     assert np.isfinite(two).tolist() == [[True] * 4, *[[False] * 4] * 3]
     now = contents(path)
     assert all(now[name] == data for name, data in latents.items() if name != "manifest.json")
@@ -350,26 +352,26 @@ def test_a_new_reward_is_added_without_sampling_and_trained_with(ready: dict[str
     assert line["grad_norm"] > 0
 
 
-def test_a_store_with_a_new_reward_grows_when_the_recipe_has_it_too(
+def test_a_dataset_with_a_new_reward_grows_when_the_recipe_has_it_too(
     fresh: dict[str, Any], policy: Policy, tmp_path: Path
 ) -> None:
     collected(changed(fresh, collect={"prompts": 2}), policy)
     judge = f"{tmp_path / 'judge.py'}:darkness"
-    rescore_store(Path(fresh["store"]), judge, [], None)
-    with pytest.raises(UserError, match=r"with rewards \['brightness', 'darkness'\], the recipe has \['brightness'\]"):
+    rescore_dataset(Path(fresh["dataset"]), judge, [], None)
+    with pytest.raises(UserError, match=r"with rewards \['brightness', 'darkness'\], and the recipe has \['brightness'\]"):
         collected(changed(fresh), policy)
     both = collected(changed(fresh, rewards={**fresh["rewards"], "darkness": {"load": judge}}), policy)
     assert both.rewards["darkness"].shape == (4, 4) and np.isfinite(both.rewards["darkness"]).all()
 
 
 def test_a_reward_that_fails_half_way_leaves_the_store_as_it_was(ready: dict[str, Any], tmp_path: Path) -> None:
-    path = Path(ready["store"])
+    path = Path(ready["dataset"])
     before = contents(path)
     with pytest.raises(RewardError, match="the judge is asleep"):
-        rescore_store(path, f"{tmp_path / 'judge.py'}:asleep", [], None)
+        rescore_dataset(path, f"{tmp_path / 'judge.py'}:asleep", [], None)
     assert contents(path) == before
-    with pytest.raises(UserError, match="reward 'nothing' applies to no prompt of store"):
-        rescore_store(path, f"{tmp_path / 'judge.py'}:Nothing", [], None)
+    with pytest.raises(UserError, match="reward 'nothing' applies to no prompt of dataset"):
+        rescore_dataset(path, f"{tmp_path / 'judge.py'}:Nothing", [], None)
     assert contents(path) == before
 
 
@@ -377,7 +379,7 @@ def test_a_reward_of_groups_sees_whole_groups(fresh: dict[str, Any], policy: Pol
     """A shard of 18 groups of 4 does not fit into one call."""
     (tmp_path / "prompts.txt").write_text("".join(f"{n} stars\n" for n in range(18)))
     collected(changed(fresh, collect={"shard_prompts": 18}, rollout={"steps": 1, "batch": 72}), policy)
-    assert rescore_store(Path(fresh["store"]), f"{tmp_path / 'judge.py'}:Whole", [], None).shape == (18, 4)
+    assert rescore_dataset(Path(fresh["dataset"]), f"{tmp_path / 'judge.py'}:Whole", [], None).shape == (18, 4)
 
 
 # The command line
@@ -395,29 +397,29 @@ def test_the_command_line_collects_and_scores(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fresh))
     command("collect", str(tmp_path / "recipe.yaml"))
     output = capsys.readouterr().out
-    values = GroupStore.open(whole).rewards["brightness"]
+    values = GroupDataset.open(whole).rewards["brightness"]
     assert "4 prompts" in output and f"{values.mean():.4f}" in output
     assert contents(tmp_path / "store") == contents(whole)
-    command("score", f"{tmp_path / 'judge.py'}:darkness", "--store", str(tmp_path / "store"), "--name", "dark")
+    command("score", f"{tmp_path / 'judge.py'}:darkness", "--dataset", str(tmp_path / "store"), "--name", "dark")
     output = " ".join(capsys.readouterr().out.split())
     assert "of 16 pictures, now in" in output
-    assert set(GroupStore.open(tmp_path / "store").rewards) == {"brightness", "dark"}
+    assert set(GroupDataset.open(tmp_path / "store").rewards) == {"brightness", "dark"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["collect", "recipe.yaml", "store=null"], "the recipe names no store; give store=FOLDER"),
+        (["collect", "recipe.yaml", "dataset=null"], "the recipe names no dataset; give dataset=FOLDER"),
         (["collect", "recipe.yaml", "algorithm=flow_grpo"], "flow_grpo learns from its own rollouts"),
         (["collect", "recipe.yaml", "rewards={ocr: 1}"], "cannot be judged by ocr"),
         (["collect", "recipe.yaml", "model.path=/no/model"], "'/no/model' does not exist"),
         (["collect", "recipe.yaml", "collect.group_size=1"], "collect.group_size should be greater than or equal to 2"),
-        (["collect", "recipe.yaml", "store=judge.py"], "judge.py is no store of groups"),
-        (["collect", "recipe.yaml", "store=."], " is no store of groups: its manifest.json cannot be read"),
-        (["score", "judge.py:brightness", "--store", "store"], "has a reward 'brightness' already"),
-        (["score", "judge.py:darkness", "--store", "."], ". is no store of groups"),
-        (["score", "judge.py:darkness", "--store", "store", "--images", "."], "leave --images, --prompts"),
-        (["score", "judge.py:darkness", "--name", "dark"], "give --images, or --store"),
+        (["collect", "recipe.yaml", "dataset=judge.py"], "judge.py is no dataset of groups"),
+        (["collect", "recipe.yaml", "dataset=."], " is no dataset of groups: its manifest.json cannot be read"),
+        (["score", "judge.py:brightness", "--dataset", "store"], "has a reward 'brightness' already"),
+        (["score", "judge.py:darkness", "--dataset", "."], ". is no dataset of groups"),
+        (["score", "judge.py:darkness", "--dataset", "store", "--images", "."], "leave --images, --prompts"),
+        (["score", "judge.py:darkness", "--name", "dark"], "give --images, or --dataset"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_loses_nothing(
@@ -446,23 +448,23 @@ def test_a_mistake_is_one_sentence_and_loses_nothing(
 
 def refused(recipe: Recipe, message: str) -> None:
     """Training is refused in one sentence, and leaves neither a run nor a change."""
-    assert recipe.store
-    before = contents(Path(recipe.store)) if Path(recipe.store).is_dir() else {}
+    assert recipe.dataset
+    before = contents(Path(recipe.dataset)) if Path(recipe.dataset).is_dir() else {}
     with pytest.raises(UserError, match=message) as caught:
         quiet_train(recipe)
     assert "\n" not in str(caught.value)
     assert not recipe.folder.exists()
-    assert before == (contents(Path(recipe.store)) if Path(recipe.store).is_dir() else {})
+    assert before == (contents(Path(recipe.dataset)) if Path(recipe.dataset).is_dir() else {})
 
 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"model": {"height": 32}}, r"holds pictures of 64 x 64 pixels, the recipe asks for 32 x 64"),
-        ({"rewards": {"ocr": 1}}, r"lacks the reward 'ocr'; it has brightness \(`flowalign score ocr --store"),
-        ({"train": {"group_size": 5}}, r"train.group_size \(5\) exceeds the 4 samples of each prompt in store"),
-        ({"train": {"prompts_per_step": 5}}, r"train.prompts_per_step \(5\) exceeds the 4 prompts of store"),
-        ({"store": "/no/store"}, "/no/store is no store of groups: its manifest.json cannot be read"),
+        ({"rewards": {"ocr": 1}}, r"lacks the reward 'ocr'; it has brightness \(`flowalign score ocr --dataset"),
+        ({"train": {"group_size": 5}}, r"train.group_size \(5\) exceeds the 4 samples of each prompt in dataset"),
+        ({"train": {"prompts_per_step": 5}}, r"train.prompts_per_step \(5\) exceeds the 4 prompts of dataset"),
+        ({"dataset": "/no/store"}, "/no/store is no dataset of groups: its manifest.json cannot be read"),
     ],
 )
 def test_a_recipe_that_asks_for_what_the_store_lacks(
@@ -471,7 +473,7 @@ def test_a_recipe_that_asks_for_what_the_store_lacks(
     refused(changed(ready, **sections), message)
 
 
-def test_another_models_store(ready: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+def test_another_models_dataset(ready: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     other = shutil.copytree(tiny_model, tmp_path / "other")
@@ -483,19 +485,19 @@ def test_another_models_store(ready: dict[str, Any], tiny_model: Path, tmp_path:
 
 
 def write(file: str, text: str) -> Callable[[Path], None]:
-    """Damage to a store: the file's new text."""
-    return lambda store: (store / file).write_text(text) and None
+    """Damage to a dataset: the file's new text."""
+    return lambda dataset: (dataset / file).write_text(text) and None
 
 
-def truncate(store: Path) -> None:
-    file = store / "shard_000001" / "latents.safetensors"
+def truncate(dataset: Path) -> None:
+    file = dataset / "shard_000001" / "latents.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
 
 
 def in_manifest(key: str, value: Any) -> Callable[[Path], None]:
-    def change(store: Path) -> None:
-        manifest = json.loads((store / "manifest.json").read_text())
-        (store / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+    def change(dataset: Path) -> None:
+        manifest = json.loads((dataset / "manifest.json").read_text())
+        (dataset / "manifest.json").write_text(json.dumps({**manifest, key: value}))
 
     return change
 
@@ -507,31 +509,31 @@ TABLE = "shard_000001/rewards/brightness.json"
     ("damage", "message"),
     [
         (truncate, "shard_000001 is torn or missing; collect again into another folder"),
-        (lambda store: shutil.rmtree(store / "shard_000000"), "shard_000000 is torn or missing"),
+        (lambda dataset: shutil.rmtree(dataset / "shard_000000"), "shard_000000 is torn or missing"),
         (write("shard_000001/rows.jsonl", '{"index": 2, "pro'), "shard_000001 is torn or missing"),
-        (lambda store: (store / "shard_000001" / "rows.jsonl").unlink(), "shard_000001 is torn or missing"),
+        (lambda dataset: (dataset / "shard_000001" / "rows.jsonl").unlink(), "shard_000001 is torn or missing"),
         (write(TABLE, "[[0, 0, 0, 0], [0, 0, NaN, 0]]"), "brightness.json: the reward of prompt 1, member 2 is nan"),
         (write(TABLE, "[[0, 0, 0, 0], [0, Infinity, 0, 0]]"), "the reward of prompt 1, member 1 is inf"),
         (write(TABLE, "[[0, 0, 0, 0], [0, 0, 0]]"), "brightness.json holds no table of rewards"),
         (write(TABLE, "[[0, 0, 0, 0]]"), r"brightness.json holds \(1, 4\) rewards; the manifest says \(2, 4\)"),
         (write(TABLE, '[["good", 0, 0, 0], [0, 0, 0, 0]]'), "brightness.json holds no table of rewards"),
         (write(TABLE, "[[0, 0"), "brightness.json holds no table of rewards"),
-        (lambda store: (store / TABLE).unlink(), "shard_000001 lacks the reward 'brightness' of the manifest"),
+        (lambda dataset: (dataset / TABLE).unlink(), "shard_000001 lacks the reward 'brightness' of the manifest"),
         (write(TABLE, "[[null, null, null, null], [0, 1, 2, 3]]"), r"no reward .*applies to 'a photo of four stars'"),
         (in_manifest("format", 2), "has format 2; this version reads 1"),
         (write("manifest.json", "[]"), "has format None; this version reads 1"),
-        (write("manifest.json", '{"format": '), "is no store of groups: its manifest.json cannot be read"),
+        (write("manifest.json", '{"format": '), "is no dataset of groups: its manifest.json cannot be read"),
         (in_manifest("rewards", ["brightness", "ocr"]), "shard_000000 lacks the reward 'ocr' of the manifest"),
-        (in_manifest("shards", []), r"train.prompts_per_step \(2\) exceeds the 0 prompts of store"),
+        (in_manifest("shards", []), r"train.prompts_per_step \(2\) exceeds the 0 prompts of dataset"),
     ],
 )
-def test_a_damaged_store(damage: Callable[[Path], None], message: str, ready: dict[str, Any]) -> None:
-    damage(Path(ready["store"]))
+def test_a_damaged_dataset(damage: Callable[[Path], None], message: str, ready: dict[str, Any]) -> None:
+    damage(Path(ready["dataset"]))
     refused(changed(ready), message)
 
 
 def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> None:
-    file = Path(ready["store"]) / "shard_000001" / "latents.safetensors"
+    file = Path(ready["dataset"]) / "shard_000001" / "latents.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
@@ -545,39 +547,39 @@ def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"collect": {"group_size": 3}}, "with group_size 4, the recipe has 3; choose another folder"),
+        ({"collect": {"group_size": 3}}, "with group_size 4, and the recipe has 3; choose another folder"),
         ({"rollout": {"steps": 3}}, "with sampler .*'steps': 2.*the recipe has .*'steps': 3"),
         (
             {"rollout": {"guidance": 2.0}, "train": {"guidance": 1.0}},
             "with sampler .*'guidance': 1.0.*the recipe has .*'guidance': 2.0",
         ),
-        ({"run": {"seed": 5}}, "with seed 0, the recipe has 5"),
-        ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\], the recipe has \['compressibility'\]"),
+        ({"run": {"seed": 5}}, "with seed 0, and the recipe has 5"),
+        ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\], and the recipe has \['compressibility'\]"),
     ],
 )
-def test_a_store_is_not_mixed_with_pictures_of_another_kind(
+def test_a_dataset_is_not_mixed_with_pictures_of_another_kind(
     sections: dict[str, Any], message: str, ready: dict[str, Any], policy: Policy
 ) -> None:
-    before = contents(Path(ready["store"]))
+    before = contents(Path(ready["dataset"]))
     with pytest.raises(UserError, match=message):
         collected(changed(ready, **sections), policy)
-    assert contents(Path(ready["store"])) == before
+    assert contents(Path(ready["dataset"])) == before
 
 
-def test_a_store_is_not_mixed_with_pictures_of_another_size(
+def test_a_dataset_is_not_mixed_with_pictures_of_another_size(
     ready: dict[str, Any], policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(Path(ready["store"]))
+    before = contents(Path(ready["dataset"]))
     monkeypatch.setattr(policy, "request", MediaRequest(64, 32))
-    with pytest.raises(UserError, match=r"with size \[64, 64\], the recipe has \[64, 32\]"):
+    with pytest.raises(UserError, match=r"with size \[64, 64\], and the recipe has \[64, 32\]"):
         collected(changed(ready), policy)
-    assert contents(Path(ready["store"])) == before
+    assert contents(Path(ready["dataset"])) == before
 
 
-def test_a_store_is_not_mixed_with_other_prompts_or_another_models_pictures(
+def test_a_dataset_is_not_mixed_with_other_prompts_or_another_models_pictures(
     ready: dict[str, Any], policy: Policy, tmp_path: Path
 ) -> None:
-    before = contents(Path(ready["store"]))
+    before = contents(Path(ready["dataset"]))
     (tmp_path / "prompts.txt").write_text("a photo of two stars\na photo of five stars\n")
     with pytest.raises(UserError, match=r"another prompt 2 .'a photo of three stars', now 'a photo of five stars'"):
         collected(changed(ready), policy)
@@ -590,4 +592,4 @@ def test_a_store_is_not_mixed_with_other_prompts_or_another_models_pictures(
             collected(changed(ready), policy)
     finally:
         weight.data.copy_(kept)
-    assert contents(Path(ready["store"])) == before
+    assert contents(Path(ready["dataset"])) == before

@@ -35,9 +35,9 @@ from flowalign.config import recipe_from_dict
 from flowalign.config.base import UserError
 from flowalign.policies.base import Condition, TextPolicy
 from flowalign.policies.request import MediaRequest
+from flowalign.rollout.dataset import collect
 from flowalign.rollout.prompts import load_prompts
 from flowalign.rollout.stages import Drawn
-from flowalign.rollout.store import collect
 from flowalign.sampling import counted_generator
 from flowalign.training.display import Display
 from flowalign.training.interrupt import Interrupted
@@ -134,7 +134,7 @@ class SmallPolicy(TextPolicy):
     def latent_shape(self, request):
         return (1, SIDE, SIDE)
 
-    def sigmas(self, steps, grid="model"):
+    def sigmas(self, steps, schedule="model"):
         return torch.linspace(1, 0, steps + 1)
 
     def export(self, folder):
@@ -152,8 +152,8 @@ def run(case: dict[str, Any], rank: int) -> None:
     rewards = {
         name: Brightness(index, learns, flat, limited and index == 1) for index, name in enumerate(recipe.rewards)
     }
-    if recipe.store and not Path(recipe.store).exists():
-        collect(recipe, Path(recipe.store), load_prompts(recipe.prompts), rewards, policy, lambda count: None)
+    if recipe.dataset and not Path(recipe.dataset).exists():
+        collect(recipe, Path(recipe.dataset), load_prompts(recipe.prompts), rewards, policy, lambda count: None)
     ticks = itertools.count(step=60 * (1 + rank))
     training.time = SimpleNamespace(perf_counter=ticks.__next__) if case.get("clocks") else time
     training.write_report = lambda folder: folder  # type: ignore[assignment]  # its plots take longer than the runs

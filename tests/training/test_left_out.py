@@ -134,11 +134,11 @@ def test_a_run_goes_on_without_the_pictures_left_out_and_counts_them(
 
 
 def test_a_store_keeps_which_pictures_were_left_out(picky: dict[str, Any], tmp_path: Path) -> None:
-    picky = {**picky, "store": str(tmp_path / "store"), "algorithm": "gdro", "rollout": ODE}
+    picky = {**picky, "dataset": str(tmp_path / "store"), "algorithm": "gdro", "rollout": ODE}
     picky["rewards"]["picky"]["options"] = {"every": 5}
     recipe = recipe_from_dict(picky)
-    store = collect_recipe(recipe, "cpu")
-    left_out = torch.from_numpy(store.rewards["picky"]).isnan()
+    dataset = collect_recipe(recipe, "cpu")
+    left_out = torch.from_numpy(dataset.rewards["picky"]).isnan()
     assert 0 < left_out.sum() < left_out.numel()
     trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))
     samples = trainer.source.next(trainer.policy, 0)

@@ -123,8 +123,8 @@ def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None
     assert "algorithm 'three': plugged_package:nothing is no class of an Algorithm that has a loss" in refused("three")
     assert "plugged_package:NoLoss is no class of an Algorithm that has a loss" in refused("no_loss")
     assert "unknown algorithm 'pluged'; did you mean 'plugged'?" in refused("pluged")
-    with pytest.raises(UserError, match=r"store: flow_grpo learns from its own rollouts; from a store learns \w+"):
-        recipe_from_dict({**values, "algorithm": "flow_grpo", "store": "groups"})  # says so whatever is broken
+    with pytest.raises(UserError, match=r"dataset: flow_grpo learns from its own rollouts; from a dataset learns \w+"):
+        recipe_from_dict({**values, "algorithm": "flow_grpo", "dataset": "groups"})  # says so whatever is broken
 
 
 def test_settings_alone_are_no_algorithm(values: dict[str, Any]) -> None:

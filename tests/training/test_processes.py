@@ -87,7 +87,7 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
     def add(name: str, algorithm: str, dtype: str = "float64", more: dict[str, Any] | None = None, **case: Any) -> None:
         values = recipe_of(folder, name, world, {**ALGORITHMS[algorithm], **(more or {})})
         if algorithm == "gdro":
-            values["store"] = str(folder / f"store_{dtype}")
+            values["dataset"] = str(folder / f"store_{dtype}")
         found.append({"values": values, "dtype": dtype, **case})
 
     for name in ALGORITHMS:
@@ -97,7 +97,7 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
     add("uneven", "flow_grpo", flat=["prompt 0", "prompt 2", "prompt 3", "prompt 5"])
     # Of the flat prompts alone the second reward says something, and never anything that teaches.
     add("uneven_marble", "marble", flat=[f"prompt {index}" for index in (0, 2, 3, 5, 6)], limited=True, more=SKIPS)
-    measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "pictures": 3}
+    measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "keep_media": 3}
     guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
     add("guarded", "nft", more={"evaluation": measured, "guard": guard})
     # In one process alone a group teaches, if any: the others' are all equal, left out or kept.
@@ -142,7 +142,7 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
         small(f"adapters_{name}_float64", name)
     small("adapters_parts", "prdp", train={"micro_batch": 3})  # of 8 items that a loss never parts
     small("adapters_uneven", "flow_grpo", flat=["prompt 0", "prompt 2", "prompt 3", "prompt 5"])
-    measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "pictures": 3}
+    measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "keep_media": 3}
     guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
     small("adapters_guarded", "nft", evaluation=measured, guard=guard, train={"ema_decay": 0.9})
     small("adapters_few", "nft", evaluation={**measured, "count": 2}, guard=guard)

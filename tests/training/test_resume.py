@@ -148,7 +148,7 @@ def test_four_steps_are_two_and_two_resumed(small: dict[str, Any], name: str, tm
     values = small | {key: {**(small.get(key) or {}), **value} for key, value in SETTINGS[name].items()}
     values["algorithm"] = SETTINGS[name]["algorithm"]
     if name == "gdro":
-        values["store"] = str(tmp_path / "store")
+        values["dataset"] = str(tmp_path / "store")
         collected(values)
     if name == "a guard":
         values["evaluation"] = {"prompts": str(tmp_path / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2}
@@ -164,14 +164,14 @@ def test_four_steps_are_two_and_two_resumed(small: dict[str, Any], name: str, tm
 
 def collected(values: dict[str, Any]) -> None:
     from flowalign.policies.loading import load_policy
+    from flowalign.rollout.dataset import collect
     from flowalign.rollout.prompts import load_prompts
-    from flowalign.rollout.store import collect
     from flowalign.score import load_rewards
 
     recipe = recipe_from_dict(values)
     policy = load_policy(recipe.model)
     rows = load_prompts(recipe.prompts)
-    collect(recipe, Path(values["store"]), rows, load_rewards(recipe.rewards, "cpu"), policy, lambda count: None)
+    collect(recipe, Path(values["dataset"]), rows, load_rewards(recipe.rewards, "cpu"), policy, lambda count: None)
 
 
 @pytest.fixture

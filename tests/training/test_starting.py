@@ -115,20 +115,22 @@ def test_a_run_does_not_go_on_with_other_contents_under_the_same_name(
 def test_a_changed_model_adapter_or_store_of_references_is_named(run: Path, begun: Path, tmp_path: Path) -> None:
     values = values_of(run, begun)
     model = Path(shutil.copytree(values["model"]["path"], tmp_path / "model"))
-    store = tmp_path / "store"
-    (store / "shard_000000" / "rewards").mkdir(parents=True)
-    (store / "manifest.json").write_text(json.dumps({"shards": [{"checksum": "a"}], "rewards": ["brightness"]}))
-    (store / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.2]]")
+    dataset = tmp_path / "store"
+    (dataset / "shard_000000" / "rewards").mkdir(parents=True)
+    (dataset / "manifest.json").write_text(json.dumps({"shards": [{"checksum": "a"}], "rewards": ["brightness"]}))
+    (dataset / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.2]]")
     values["model"]["path"] = str(model)
-    values["rewards"]["brightness"]["shaping"] = {"form": "sigmoid", "reference": str(store)}
+    values["rewards"]["brightness"]["shaping"] = {"form": "sigmoid", "reference": str(dataset)}
     recipe = recipe_from_dict(values)
     (tmp_path / "inputs.json").write_text(json.dumps(inputs_of(recipe)))
-    (store / "manifest.json").write_text(json.dumps({"shards": [{"checksum": "a"}], "rewards": ["brightness", "ocr"]}))
+    (dataset / "manifest.json").write_text(
+        json.dumps({"shards": [{"checksum": "a"}], "rewards": ["brightness", "ocr"]})
+    )
     check_inputs(tmp_path, inputs_of(recipe), resume=True)  # another reward's scores are nothing to this run
-    (store / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.3]]")
+    (dataset / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.3]]")
     with pytest.raises(UserError, match=r"rewards\.brightness\.shaping\.reference: shard_000000/rewards/brightness"):
         check_inputs(tmp_path, inputs_of(recipe), resume=True)
-    (store / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.2]]")
+    (dataset / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.2]]")
     (model / "scheduler" / "scheduler_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"model\.path: scheduler/scheduler_config\.json is not what it was"):
         check_inputs(tmp_path, inputs_of(recipe), resume=True)

@@ -270,7 +270,7 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
 def test_the_loss_trace_of_flow_grpo_is_unchanged(values: dict[str, Any]) -> None:
     """Numbers of an earlier run: a change that should not alter them must not."""
     recipe = changed(
-        values, algorithm={"kl_weight": 0.5}, train={"steps": 3, "passes": 2}, evaluation={"prompts": None}
+        values, algorithm={"kl_weight": 0.5}, train={"steps": 3, "inner_epochs": 2}, evaluation={"prompts": None}
     )
     kept = ("loss", "grad_norm")
     trace = [

@@ -52,7 +52,11 @@ def reference_divergence(
     The noise is counted by (*key, row, member, denoising step).
     """
     stochastic = Rollout(
-        steps=sampler.steps, guidance=sampler.guidance, grid=sampler.grid, dynamics="flow_sde", noise_level=NOISE_LEVEL
+        steps=sampler.steps,
+        guidance=sampler.guidance,
+        schedule=sampler.schedule,
+        dynamics="flow_sde",
+        noise_level=NOISE_LEVEL,
     )
     drawn = rollout(policy, RolloutRequest(rows, 1, stochastic, request, key, batch=batch), keep={"trajectory"})
     path = drawn.trajectory

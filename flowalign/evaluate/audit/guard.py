@@ -87,7 +87,7 @@ class Guarding:
 
     def _seeded(self, seed: int) -> Evaluation:
         settings = self.evaluation
-        return settings.model_copy(update={"seed": settings.seed + seed, "pictures": 0})
+        return settings.model_copy(update={"seed": settings.seed + seed, "keep_media": 0})
 
     def _divergence(self, policy: Policy, seed: int, base: Policy | None) -> Divergence:
         settings = self.evaluation

@@ -7,7 +7,8 @@
       rewards/NAME.json     (P, G) values, null where the reward does not apply
       media/0000_00.png     what was scored
 
-A sample's noise is counted by (the store's seed, prompt index, member), so a shard lost to a kill is made again alike.
+A sample's noise is counted by (seed of the dataset, prompt index, member), so a shard lost to a kill is drawn again
+alike.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from safetensors.torch import load_file
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.paths import sought
+from flowalign.config.renamed import with_names_of_today
 from flowalign.disk.files import checksum, make_folder, replace_json, replace_json_lines, replaced_folder
 from flowalign.disk.media import save_picture, to_uint8
 from flowalign.disk.tensors import save_tensors
@@ -33,7 +35,7 @@ from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row, step_rows
 from flowalign.rollout.stages import Drawn, Recorded, RolloutRequest, Share
 from flowalign.sampling import counted_generator
-from flowalign.sampling.noise import STORE
+from flowalign.sampling.noise import DATASET
 from rewards import Reward
 from rewards.combine import Scores, score_all
 from rewards.media import read_picture
@@ -41,8 +43,8 @@ from rewards.media import read_picture
 FORMAT = 1
 
 
-class GroupStore:
-    """An opened store. Rewards are in memory, latents are read when they are drawn."""
+class GroupDataset:
+    """An opened dataset. Rewards are in memory, latents are read when they are drawn."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
@@ -52,26 +54,26 @@ class GroupStore:
         self._latents: dict[int, torch.Tensor] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "GroupStore":
-        """A store with its manifest checked against what is there.
+    def open(cls, path: Path) -> "GroupDataset":
+        """A dataset with its manifest checked against what is there.
 
-        Raises UserError for a folder that is no store, a missing or torn shard, and rewards that are no numbers.
+        Raises UserError for a folder that is no dataset, a missing or torn shard, and rewards that are no numbers.
         """
         manifest = _read_manifest(path)
-        store = cls(path, manifest)
+        dataset = cls(path, manifest)
         parts: dict[str, list[np.ndarray]] = {name: [] for name in manifest["rewards"]}
         for index, about in enumerate(manifest["shards"]):
             folder = _shard(path, index)
             latents = folder / "latents.safetensors"
             rows = _read_rows(folder / "rows.jsonl")
             if not latents.is_file() or latents.stat().st_size != about["bytes"] or len(rows) != about["prompts"]:
-                raise UserError(f"store {path}: {folder.name} is torn or missing; collect again into another folder")
-            store.rows += rows
-            store.places += [(index, place) for place in range(len(rows))]
+                raise UserError(f"dataset {path}: {folder.name} is torn or missing; collect again into another folder")
+            dataset.rows += rows
+            dataset.places += [(index, place) for place in range(len(rows))]
             for name, values in parts.items():
                 values.append(_read_rewards(folder, name, (about["prompts"], manifest["group_size"])))
-        store.rewards = {name: np.concatenate(values) for name, values in parts.items() if values}
-        return store
+        dataset.rewards = {name: np.concatenate(values) for name, values in parts.items() if values}
+        return dataset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,41 +84,41 @@ class GroupStore:
         return sum(shard["minutes"] for shard in shards), sum(shard["forwards"] for shard in shards)
 
     def check(self, recipe: Recipe) -> None:
-        """Raises UserError when the recipe cannot train from the store."""
+        """Raises UserError when the recipe cannot train from the dataset."""
         train = recipe.train
         if train.group_size > self.manifest["group_size"]:
             raise UserError(
                 f"train.group_size ({train.group_size}) exceeds the {self.manifest['group_size']} samples "
-                f"of each prompt in store {self.path}"
+                f"of each prompt in dataset {self.path}"
             )
         if train.prompts_per_step > len(self):
             raise UserError(
                 f"train.prompts_per_step ({train.prompts_per_step}) exceeds the {len(self)} prompts "
-                f"of store {self.path}"
+                f"of dataset {self.path}"
             )
         for name in recipe.rewards:
             if name not in self.rewards:
                 raise UserError(
-                    f"store {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)} "
-                    f"(`flowalign score {name} --store {self.path}` adds it)"
+                    f"dataset {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)} "
+                    f"(`flowalign score {name} --dataset {self.path}` adds it)"
                 )
         taught = list(recipe.trained_rewards)
         judged = np.any([np.isfinite(self.rewards[name]).any(1) for name in taught] or [[False]], axis=0)
         if not judged.all():
             row = self.rows[int(np.argwhere(~judged)[0][0])]
             raise UserError(
-                f"store {self.path}: no reward of positive weight ({', '.join(taught)}) applies to {row.prompt!r}"
+                f"dataset {self.path}: no reward of positive weight ({', '.join(taught)}) applies to {row.prompt!r}"
             )
 
     def check_model(self, policy: Policy) -> None:
-        """Raises UserError when another model made the store, or pictures of another size are asked for."""
+        """Raises UserError when another model made the dataset, or pictures of another size are asked for."""
         asked, made = [policy.request.height, policy.request.width], self.manifest["size"]
         if asked != made:
             sizes = f"holds pictures of {made[0]} x {made[1]} pixels, the recipe asks for {asked[0]} x {asked[1]}"
-            raise UserError(f"store {self.path} {sizes}")
+            raise UserError(f"dataset {self.path} {sizes}")
         if fingerprint(policy) != self.manifest["model"]["fingerprint"]:
             raise UserError(
-                f"store {self.path} was collected with other weights ({self.manifest['model']['path']}); "
+                f"dataset {self.path} was collected with other weights ({self.manifest['model']['path']}); "
                 "train that model, or collect anew"
             )
 
@@ -126,7 +128,7 @@ class GroupStore:
         for row in rows:
             if done.get(row.index, row.prompt) != row.prompt:
                 raise UserError(
-                    f"store {self.path} was collected with another prompt {row.index + 1} "
+                    f"dataset {self.path} was collected with another prompt {row.index + 1} "
                     f"({done[row.index]!r}, now {row.prompt!r}); choose another folder"
                 )
         return [row for row in rows if row.index not in done]
@@ -142,7 +144,7 @@ class GroupStore:
         rows = together[share.own]
         latents, members = [], []
         for row in rows:
-            generator = counted_generator(STORE, share.seed, step, row.index)
+            generator = counted_generator(DATASET, share.seed, step, row.index)
             chosen = torch.randperm(size, generator=generator)[: share.group_size]
             shard, place = self.places[row.index]
             latents.append(self._shard_latents(shard)[place, chosen])
@@ -171,9 +173,9 @@ class GroupStore:
         return scores
 
     def references(self, name: str) -> dict[str, list[float]]:
-        """A reward's scores by prompt, where it applies; UserError for a reward that the store lacks."""
+        """A reward's scores by prompt, where it applies; UserError for a reward that the dataset lacks."""
         if name not in self.rewards:
-            raise UserError(f"store {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)}")
+            raise UserError(f"dataset {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)}")
         listed = zip(self.rows, self.rewards[name], strict=True)
         return {row.prompt: values.tolist() for row, values in listed if np.isfinite(values).all()}
 
@@ -181,18 +183,18 @@ class GroupStore:
         if index not in self._latents:
             file = _shard(self.path, index) / "latents.safetensors"
             if checksum(file) != self.manifest["shards"][index]["checksum"]:
-                raise UserError(f"store {self.path}: {file.parent.name} was changed since it was collected")
+                raise UserError(f"dataset {self.path}: {file.parent.name} was changed since it was collected")
             self._latents[index] = load_file(file)["latents"]
         return self._latents[index]
 
     def rescore(self, name: str, reward: Reward, progress: Callable[[int], None]) -> np.ndarray:
         """Score all stored pictures with one more reward, without sampling.
 
-        Returns (N, G), NaN where it does not apply. A killed rescoring leaves the store as
-        it was. Raises UserError for a name that the store has, and for a reward that applies to none of its prompts.
+        Returns (N, G), NaN where it does not apply. A killed rescoring leaves the dataset as
+        it was. Raises UserError for a name that the dataset has, and for a reward that applies to none of its prompts.
         """
         if name in self.rewards:
-            raise UserError(f"store {self.path} has a reward {name!r} already; give this one another name with --name")
+            raise UserError(f"dataset {self.path} has a reward {name!r} already; give another --name")
         parts: list[np.ndarray] = []
         whole = self._size * max(1, 64 // self._size)  # groups, which some rewards must see together
         for index, about in enumerate(self.manifest["shards"]):
@@ -210,7 +212,7 @@ class GroupStore:
                 progress(len(chosen))
             parts.append(values.reshape(-1, self._size))
         if not np.isfinite(np.concatenate(parts)).any():
-            raise UserError(f"reward {name!r} applies to no prompt of store {self.path}")
+            raise UserError(f"reward {name!r} applies to no prompt of dataset {self.path}")
         for index, values in enumerate(parts):
             _write_rewards(_shard(self.path, index), name, values)
         self.manifest["rewards"] = sorted({*self.manifest["rewards"], name})
@@ -231,10 +233,10 @@ def collect(
     rewards: Mapping[str, Reward],
     policy: Policy,
     progress: Progress,
-) -> GroupStore:
-    """Draw and score `collect.group_size` samples of every row that the store at `path` does not hold yet.
+) -> GroupDataset:
+    """Draw and score `collect.group_size` samples of every row that the dataset at `path` does not hold yet.
 
-    Raises UserError when `path` holds a store of another model, sampler or group size, or something else.
+    Raises UserError when `path` holds a dataset of another model, sampler or group size, or something else.
     """
     settings = recipe.collect
     wanted = {
@@ -246,8 +248,8 @@ def collect(
         "group_size": settings.group_size,
         "rewards": sorted(rewards),
     }
-    store = _begun(path, wanted, policy)
-    manifest, left = store.manifest, store.lacks(rows)
+    dataset = _begun(path, wanted, policy)
+    manifest, left = dataset.manifest, dataset.lacks(rows)
     policy.forwards = 0
     for start in range(0, len(left), settings.shard_prompts):
         part = left[start : start + settings.shard_prompts]
@@ -259,7 +261,7 @@ def collect(
                 settings.group_size,
                 recipe.rollout,
                 policy.request,
-                (STORE, recipe.run.seed, 0),
+                (DATASET, recipe.run.seed, 0),
                 batch=recipe.rollout.batch,
             ),
             progress=progress,
@@ -269,24 +271,25 @@ def collect(
         spent = {"minutes": (time.perf_counter() - began) / 60, "forwards": policy.forwards - forwards}
         manifest["shards"].append({**about, **spent})
         _write_manifest(path, manifest)
-    return GroupStore.open(path)
+    return GroupDataset.open(path)
 
 
-def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupStore:
-    """The store at `path` where one was begun with what is `wanted`, or a new one; UserError for any other folder."""
+def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupDataset:
+    """The dataset at `path` where one was begun with what is `wanted`, or a new one; UserError for any other folder."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         make_folder(path)
         _write_manifest(path, {**wanted, "shards": []})
-        return GroupStore.open(path)
+        return GroupDataset.open(path)
     manifest = _read_manifest(path)
     for key, value in wanted.items():
         if key != "model" and manifest[key] != value:
             raise UserError(
-                f"store {path} was collected with {key} {manifest[key]}, the recipe has {value}; choose another folder"
+                f"dataset {path} was collected with {key} {manifest[key]}, and the recipe has {value}; choose another "
+                "folder"
             )
-    store = GroupStore.open(path)
-    store.check_model(policy)
-    return store
+    dataset = GroupDataset.open(path)
+    dataset.check_model(policy)
+    return dataset
 
 
 def fingerprint(policy: Policy) -> str:
@@ -352,7 +355,7 @@ def _read_rewards(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray
     """(P, G), NaN where the reward does not apply; UserError for what is no number."""
     file = _reward_file(folder, name)
     if not file.is_file():
-        raise UserError(f"store {folder.parent}: {folder.name} lacks the reward {name!r} of the manifest")
+        raise UserError(f"dataset {folder.parent}: {folder.name} lacks the reward {name!r} of the manifest")
     try:
         listed = json.loads(file.read_text(encoding="utf-8"))
         missing = np.array([[value is None for value in row] for row in listed])
@@ -373,10 +376,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         where = "" if path.exists() else sought(str(path))
-        raise UserError(f"{path} is no store of groups{where}: its manifest.json cannot be read ({error})") from error
+        raise UserError(f"{path} is no dataset of groups{where}: its manifest.json cannot be read ({error})") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
-        raise UserError(f"store {path} has format {found}; this version reads {FORMAT}")
+        raise UserError(f"dataset {path} has format {found}; this version reads {FORMAT}")
+    manifest["sampler"] = with_names_of_today(manifest["sampler"], ("rollout",))
     return manifest
 
 
