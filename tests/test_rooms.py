@@ -1,9 +1,12 @@
 """The rooms of the code: few of them, imports that point down, no circle anywhere."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # From the ground up; a room imports those before it alone. `rewards` never imports `flowalign`.
@@ -15,6 +18,11 @@ ROOMS = (
     *("flowalign/experiments", "flowalign/preflight", "flowalign/cli"),
 )
 OTHERS = ("scripts", "tests")
+# What writes, moves or removes files; a library that fills a folder or a buffer is given one that disk/ made.
+WRITERS = {
+    *("write_text", "write_bytes", "writelines", "mkdir", "makedirs", "touch", "unlink", "rmdir", "rename", "truncate"),
+    *("rmtree", "copyfile", "copytree", "save_file", "os.replace", "os.remove", "json.dump", "torch.save", "np.save"),
+}
 
 
 def modules() -> dict[str, Path]:
@@ -81,3 +89,33 @@ def test_the_rewards_package_stands_alone() -> None:
         for name in imported(path, known)
         if name.startswith("flowalign")
     ]
+
+
+def writes(call: ast.Call) -> bool:
+    whole = ast.unparse(call.func)
+    if whole.rpartition(".")[2] == "open":
+        said = [
+            one.value for one in (*call.args, *(word.value for word in call.keywords)) if isinstance(one, ast.Constant)
+        ]
+        return any(re.fullmatch("[rwaxbt+]+", str(mode)) and not set(str(mode)) <= set("rbt") for mode in said)
+    return whole in WRITERS or whole.rpartition(".")[2] in WRITERS
+
+
+def test_only_disk_writes_files() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {ast.unparse(node)[:60]}"
+        for path in (ROOT / "flowalign").rglob("*.py")
+        if not path.is_relative_to(ROOT / "flowalign" / "disk")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and writes(node)
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "written", ["path.open('a')", "open(path, mode='wb')", "path.write_text('')", "os.replace(a, b)", "save_file(a, b)"]
+)
+def test_a_call_that_writes_is_seen(written: str) -> None:
+    assert [writes(node) for node in ast.walk(ast.parse(written)) if isinstance(node, ast.Call)] == [True]
+    read = "path.open('rb'), open(path), text.replace('a', 'b'), json.dumps(a), GroupStore.open(path)"
+    assert not any(writes(node) for node in ast.walk(ast.parse(read)) if isinstance(node, ast.Call))

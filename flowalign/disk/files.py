@@ -13,6 +13,8 @@ from typing import Any
 
 from flowalign.config.base import UserError
 
+PARTIAL = ".partial_"  # before the names of what is half-written
+
 
 @contextmanager
 def replaced_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
@@ -21,7 +23,7 @@ def replaced_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
     What a kill leaves is written over the next time, but where the file is `contended`: several processes may then
     write it at once, each under a name of its own.
     """
-    partial = path.with_name(f".partial_{os.getpid()}_{path.name}" if contended else f".partial_{path.name}")
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}_{path.name}") if contended else _partial(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -30,18 +32,23 @@ def replaced_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
         raise
 
 
+def replace_bytes(path: Path, contents: bytes) -> None:
+    """Write a file whole."""
+    with replaced_file(path) as partial:
+        partial.write_bytes(contents)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole, in UTF-8.
 
     What is no character, as in names of files of another encoding, is written as an escape.
     """
-    with replaced_file(path) as partial:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    replace_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
-def replace_json(path: Path, value: Any, indent: int | None = 2) -> None:
+def replace_json(path: Path, value: Any, indent: int | None = 2, sort_keys: bool = False) -> None:
     """Write a value as JSON, whole."""
-    replace_text(path, json.dumps(value, indent=indent) + "\n")
+    replace_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
 
 
 def replace_json_lines(path: Path, values: Iterable[Any]) -> None:
@@ -62,6 +69,15 @@ def append_json_line(path: Path, value: Any) -> None:
         file.write(json.dumps(value) + "\n")
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that grows by lines; what a kill left behind the last of them is cut off."""
+    contents = path.read_bytes()
+    whole = contents[: contents.rfind(b"\n") + 1]
+    if len(whole) < len(contents):
+        os.truncate(path, len(whole))
+    return whole.decode("utf-8", "replace").split("\n")[:-1]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What the disk does not take within is a UserError that names the path."""
@@ -74,7 +90,7 @@ def writing(path: Path) -> Iterator[None]:
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill, which then takes the place of `folder`; of one that was not filled nothing is left."""
-    partial = folder.with_name(f".partial_{folder.name}")
+    partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -90,6 +106,39 @@ def make_folder(path: Path) -> Path:
     """The folder, made with those above it where they are missing."""
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; a kill leaves no torn one under its name."""
+    shutil.rmtree(folder.rename(_partial(folder)))
+
+
+def remove_partial_folders(folder: Path) -> None:
+    """Remove those that killed processes left half-written in a folder."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def sync(*paths: Path) -> None:
+    """Have the disk hold files and folders, whatever happens next."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{path.name}")
 
 
 def checksum(path: Path) -> str:

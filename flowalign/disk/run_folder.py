@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from flowalign.config import Recipe, dump_recipe, load_recipe
 from flowalign.config.base import UserError
 from flowalign.disk.about import versions
-from flowalign.disk.files import append_json_line, make_folder, replace_json, replace_text, replaced_folder
+from flowalign.disk.files import append_json_line, make_folder, remove, replace_json, replace_text, replaced_folder
 from flowalign.disk.starting import FolderLock, check_start, clear, read_info
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -88,7 +87,7 @@ class RunFolder:
         for place in (*self.path.glob("evaluations/step_*.json"), *self.path.glob("samples/step_*")):
             number = place.stem.removeprefix("step_")
             if number.isdecimal() and int(number) > step:
-                shutil.rmtree(place) if place.is_dir() else place.unlink()
+                remove(place)
         if self.metrics.exists():
             lines = [
                 line

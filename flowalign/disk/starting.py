@@ -7,18 +7,17 @@ import errno
 import fcntl
 import json
 import os
-import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import finalize
 
 from flowalign.config import Recipe, load_recipe
 from flowalign.config.base import UserError
+from flowalign.disk.about import command_line, now
+from flowalign.disk.files import PARTIAL, remove
 
 # On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
 _MAY_CHANGE = {
@@ -62,7 +61,7 @@ def _check_disk(folder: Path) -> None:
     """Raises UserError where nothing can be written, which a file's rights alone do not tell."""
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".partial_", dir=place))
+        os.rmdir(tempfile.mkdtemp(prefix=PARTIAL, dir=place))
     except OSError as error:
         raise UserError(f"cannot write to run folder {folder}: {place}: {error.strerror or error}") from error
 
@@ -88,7 +87,7 @@ def _is_free(folder: Path) -> bool:
     """Whether nothing is there but what a killed run left half-written."""
     if not folder.is_dir():
         return not folder.exists()
-    return all(path.name == _LOCK or path.name.startswith(".partial_") for path in folder.iterdir())
+    return all(path.name == _LOCK or path.name.startswith(PARTIAL) for path in folder.iterdir())
 
 
 def _is_run(folder: Path) -> bool:
@@ -132,11 +131,8 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
 
 def clear(folder: Path) -> None:
     """Remove what runs write in a folder, and nothing else."""
-    for path in [folder / name for name in _OURS] + list(folder.glob(".partial_*")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    for path in [folder / name for name in _OURS] + list(folder.glob(f"{PARTIAL}*")):
+        remove(path)
 
 
 class FolderLock:
@@ -154,10 +150,10 @@ class FolderLock:
         if process != os.getpid():  # else an earlier run of this process gives it up
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             _take(descriptor, fcntl.LOCK_EX, folder)
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}: {command}".encode())
+            os.write(
+                descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now()}: {command_line()}".encode()
+            )
         self._held[self._file] = (os.getpid(), descriptor, id(self))
         self.release = finalize(self, _release, self._held, self._file, id(self))
 

@@ -1,7 +1,8 @@
-"""Tensors as safetensors files."""
+"""Tensors as files."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -10,9 +11,15 @@ from flowalign.disk.files import replaced_file
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, contended: bool = False) -> None:
-    """Write tensors by their names, whole; OSError or SafetensorError when the disk does not take it.
+    """Write tensors by their names as safetensors, whole; OSError or SafetensorError.
 
     `contended` as of `replaced_file`.
     """
     with replaced_file(path, contended=contended) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write what `torch.load` reads with `weights_only`, such as the state of an optimizer, whole."""
+    with replaced_file(path) as partial:
+        torch.save(state, partial)

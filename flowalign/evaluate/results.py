@@ -7,7 +7,6 @@ timing.json                     seconds of each phase over all starts, apart bec
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from flowalign.config.base import UserError
 from flowalign.config.renamed import with_names_of_today
-from flowalign.disk.files import append_json_line, make_folder, replace_json, writing
+from flowalign.disk.files import append_json_line, make_folder, replace_json, whole_lines, writing
 from flowalign.evaluate.report.html import parsed
 from flowalign.rollout.generate import Progress
 
@@ -95,12 +94,8 @@ def _whole_lines(path: Path) -> list[Line]:
     """The lines that end, parsed; what follows the last of them is cut off."""
     if not path.exists():
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
-        os.truncate(path, len(whole))
     lines = []
-    for number, line in enumerate(whole.decode("utf-8", "replace").split("\n")[:-1], start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flowalign.config.base import UserError
-from flowalign.disk.files import replace_json, replace_text, replaced_file
+from flowalign.disk.files import replace_bytes, replace_json, replace_text
 from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.evaluate.report.plots import Chase, overoptimization_figure
 
@@ -122,8 +122,7 @@ def write_results(output: Path, about: Mapping[str, Any], found: Found) -> None:
         for proxy, defences in found.items()
     }
     for kind, contents in overoptimization_figure(chases).items():
-        with replaced_file(output / f"overoptimization.{kind}") as partial:
-            partial.write_bytes(contents)
+        replace_bytes(output / f"overoptimization.{kind}", contents)
 
 
 def _chase(defence: str, curve: Sequence[Mapping[str, float]]) -> Chase:

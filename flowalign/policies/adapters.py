@@ -26,6 +26,7 @@ from torch import nn
 
 from flowalign.config.base import UserError
 from flowalign.config.paths import expanded, sought
+from flowalign.disk.files import replace_json
 from flowalign.policies.weightfiles import PICKLES, damage
 
 CONFIG = "adapter_config.json"  # PEFT's, beside its adapter_model.safetensors and beside what we export
@@ -190,7 +191,7 @@ def export_lora(
     pipeline_class.save_lora_weights(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=dict(about)
     )
-    (folder / CONFIG).write_text(json.dumps(about, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    replace_json(folder / CONFIG, about, sort_keys=True)
 
 
 def module_places(component: nn.Module, native: Native) -> dict[str, list[Place]]:

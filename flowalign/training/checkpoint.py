@@ -6,8 +6,6 @@ state to keep.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from flowalign.config.base import UserError
-from flowalign.disk.files import checksum, replace_json, replace_text, replaced_folder
+from flowalign.disk.files import (
+    checksum,
+    remove_folder,
+    remove_partial_folders,
+    replace_json,
+    replace_text,
+    replaced_folder,
+    sync,
+)
 from flowalign.disk.tensors import save_tensors
 from flowalign.policies.base import Policy
 
@@ -63,8 +69,7 @@ def save_checkpoint(
     }
     state, groups = _optimizer_tensors(optimizer)
     try:
-        for left in folder.glob(_partial(Path("*")).name):  # by runs that were killed
-            shutil.rmtree(left, ignore_errors=True)
+        remove_partial_folders(folder)
         files = {"weights": policy.trainable_state(), "snapshots": snapshots, "optimizer": state, **memory}
         with replaced_folder(target) as partial:
             for name, tensors in files.items():
@@ -72,20 +77,15 @@ def save_checkpoint(
             replace_json(partial / "state.json", {"counters": dict(counters), "optimizer": groups}, indent=None)
             sums = [f"{checksum(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
             replace_text(partial / SUMS, "".join(sums))
-            for path in [*partial.iterdir(), partial]:
-                _sync(path)
-        _sync(folder)
+            sync(*partial.iterdir(), partial)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         last = checkpoints(folder)
         kept = f"the last good one is {last[-1].name}" if last else "there is none yet"
         raise UserError(f"cannot write a checkpoint to {folder}: {error}; {kept}") from error
-    for old in checkpoints(folder)[:-keep]:  # renamed first, so that a kill leaves no torn one
-        shutil.rmtree(old.rename(_partial(old)))
+    for old in checkpoints(folder)[:-keep]:
+        remove_folder(old)
     return target
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".partial_{path.name}")
 
 
 def load_checkpoint(
@@ -174,11 +174,3 @@ def _restore_optimizer(
         kept = value.item() if key.endswith(_NUMBER) else value
         state.setdefault(int(index), {})[key.removesuffix(_NUMBER)] = kept
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
 
-from flowalign.disk.files import make_folder, replace_json_lines, replace_text, replaced_file, replaced_folder
-from flowalign.disk.tensors import save_tensors
+from flowalign.disk.files import make_folder, replace_json_lines, replace_text, replaced_folder
+from flowalign.disk.tensors import save_state, save_tensors
 from flowalign.toyworld import grammar
 from flowalign.toyworld.render import SIZE, render
 from rewards.backbones.weights import whole
@@ -138,8 +138,7 @@ def _examples(seed: int, stage: int, step: int, count: int, shapes: float) -> tu
 
 
 def _save_state(path: Path, step: int, parts: Mapping[str, Any]) -> None:
-    with replaced_file(path) as partial:
-        torch.save({"step": step, **{name: part.state_dict() for name, part in parts.items()}}, partial)
+    save_state(path, {"step": step, **{name: part.state_dict() for name, part in parts.items()}})
 
 
 def _resumed(path: Path, parts: Mapping[str, Any]) -> int:
