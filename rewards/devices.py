@@ -10,13 +10,14 @@ _given: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
 
 def chosen_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` with its index, but a processor without; None: that of `on_device`, else the accelerator's current one.
+    """`device` with its index, but a processor without; None: that of `on_device`, else the current card, if any.
 
-    An index tells the devices of several processes apart, in what is loaded for one and kept for others too.
+    Cards of CUDA and ROCm are chosen, as a policy needs; others are used where they are named. An index tells the
+    devices of several processes apart, in what is loaded for one and kept for others too.
     """
     found = _given.get() if device is None else torch.device(device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = found or accelerator or torch.device("cpu")
+    found = found or (accelerator if accelerator and accelerator.type == "cuda" else torch.device("cpu"))
     if found.type == "cpu":
         return torch.device("cpu")
     if found.index is None and accelerator is not None and found.type == accelerator.type:

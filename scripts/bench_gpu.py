@@ -36,12 +36,12 @@ from flowalign.disk.files import replace_text
 from flowalign.policies.attention import CANDIDATES, use_attention
 from flowalign.policies.base import Condition, forward_dtype
 from flowalign.policies.compiling import compile_blocks
-from flowalign.policies.devices import own_device
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.preflight.step_time import Decoding, play, recorded, seconds_of, time_steps
 from flowalign.sampling import counted_generator
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
+from rewards.devices import chosen_device
 
 TEXT = 77  # tokens of CLIP, before T5's
 MEDIUM: dict[str, Any] = {
@@ -159,7 +159,7 @@ def main(
     if not torch.cuda.is_available() and not check:
         sys.exit("error: this machine has no GPU that PyTorch can use; --check tries the script with a tiny model")
     quiet_libraries()
-    device = own_device()
+    device = chosen_device()
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / "prompts.txt"
         replace_text(prompts, "".join(f"a picture of {count} things\n" for count in range(64)))

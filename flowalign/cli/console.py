@@ -28,9 +28,9 @@ console = plain_console()
 
 def device() -> str:
     """The device that is computed on, with its index."""
-    from flowalign.policies.devices import own_device
+    from rewards.devices import chosen_device
 
-    return str(own_device())
+    return str(chosen_device())
 
 
 def quiet_libraries() -> None:

@@ -25,11 +25,11 @@ from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.experiments.best_of import evaluate_best_of
 from flowalign.experiments.campaign import is_done, train_unless_done
 from flowalign.experiments.scaling import check_judges
-from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy, sizes_of
 from flowalign.rollout.prompts import load_prompts
 from flowalign.score import learning, load_rewards
 from flowalign.terminal import Terminal
+from rewards.devices import chosen_device
 
 ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for
 _DECIDED = {"run.folder": "--output", "run.seed": "--seeds", "run.max_minutes": "--budget", "train.steps": "--budget"}
@@ -126,7 +126,7 @@ def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]
     """
     settings = recipe.evaluation
     assert settings.prompts is not None  # a comparison has seen to it
-    device = own_device()
+    device = chosen_device()
     rewards = load_rewards(settings.rewards or recipe.rewards, device)
     check_judges({reward: rewards[reward]})
     judges = {n: one for n, one in rewards.items() if one.scope == "sample" and n not in learning(rewards)}

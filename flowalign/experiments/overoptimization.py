@@ -17,7 +17,6 @@ from flowalign.disk.assets import asset
 from flowalign.disk.files import make_folder, replace_json_lines, replaced_file
 from flowalign.disk.media import save_pictures
 from flowalign.experiments.overoptimization_results import GOLD, PROXY
-from flowalign.policies.devices import own_device
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.dataset import GroupDataset, collect
 from flowalign.rollout.prompts import load_prompts
@@ -27,6 +26,7 @@ from flowalign.toyworld.proxies import BACKBONE, fit_learned
 from flowalign.toyworld.render import render
 from rewards.artifact import save_head
 from rewards.backbones.weights import whole
+from rewards.devices import chosen_device
 from rewards.media import read_picture
 
 Settings = dict[str, Any]
@@ -148,7 +148,7 @@ def prepare(world: str, shared: Path, prompts: int) -> None:
 
 
 def _reward(name: str, entry: Settings) -> Any:
-    return load_rewards({name: RewardSettings.model_validate(entry)}, own_device())[name]
+    return load_rewards({name: RewardSettings.model_validate(entry)}, chosen_device())[name]
 
 
 def _dataset(world: str, shared: Path) -> GroupDataset:
@@ -160,7 +160,7 @@ def _dataset(world: str, shared: Path) -> GroupDataset:
     base = load_recipe("toyworld_ocr_crd")
     values |= {"model": base.model, "rollout": base.rollout, "algorithm": "crd", "collect": {"group_size": GROUP}}
     recipe = recipe_from_dict(values)
-    policy = load_policy(recipe.model, own_device(), recipe.run.seed)
+    policy = load_policy(recipe.model, chosen_device(), recipe.run.seed)
     return collect(recipe, path, listed, {GOLD: _reward(GOLD, _GOLDS[world])}, policy, lambda _: None)
 
 

@@ -17,10 +17,10 @@ from flowalign.disk.assets import asset
 from flowalign.policies.attention import CANDIDATES, attention_seconds, use_attention
 from flowalign.policies.base import forward_dtype
 from flowalign.policies.compiling import why_not_compiled
-from flowalign.policies.devices import own_device
 from flowalign.preflight.step_time import seconds_of
 from flowalign.rollout.prompts import BUNDLED
 from flowalign.toyworld.render import Scene, render
+from rewards.devices import chosen_device
 
 Row = tuple[str, bool, str]  # part, whether it works, and how or why not
 
@@ -40,7 +40,7 @@ _GIB = 2**30
 
 def diagnose() -> list[Row]:
     """(part, whether it works, detail) for all that flowalign needs or can use here; takes a few seconds."""
-    device = own_device()
+    device = chosen_device()
     return [
         _packages(),
         *_devices(),

@@ -22,8 +22,8 @@ from flowalign.advantages import RewardTable
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.policies.base import forward_dtype
-from flowalign.policies.devices import own_device
 from flowalign.rollout.prompts import Row
+from rewards.devices import chosen_device
 
 MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
 _LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another
@@ -42,7 +42,7 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
     Raises UserError where a step's prompts cannot be parted among the processes.
     """
     accelerator = Accelerator(
-        cpu=own_device().type == "cpu",
+        cpu=chosen_device().type == "cpu",
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(recipe.folder),
     )
@@ -89,7 +89,7 @@ def refuse_all_trained(recipe: Recipe) -> None:
 
 def _refuse_precision(recipe: Recipe) -> None:
     asked = parse_choice_from_env("ACCELERATE_MIXED_PRECISION").lower()
-    used = forward_dtype(recipe.model.dtype, own_device())
+    used = forward_dtype(recipe.model.dtype, chosen_device())
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if asked not in ("no", names.get(used)):
         raise UserError(

@@ -76,6 +76,8 @@ def test_devices_have_an_index_and_processors_none(monkeypatch: pytest.MonkeyPat
     assert chosen_device("cuda:1") == torch.device("cuda", 1)
     with on_device("cuda:2"):
         assert chosen_device() == torch.device("cuda", 2)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert (chosen_device(), chosen_device("mps")) == (torch.device("cpu"), torch.device("mps", 3))
 
 
 def test_the_scoring_thread_works_on_the_device(
