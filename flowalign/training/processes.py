@@ -4,14 +4,18 @@ Every process holds the trained weights whole and sums their gradients with the 
 too, or, where the launcher is configured for FSDP 2, a share of them: each block is put together for its pass.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_choice_from_env, parse_flag_from_env
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    TorchDynamoPlugin,
+    parse_choice_from_env,
+    parse_flag_from_env,
+)
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,13 +31,6 @@ from rewards.devices import chosen_device
 
 MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
 _LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another
-
-# What a launcher's configuration may set, by the names that it hands on, and would do nothing here.
-_NOT_FOLLOWED = {
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "1", "train.micro_batch parts an update"),
-    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "no", "model.compile does that"),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "false", "model.gradient_checkpointing does"),
-}
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
@@ -60,22 +57,26 @@ def refuse_launcher(recipe: Recipe) -> None:
                 f"accelerate is configured for {engine.lower()}; choose FSDP with fsdp_version 2, which shares out the "
                 "frozen weights of a model that learns adapters, or multi-GPU without it"
             )
-    for name, (key, neutral, why) in _NOT_FOLLOWED.items():
-        value = parse_choice_from_env(name, neutral).lower()
-        if value != neutral:
-            raise UserError(f"accelerate is configured with {key} {value}; set it to {neutral}, since {why}")
+    # What no plugin of accelerate's tells before there is an Accelerator is read as the launcher hands it on.
+    steps = parse_choice_from_env("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    _refuse_all_but("1", "gradient_accumulation_steps", steps, "train.micro_batch parts an update")
+    _refuse_all_but("no", "dynamo_backend", TorchDynamoPlugin().backend.value, "model.compile does that")
     _refuse_precision(recipe)
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
+    version = parse_choice_from_env("FSDP_VERSION", "1")
+    if version != "2":  # whose plugin needs a graphics card to be made
         raise UserError(f"accelerate is configured for FSDP {version}; set fsdp_version: 2 in its configuration")
-    if parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise UserError(
-            "accelerate is configured with fsdp_cpu_ram_efficient_loading true, and here every process reads the "
-            "model's files itself; set it to false"
-        )
+    fsdp = FullyShardedDataParallelPlugin()
+    loading, checkpointing = str(fsdp.cpu_ram_efficient_loading), str(fsdp.activation_checkpointing)
+    _refuse_all_but("false", "fsdp_cpu_ram_efficient_loading", loading, "every process reads the model's files itself")
+    _refuse_all_but("false", "fsdp_activation_checkpointing", checkpointing, "model.gradient_checkpointing does that")
     refuse_all_trained(recipe)
+
+
+def _refuse_all_but(neutral: str, key: str, value: str, why: str) -> None:
+    if value.lower() != neutral:
+        raise UserError(f"accelerate is configured with {key} {value.lower()}; set it to {neutral}, since {why}")
 
 
 def refuse_all_trained(recipe: Recipe) -> None:
