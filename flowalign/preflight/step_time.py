@@ -78,8 +78,7 @@ def recorded(trainer: Trainer) -> Iterator[Passes]:
 
         hook = policy.transformer.register_forward_pre_hook(called, with_kwargs=True)
         stack.callback(hook.remove)
-        watch(torch.Tensor, "backward", lambda loss: Backward(1))
-        watch(trainer.learner, "_each_gradient", lambda losses: Backward(len(losses)))
+        watch(trainer.learner, "_backward", lambda losses: Backward(losses.numel()))
         watch(policy, "decode", Decoding)
         watch(trainer.scorer, "judge", Scoring)
         yield passes
@@ -96,7 +95,7 @@ def play(trainer: Trainer, passes: Passes) -> None:
                 output = policy.transformer(*one.arguments, **one.keywords)
             if one.gradient:
                 outputs.append(output[0] if isinstance(output, tuple) else output)
-        elif isinstance(one, Backward) and outputs:  # a reward that learns has a backward pass of its own
+        elif isinstance(one, Backward):
             gradients = [torch.ones_like(output) for output in outputs]
             for turn in range(one.losses):
                 torch.autograd.backward(outputs, gradients, retain_graph=turn < one.losses - 1)

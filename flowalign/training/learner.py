@@ -146,10 +146,7 @@ class Learner:
         for chunk, counted in chunks:
             loss, seen = self.algorithm.loss(self.policy, batches.batch(chunk, self.update))
             share = self.scaler.scale(loss * (counted / total))
-            if loss.ndim:
-                gradients = gradients + self._each_gradient(share)
-            else:
-                share.backward()
+            gradients = gradients + self._backward(share)
             finite = finite and bool(loss.isfinite().all())
             figures.add({"loss": loss.detach(), **seen}, counted)
             if test:
@@ -201,8 +198,12 @@ class Learner:
                 f"{scale:g}; {self.remedy}"
             )
 
-    def _each_gradient(self, losses: torch.Tensor) -> torch.Tensor:
-        """The gradients (L, P) of losses (L,) on one graph."""
+    @torch.profiler.record_function("backward")
+    def _backward(self, losses: torch.Tensor) -> torch.Tensor | float:
+        """The gradients (L, P) of losses (L,) on one graph; those of a single loss () go to the parameters."""
+        if losses.ndim == 0:
+            losses.backward()
+            return 0.0
         rows = []
         for index, loss in enumerate(losses):
             kept = index < len(losses) - 1
