@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -45,6 +45,17 @@ def titled(
     for name in columns:
         table.add_column(name, justify="left" if name in (left or columns[:1]) else "right", overflow=overflow)
     return table
+
+
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    names = list(columns)
+    return "".join(markdown_row(line) + "\n" for line in [names, ["---"] * len(names), *rows])
+
+
+def markdown_row(cells: Iterable[str]) -> str:
+    """A line of such a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 class _Count(ProgressColumn):

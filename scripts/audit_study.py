@@ -25,6 +25,7 @@ from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.experiments.campaign import train_unless_done
 from flowalign.experiments.overoptimization import HELD_OUT, HONEST, make_recipe, prepare
 from flowalign.experiments.overoptimization_results import GOLD
+from flowalign.terminal import markdown
 from flowalign.training.interrupt import Interrupted
 from rewards import RewardError
 
@@ -116,8 +117,8 @@ def write(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) ->
         "gold kept by best_unhacked",
         "at the end",
     )
-    lines = [columns, ("---",) * len(columns), *(row(arm, of) for arm, of in runs.items() if of)]
-    replace_text(options.output / "audit_study.md", "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    rows = [row(arm, of) for arm, of in runs.items() if of]
+    replace_text(options.output / "audit_study.md", markdown(columns, rows))
 
 
 def row(arm: str, runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:

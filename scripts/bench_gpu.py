@@ -39,6 +39,7 @@ from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.sd3 import SD3Policy
 from flowalign.preflight.step_time import Decoding, play, recorded, seconds_of, time_steps
 from flowalign.sampling import counted_generator
+from flowalign.terminal import markdown, markdown_row
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards.devices import chosen_device
@@ -199,8 +200,8 @@ def measure(
         found = time_steps(trainer(), repeats, warm_ups=2 if is_compiled else 1)  # once more for any size of batches
         line = row(recipe, (backend, is_compiled), found, flops, rate)
         if not steps:
-            print(f"| {' | '.join(line)} |\n|{'---|' * len(line)}")
-        print(f"| {' | '.join(line.values())} |", flush=True)
+            print(markdown(line, ()), end="")
+        print(markdown_row(line.values()), flush=True)
         steps[backend] = found["step"]
 
     for backend in backends:

@@ -15,6 +15,7 @@ from flowalign.config.base import UserError
 from flowalign.disk.files import replace_bytes, replace_json, replace_text
 from flowalign.evaluate.report.html import parsed, read_evaluations
 from flowalign.evaluate.report.plots import Chase, overoptimization_figure
+from flowalign.terminal import markdown
 
 PROXY, GOLD = "proxy", "gold"  # the names of both rewards in the runs' evaluations
 _COLUMNS = (
@@ -96,7 +97,7 @@ Found = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 def table(found: Found) -> str:
     """The outcomes as Markdown."""
-    lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    rows = []
     for proxy, defences in found.items():
         for defence, of in defences.items():
             own = of["outcome"]
@@ -109,8 +110,8 @@ def table(found: Found) -> str:
                 f"{own['distance']:.1f}",
                 f"{own['minutes']:.1f}",
             )
-            lines.append((proxy, defence, *numbers))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+            rows.append((proxy, defence, *numbers))
+    return markdown(_COLUMNS, rows)
 
 
 def write_results(output: Path, about: Mapping[str, Any], found: Found) -> None:

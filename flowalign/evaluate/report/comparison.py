@@ -12,6 +12,7 @@ from flowalign.evaluate.held_out import held_out_of
 from flowalign.evaluate.intervals import plain_interval
 from flowalign.evaluate.report import plots
 from flowalign.evaluate.report.html import parsed, picture, read_metrics, write_page
+from flowalign.terminal import markdown
 
 Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
@@ -36,7 +37,7 @@ def leaderboard(result: Result) -> Table:
 
 def leaderboard_markdown(result: Result) -> str:
     """The command, the table of recipes and how to read it."""
-    table = _markdown(leaderboard(result))
+    table = markdown(*leaderboard(result))
     return f"    {result['command']}\n\n{table}\n{legend(result)}\n{_best_of_markdown(result)}"
 
 
@@ -81,13 +82,8 @@ def best_of_legend(result: Result) -> str:
 def _best_of_markdown(result: Result) -> str:
     if not result.get("best_of"):
         return ""
-    tables = f"{_markdown(best_of_table(result))}\n{_markdown(matches_table(result))}"
+    tables = f"{markdown(*best_of_table(result))}\n{markdown(*matches_table(result))}"
     return f"\nWhat best-of-n gives without training:\n\n{tables}\n{best_of_legend(result)}\n"
-
-
-def _markdown(table: Table) -> str:
-    columns, rows = table
-    return "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *rows])
 
 
 def legend(result: Result) -> str:
