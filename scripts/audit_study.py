@@ -36,7 +36,7 @@ ARMS = {  # world, defence, learning rate: the bundled recipe's where the run is
 }
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line, train what is missing, write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
@@ -56,10 +56,8 @@ def main() -> int:
                 runs[arm].append({"seed": seed, **outcome(train_unless_done(recipe_of(options, arm, seed)))})
                 write(options, runs)
     except (UserError, RewardError, Interrupted) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"error: {error}")
     print((options.output / "audit_study.md").read_text(encoding="utf-8"), end="")
-    return 0
 
 
 def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
@@ -133,4 +131,4 @@ def row(arm: str, runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

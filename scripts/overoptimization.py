@@ -29,7 +29,7 @@ from rewards import RewardError
 TITLES = {"shapes": "shapes: a judge learned from few pictures", "signs": "signs: OCR that likes contrast"}
 
 
-def main() -> int:
+def main() -> None:
     """Parse the command line, train what is missing, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--proxies", nargs="+", choices=WORLDS, default=list(WORLDS))
@@ -53,10 +53,8 @@ def main() -> int:
                     train_unless_done(recipe_of(options, world, defence, seed))
                     write_results(options.output, about(options), found(options.output))
     except (UserError, RewardError, Interrupted) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"error: {error}")
     print((options.output / "overoptimization.md").read_text(encoding="utf-8"), end="")
-    return 0
 
 
 def recipe_of(options: argparse.Namespace, world: str, defence: str, seed: int) -> Recipe:
@@ -92,4 +90,4 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
