@@ -1,4 +1,4 @@
-"""Tensors as files."""
+"""Tensors as safetensors files, and the state of a training as PyTorch's."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from flowalign.disk.files import replaced_file
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, contended: bool = False) -> None:
-    """Write tensors by their names as safetensors, whole; OSError or SafetensorError.
+    """Write tensors by their names, whole; OSError or SafetensorError when the disk does not take it.
 
     `contended` as of `replaced_file`.
     """
