@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import nn
 
 from flowalign.config import Model
 from flowalign.config.base import UserError
@@ -33,6 +34,7 @@ class PipelinePolicy(TextPolicy):
     pipeline_class: ClassVar[Any]
     targets: ClassVar[Mapping[str, Sequence[str]]]  # named groups of endings of module names, for model.lora.targets
     native: ClassVar[Native] = {}  # the original code's names of weights, as the LoRA files of other trainers have them
+    trained: ClassVar[Sequence[str]] = ("transformer",)  # components that carry what is trained, where a model has them
     optional_parts: ClassVar[Sequence[str]] = ()  # components that a saved pipeline may lack
     usual: ClassVar[tuple[int, float]] = (50, 4.5)  # steps and guidance, where nobody says others
     t5: ClassVar[str]  # the component that max_sequence_length is for
@@ -42,7 +44,7 @@ class PipelinePolicy(TextPolicy):
     def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int, *, whole: bool = True):
         """Raises UserError for settings that the pipeline cannot work with.
 
-        Without `whole` the transformer stays where it was loaded, for `processes.prepare` to share out.
+        Without `whole` the trained modules stay where they were loaded, for `processes.prepare` to share out.
         """
         super().__init__()
         self.device, self.dtype = device, forward_dtype(model.dtype, device)
@@ -54,18 +56,32 @@ class PipelinePolicy(TextPolicy):
         self._check(model)
         if model.adapter:
             merge_adapter(pipeline, model.adapter, self.native)
-        texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-        for part in (pipeline.vae, pipeline.transformer, *texts):
-            part.requires_grad_(False).eval()
-            if whole or part is not pipeline.transformer:
-                part.to(device)
+        modules: Mapping[str, Any] = self.modules
+        for name, part in (pipeline.components | modules).items():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+                if whole or name not in modules:
+                    part.to(device)
         pipeline.vae.to(memory_format=torch.channels_last)
-        use_attention(self.transformer, model.attention, device, self.dtype)
-        if model.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
+        for module in modules.values():
+            use_attention(module, model.attention, device, self.dtype)
+            if model.gradient_checkpointing:
+                module.enable_gradient_checkpointing()
         train_lora_or_all(self, model.lora, self.targets, seed)
         if model.compile:
-            compile_blocks(self.transformer, device)
+            for module in modules.values():
+                compile_blocks(module, device)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Those of the `trained` components that the pipeline has."""
+        return self.modules_of(self.pipeline)
+
+    @classmethod
+    def modules_of(cls, pipeline: Any) -> dict[str, nn.Module]:
+        """The modules of a pipeline that no policy was made of yet."""
+        found = {name: getattr(pipeline, name, None) for name in cls.trained}
+        return {name: module for name, module in found.items() if module is not None}
 
     @classmethod
     def load(
@@ -106,7 +122,7 @@ class PipelinePolicy(TextPolicy):
                     f"model.path: {Path(path) / name} is missing, which model_index.json names; fetch it again{without}"
                 )
             kind = part_class(name, *index[name])
-            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            if isinstance(kind, type) and issubclass(kind, nn.Module):
                 parts[name] = load_part(Path(path), name, kind, torch.float32 if name == "vae" else dtype)
         with loading(path, "scheduler or tokenizer"):
             return cls.pipeline_class.from_pretrained(path, **parts)
@@ -222,10 +238,17 @@ class PipelinePolicy(TextPolicy):
         return height * width // self.patch**2
 
     def export(self, folder: Path) -> None:
-        """What `pipe.load_lora_weights` takes, or the transformer's folder."""
-        transformer: Any = self.transformer
-        if "reference" in self.snapshots:
-            transformer.save_pretrained(folder / "transformer")
-            return
+        """What `pipe.load_lora_weights(folder)` takes, or a folder of each module whole.
+
+        A LoRA of a module after the first is in a folder of its name, which diffusers reads with
+        `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+        """
         state = self.trainable_state()  # its own state_dict() would have one process take shared-out weights apart
-        export_lora(self.pipeline_class, transformer, state, self._base, folder)
+        modules: Mapping[str, Any] = self.modules
+        for place, (name, module) in enumerate(modules.items()):
+            prefix = self._prefix(name)
+            own = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(prefix)}
+            if own and "reference" in self.snapshots:
+                module.save_pretrained(folder / name)
+            elif own:
+                export_lora(self.pipeline_class, module, own, self._base, folder / name if place else folder)
