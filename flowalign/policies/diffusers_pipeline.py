@@ -23,6 +23,7 @@ from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, TextPolicy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
+from flowalign.policies.latent_scale import LatentScale
 from flowalign.policies.request import MediaRequest, Sizes
 from flowalign.policies.schedules import euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
@@ -50,6 +51,7 @@ class PipelinePolicy(TextPolicy):
         self.device, self.dtype = device, forward_dtype(model.dtype, device)
         self.pipeline, self.transformer = pipeline, pipeline.transformer
         pipeline.scheduler = euler_scheduler(pipeline.scheduler)
+        self.latent_scale = LatentScale.of(pipeline.vae)
         self._base = None if Path(model.path).exists() else model.path
         configurations = pipeline.transformer.config, pipeline.vae.config
         self.request, self.max_sequence_length = self.sizes(model, *configurations)
@@ -189,20 +191,19 @@ class PipelinePolicy(TextPolicy):
 
     def decode(self, latents: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """Images (B, 3, H, W), a few at a time: activations that fit the cache are three times as fast."""
-        vae = self.pipeline.vae
-        pixels = latents[0, 0].numel() * self.pipeline.vae_scale_factor**2
-        at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
         with torch.set_grad_enabled(gradients):
-            scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)])
+            scaled = self.latent_scale.to_autoencoder(latents.float())
+            pixels = scaled[0, 0].numel() * self.pipeline.vae_scale_factor**2
+            at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
+            parts = scaled.split(at_once)
+            images = torch.cat([self.pipeline.vae.decode(part, return_dict=False)[0] for part in parts])
             return (images / 2 + 0.5).clamp(0, 1).contiguous()
 
     @torch.no_grad()
     def encode_media(self, media: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1], the mode of the autoencoder's posterior."""
-        vae = self.pipeline.vae
-        mode = vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
-        return (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        posterior = self.pipeline.vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist
+        return self.latent_scale.to_model(posterior.mode())
 
     def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
         """(16, height / 8, width / 8) of the published models; ValueError for what the schedule or model is not for."""
@@ -211,8 +212,9 @@ class PipelinePolicy(TextPolicy):
         if request != self.request and self.pipeline.scheduler.config.use_dynamic_shifting:
             known, asked = (f"{one.height} x {one.width}" for one in (self.request, request))
             raise ValueError(f"the schedule is that of {known} pictures; load the policy for {asked}")
-        factor: int = self.pipeline.vae_scale_factor
-        return (int(self.pipeline.vae.config.latent_channels), request.height // factor, request.width // factor)
+        patch = self.latent_scale.patch
+        channels, factor = self.pipeline.vae.config.latent_channels, self.pipeline.vae_scale_factor * patch
+        return (int(channels) * patch**2, request.height // factor, request.width // factor)
 
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
         """The pipeline's schedule for pictures of the policy's size, or the scheduler's shift of evenly spaced values.
