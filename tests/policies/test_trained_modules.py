@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,8 +62,8 @@ def settings(folder: Path, **changes: Any) -> Model:
     return Model(path=str(folder), height=64, width=64, dtype="fp32", max_sequence_length=0, **changes)
 
 
-def two(folder: Path, **changes: Any) -> TwoExperts:
-    policy = TwoExperts.load(folder, settings(folder, **changes), torch.device("cpu"), 0)
+def two(folder: Path, whole: bool = True, **changes: Any) -> TwoExperts:
+    policy = TwoExperts.load(folder, settings(folder, **changes), torch.device("cpu"), 0, whole=whole)
     assert isinstance(policy, TwoExperts)
     return policy
 
@@ -273,3 +277,54 @@ def test_a_module_without_rows_in_one_process_takes_the_gradient_of_the_others()
     sum_gradients(cast(Accelerator, Two()), [here, there, nowhere])
     assert here.grad.tolist() == [3, 4] and there.grad is not None and there.grad.tolist() == [7]
     assert nowhere.grad is None
+
+
+SHARED_OUT = """
+import os, sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from test_trained_modules import HIGH, LOW, gradients, moved, two, velocity
+from flowalign.training.processes import prepare
+
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+whole, policy = two(folder), two(folder, whole=False)
+for each in (whole, policy):
+    moved(each.trainable_parameters().items())
+rank = 0 if os.fork() else 1
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+accelerator = Accelerator(cpu=True)
+prepare(accelerator, policy)
+assert policy.in_lockstep and not whole.in_lockstep
+for rows in (HIGH if rank else LOW, [0, 1, 3] if rank else HIGH, LOW):
+    expected, found = velocity(whole, rows), velocity(policy, rows)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    wanted, got = gradients(whole, expected), gradients(policy, found)
+    assert wanted.keys() <= got.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, wanted.get(name, 0 * gradient), atol=1e-4, rtol=1e-3)
+    with torch.no_grad(), whole.reference(), policy.reference():
+        torch.testing.assert_close(velocity(policy, rows), velocity(whole, rows), atol=1e-5, rtol=1e-4)
+torch.distributed.destroy_process_group()
+if rank:
+    os._exit(0)
+_, status = os.wait()
+sys.exit(status != 0)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_experts_out_wait_for_no_pass_that_is_not_made(tiny_model: Path) -> None:
+    """Each process has rows of one expert alone, and both make the passes of both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1"}
+    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_FSDP": "true"}
+    environment |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    environment |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
+    subprocess.run([sys.executable, "-c", SHARED_OUT, str(tiny_model)], check=True, timeout=300, env=environment)
