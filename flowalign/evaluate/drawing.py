@@ -24,7 +24,7 @@ from flowalign.config.base import UserError, counted
 from flowalign.disk.files import checksum_of, make_folder, replace_json
 from flowalign.disk.media import MANIFEST, save_picture, to_uint8
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
-from flowalign.policies.adapters import adapter_files
+from flowalign.policies.adapters import adapter_files, further_adapters
 from flowalign.policies.base import Policy, forward_dtype
 from flowalign.policies.cutting import cut_prompts
 from flowalign.policies.loading import EMBEDDED, load_policy, model_settings, sizes_of, usual_sampling
@@ -302,6 +302,7 @@ def _is_whole(path: Path, formats: tuple[str, ...] = ("PNG",)) -> bool:
 def _checksum(adapter: str) -> str:
     """Of an adapter's weights and of what says their scale."""
     digest = hashlib.sha256()
-    for file in adapter_files(adapter):
-        digest.update(file.read_bytes())
+    for one in (adapter, *further_adapters(adapter).values()):
+        for file in adapter_files(one):
+            digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -84,6 +84,12 @@ def adapter_files(adapter: str) -> list[Path]:
     return [file, *(beside for beside in (file.with_name(CONFIG),) if beside.is_file())]
 
 
+def further_adapters(adapter: str) -> dict[str, str]:
+    """Folders of LoRAs within a folder of one, by their names; `export` writes those of further modules so."""
+    found = Path(expanded(adapter)).glob(f"*/{LORA_WEIGHT_NAME_SAFE}")
+    return {path.parent.name: str(path.parent) for path in sorted(found)}
+
+
 def _only_file(adapter: str, folder: Path) -> Path:
     if (folder / "recipe.yaml").is_file() and (folder / "lora").is_dir():
         _refuse(adapter, f"is a run folder; give its adapter, {folder / 'lora'}")
@@ -138,8 +144,17 @@ class Place:
 def merge_adapter(pipeline: Any, adapter: str, native: Native) -> None:
     """Add a LoRA to the weights of a pipeline's transformer and text encoders; `native` as the family has it.
 
-    Raises UserError, with the key, unless all of the file is understood, finite, and fits.
+    Those in it for further modules (`further_adapters`) are added to these. Raises UserError, with the key, unless all
+    of a file is understood, finite, and fits.
     """
+    _merge({name: getattr(pipeline, name, None) for name in dict.fromkeys(_PREFIXES.values())}, adapter, native)
+    for name, further in further_adapters(adapter).items():
+        if isinstance(part := getattr(pipeline, name, None), nn.Module):
+            _merge({"transformer": part}, further, native)
+
+
+def _merge(parts: Mapping[str, nn.Module | None], adapter: str, native: Native) -> None:
+    """Add a LoRA's file to the parts of a pipeline, by the names that its keys give them."""
     file, *beside = adapter_files(adapter)
     if wrong := damage(file):
         _refuse(adapter, wrong if adapter.endswith(file.name) else f"{file.name} {wrong}")
@@ -150,7 +165,6 @@ def merge_adapter(pipeline: Any, adapter: str, native: Native) -> None:
         _refuse(adapter, "holds no weights")
     loras = _pairs(adapter, tensors)
     configurations = list(_configurations(adapter, header, beside))
-    parts = {name: getattr(pipeline, name, None) for name in dict.fromkeys(_PREFIXES.values())}
     places = {
         name: module_places(part, native if name == "transformer" else {})
         for name, part in parts.items()
@@ -158,7 +172,7 @@ def merge_adapter(pipeline: Any, adapter: str, native: Native) -> None:
     }
     changes: dict[nn.Parameter, tuple[Place, _Lora, float]] = {}
     for lora in loras:
-        part = parts[lora.component]
+        part = parts.get(lora.component)
         if part is None:
             _refuse(adapter, f"{lora.keys['A']} is for a {lora.component}, which this model has not")
         scale = _scale(adapter, lora, configurations)

@@ -6,13 +6,14 @@ trainable weights alone, so that an old policy or an average costs no second mod
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from flowalign.config.base import UserError
@@ -51,14 +52,14 @@ def forward_dtype(setting: str, device: torch.device) -> torch.dtype:
 class Policy(ABC):
     """What the loop, the rollout and the algorithms see of a model. An adapter fills in the abstract methods."""
 
-    transformer: nn.Module
+    transformer: nn.Module  # of a policy whose only module it is; others override `modules`
     device: torch.device
     dtype: torch.dtype
     request: MediaRequest  # what it makes
     guidance_form: ClassVar[GuidanceForm] = "plain"
     inputs: ClassVar[Sequence[str]] = ("prompt",)  # what of a row its condition depends on, beside files
     input_files: ClassVar[Sequence[str]] = ()  # keys of a row's metadata that name files which it depends on
-    forwards: int = 0  # rows that the transformer has seen, the unit of compute budgets
+    forwards: int = 0  # rows that the modules have seen, the unit of compute budgets
 
     def __init__(self) -> None:
         self.snapshots: dict[str, dict[str, torch.Tensor]] = {}
@@ -76,8 +77,8 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """The transformer's prediction (B, ...), of inputs already in the policy's dtype."""
+    def _forward(self, module: nn.Module, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The prediction (B, ...) of one of the `modules`, of inputs already in the policy's dtype."""
 
     @abstractmethod
     def decode(self, latents: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
@@ -93,7 +94,22 @@ class Policy(ABC):
 
     @abstractmethod
     def export(self, folder: Path) -> None:
-        """Write the trained weights as diffusers loads them: a LoRA, or the whole transformer."""
+        """Write the trained weights as diffusers loads them: LoRAs, or whole modules."""
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The networks that carry what is trained, by their names in the pipeline; some may be frozen."""
+        return {"transformer": self.transformer}
+
+    def module_at(self, sigma: float) -> str:
+        """The name of the module that predicts the velocity at a noise level; a family of several says which."""
+        (name,) = self.modules
+        return name
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether its passes wait for the same passes of other processes, with which it shares weights out."""
+        return any(isinstance(module, FSDPModule) for module in self.modules.values())
 
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         """v = eps - x0 at states x (B, ...) and noise levels sigma (B,), float32, of one side of guidance.
@@ -103,7 +119,30 @@ class Policy(ABC):
         self.forwards += len(x)
         autocast = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=autocast):
-            return self._forward(x.to(self.dtype), sigma, condition).float()
+            return self._predicted(x.to(self.dtype), sigma, condition).float()
+
+    def _predicted(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """Of each row (B, ...) by the module of its noise level."""
+        modules = self.modules
+        if len(modules) == 1:  # asks nothing of sigma, which the device may still be computing
+            return self._forward(next(iter(modules.values())), x, sigma, condition)
+        own = [self.module_at(level) for level in sigma.tolist()]
+        parts: list[torch.Tensor] = []
+        places: list[int] = []  # the row that each row of the parts is of
+        for name in self._asked(own):
+            rows = [row for row, its in enumerate(own) if its == name]
+            places += rows or [len(own)]
+            taken = rows or [0]  # a pass that another process waits for, whose answer is nobody's
+            parts.append(self._forward(modules[name], x[taken], sigma[taken], condition[taken]))
+        return torch.cat(parts)[[places.index(row) for row in range(len(own))]]
+
+    def _asked(self, own: Collection[str]) -> list[str]:
+        """The modules to call: where weights are shared out, those that any process needs, in one order."""
+        if not self.in_lockstep:
+            return [name for name in self.modules if name in own]
+        needed = torch.tensor([name in own for name in self.modules], dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(needed, torch.distributed.ReduceOp.MAX)
+        return [name for name, asked in zip(self.modules, needed.tolist(), strict=True) if asked]
 
     def guided_velocity(
         self, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, guidance: float
@@ -142,9 +181,17 @@ class Policy(ABC):
         """Each kind of text encoder's tokenizer (Hugging Face's), and how many tokens it reads; nothing if unknown."""
         return {}
 
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All weights of the modules by name, in several modules with the module's own before it."""
+        named = {self._prefix(name): module for name, module in self.modules.items()}
+        return {prefix + key: p for prefix, module in named.items() for key, p in module.named_parameters()}
+
+    def _prefix(self, module: str) -> str:
+        return "" if len(self.modules) == 1 else f"{module}."
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name."""
-        return {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        return {name: p for name, p in self.weights().items() if p.requires_grad}
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """Copies of the weights that learn."""
@@ -242,12 +289,16 @@ class Policy(ABC):
         if self._adapters_off:  # inside another such block, which turns them on again
             yield
             return
-        self.transformer.disable_adapters()  # type: ignore[operator]
+        every: Iterable[Any] = self.modules.values()  # found now, since adapters that are off do not learn
+        adapted = [module for module in every if any(weight.requires_grad for weight in module.parameters())]
+        for module in adapted:
+            module.disable_adapters()
         self._adapters_off = True
         try:
             yield
         finally:
-            self.transformer.enable_adapters()  # type: ignore[operator]
+            for module in adapted:
+                module.enable_adapters()
             self._adapters_off = False
 
 

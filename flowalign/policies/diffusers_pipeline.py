@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import nn
 
 from flowalign.config import Model
 from flowalign.config.base import UserError
@@ -22,6 +23,7 @@ from flowalign.policies.attention import use_attention
 from flowalign.policies.base import Grid, TextPolicy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
+from flowalign.policies.latent_scale import LatentScale
 from flowalign.policies.request import MediaRequest, Sizes
 from flowalign.policies.schedules import EvenEuler, euler_scheduler
 from flowalign.policies.weights import train_lora_or_all
@@ -34,6 +36,7 @@ class PipelinePolicy(TextPolicy):
     pipeline_class: ClassVar[Any]
     targets: ClassVar[Mapping[str, Sequence[str]]]  # named groups of endings of module names, for model.lora.targets
     native: ClassVar[Native] = {}  # the original code's names of weights, as the LoRA files of other trainers have them
+    trained: ClassVar[Sequence[str]] = ("transformer",)  # components that carry what is trained, where a model has them
     optional_parts: ClassVar[Sequence[str]] = ()  # components that a saved pipeline may lack
     usual: ClassVar[tuple[int, float]] = (50, 4.5)  # steps and guidance, where nobody says others
     t5: ClassVar[str]  # the component that max_sequence_length is for
@@ -43,30 +46,45 @@ class PipelinePolicy(TextPolicy):
     def __init__(self, pipeline: Any, model: Model, device: torch.device, seed: int, *, whole: bool = True):
         """Raises UserError for settings that the pipeline cannot work with.
 
-        Without `whole` the transformer stays where it was loaded, for `processes.prepare` to share out.
+        Without `whole` the trained modules stay where they were loaded, for `processes.prepare` to share out.
         """
         super().__init__()
         self.device, self.dtype = device, forward_dtype(model.dtype, device)
         self.pipeline, self.transformer = pipeline, pipeline.transformer
         pipeline.scheduler = euler_scheduler(pipeline.scheduler)
+        self.latent_scale = LatentScale.of(pipeline.vae)
         self._base = None if Path(model.path).exists() else model.path
         configurations = pipeline.transformer.config, pipeline.vae.config
         self.request, self.max_sequence_length = self.sizes(model, *configurations)
         self._check(model)
         if model.adapter:
             merge_adapter(pipeline, model.adapter, self.native)
-        texts = [part for name, part in pipeline.components.items() if name.startswith("text_encoder") and part]
-        for part in (pipeline.vae, pipeline.transformer, *texts):
-            part.requires_grad_(False).eval()
-            if whole or part is not pipeline.transformer:
-                part.to(device)
+        modules: Mapping[str, Any] = self.modules
+        for name, part in (pipeline.components | modules).items():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+                if whole or name not in modules:
+                    part.to(device)
         pipeline.vae.to(memory_format=torch.channels_last)
-        use_attention(self.transformer, model.attention, device, self.dtype)
-        if model.gradient_checkpointing:
-            pipeline.transformer.enable_gradient_checkpointing()
+        for module in modules.values():
+            use_attention(module, model.attention, device, self.dtype)
+            if model.gradient_checkpointing:
+                module.enable_gradient_checkpointing()
         train_lora_or_all(self, model.lora, self.targets, seed)
         if model.compile:
-            compile_blocks(self.transformer, device)
+            for module in modules.values():
+                compile_blocks(module, device)
+
+    @property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Those of the `trained` components that the pipeline has."""
+        return self.modules_of(self.pipeline)
+
+    @classmethod
+    def modules_of(cls, pipeline: Any) -> dict[str, nn.Module]:
+        """The modules of a pipeline that no policy was made of yet."""
+        found = {name: getattr(pipeline, name, None) for name in cls.trained}
+        return {name: module for name, module in found.items() if module is not None}
 
     @classmethod
     def load(
@@ -107,7 +125,7 @@ class PipelinePolicy(TextPolicy):
                     f"model.path: {Path(path) / name} is missing, which model_index.json names; fetch it again{without}"
                 )
             kind = part_class(name, *index[name])
-            if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            if isinstance(kind, type) and issubclass(kind, nn.Module):
                 parts[name] = load_part(Path(path), name, kind, torch.float32 if name == "vae" else dtype)
         with loading(path, "scheduler or tokenizer"):
             return cls.pipeline_class.from_pretrained(path, **parts)
@@ -174,20 +192,19 @@ class PipelinePolicy(TextPolicy):
 
     def decode(self, latents: torch.Tensor, *, gradients: bool = False) -> torch.Tensor:
         """Images (B, 3, H, W), a few at a time: activations that fit the cache are three times as fast."""
-        vae = self.pipeline.vae
-        pixels = latents[0, 0].numel() * self.pipeline.vae_scale_factor**2
-        at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
         with torch.set_grad_enabled(gradients):
-            scaled = latents.float() / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-            images = torch.cat([vae.decode(part, return_dict=False)[0] for part in scaled.split(at_once)])
+            scaled = self.latent_scale.to_autoencoder(latents.float())
+            pixels = scaled[0, 0].numel() * self.pipeline.vae_scale_factor**2
+            at_once = max(1, (16 * 64**2 if self.device.type == "cpu" else 8 * 512**2) // pixels)
+            parts = scaled.split(at_once)
+            images = torch.cat([self.pipeline.vae.decode(part, return_dict=False)[0] for part in parts])
             return (images / 2 + 0.5).clamp(0, 1).contiguous()
 
     @torch.no_grad()
     def encode_media(self, media: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1], the mode of the autoencoder's posterior."""
-        vae = self.pipeline.vae
-        mode = vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist.mode()
-        return (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        posterior = self.pipeline.vae.encode(media.to(self.device, torch.float32) * 2 - 1).latent_dist
+        return self.latent_scale.to_model(posterior.mode())
 
     def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
         """(16, height / 8, width / 8) of the published models; ValueError for what the schedule or model is not for."""
@@ -196,8 +213,9 @@ class PipelinePolicy(TextPolicy):
         if request != self.request and self.pipeline.scheduler.config.use_dynamic_shifting:
             known, asked = (f"{one.height} x {one.width}" for one in (self.request, request))
             raise ValueError(f"the schedule is that of {known} pictures; load the policy for {asked}")
-        factor: int = self.pipeline.vae_scale_factor
-        return (int(self.pipeline.vae.config.latent_channels), request.height // factor, request.width // factor)
+        patch = self.latent_scale.patch
+        channels, factor = self.pipeline.vae.config.latent_channels, self.pipeline.vae_scale_factor * patch
+        return (int(channels) * patch**2, request.height // factor, request.width // factor)
 
     def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
         """The pipeline's schedule for pictures of the policy's size, or its shift of evenly spaced values.
@@ -225,10 +243,17 @@ class PipelinePolicy(TextPolicy):
         return height * width // self.patch**2
 
     def export(self, folder: Path) -> None:
-        """What `pipe.load_lora_weights` takes, or the transformer's folder."""
-        transformer: Any = self.transformer
-        if "reference" in self.snapshots:
-            transformer.save_pretrained(folder / "transformer")
-            return
+        """What `pipe.load_lora_weights(folder)` takes, or a folder of each module whole.
+
+        A LoRA of a module after the first is in a folder of its name, which diffusers reads with
+        `pipe.load_lora_weights(folder / "transformer_2", load_into_transformer_2=True)`.
+        """
         state = self.trainable_state()  # its own state_dict() would have one process take shared-out weights apart
-        export_lora(self.pipeline_class, transformer, state, self._base, folder)
+        modules: Mapping[str, Any] = self.modules
+        for place, (name, module) in enumerate(modules.items()):
+            prefix = self._prefix(name)
+            own = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(prefix)}
+            if own and "reference" in self.snapshots:
+                module.save_pretrained(folder / name)
+            elif own:
+                export_lora(self.pipeline_class, module, own, self._base, folder / name if place else folder)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
+from torch import nn
 
 from flowalign.config import Model
 from flowalign.config.base import UserError
@@ -98,11 +99,11 @@ class FluxPolicy(PipelinePolicy):
         embeds = (self.max_sequence_length, config.joint_attention_dim)
         return {"embeds": embeds, "pooled": (config.pooled_projection_dim,)}
 
-    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def _forward(self, module: nn.Module, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         rows, _, height, width = x.shape
         embeds = condition.tensors["embeds"]
         guidance = None if self.embedded_guidance is None else torch.full_like(sigma, self.embedded_guidance)
-        tokens = self.transformer(
+        tokens = module(
             hidden_states=self._pack(x),
             timestep=sigma,
             guidance=guidance,

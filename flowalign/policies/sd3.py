@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from torch import nn
 
 from flowalign.config import Model
 from flowalign.config.base import UserError
@@ -101,8 +102,8 @@ class SD3Policy(PipelinePolicy):
         length = clip.max_position_embeddings + self.max_sequence_length
         return {"embeds": (length, config.joint_attention_dim), "pooled": (config.pooled_projection_dim,)}
 
-    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
-        return self.transformer(
+    def _forward(self, module: nn.Module, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+        return module(
             hidden_states=x,
             timestep=sigma * self.pipeline.scheduler.config.num_train_timesteps,
             encoder_hidden_states=condition.tensors["embeds"],

@@ -15,7 +15,7 @@ import torch
 
 from flowalign.config import Lora, Model, Rollout, Sampler
 from flowalign.config.base import UserError
-from flowalign.policies.adapters import merge_adapter
+from flowalign.policies.adapters import further_adapters, merge_adapter
 from flowalign.policies.base import Condition, Conditioning
 from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.policies.loading import find_family
@@ -144,7 +144,7 @@ def _policy(
 ) -> tuple[PipelinePolicy, list[str]]:
     """With adapters on all groups of targets that it has modules for, and these groups."""
     pipeline = family.load_pipeline(path, torch.float32)
-    names = [name for name, _ in pipeline.transformer.named_modules()]
+    names = [name for module in family.modules_of(pipeline).values() for name, _ in module.named_modules()]
     groups = [group for group in family.targets if target_modules(names, group, family.targets)]
     lora = Lora(rank=4, alpha=8, targets=tuple(groups)) if groups else None
     return family(pipeline, model.model_copy(update={"dtype": "fp32", "lora": lora}), device, 0), groups
@@ -213,8 +213,10 @@ def _same(ours: _Drawn, theirs: _Traced) -> Judged:
 def _exported(
     plain: Any, folder: str, trained: _Drawn, untrained: _Drawn, request: MediaRequest, steps: int, _written: None
 ) -> Judged:
-    """Leaves the LoRA in the pipeline."""
+    """Leaves the LoRAs in the pipeline."""
     plain.load_lora_weights(folder)
+    for name, further in further_adapters(folder).items():
+        plain.load_lora_weights(further, **{f"load_into_{name}": True})
     passed, detail = _same(trained, _trace(plain, trained.arguments, request, steps))
     moved = _distance(trained.latents, untrained.latents)
     return passed if moved > 10 * CLOSE else None, f"{detail}, which it moves by {moved:.1e}"
@@ -285,8 +287,10 @@ def _gradients(
     with torch.no_grad():  # adapters start with a zero factor, which hides the other one's gradient
         for weight in weights.values():
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
-    sigma, condition = torch.full((1,), 0.6, device=noise.device), conditioning.positive[[0]]
-    velocity = policy.velocity(noise[:1], sigma, condition)
+    levels = {policy.module_at(level): level for level in (*torch.linspace(1, 0.02, 50).tolist(), 0.6)}  # one a module
+    sigma, condition = torch.tensor([*levels.values()], device=noise.device), conditioning.positive[[0] * len(levels)]
+    x = noise[[0] * len(levels)]
+    velocity = policy.velocity(x, sigma, condition)
     loss = velocity.square().mean()
     found: Sequence[torch.Tensor | None] = [None] * len(weights)
     if loss.requires_grad:
@@ -301,7 +305,7 @@ def _gradients(
     for group in groups:
         modules = target_modules(adapted, group, policy.targets)
         idle = [name for name in modules if name in without]
-        missed = [name for name in idle if _matters(policy, name, noise[:1], sigma, condition, velocity)]
+        missed = [name for name in idle if _matters(policy, name, x, sigma, condition, velocity)]
         unused = len(idle) - len(missed)
         detail = f"{len(modules) - len(idle)} of {len(modules)} modules"
         detail += f"; on {unused} more the velocity does not depend" if unused else ""

@@ -109,30 +109,35 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def parameters(policy: PipelinePolicy) -> dict[str, int]:
     """How many weights each part of the pipeline has, adapters apart; "trainable" are those that learn.
 
-    "buffers" are what the transformer holds beside them, such as 3.5 medium's table of 147,456 positions.
+    "buffers" are what the trained modules hold beside them, such as 3.5 medium's table of 147,456 positions.
     """
-    counts = {
-        name: sum(p.numel() for key, p in part.named_parameters() if "lora_" not in key)
-        for name, part in policy.pipeline.components.items()
-        if isinstance(part, torch.nn.Module)
-    }
-    buffers = sum(buffer.numel() for buffer in policy.transformer.buffers())
+    counts = {name: _weights(part) for name, part in _parts(policy).items()}
+    buffers = sum(buffer.numel() for module in policy.modules.values() for buffer in module.buffers())
     return counts | {"trainable": sum(p.numel() for p in policy.trainable_parameters().values()), "buffers": buffers}
 
 
+def _parts(policy: PipelinePolicy) -> dict[str, torch.nn.Module]:
+    parts = (policy.pipeline.components | dict(policy.modules)).items()
+    return {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
+
+
+def _weights(part: torch.nn.Module) -> int:
+    return sum(p.numel() for key, p in part.named_parameters() if "lora_" not in key)
+
+
 def whole_at_once(policy: PipelinePolicy) -> int:
-    """Weights of the transformer, adapters apart, that a process has whole at once where they are shared out.
+    """Weights of the trained modules, adapters apart, that a process has whole at once where they are shared out.
 
     They are those of two blocks, the second of which is fetched while the first computes, and all outside the blocks.
     """
-    transformer: Any = policy.transformer
-
-    def weights(module: torch.nn.Module) -> int:
-        return sum(p.numel() for key, p in module.named_parameters() if "lora_" not in key)
-
-    names = transformer._no_split_modules or ()
-    blocks = [weights(module) for module in transformer.modules() if type(module).__name__ in names]
-    return weights(transformer) - sum(blocks) + sum(sorted(blocks)[-2:])
+    modules: Mapping[str, Any] = policy.modules
+    blocks = [
+        _weights(block)
+        for module in modules.values()
+        for block in module.modules()
+        if type(block).__name__ in (module._no_split_modules or ())
+    ]
+    return sum(map(_weights, modules.values())) - sum(blocks) + sum(sorted(blocks)[-2:])
 
 
 def condition_rows(policy: PipelinePolicy, rows: int) -> Condition:
@@ -150,8 +155,8 @@ class Pass(NamedTuple):
 
 @torch.inference_mode(False)
 def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, checkpointing: bool = False) -> Pass:
-    """The cost of `rows` rows through the transformer, on the meta device."""
-    transformer: Any = policy.transformer
+    """The cost of `rows` rows through the first of the trained modules, on the meta device: several are alike."""
+    transformer: Any = next(iter(policy.modules.values()))
     device = _AsOnADevice(policy.dtype)
     transformer.disable_gradient_checkpointing()
     if checkpointing:
@@ -161,13 +166,12 @@ def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, check
 
     def run() -> None:
         with torch.enable_grad() if backward else torch.no_grad():
-            velocity = policy._forward(x, sigma, condition).float()
+            velocity = policy._forward(transformer, x, sigma, condition).float()
             if backward:
                 velocity.mean().backward()
 
-    found = _traced(
-        run, device, [*transformer.parameters(), *transformer.buffers(), x, sigma, *condition.tensors.values()]
-    )
+    held = [tensor for part in _parts(policy).values() for tensor in (*part.parameters(), *part.buffers())]
+    found = _traced(run, device, [*held, x, sigma, *condition.tensors.values()])
     transformer.zero_grad(set_to_none=True)
     return found
 

@@ -160,12 +160,12 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     element, text_bytes = 4 if full else costs.element, texts * costs.element
     released = f"released after encoding; {text_bytes / GIB:.2f} GiB while the run starts"
     per_process = recipe.samples_per_step // gpus
-    frozen = f"{counts['transformer']:,} weights and {counts['buffers']:,} constants x {element} B"
-    held_weights = counts["transformer"] / costs.shares
+    modules = sum(counts[name] for name in costs.policy.modules)
+    frozen = f"{modules:,} weights and {counts['buffers']:,} constants x {element} B"
     if costs.shares > 1:
         frozen = f"a share of {frozen}"
     parts = [
-        Part("transformer", (held_weights + counts["buffers"]) * element, frozen),
+        Part(_modules(costs), (modules / costs.shares + counts["buffers"]) * element, frozen),
         Part("text encoders", 0, released)
         if model.cache_conditions
         else Part("text encoders", text_bytes, f"{texts:,} weights x {costs.element} B"),
@@ -192,6 +192,11 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     return parts
 
 
+def _modules(costs: Costs) -> str:
+    """Their names."""
+    return " and ".join(costs.policy.modules)
+
+
 def _text_encoders(costs: Costs) -> int:
     """Their weights."""
     return sum(number for name, number in costs.counts.items() if name.startswith("text_encoder"))
@@ -210,7 +215,7 @@ def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[
     parts = {part.name: part.bytes for part in held(recipe, costs, gpus)}
     base, samples, found = sum(parts.values()), parts["a step's samples"], {}
     if recipe.model.cache_conditions:  # the text encoders are there until all prompts are encoded
-        loaded = ("transformer", "autoencoder", "adapters", "runtime")
+        loaded = (_modules(costs), "autoencoder", "adapters", "runtime")
         found["start"] = sum(parts.get(name, 0) for name in loaded) + _text_encoders(costs) * costs.element
     if not recipe.dataset:
         found["rollout"] = base + _drawing(recipe.rollout.batch, recipe.rollout.guidance, costs)

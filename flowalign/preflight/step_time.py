@@ -1,6 +1,6 @@
 """What a training step takes, by phase, beside its floor: the same passes of the models and nothing else.
 
-The floor is measured by playing back every forward and backward pass of the transformer that the step made, and the
+The floor is measured by playing back every forward and backward pass of the trained modules that the step made, and the
 decoding of the same latents, with the same inputs in the same order. What a step takes above it is the toolkit's own
 (schedules, noise, losses, the optimizer) and what it waits for the rewards.
 """
@@ -22,8 +22,9 @@ from rewards.combine import score_all
 
 @dataclass
 class Forward:
-    """A call of the transformer."""
+    """A call of a trained module."""
 
+    module: torch.nn.Module
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     gradient: bool
@@ -61,8 +62,8 @@ def recorded(trainer: Trainer) -> Iterator[Passes]:
     passes: Passes = []
     policy = trainer.policy
 
-    def called(_: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        passes.append(Forward(arguments, dict(keywords), torch.is_grad_enabled(), not policy._adapters_off))
+    def called(module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        passes.append(Forward(module, arguments, dict(keywords), torch.is_grad_enabled(), not policy._adapters_off))
 
     with ExitStack() as stack:
 
@@ -76,8 +77,8 @@ def recorded(trainer: Trainer) -> Iterator[Passes]:
             setattr(owner, name, watched)
             stack.callback(setattr, owner, name, function)
 
-        hook = policy.transformer.register_forward_pre_hook(called, with_kwargs=True)
-        stack.callback(hook.remove)
+        for module in policy.modules.values():
+            stack.callback(module.register_forward_pre_hook(called, with_kwargs=True).remove)
         watch(trainer.learner, "_backward", lambda losses: Backward(losses.numel()))
         watch(policy, "decode", Decoding)
         watch(trainer.scorer, "judge", Scoring)
@@ -92,7 +93,7 @@ def play(trainer: Trainer, passes: Passes) -> None:
     for one in passes:
         if isinstance(one, Forward):
             with torch.set_grad_enabled(one.gradient), nullcontext() if one.adapters else policy.reference(), half:
-                output = policy.transformer(*one.arguments, **one.keywords)
+                output = one.module(*one.arguments, **one.keywords)
             if one.gradient:
                 outputs.append(output[0] if isinstance(output, tuple) else output)
         elif isinstance(one, Backward):

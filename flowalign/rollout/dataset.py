@@ -296,7 +296,7 @@ def fingerprint(policy: Policy) -> str:
     """A checksum of the model's weights as they were before training, whatever precision they were loaded in."""
     digest = hashlib.sha256()
     with policy.reference():
-        weights = {name.replace(".base_layer", ""): value for name, value in policy.transformer.named_parameters()}
+        weights = {name.replace(".base_layer", ""): value for name, value in policy.weights().items()}
         for name in sorted(name for name in weights if "lora_" not in name):
             value = weights[name].detach().to(torch.bfloat16).cpu().contiguous()
             digest.update(name.encode())

@@ -17,7 +17,7 @@ from flowalign.rollout.generate import Progress
 from flowalign.rollout.stages import Weighted
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
-from flowalign.training.processes import Share, is_shared_out, shared_out, sum_gradients, summed
+from flowalign.training.processes import Share, shared_out, sum_gradients, summed
 from flowalign.training.selftest import LOWEST_SCALE, SelfTest
 
 
@@ -60,7 +60,7 @@ class Learner:
         # Below 6e-8 a gradient of half precision is 0, above 65504 infinite (Micikevicius et al. 2018, section 3.2).
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         self.update = 0
-        self.in_lockstep = is_shared_out(policy.transformer)
+        self.in_lockstep = policy.in_lockstep
 
     def learn(
         self, weighted: Weighted, step: int, test: SelfTest | None = None, progress: Progress | None = None

@@ -81,7 +81,7 @@ def load_parts(
         raise UserError(str(error)) from error
     if policy.begin():
         display.say("the policy was trained before; this run begins with the weights that it had before that")
-    processes.prepare(accelerator, policy.transformer)
+    processes.prepare(accelerator, policy)
     guidance, remedy = recipe.rollout.guidance, what_to_lower(recipe)
     learner = Learner(recipe.train, algorithm, policy, accelerator, seed=seed, guidance=guidance, remedy=remedy)
     if recipe.train.ema_decay:

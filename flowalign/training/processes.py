@@ -4,7 +4,7 @@ Every process holds the trained weights whole and sums their gradients with the 
 too, or, where the launcher is configured for FSDP 2, a share of them: each block is put together for its pass.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,13 +19,13 @@ from accelerate.utils import (
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from flowalign.advantages import RewardTable
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
-from flowalign.policies.base import forward_dtype
+from flowalign.policies.base import Policy, forward_dtype
 from flowalign.rollout.prompts import Row
 from rewards.devices import chosen_device
 
@@ -104,20 +104,22 @@ def shares_out() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP") and PartialState().num_processes > 1
 
 
-def prepare(accelerator: Accelerator, transformer: nn.Module) -> None:
-    """Make the transformers of all processes one: compare them, and share out the frozen weights where that is asked.
+def prepare(accelerator: Accelerator, policy: Policy) -> None:
+    """Make the policies of all processes one: compare them, and share out the frozen weights where that is asked.
 
     Raises UserError where they differ, cannot be trained here, or where there is nothing to share out.
     """
-    _refuse_untrainable(transformer)
+    weights = policy.weights()
+    _refuse_untrainable(weights)
     if accelerator.num_processes > 1:
-        _refuse_different(accelerator, transformer)
-    if shares_out() and not is_shared_out(transformer):  # as a script's policy is in its second run
-        share_out(transformer, accelerator.device, accelerator.num_processes)
+        _refuse_different(accelerator, weights.values())
+    if shares_out() and not policy.in_lockstep:  # as a script's policy is in its second run
+        for module in policy.modules.values():
+            share_out(module, accelerator.device, accelerator.num_processes)
 
 
-def _refuse_untrainable(transformer: nn.Module) -> None:
-    for name, weight in transformer.named_parameters():
+def _refuse_untrainable(weights: Mapping[str, nn.Parameter]) -> None:
+    for name, weight in weights.items():
         if weight.is_inference():
             raise UserError(
                 f"the policy's weight {name} was made under torch.inference_mode(), where nothing made can be trained; "
@@ -130,9 +132,9 @@ def _refuse_untrainable(transformer: nn.Module) -> None:
             )
 
 
-def _refuse_different(accelerator: Accelerator, transformer: nn.Module) -> None:
+def _refuse_different(accelerator: Accelerator, weights: Iterable[nn.Parameter]) -> None:
     """Nothing is sent at the start: every process reads the same files and draws its adapters from the same seed."""
-    own = torch.stack([_checksum(weight) for weight in transformer.parameters()]).to(accelerator.device)
+    own = torch.stack([_checksum(weight) for weight in weights]).to(accelerator.device)
     for rank, other in enumerate(accelerator.gather(own[None])):
         if not torch.equal(other, own):
             raise UserError(
@@ -184,16 +186,16 @@ def share_out(transformer: nn.Module, device: torch.device, processes: int) -> N
     split(transformer)
 
 
-def is_shared_out(transformer: nn.Module) -> bool:
-    """Whether its passes wait for those of other processes."""
-    return isinstance(transformer, FSDPModule)
-
-
 def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Each gradient summed over the processes, in place; all have gradients of the same parameters."""
+    """Each gradient summed over the processes, in place; where only some had rows for a module, all take its sum."""
     if accelerator.num_processes == 1:
         return
-    gradients = [weight.grad for weight in parameters if weight.grad is not None]
+    having = summed(accelerator, *(weight.grad is not None for weight in parameters))
+    gradients = []
+    for weight, processes in zip(parameters, having, strict=True):
+        if processes:
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            gradients.append(weight.grad)
     while gradients:
         count = size = 0
         while count < len(gradients) and (count == 0 or size + gradients[count].numel() <= MESSAGE):

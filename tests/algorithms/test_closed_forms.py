@@ -138,8 +138,8 @@ class GaussianPolicy(TextPolicy):
     def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1, device=self.device)})
 
-    def _forward(self, x, sigma, condition):
-        return self.transformer(x, sigma)
+    def _forward(self, module, x, sigma, condition):
+        return module(x, sigma)
 
     def decode(self, latents):
         return (0.5 + latents / RANGE).clamp(0, 1)[:, None, None].expand(-1, 3, 1, -1)

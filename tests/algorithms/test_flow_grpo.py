@@ -54,8 +54,8 @@ class TinyPolicy(TextPolicy):
     def encode_prompts(self, prompts):
         return Condition({"prompt": torch.tensor([[float(len(prompt))] for prompt in prompts])})
 
-    def _forward(self, x, sigma, condition):
-        return self.transformer(x, sigma, condition.tensors["prompt"])
+    def _forward(self, module, x, sigma, condition):
+        return module(x, sigma, condition.tensors["prompt"])
 
     def decode(self, latents):
         return latents.sigmoid()[:, :, None, None].expand(-1, 2, 3, 3)

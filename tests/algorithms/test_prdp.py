@@ -45,9 +45,9 @@ class Wide(TextPolicy):
     def encode_prompts(self, prompts):
         return Condition({"prompt": torch.tensor([[0.1 * len(prompt)] for prompt in prompts])})
 
-    def _forward(self, x, sigma, condition):
+    def _forward(self, module, x, sigma, condition):
         self.largest_pass = max(self.largest_pass, len(x) if torch.is_grad_enabled() else 0)
-        return self.transformer(x, condition.tensors["prompt"])
+        return module(x, condition.tensors["prompt"])
 
     def decode(self, latents):
         return latents[:, :3, :1, :1].sigmoid()

@@ -212,8 +212,8 @@ class Offset(TextPolicy):
     def encode_prompts(self, prompts):
         return Condition({"prompt": torch.zeros(len(prompts), 1)})
 
-    def _forward(self, x, sigma, condition):
-        return x + self.transformer.offset
+    def _forward(self, module, x, sigma, condition):
+        return x + module.offset
 
     def decode(self, latents):
         return latents.sigmoid().view(-1, 1, 1, 5).expand(-1, 3, 1, -1)

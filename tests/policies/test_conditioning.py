@@ -27,7 +27,7 @@ class Tokens(TextPolicy):
         self.encoded.append(list(prompts))
         return Condition({"length": torch.tensor([float(len(prompt)) for prompt in prompts])})
 
-    def _forward(self, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
+    def _forward(self, module: nn.Module, x: torch.Tensor, sigma: torch.Tensor, condition: Condition) -> torch.Tensor:
         return condition.tensors["length"][:, None, None] * x + 1
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

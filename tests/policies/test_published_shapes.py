@@ -114,7 +114,8 @@ def test_a_published_model_has_its_size_shapes_and_lora_modules(name: str) -> No
     tokens = {"embeds": (2, 256, 4096), "pooled": (2, 768 if name == "flux" else 2048)}
     condition = Condition({key: torch.empty(size, device="meta") for key, size in tokens.items()})
     # Not `velocity`: there is no autocast for meta tensors, not even one that is off.
-    velocity = policy._forward(torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta"), condition)
+    x, sigma = torch.empty(2, *shape, device="meta"), torch.empty(2, device="meta")
+    velocity = policy._forward(policy.transformer, x, sigma, condition)
     assert velocity.shape == (2, *shape)
     if name == "flux":  # 4096 tokens, where the shift ends
         even, shift = torch.linspace(1, 0.25, 4), torch.tensor(1.15).exp()

@@ -42,8 +42,8 @@ def test_a_right_adapter_passes_every_line(tiny_sd35: Path, tiny_flux: Flux, kin
 
 
 class Backwards(FluxPolicy):
-    def _forward(self, x, sigma, condition):
-        return -super()._forward(x, sigma, condition)
+    def _forward(self, module, x, sigma, condition):
+        return -super()._forward(module, x, sigma, condition)
 
 
 class Unshifted(FluxPolicy):
@@ -63,9 +63,9 @@ class Overguided(FluxPolicy):
 
 
 class Detached(FluxPolicy):
-    def _forward(self, x, sigma, condition):
+    def _forward(self, module, x, sigma, condition):
         with torch.no_grad():
-            return super()._forward(x, sigma, condition)
+            return super()._forward(module, x, sigma, condition)
 
 
 class Unexported(FluxPolicy):

@@ -358,7 +358,7 @@ def test_a_dataset_with_a_new_reward_grows_when_the_recipe_has_it_too(
     collected(changed(fresh, collect={"prompts": 2}), policy)
     judge = f"{tmp_path / 'judge.py'}:darkness"
     rescore_dataset(Path(fresh["dataset"]), judge, [], None)
-    with pytest.raises(UserError, match=r"with rewards \['brightness', 'darkness'\], and the recipe has \['brightness'\]"):
+    with pytest.raises(UserError, match=r"with rewards \['brightness', 'darkness'\].*recipe has \['brightness'\]"):
         collected(changed(fresh), policy)
     both = collected(changed(fresh, rewards={**fresh["rewards"], "darkness": {"load": judge}}), policy)
     assert both.rewards["darkness"].shape == (4, 4) and np.isfinite(both.rewards["darkness"]).all()
@@ -554,7 +554,7 @@ def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> N
             "with sampler .*'guidance': 1.0.*the recipe has .*'guidance': 2.0",
         ),
         ({"run": {"seed": 5}}, "with seed 0, and the recipe has 5"),
-        ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\], and the recipe has \['compressibility'\]"),
+        ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\].*recipe has \['compressibility'\]"),
     ],
 )
 def test_a_dataset_is_not_mixed_with_pictures_of_another_kind(

@@ -122,10 +122,10 @@ class SmallPolicy(TextPolicy):
 
     def velocity(self, x, sigma, condition):
         self.forwards += len(x)
-        return self._forward(x.to(self.dtype), sigma.to(self.dtype), condition)
+        return self._forward(self.transformer, x.to(self.dtype), sigma.to(self.dtype), condition)
 
-    def _forward(self, x, sigma, condition):
-        return self.transformer(x, sigma, condition.tensors["text"])
+    def _forward(self, module, x, sigma, condition):
+        return module(x, sigma, condition.tensors["text"])
 
     def decode(self, latents):
         pictures = (0.5 + latents.float() / 6).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)

@@ -93,7 +93,7 @@ def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.
     sent: list[int] = []
 
     class Two:
-        num_processes = 2
+        num_processes, device = 2, torch.device("cpu")
 
         def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
             sent.append(tensor.numel())
@@ -104,7 +104,7 @@ def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.
         weight.grad = torch.full_like(weight, number)
     monkeypatch.setattr(processes, "MESSAGE", 8)
     sum_gradients(cast(Accelerator, Two()), parameters)
-    assert sent == [8, 9, 4]
+    assert sent == [5, 8, 9, 4]  # first which parameters have gradients
     assert [weight.grad.unique().tolist() for weight in parameters[:-1] if weight.grad is not None] == [
         [2],
         [4],
@@ -148,7 +148,7 @@ def test_the_launcher_shares_a_model_out_with_the_configuration_in_scripts(
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_processes_that_begin_with_different_weights_are_told_so() -> None:
+def test_processes_that_begin_with_different_weights_are_told_so(tiny_model: Path) -> None:
     class Other:
         """Sees a second process whose first weight differs in its last bit."""
 
@@ -161,10 +161,11 @@ def test_processes_that_begin_with_different_weights_are_told_so() -> None:
             return torch.cat([own, other])
 
     engine = Other()
-    prepare(cast(Accelerator, engine), nn.Linear(3, 3))
+    policy = load_policy(Model(path=str(tiny_model), max_sequence_length=0, dtype="fp32"))
+    prepare(cast(Accelerator, engine), policy)
     engine.changed = 1
     with pytest.raises(UserError, match="process 0 began with other weights than process 1; give every node the same"):
-        prepare(cast(Accelerator, engine), nn.Linear(3, 3))
+        prepare(cast(Accelerator, engine), policy)
 
 
 def test_the_checksum_sees_a_weights_last_bit_whatever_order_it_is_added_in() -> None:
@@ -228,7 +229,7 @@ assert kl > 1e-3 and abs(kl - again) < 1e-6 * kl, (kl, again)
 for one, other in zip(plain, beside):
     torch.testing.assert_close(one, other)
 try:
-    prepare(accelerator, policy.transformer)
+    prepare(accelerator, policy)
 except UserError as error:
     assert "is shared out among the processes already" in str(error)
 else:
