@@ -10,6 +10,6 @@ from flowalign.disk.files import replaced_file
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by their names, whole; OSError or SafetensorError when the disk does not take it."""
+    """Write named tensors as one file, whole. Raises OSError or SafetensorError when the disk refuses it."""
     with replaced_file(path) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)

@@ -58,7 +58,7 @@ def check_inputs(folder: Path, now: Inputs, *, resume: bool) -> Inputs:
     """
     if not resume:
         return now
-    before = read_json(folder / "inputs.json", "to go on without a look at what its inputs were")
+    before = read_json(folder / "inputs.json", "to go on without comparing the inputs with the earlier ones")
     for key in before.keys() & now.keys():
         for name in sorted(before[key].keys() | now[key].keys()):
             if before[key].get(name) != now[key].get(name):

@@ -299,7 +299,7 @@ def test_what_a_kill_left_half_written_is_in_nobodys_way(small: dict[str, Any]) 
     (folder / ".partial_recipe.yaml").write_text("name: ti")
     small["train"] |= {"steps": 1}
     (folder / "checkpoints" / ".partial_step_000009").mkdir(parents=True)
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         trainer_of(small)
     shutil.rmtree(folder / "checkpoints")
     trainer = trainer_of(small)

@@ -223,7 +223,7 @@ def test_a_folder_with_another_run_is_refused(values: dict[str, Any]) -> None:
 def test_a_folder_that_is_no_run_is_left_alone(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         quiet_train(changed(values))
     with pytest.raises(UserError, match="holds no run to resume"):
         quiet_train(changed(values), resume=True)
