@@ -158,7 +158,7 @@ def test_a_scale_that_collapses_ends_the_run(make: Callable[..., Recipe]) -> Non
 def test_a_policy_that_diverges_is_said_to_and_no_reward_is_blamed(make: Callable[..., Recipe]) -> None:
     recipe = make({"name": "flow_grpo", "clip_range": 1e-2}, "fp32", learning_rate=1e30)
     message = (
-        r"^the policy has diverged: its pictures are NaN \(8 of 8, first for 'a photo of .*'\) from step 2 on, and no "
+        r"^the policy has diverged: its samples are NaN \(8 of 8, first for 'a photo of .*'\) from step 2 on, and no "
         r"reward is at fault; lower train\.learning_rate \(1e\+30\) or train\.max_grad_norm \(1\) or "
         r"algorithm\.clip_range \(0\.01\)"
     )
@@ -169,7 +169,7 @@ def test_a_policy_that_diverges_is_said_to_and_no_reward_is_blamed(make: Callabl
 def test_an_evaluation_says_that_the_policy_diverged(make: Callable[..., Recipe], values: dict[str, Any]) -> None:
     recipe = make("nft", "fp32", learning_rate=1e30)
     measured = recipe.evaluation.model_copy(update={"prompts": values["prompts"], "steps": 2, "every": 1})
-    with pytest.raises(UserError, match=r"the policy has diverged: its pictures are NaN .* from step 1 on"):
+    with pytest.raises(UserError, match=r"the policy has diverged: its samples are NaN .* from step 1 on"):
         Trainer.from_recipe(recipe.model_copy(update={"evaluation": measured}), display=Said()).run()
 
 
@@ -180,7 +180,7 @@ def test_latents_that_are_not_finite_are_refused_whatever_their_pictures_are(
     trainer = Trainer.from_recipe(make("nft", "fp32"), display=Said())
     trainer.policy.velocity = lambda x, *_: torch.full_like(x, value)  # type: ignore[method-assign]
     trainer.policy.decode = lambda latents: latents.new_ones(len(latents), 3, 8, 8)  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=rf"the model's pictures are {kind} \(8 of 8.* before any training"):
+    with pytest.raises(UserError, match=rf"the model's samples are {kind} \(8 of 8.* before any training"):
         trainer.run()
 
 
@@ -191,7 +191,7 @@ def test_the_model_is_named_where_no_run_draws(tiny_model: Path, make: Callable[
     from flowalign.rollout.prompts import load_prompts
 
     rows = load_prompts(recipe.prompts)
-    with pytest.raises(UserError, match=r"^the model's pictures are NaN \(4 of 4, first for 'a photo of two stars'\)"):
+    with pytest.raises(UserError, match=r"^the model's samples are NaN \(4 of 4, first for 'a photo of two stars'\)"):
         rollout(policy, RolloutRequest(rows, 1, recipe.rollout, policy.request, (0, 0), batch=4))
 
 
