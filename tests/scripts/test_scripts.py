@@ -174,4 +174,4 @@ def test_a_script_gives_what_is_measured_too_and_the_recipe_its_weights(
 def test_the_header_names_what_is_trained_on(recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
     named = recipe("run", rewards={"one": 1.0, "two": 0.0, "three": 0.5})
     Display().begin(named, named.folder, {"trainable": 1, "all": 2}, 1)
-    assert "flow_grpo on one, three (measured beside: two), " in capsys.readouterr().out
+    assert "flow_grpo on one, three (only measured: two), " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A process's device is chosen before anything loads, and handed on to all that does."""
+"""A process chooses its device before anything loads, and everything loads on that device."""
 
 import os
 import socket
@@ -61,7 +61,7 @@ def test_a_reward_gets_the_device_that_it_is_loaded_for(judges: str) -> None:
     assert alone.device is None and given_device() is None
 
 
-def test_models_are_kept_by_the_index_of_their_device() -> None:
+def test_models_are_cached_by_the_index_of_their_device() -> None:
     clips: list[Any] = [rewards.load_on(f"meta:{n}", "clipscore", model="toyworld/judges/clip") for n in (1, 0, 1)]
     assert clips[0].clip is clips[2].clip and clips[0].clip is not clips[1].clip
     assert [one.device for one in clips] == [SECOND, torch.device("meta", 0), SECOND]
@@ -99,7 +99,7 @@ class Enough(Exception):
     """The model is about to be loaded."""
 
 
-def test_all_that_a_run_loads_goes_to_its_own_device(
+def test_a_run_loads_everything_on_its_own_device(
     values: dict[str, Any], judges: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rewards that are trained on, evaluated and held out, the audit's features, then the model."""
