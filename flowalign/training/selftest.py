@@ -63,14 +63,14 @@ class SelfTest:
         spread = share > 0 or self.algorithm.learns_from_equal
         self._checks += [noise, Check("rewards differ within prompts", spread, f"in {share:.0%} of the groups")]
 
-    def saw(self, units: torch.Tensor, counted: int, figures: dict[str, torch.Tensor]) -> None:
+    def saw(self, units: torch.Tensor, counted: int, metrics: dict[str, torch.Tensor]) -> None:
         """Called for each micro-batch with its units (u, m, 2), the number that counts, and the loss's metrics."""
         if self.done:
             return
         differs = self.algorithm.learns_from_equal or self.weighted.differs[units[..., 0].flatten()].any()
         self._teaching |= counted > 0 and bool(differs)
-        if not self._moved and "ratio_distance" in figures:
-            self._distances.append(figures["ratio_distance"].max().item())
+        if not self._moved and "ratio_distance" in metrics:
+            self._distances.append(metrics["ratio_distance"].max().item())
 
     def before_step(self) -> None:
         """Called before an optimizer step, when the gradients are summed over the processes."""

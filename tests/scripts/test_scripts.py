@@ -94,7 +94,7 @@ def test_two_runs_of_a_policy_are_those_of_two_fresh_ones(
     assert run(second, policy=policy) == wanted
     Trainer.from_recipe(other, policy=policy)  # which keeps no average, and must not evaluate the last run's
     assert "ema" not in policy.snapshots
-    assert "begins with the weights that it had before" in capsys.readouterr().out
+    assert "this run begins with the weights from before that run" in capsys.readouterr().out
 
 
 def test_weights_that_a_script_loads_are_where_its_policy_begins(recipe: Callable[..., Recipe]) -> None:

@@ -67,7 +67,7 @@ def test_models_are_cached_by_the_index_of_their_device() -> None:
     assert [one.device for one in clips] == [SECOND, torch.device("meta", 0), SECOND]
 
 
-def test_devices_have_an_index_and_processors_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerators_have_an_index_and_the_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen_device("cpu:0") == chosen_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
@@ -102,7 +102,7 @@ class Enough(Exception):
 def test_a_run_loads_everything_on_its_own_device(
     values: dict[str, Any], judges: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rewards that are trained on, evaluated and held out, the audit's features, then the model."""
+    """The trained, evaluated and held-out rewards, the audit's features, and then the model."""
     loaded: list[str] = []
 
     def features(model: str, backbone: str, batch: int, device: torch.device, reward: str) -> Any:
@@ -136,7 +136,7 @@ def test_a_run_loads_everything_on_its_own_device(
 
 
 @pytest.mark.slow
-def test_in_several_processes_rewards_load_when_each_has_its_device(
+def test_rewards_load_after_each_of_several_processes_has_its_device(
     values: dict[str, Any], judges: str, tmp_path: Path
 ) -> None:
     seen = tmp_path / "seen.txt"

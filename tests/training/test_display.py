@@ -52,7 +52,7 @@ def test_the_step_the_bar_and_the_time_left_fit_into_a_terminal(width: int) -> N
     for line in (steps, phase):
         assert len(line) <= width and line.endswith(" left") and line.count("━") >= 5
     assert "12/24" in steps and "12/48" in phase
-    assert steps.split()[-2] != "-:--:--"  # nine steps were made here, so the time left is known
+    assert steps.split()[-2] != "-:--:--"  # this process did nine steps, so the time left is known
 
 
 def test_a_phase_of_unknown_length_shows_its_name() -> None:
