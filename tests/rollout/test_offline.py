@@ -321,7 +321,7 @@ def test_groups_whose_rewards_are_equal_teach_nothing_and_break_nothing(ready: d
     trainer = Trainer.from_recipe(changed(ready), display=Display(quiet=True))
     lines = metrics(trainer.run())
     assert [line["zero_spread"] for line in lines] == [1.0, 1.0]
-    assert trainer.idle.reason == "reward 'brightness' is 0.5 for every picture"
+    assert trainer.idle.reason == "reward 'brightness' is 0.5 for every sample"
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
 
 
