@@ -136,7 +136,7 @@ class Trainer:
         return self.run_folder.path
 
     def _due(self) -> bool:
-        """Whether an evaluation follows this step; the one at the end of a run is not meant."""
+        """Whether an evaluation other than the final one follows this step."""
         every, end = self.recipe.evaluation.every, self.recipe.train.steps
         return bool(every) and self.step % every == 0 and self.step < end and not self._out_of_time()
 
@@ -157,7 +157,7 @@ class Trainer:
         raise UserError(f"stopped after step {self.step}, {why}; train.idle_steps=0 lets such a run go on")
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Use the weights to evaluate and export: the average (EMA) if the run keeps one."""
+        """A context with the weights to evaluate and export: the average (EMA) if the run keeps one."""
         return self.policy.using("ema") if "ema" in self.policy.snapshots else nullcontext()
 
     # One training step: rollout, reward, advantages, updates.

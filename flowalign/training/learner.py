@@ -49,7 +49,7 @@ class Learner:
         guidance: float,
         remedy: str,
     ):
-        """guidance: the rollout's, for a `train` that names none; remedy: the advice in an error about NaN."""
+        """guidance: the rollout's, for a `train` that names none; remedy: the advice that ends an error about NaN."""
         self.train, self.algorithm, self.policy, self.accelerator = train, algorithm, policy, accelerator
         self.seed, self.remedy = seed, remedy
         self.guidance = guidance if train.guidance is None else train.guidance
