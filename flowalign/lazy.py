@@ -1,4 +1,4 @@
-"""What is imported when it is first used: `--help` and a mistake in a recipe need no heavy library."""
+"""Modules that are imported when first used, so that `--help` and errors in a recipe load no heavy library."""
 
 import importlib
 from types import ModuleType
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class _Lazy(ModuleType):
-    """A module that is imported when something is first taken from it."""
+    """A module that is imported when one of its attributes is first used."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(importlib.import_module(self.__name__), name)

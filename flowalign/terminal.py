@@ -1,4 +1,4 @@
-"""The terminal: lines that show any text as it is, and bars of what is being done, which fit into 40 columns."""
+"""Terminal output: lines that show any text unchanged, and progress bars that fit into 40 columns."""
 
 import io
 import sys
@@ -13,34 +13,34 @@ from rich.table import Column, Table
 from rich.text import Text
 
 Advance = Callable[[float], None]
-_ROOMY = 60  # columns from which on the time that has gone is shown too
-_NAME = 10  # letters of the longest phase, so that bars begin in one place
+_ROOMY = 60  # columns of a terminal that is wide enough for the elapsed time too
+_NAME = 10  # letters of the longest phase, so that all bars begin in one column
 
 
 def plain_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """A console for words that are not ours, such as prompts and paths: none of them is markup or an emoji's name.
+    """A console that prints prompts, paths and other text literally, without markup or names of emoji.
 
-    What a terminal's encoding lacks is printed as an escape, such as \\u65e5. Colours are given as `Text`.
+    Characters that the terminal's encoding lacks are printed as escapes, such as \\u65e5. Colours are given as `Text`.
     """
     tolerate(sys.stderr if stderr else sys.stdout)
     return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
 
 def tolerate(stream: object) -> None:
-    """Have a stream print what its encoding lacks as an escape, where it would raise UnicodeEncodeError."""
+    """Make a stream print characters that its encoding lacks as escapes, instead of raising UnicodeEncodeError."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 
 
 def verdict(passed: bool | None, good: str = "pass", bad: str = "FAIL") -> Text:
-    """A coloured word for a check; "-" for one that was not made."""
+    """A coloured word for a check; "-" for a check that did not run."""
     return Text("-") if passed is None else Text(good, "green") if passed else Text(bad, "red")
 
 
 def titled(
     title: str, *columns: str, left: Sequence[str] = (), overflow: OverflowMethod = "ellipsis", **style: Any
 ) -> Table:
-    """A table under a title; numbers stand right, the columns `left` left, by default the first one."""
+    """A table under a title. Columns are right-aligned, except those named in `left`, by default the first one."""
     table = Table(title=title, title_justify="left", caption_justify="left", **style)
     for name in columns:
         table.add_column(name, justify="left" if name in (left or columns[:1]) else "right", overflow=overflow)
@@ -59,7 +59,7 @@ def markdown_row(cells: Iterable[str]) -> str:
 
 
 class _Count(ProgressColumn):
-    """How many of how many; nothing where the end is not known."""
+    """The number done and the total, such as 3/8; nothing if the total is unknown."""
 
     def render(self, task: Task) -> Text:
         return Text(
@@ -68,20 +68,20 @@ class _Count(ProgressColumn):
 
 
 class _TimeLeft(ProgressColumn):
-    """At the pace since this process began: however long a step takes, the second one knows."""
+    """The time left, from the pace since this process began; it is known once the first step is done."""
 
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        made = task.completed - task.fields.get("before", 0)
-        if task.total is None or task.elapsed is None or made <= 0:
+        done = task.completed - task.fields.get("before", 0)
+        if task.total is None or task.elapsed is None or done <= 0:
             return Text("-:--:-- left", "cyan")
-        seconds = task.elapsed / made * (task.total - task.completed)
+        seconds = task.elapsed / done * (task.total - task.completed)
         return Text(f"{timedelta(seconds=max(0, round(seconds)))} left", "cyan")
 
 
 class Bars:
-    """Bars that are shown while there is something to do; none where the output is no terminal that can move them."""
+    """Progress bars, shown while work is under way; none if the output is not a terminal that can redraw them."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -96,7 +96,7 @@ class Bars:
             return
         elapsed = [TimeElapsedColumn()] if self.console.width >= _ROOMY else []
         name = TextColumn(f"{{task.description:{_NAME}}}", markup=False)
-        count, left = (column(Column(no_wrap=True)) for column in (_Count, _TimeLeft))  # the bar alone gives way
+        count, left = (column(Column(no_wrap=True)) for column in (_Count, _TimeLeft))  # only the bar shrinks
         columns = (name, BarColumn(bar_width=None), count, *elapsed, left)
         able = self.console.is_terminal and not self.console.is_dumb_terminal
         with Progress(*columns, console=self.console, expand=True, disable=not able) as self._progress:
@@ -107,41 +107,41 @@ class Bars:
 
     @contextmanager
     def steps(self, total: int, done: int) -> Iterator[None]:
-        """The bar of a run's steps."""
+        """Show the bar of a run's steps while the block runs."""
         with self._shown() as progress:
             self._steps = progress.add_task("step", total=total, completed=done, before=done)
             yield
 
     def step(self, done: int, total: int) -> None:
-        """So many steps are done, of so many."""
+        """Move the bar of the steps to `done` of `total`."""
         if self._progress is not None and self._steps is not None:
             self._progress.update(self._steps, completed=done, total=total)
 
     @contextmanager
     def phase(self, doing: str, total: float | None) -> Iterator[Advance]:
-        """What is being done, and how much of it there is; yields the function that moves its bar."""
+        """Show the bar of a phase of length `total`, None if unknown; yields the function that advances it."""
         with self._shown() as progress:
-            if self._phase is not None:  # the one before stays until now, so that nothing flickers
+            if self._phase is not None:  # the bar before stays until now, so that nothing flickers
                 progress.remove_task(self._phase)
             task = self._phase = progress.add_task(doing, total=total)
             yield lambda count: progress.update(task, advance=count)
 
 
 class Terminal:
-    """Plain lines above bars with the time left, where the output is a terminal."""
+    """Plain lines, above progress bars with the time left if the output is a terminal."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None):
         self.console = console or plain_console(quiet=quiet)
         self.bars = Bars(self.console)
 
     def say(self, text: str) -> None:
-        """A plain line."""
+        """Print a plain line."""
         self.console.print(text, soft_wrap=True)
 
     def phase(self, doing: str, total: float | None = None) -> AbstractContextManager[Advance]:
-        """The bar of a part of a step, of so many pictures or passes where that is known."""
+        """The bar of a part of a step; total: its samples or updates, None if unknown."""
         return self.bars.phase(doing, total)
 
-    def evaluating(self, pictures: int, doing: str = "evaluating") -> AbstractContextManager[Advance]:
-        """The bar while pictures are drawn and scored; yields the function that moves it."""
-        return self.bars.phase(doing, pictures)
+    def evaluating(self, images: int, doing: str = "evaluating") -> AbstractContextManager[Advance]:
+        """The bar while images are drawn and scored; yields the function that advances it."""
+        return self.bars.phase(doing, images)

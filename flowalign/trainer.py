@@ -40,10 +40,10 @@ from flowalign.training.tracking import evaluation_values, step_values
 
 
 class Trainer:
-    """A run of a recipe, of parts that are ready; `from_recipe` checks the recipe and loads them."""
+    """A run of a recipe with its loaded parts; `from_recipe` checks the recipe and loads the parts."""
 
     def __init__(self, recipe: Recipe, parts: Parts, *, profile: bool = False):
-        """profile: write a trace of the second step that is trained, when the first has warmed everything up."""
+        """profile: write a trace of the second training step, since the first one warms everything up."""
         self.recipe, self.profile = recipe, profile
         self.accelerator, self.display, self.device = parts.accelerator, parts.display, parts.device
         self.scorer, self.source, self.measuring = parts.scorer, parts.source, parts.measuring
@@ -62,7 +62,7 @@ class Trainer:
         self.run_folder = RunFolder(recipe.folder)
 
     @classmethod
-    @torch.inference_mode(False)  # with gradients, whatever a script around it has switched off
+    @torch.inference_mode(False)  # training needs gradients, which a calling script may have switched off
     def from_recipe(
         cls,
         recipe: Recipe,
@@ -74,11 +74,12 @@ class Trainer:
         rewards: Rewards | None = None,
         profile: bool = False,
     ) -> "Trainer":
-        """Check the recipe, load its parts, and take possession of its run folder.
+        """Check the recipe, load its parts, and lock its run folder.
 
-        `policy` and `rewards`, of a script's own, take the place of the recipe's model and rewards.
-        What they learnt in an earlier run is forgotten first. Rewards bear the names that the recipe gives them. With
-        `overwrite` the run begins anew over another one in its folder. `profile` as the Trainer has it.
+        policy, rewards: objects of a script that replace the recipe's model and rewards; they first forget what they
+        learnt in an earlier run. The rewards have the recipe's names. resume: go on with the run in the folder.
+        overwrite: begin anew and replace the run in the folder. profile: as in `Trainer`. Raises UserError for a
+        mistake in any of these.
         """
         changes = check_start(recipe, resume=resume, overwrite=overwrite)
         inputs = check_inputs(recipe.folder, inputs_of(recipe, policy, rewards), resume=resume)
@@ -89,7 +90,7 @@ class Trainer:
         trainer.accelerator.wait_for_everyone()
         if resume:
             trainer._resume()
-            trainer.display.say("; ".join([f"goes on after step {trainer.step}", *changes]))
+            trainer.display.say("; ".join([f"the run goes on after step {trainer.step}", *changes]))
         return trainer
 
     @property
@@ -100,8 +101,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to the end and write evaluation, weights and report; returns the run folder.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, when the step in progress is finished and saved. An evaluation is
-        not finished; the run that goes on makes it anew.
+        Raises Interrupted after Ctrl-C or SIGTERM, once the step in progress is finished and saved. An evaluation in
+        progress is dropped, and the resumed run repeats it.
         """
         recipe, train = self.recipe, self.recipe.train
         self.claimed.check()
@@ -116,7 +117,7 @@ class Trainer:
                     self._train_step()
                 if self._due():
                     self._evaluate()
-                if self._asked():  # all leave after the same step
+                if self._asked():  # all processes leave after the same step
                     self._stop()
                 if self.step % recipe.run.checkpoint_every == 0:
                     self._checkpoint()
@@ -135,12 +136,12 @@ class Trainer:
         return self.run_folder.path
 
     def _due(self) -> bool:
-        """Whether an evaluation on the way is to follow this step."""
+        """Whether an evaluation other than the final one follows this step."""
         every, end = self.recipe.evaluation.every, self.recipe.train.steps
         return bool(every) and self.step % every == 0 and self.step < end and not self._out_of_time()
 
     def _asked(self) -> bool:
-        """Whether any process was asked to stop; all get the same answer."""
+        """Whether any process was asked to stop; every process gets the same answer."""
         return processes.any_of(self.accelerator, self.stop.is_set())
 
     def _stop(self, doing: str = "") -> NoReturn:
@@ -153,28 +154,28 @@ class Trainer:
         why = f"the last {self.idle.in_a_row} steps taught nothing: {self.idle.reason}"
         self._checkpoint()
         self._report(stopped=why)
-        raise UserError(f"stopped after step {self.step}, {why}; train.idle_steps=0 would go on all the same")
+        raise UserError(f"stopped after step {self.step}, {why}; train.idle_steps=0 lets such a run go on")
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The weights to evaluate and export: the average where one is kept."""
+        """A context with the weights to evaluate and export: the average (EMA) if the run keeps one."""
         return self.policy.using("ema") if "ema" in self.policy.snapshots else nullcontext()
 
-    # One training step, in the order of the design's line.
+    # One training step: rollout, reward, advantages, updates.
 
     def _train_step(self) -> None:
         started = time.perf_counter()
         self.seconds.clear()
         self.policy.forwards = 0
-        pictures = self.recipe.samples_per_step // self.world
+        samples = self.recipe.samples_per_step // self.world
         explained = not_finite_explained(self.recipe, self.step + 1, self.step > 0)
-        with self._phase("rollout", "rollout", pictures) as advance, explained:
+        with self._phase("rollout", "rollout", samples) as advance, explained:
             generated = self.source.next(self.policy, self.step, advance)
         with self._phase("reward", "scoring"):
             scored = self._scored(generated)
             weighted = self._weighted(scored)
-            figures = score_figures(scored, weighted)
+            metrics = score_figures(scored, weighted)
             if answers := processes.summed_counts(self.accelerator, tally(self.scorer.rewards)):
-                figures["answers"] = answers
+                metrics["answers"] = answers
             learnt, alarms = self.scorer.learn(generated, self.step, self.accelerator)
         test = None
         if not self.tested and (weighted.zero_spread < 1 or self.algorithm.learns_from_equal):
@@ -182,15 +183,15 @@ class Trainer:
         with self._phase(
             "train", "training", self.recipe.train.inner_epochs * self.recipe.train.updates_per_step
         ) as advance:
-            figures |= self.learner.learn(weighted, self.step, test, advance)
+            metrics |= self.learner.learn(weighted, self.step, test, advance)
         self.step += 1
-        sentences = self.idle.step(self.step, generated, figures, self.tested)
+        sentences = self.idle.step(self.step, generated, metrics, self.tested)
         self._spend((time.perf_counter() - started) / 60)
         line = {
             "step": self.step,
             "minutes": self.minutes,
             "forwards": self.forwards,
-            **figures,
+            **metrics,
             "seconds": dict(self.seconds),
         }
         if learnt:
@@ -199,12 +200,12 @@ class Trainer:
             self.run_folder.log_step(line)
             self.accelerator.log(step_values(line), step=self.step)
         self.display.step(line)
-        sentences += [f"step {self.step}: {sentence}" for sentence in unread(figures.get("answers", {}))]
+        sentences += [f"step {self.step}: {sentence}" for sentence in unread(metrics.get("answers", {}))]
         for sentence in (*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms)):
             self.display.say(sentence)
 
     def _spend(self, minutes: float) -> None:
-        """Count a step's minutes and forwards, over all processes: they must agree on when the time is over."""
+        """Add a step's minutes and forward passes over all processes, which must agree on when the time is over."""
         minutes, forwards = processes.summed(self.accelerator, minutes / self.world, self.policy.forwards)
         self.minutes += minutes
         self.forwards += int(forwards)
@@ -221,10 +222,10 @@ class Trainer:
         except ValueError as error:
             raise UserError(f"step {self.step + 1}: {error}") from error
 
-    # What surrounds the steps.
+    # Around the steps.
 
     def _traced(self, first: int) -> AbstractContextManager[None]:
-        """Around a training step: a trace, where one is asked for and it is the second after `first`, or the last."""
+        """A trace around the next step if `profile` asks for one: of the second step from `first` on, else the last."""
         wanted = self.profile and self.main and self.step == min(first + 1, self.recipe.train.steps - 1)
         place = self.run_folder.path / "profile", f"step_{self.step + 1:06d}"
         return traced(*place, self.display.say) if wanted else nullcontext()
@@ -241,7 +242,7 @@ class Trainer:
         if self.main:
             dtype = str(self.policy.dtype).removeprefix("torch.")
             about: dict[str, Any] = {"name": recipe.name, "device": device, "dtype": dtype, "parameters": counts}
-            about["media"] = asdict(self.policy.request)  # the recipe's, or the model's own
+            about["media"] = asdict(self.policy.request)  # the recipe's sizes, or the model's own
             shared = {"processes": self.world, "shared_out": self.learner.in_lockstep}
             started = {"started" if self.step == 0 else "resumed": now(), "finished": None, "stopped": None}
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
@@ -292,7 +293,7 @@ class Trainer:
             about["audit"] = audit.contents()
             best = self.guarding.conclude(about["audit"])
         if self.main:
-            for name in best:  # before the evaluation is there, after which a resumed run does not make it again
+            for name in best:  # before the evaluation is written, since a resumed run does not repeat a written one
                 with self.averaged():
                     self.run_folder.keep_weights(name, self.policy.export, about)
             summary = write_evaluation(self.run_folder, self._name, evaluated, about)
@@ -327,7 +328,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        """Go on from the last checkpoint; a run killed before its first begins again."""
+        """Go on from the last checkpoint; a run killed before its first checkpoint begins again."""
         found = checkpoints(self.run_folder.checkpoints)
         if found:
             remember: dict[str, Restore] = {"rewards": self.scorer.load_state}

@@ -1,4 +1,4 @@
-"""What made a folder's contents: the command, the time and the versions of the packages."""
+"""What wrote a folder's contents: the command, the time and the package versions."""
 
 import importlib.metadata
 import platform
@@ -26,5 +26,5 @@ def now() -> str:
 
 
 def command_line() -> str:
-    """What started this process."""
+    """The command that started this process."""
     return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there: written under another name, then renamed."""
+"""Files and folders that appear whole or not at all: each is written under a temporary name, then renamed."""
 
 import csv
 import hashlib
@@ -18,10 +18,10 @@ PARTIAL = ".partial_"  # before the names of what is half-written
 
 @contextmanager
 def replaced_file(path: Path, *, contended: bool = False) -> Iterator[Path]:
-    """Another name to write a file under, which then takes the place of `path`; of a failure nothing is left.
+    """A temporary path to write to; its file then replaces `path`. A failure leaves `path` as it was.
 
-    What a kill leaves is written over the next time, but where the file is `contended`: several processes may then
-    write it at once, each under a name of its own.
+    What a killed process left is written over the next time. Several processes may write a `contended` file at once,
+    so each has a temporary path of its own.
     """
     partial = path.with_name(f"{PARTIAL}{os.getpid()}_{path.name}") if contended else _partial(path)
     try:
@@ -41,7 +41,7 @@ def replace_bytes(path: Path, contents: bytes) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole, in UTF-8.
 
-    What is no character, as in names of files of another encoding, is written as an escape.
+    Bytes that are not UTF-8, such as those in file names of another encoding, are written as escapes.
     """
     replace_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
@@ -52,19 +52,19 @@ def replace_json(path: Path, value: Any, indent: int | None = 2, sort_keys: bool
 
 
 def replace_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """Write values as JSON, a line each, whole."""
+    """Write a file whole, with one value as JSON on each line."""
     replace_text(path, "".join(json.dumps(value) + "\n" for value in values))
 
 
 def replace_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table with its columns' names on top, whole; None is an empty cell."""
+    """Write a CSV file whole, with the column names on its first line; None becomes an empty cell."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([columns, *rows])
     replace_text(path, buffer.getvalue())
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Add a value as a line of JSON; a kill may cut it short."""
+    """Append a value as one line of JSON; a killed process may leave that line incomplete."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(value) + "\n")
 
@@ -80,7 +80,7 @@ def whole_lines(path: Path) -> list[str]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the disk does not take within is a UserError that names the path."""
+    """Turn an OSError of the block into a UserError that names the path."""
     try:
         yield
     except OSError as error:
@@ -89,7 +89,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `folder`; of one that was not filled nothing is left."""
+    """An empty temporary folder to fill; it then replaces `folder`. A failure leaves `folder` as it was."""
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -103,7 +103,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made with those above it where they are missing."""
+    """Create a folder and its missing parents, and return it."""
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -148,5 +148,5 @@ def checksum(path: Path) -> str:
 
 
 def checksum_of(value: Any, **how: Any) -> str:
-    """SHA-256 of a value as JSON; `how` is of `json.dumps`."""
+    """SHA-256 of a value as JSON; `how` are options of `json.dumps`."""
     return hashlib.sha256(json.dumps(value, **how).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Pictures as files: 8-bit PNGs in a folder that is replaced whole, whose MANIFEST says what each was made of."""
+"""Images as files: 8-bit PNGs in a folder that is replaced whole. The folder's MANIFEST describes each image."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from PIL import Image
 from flowalign.disk.files import replace_json_lines, replaced_file, replaced_folder
 from rewards.media import as_levels
 
-MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # the file, and the key in each of its lines
-MAP = "map_"  # what folders of marked pictures begin with, before the reward's name
+MANIFEST, FILE_NAME = "metadata.jsonl", "file_name"  # the file, and the key in each line that names an image
+MAP = "map_"  # a folder of marked images is named map_REWARD
 
 
 def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -23,14 +23,14 @@ def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 
 def save_pictures(folder: Path, images: torch.Tensor, about: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
-    """The PNG files `picture_names` of images (B, 3, H, W) in [0, 1], in a folder that is replaced whole.
+    """Write images (B, 3, H, W) in [0, 1] as the PNG files `picture_names`; the folder is replaced whole.
 
-    `about` says of each image what the folder's MANIFEST keeps, such as its prompt.
+    `about` holds one line of the folder's MANIFEST for each image, such as its prompt. Returns the files' paths.
     """
     names = picture_names(len(images))
     with replaced_folder(folder) as partial:
-        for name, picture in zip(names, to_uint8(images), strict=True):
-            save_picture(partial / name, picture)
+        for name, pixels in zip(names, to_uint8(images), strict=True):
+            save_picture(partial / name, pixels)
         if about:
             lines = [{FILE_NAME: name} | dict(one) | {FILE_NAME: name} for name, one in zip(names, about, strict=True)]
             replace_json_lines(partial / MANIFEST, lines)
@@ -44,7 +44,7 @@ def save_picture(path: Path, pixels: np.ndarray) -> None:
 
 
 def picture_names(count: int) -> list[str]:
-    """00.png, 01.png, ..., all as wide as the last needs, so that any order of names is that of the pictures."""
+    """00.png, 01.png, ..., padded to one width, so that sorting the names keeps the order of the images."""
     width = max(2, len(str(count - 1)))
     return [f"{index:0{width}d}.png" for index in range(count)]
 

@@ -1,4 +1,4 @@
-"""A run folder: recipe, versions, metrics, evaluations, pictures, checkpoints, weights, report."""
+"""A run folder: recipe, versions, metrics, evaluations, media, checkpoints, weights, report."""
 
 import errno
 import json
@@ -13,11 +13,11 @@ from flowalign.disk.about import versions
 from flowalign.disk.files import append_json_line, make_folder, remove, replace_json, replace_text, replaced_folder
 from flowalign.disk.starting import FolderLock, check_start, clear, read_info
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # faults of the disk, not of the code
 
 
 class RunFolder:
-    """The files of one run. Every file is replaced whole, metrics grow by a line a step."""
+    """The files of one run. Each file is replaced whole, except the metrics, which grow by one line a step."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -30,19 +30,19 @@ class RunFolder:
     def create(
         cls, recipe: Recipe, inputs: Mapping[str, Any], *, resume: bool = False, overwrite: bool = False
     ) -> "RunFolder":
-        """The folder of a run that begins, or with `resume` goes on; no other process can have it until `held` is left.
+        """The folder of a new run or, with `resume`, of an earlier one. It is locked until `held` is left.
 
-        Raises UserError as `check_start` does, and when it cannot be written to.
+        Raises UserError as `check_start` does, and when the folder cannot be written to.
         """
         run = cls(recipe.folder)
         check_start(recipe, resume=resume, overwrite=overwrite)
         try:
             make_folder(run.path)
             run.lock = FolderLock(run.path)
-            check_start(recipe, resume=resume, overwrite=overwrite)  # others may have begun meanwhile
+            check_start(recipe, resume=resume, overwrite=overwrite)  # another run may have begun meanwhile
             if not resume:
                 clear(run.path)
-            run.update_info(versions=versions())  # first: it tells a run's folder from others
+            run.update_info(versions=versions())  # first: run.json marks the folder as a run's
             replace_json(run.path / "inputs.json", inputs)
             replace_text(run.path / "recipe.yaml", dump_recipe(recipe))
         except OSError as error:
@@ -51,9 +51,9 @@ class RunFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While a run is under way: no other process trains here, and a disk that takes nothing is a UserError."""
+        """Keep other processes out while a run is under way, and turn a full or broken disk into a UserError."""
         if self.lock is not None:
-            self.lock = FolderLock(self.path)  # once more, for a run that goes on after it was stopped
+            self.lock = FolderLock(self.path)  # again: a Trainer that was stopped has released it
         try:
             with disk_explained(self.path):
                 yield
@@ -63,27 +63,27 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> tuple["RunFolder", Recipe]:
-        """An existing run and its recipe; UserError for a folder that is none."""
+        """An existing run and its recipe. Raises UserError for a folder without a recipe."""
         if not (path / "recipe.yaml").is_file():
-            raise UserError(f"{path} is no run folder: it has no recipe.yaml")
+            raise UserError(f"{path} is not a run folder: it has no recipe.yaml")
         return cls(path), load_recipe(path / "recipe.yaml")
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run has ended."""
         return "finished" in read_info(self.path)
 
     def update_info(self, **values: Any) -> None:
-        """Merge values into run.json; None removes one."""
+        """Merge values into run.json; None removes a key."""
         kept = {key: value for key, value in (read_info(self.path) | values).items() if value is not None}
         replace_json(self.path / "run.json", kept)
 
     def log_step(self, values: Mapping[str, Any]) -> None:
-        """Append a line to the metrics."""
+        """Append one step's line to the metrics."""
         append_json_line(self.metrics, values)
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics, evaluations and pictures from after `step`: a resumed run makes them again."""
+        """Remove metrics, evaluations and media from after `step`: a resumed run writes them again."""
         for place in (*self.path.glob("evaluations/step_*.json"), *self.path.glob("samples/step_*")):
             number = place.stem.removeprefix("step_")
             if number.isdecimal() and int(number) > step:
@@ -97,11 +97,11 @@ class RunFolder:
             replace_text(self.metrics, "".join(line + "\n" for line in lines))
 
     def evaluation(self, name: str) -> Path:
-        """Where the evaluation of that name is, or would be."""
+        """The path of the evaluation `name`, which need not exist."""
         return self.path / "evaluations" / f"{name}.json"
 
     def keep_weights(self, name: str, export: Callable[[Path], None], about: Mapping[str, Any]) -> None:
-        """Write weights under a name of their own, such as best, with the step and audit of their evaluation."""
+        """Write weights into the folder `name`, such as best, with the step and audit of their evaluation."""
         with replaced_folder(self.path / name) as folder:
             export(folder)
             replace_json(folder / "evaluation.json", {key: about[key] for key in ("step", "audit")})
@@ -109,7 +109,7 @@ class RunFolder:
 
 @contextmanager
 def disk_explained(folder: Path) -> Iterator[None]:
-    """A full or read-only disk under a run folder as a UserError."""
+    """Turn the OSError of a full, read-only or failing disk under a run folder into a UserError."""
     try:
         yield
     except OSError as error:
@@ -120,7 +120,7 @@ def disk_explained(folder: Path) -> Iterator[None]:
 
 
 def _step_of(line: str) -> int:
-    """The step of a metrics line; -1 for one that a kill cut short."""
+    """The step of a metrics line; -1 for a line that a killed process left incomplete."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

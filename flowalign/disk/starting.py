@@ -1,6 +1,6 @@
-"""Whether a run may begin or go on in its folder: what the folder holds, whose it is, and what must not have changed.
+"""Whether a run may begin or resume in its folder: what it holds, which process trains in it, what has changed.
 
-Nothing heavy is imported, so that a person hears of a folder that is taken before anything loads.
+The module imports nothing heavy, so that a user learns of an occupied folder before anything loads.
 """
 
 import errno
@@ -19,28 +19,29 @@ from flowalign.config.base import UserError
 from flowalign.disk.about import command_line, now
 from flowalign.disk.files import PARTIAL, remove
 
-# On resuming: where a run ends, and how a step is computed as against what it is; of `run` all but the seed.
+# Settings that a resumed run may change: when it ends, and how a step is computed, but not its result. Of the section
+# `run` all settings but the seed may change.
 _MAY_CHANGE = {
     *(("train", "steps"), ("train", "idle_steps"), ("train", "micro_batch"), ("rollout", "batch")),
     *(("evaluation", "batch"), ("model", "gradient_checkpointing"), ("model", "cache_conditions")),
 }
 _LOCK = ".lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of disks that know none; there a person must take care
-_OURS = (
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # disks without locks; there the user must take care
+_OURS = (  # all that a run writes
     *("recipe.yaml", "run.json", "inputs.json", "metrics.jsonl", "report.html"),
     *("checkpoints", "evaluations", "samples", "lora", "best", "best_unhacked", "profile"),
 )
 
 
 def check_start(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> list[str]:
-    """Raises UserError unless a run of the recipe may begin in its folder or, with `resume`, go on there.
+    """Raises UserError unless the recipe's run may begin in its folder or, with `resume`, go on there.
 
-    Only with `overwrite` may it take the place of a run in which something was trained; a folder that holds anything
-    else than a run is left alone. Returns what a resumed run does otherwise than before, as its recipe may say.
+    A run that has trained is replaced only with `overwrite`. A folder that holds something other than a run is never
+    replaced. Returns the settings that a resumed run changes, each as "key (before -> after)".
     """
     folder = recipe.folder
     if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite begins it anew; give one of them")
+        raise UserError("--resume goes on with a run and --overwrite begins it anew; give only one of them")
     FolderLock.check(folder)
     _check_disk(folder)
     if resume:
@@ -48,7 +49,7 @@ def check_start(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
     if _is_free(folder):
         return []
     if not _is_run(folder):
-        raise UserError(f"{folder} exists and is no run; set run.folder to another place")
+        raise UserError(f"{folder} exists and is not a run folder; set run.folder to another place")
     if _has_trained(folder) and not overwrite:
         raise UserError(
             f"{folder} already holds a run; go on with --resume, begin it anew with --overwrite, or set run.folder to "
@@ -58,7 +59,7 @@ def check_start(recipe: Recipe, *, resume: bool = False, overwrite: bool = False
 
 
 def _check_disk(folder: Path) -> None:
-    """Raises UserError where nothing can be written, which a file's rights alone do not tell."""
+    """Raises UserError when the folder cannot be written to. It tries, since permissions alone do not tell."""
     place = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         os.rmdir(tempfile.mkdtemp(prefix=PARTIAL, dir=place))
@@ -70,7 +71,7 @@ def _check_resume(folder: Path, recipe: Recipe) -> list[str]:
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         if _is_run(folder):
-            raise UserError(f"{folder} has lost its recipe.yaml; put the recipe of its run there to go on")
+            raise UserError(f"{folder} has lost its recipe.yaml; put the run's recipe back there to go on")
         raise UserError(f"{folder} holds no run to resume; leave --resume out to begin one")
     changes = refuse_changes(load_recipe(saved), recipe)
     info = read_info(folder)
@@ -78,20 +79,20 @@ def _check_resume(folder: Path, recipe: Recipe) -> list[str]:
         read_json(file, "to go on without that evaluation")
     if ("checkpoint" in info or "finished" in info) and not _has_checkpoints(folder):
         raise UserError(
-            f"the run in {folder} has lost its checkpoints/, so that it cannot go on; begin it anew with --overwrite"
+            f"the run in {folder} has lost its checkpoints/ and cannot go on; begin it anew with --overwrite"
         )
     return changes
 
 
 def _is_free(folder: Path) -> bool:
-    """Whether nothing is there but what a killed run left half-written."""
+    """Whether the folder is missing, empty, or holds only what a killed run left half-written."""
     if not folder.is_dir():
         return not folder.exists()
     return all(path.name == _LOCK or path.name.startswith(PARTIAL) for path in folder.iterdir())
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run made the folder; a recipe.yaml alone may be a person's own."""
+    """Whether a run wrote the folder; a recipe.yaml alone may be the user's own."""
     try:
         return "versions" in json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -99,7 +100,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _has_trained(folder: Path) -> bool:
-    """Whether a training step was finished there."""
+    """Whether the run in the folder has finished a training step."""
     metrics = folder / "metrics.jsonl"
     return _has_checkpoints(folder) or (metrics.is_file() and metrics.stat().st_size > 0)
 
@@ -109,14 +110,14 @@ def _has_checkpoints(folder: Path) -> bool:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What run.json says, nothing without one; UserError when it is damaged."""
-    return read_json(folder / "run.json", "and it is made anew")
+    """The contents of run.json, empty without the file. Raises UserError when it is damaged."""
+    return read_json(folder / "run.json", "and the run writes it anew")
 
 
 def read_json(path: Path, purpose: str) -> dict[str, Any]:
-    """The mapping that a file holds, an empty one without the file; UserError when it is damaged.
+    """The JSON object in a file, empty without the file. Raises UserError when the file is damaged.
 
-    `purpose` ends the sentence that says to remove it.
+    purpose: the end of the error's sentence, after "remove it".
     """
     if not path.exists():
         return {}
@@ -130,24 +131,24 @@ def read_json(path: Path, purpose: str) -> dict[str, Any]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what runs write in a folder, and nothing else."""
+    """Remove what runs write into a folder, and nothing else."""
     for path in [folder / name for name in _OURS] + list(folder.glob(f"{PARTIAL}*")):
         remove(path)
 
 
 class FolderLock:
-    """The right of this process to train in a folder, of which another hears; it ends with the process at the latest.
+    """This process's lock on a folder that it trains in; the lock ends with the process at the latest.
 
-    A lock of POSIX: a process that was forked does not hold it on, and it works between machines that share a disk.
+    It is a POSIX lock: a forked child does not inherit it, and it works between machines that share a disk.
     """
 
-    _held: ClassVar[dict[Path, tuple[int, int, int]]] = {}  # by file: process, descriptor, id of who took it last
+    _held: ClassVar[dict[Path, tuple[int, int, int]]] = {}  # file: (process, descriptor, id of the last FolderLock)
 
     def __init__(self, folder: Path):
-        """Raises UserError when another process has it, OSError when the folder cannot be written to."""
+        """Raises UserError when another process has the lock, OSError when the folder cannot be written to."""
         self._file = (folder / _LOCK).resolve()
         process, descriptor, _ = self._held.get(self._file, (0, -1, 0))
-        if process != os.getpid():  # else an earlier run of this process gives it up
+        if process != os.getpid():  # otherwise an earlier run of this process hands it over
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             _take(descriptor, fcntl.LOCK_EX, folder)
             os.ftruncate(descriptor, 0)
@@ -166,7 +167,7 @@ class FolderLock:
         try:
             descriptor = os.open(file, os.O_RDONLY)
         except OSError:
-            return  # what cannot be read is said where it is written
+            return  # writing to the folder reports the fault
         try:
             _take(descriptor, fcntl.LOCK_SH, folder)
         finally:
@@ -181,7 +182,7 @@ def _take(descriptor: int, kind: int, folder: Path) -> None:
             return
         holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
         raise UserError(
-            f"{folder} is being trained in by {holder}; wait until that ends, or set run.folder to another place"
+            f"{folder} is in use by {holder}; wait until that ends, or set run.folder to another place"
         ) from None
 
 
@@ -193,7 +194,7 @@ def _release(held: dict[Path, tuple[int, int, int]], file: Path, owner: int) -> 
 
 
 def refuse_changes(saved: Recipe, wanted: Recipe) -> list[str]:
-    """UserError unless a run of the recipe `saved` may go on as one of `wanted`; returns what changes for it."""
+    """Raises UserError unless a run of the recipe `saved` may go on with the recipe `wanted`; returns the changes."""
     before, after = _flat(saved.model_dump(mode="json")), _flat(wanted.model_dump(mode="json"))
     differing = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     changes = {key: f"{'.'.join(key)} ({before.get(key)} -> {after.get(key)})" for key in differing}
@@ -201,7 +202,7 @@ def refuse_changes(saved: Recipe, wanted: Recipe) -> list[str]:
     if refused:
         raise UserError(
             f"the run in {wanted.folder} was begun with another recipe; differing: "
-            f"{', '.join(changes[key] for key in refused)}; `flowalign train {wanted.folder} --resume` takes its own"
+            f"{', '.join(changes[key] for key in refused)}; `flowalign train {wanted.folder} --resume` keeps its recipe"
         )
     return [text for key, text in changes.items() if key != ("run", "folder")]
 

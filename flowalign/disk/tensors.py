@@ -11,9 +11,9 @@ from flowalign.disk.files import replaced_file
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], *, contended: bool = False) -> None:
-    """Write tensors by their names, whole; OSError or SafetensorError when the disk does not take it.
+    """Write named tensors as one file, whole. Raises OSError or SafetensorError when the disk refuses it.
 
-    `contended` as of `replaced_file`.
+    contended: other processes may write the file at the same time.
     """
     with replaced_file(path, contended=contended) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)

@@ -1,1 +1,1 @@
-"""From prompts to generated samples: rollouts, and stores of scored groups."""
+"""From prompts to generated samples: rollouts, and datasets of scored groups."""

@@ -1,14 +1,14 @@
-"""Stores of scored groups on disk: collected once, trained from many times.
+"""Datasets of scored groups on disk: collected once, trained from many times.
 
     manifest.json           model, sampler, sizes; for each shard the number of its prompts and its latents' checksum
     shard_000000/           appears whole or not at all
       latents.safetensors   (P, G, ...) float32, finished samples of P prompts
       rows.jsonl            prompt, metadata, index in the prompt list
       rewards/NAME.json     (P, G) values, null where the reward does not apply
-      media/0000_00.png     what was scored
+      media/0000_00.png     the scored images
 
-A sample's noise is counted by (seed of the dataset, prompt index, member), so a shard lost to a kill is drawn again
-alike.
+A sample's noise is counted by (the dataset's seed, prompt index, member), so a shard that a kill lost is drawn again
+with the same samples.
 """
 
 import hashlib
@@ -44,20 +44,20 @@ FORMAT = 1
 
 
 class GroupDataset:
-    """An opened dataset. Rewards are in memory, latents are read when they are drawn."""
+    """An opened dataset of groups. It holds the rewards in memory and reads latents when a step draws them."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]):
         self.path, self.manifest = path, manifest
         self.rows: list[Row] = []
-        self.places: list[tuple[int, int]] = []  # of each row: shard, place in it
+        self.places: list[tuple[int, int]] = []  # for each row: its shard, and its index there
         self.rewards: dict[str, np.ndarray] = {}  # (N, G), NaN where a reward does not apply
         self._latents: dict[int, torch.Tensor] = {}
 
     @classmethod
     def open(cls, path: Path) -> "GroupDataset":
-        """A dataset with its manifest checked against what is there.
+        """Open a dataset and check its files against the manifest.
 
-        Raises UserError for a folder that is no dataset, a missing or torn shard, and rewards that are no numbers.
+        Raises UserError for a folder that is not a dataset, a missing or torn shard, and rewards that are not numbers.
         """
         manifest = _read_manifest(path)
         dataset = cls(path, manifest)
@@ -79,7 +79,7 @@ class GroupDataset:
         return len(self.rows)
 
     def spent(self) -> tuple[float, int]:
-        """Minutes and transformer forwards that collecting took: part of the cost of every run that learns from it."""
+        """Minutes and forward passes that collecting took; the cost of every run on the dataset includes them."""
         shards = self.manifest["shards"]
         return sum(shard["minutes"] for shard in shards), sum(shard["forwards"] for shard in shards)
 
@@ -111,10 +111,10 @@ class GroupDataset:
             )
 
     def check_model(self, policy: Policy) -> None:
-        """Raises UserError when another model made the dataset, or pictures of another size are asked for."""
-        asked, made = [policy.request.height, policy.request.width], self.manifest["size"]
-        if asked != made:
-            sizes = f"holds pictures of {made[0]} x {made[1]} pixels, the recipe asks for {asked[0]} x {asked[1]}"
+        """Raises UserError when other weights drew the dataset, or the policy draws images of another size."""
+        asked, drawn = [policy.request.height, policy.request.width], self.manifest["size"]
+        if asked != drawn:
+            sizes = f"holds images of {drawn[0]} x {drawn[1]} pixels, the recipe asks for {asked[0]} x {asked[1]}"
             raise UserError(f"dataset {self.path} {sizes}")
         if fingerprint(policy) != self.manifest["model"]["fingerprint"]:
             raise UserError(
@@ -123,7 +123,7 @@ class GroupDataset:
             )
 
     def lacks(self, rows: Sequence[Row]) -> list[Row]:
-        """Those of the rows that it does not hold yet; UserError where it holds another prompt in a row's place."""
+        """The rows that the dataset does not hold yet. Raises UserError for another prompt at a row's index."""
         done = {row.index: row.prompt for row in self.rows}
         for row in rows:
             if done.get(row.index, row.prompt) != row.prompt:
@@ -134,9 +134,9 @@ class GroupDataset:
         return [row for row in rows if row.index not in done]
 
     def draw(self, policy: Policy, rewards: Iterable[str], sigmas: torch.Tensor, share: Share, step: int) -> Recorded:
-        """Of training step `step`'s groups this process's, each with `group_size` of its samples, all counted.
+        """This process's groups of training step `step`, with `share.group_size` samples each; the choice is counted.
 
-        rewards: the names of those whose scores are wanted; sigmas: the schedule (steps + 1,) to train on.
+        rewards: the names of the rewards whose scores to return; sigmas: the schedule (steps + 1,) to train on.
         """
         size = self.manifest["group_size"]
         numbered = [Row(place, row.prompt, row.metadata) for place, row in enumerate(self.rows)]
@@ -167,13 +167,13 @@ class GroupDataset:
         scores = {}
         for name in names:
             values = torch.from_numpy(self.rewards[name][rows, members]).float().to(device)
-            # A reward judges a prompt's samples or none: one that is not known among others was left out.
+            # A reward judges all samples of a prompt or none of them: one NaN among numbers is a sample left out.
             judges = torch.from_numpy(np.isfinite(self.rewards[name][rows]).any(1)).to(device)
             scores[name] = Scores(values.where(judges | ~values.isnan(), 0.0), ~values.isnan())
         return scores
 
     def references(self, name: str) -> dict[str, list[float]]:
-        """A reward's scores by prompt, where it applies; UserError for a reward that the dataset lacks."""
+        """A reward's scores for each prompt that it applies to. Raises UserError for a reward that is not there."""
         if name not in self.rewards:
             raise UserError(f"dataset {self.path} lacks the reward {name!r}; it has {', '.join(self.rewards)}")
         listed = zip(self.rows, self.rewards[name], strict=True)
@@ -188,15 +188,17 @@ class GroupDataset:
         return self._latents[index]
 
     def rescore(self, name: str, reward: Reward, progress: Callable[[int], None]) -> np.ndarray:
-        """Score all stored pictures with one more reward, without sampling.
+        """Score all images of the dataset with one more reward, without sampling.
 
-        Returns (N, G), NaN where it does not apply. A killed rescoring leaves the dataset as
-        it was. Raises UserError for a name that the dataset has, and for a reward that applies to none of its prompts.
+        Returns (N, G) scores, NaN where the reward does not apply. A killed call leaves the dataset as it was. Raises
+        UserError for a name that the dataset has already, and for a reward that applies to none of its prompts.
         """
         if name in self.rewards:
-            raise UserError(f"dataset {self.path} has a reward {name!r} already; give another --name")
+            raise UserError(
+                f"dataset {self.path} has a reward {name!r} already; give this one another name with --name"
+            )
         parts: list[np.ndarray] = []
-        whole = self._size * max(1, 64 // self._size)  # groups, which some rewards must see together
+        whole = self._size * max(1, 64 // self._size)  # samples of whole groups, which some rewards compare
         for index, about in enumerate(self.manifest["shards"]):
             folder = _shard(self.path, index)
             first = self.places.index((index, 0))
@@ -206,7 +208,9 @@ class GroupDataset:
             asked = [place for place, yes in enumerate(applies) if yes]
             for start in range(0, len(asked), whole):
                 chosen = asked[start : start + whole]
-                media = torch.stack([read_picture(folder / "media" / _picture(place, self._size)) for place in chosen])
+                media = torch.stack(
+                    [read_picture(folder / "media" / _file_name(place, self._size)) for place in chosen]
+                )
                 texts, metadata = [rows[i].prompt for i in chosen], [rows[i].metadata for i in chosen]
                 values[chosen] = score_all({name: reward}, media, texts, metadata)[name].values.numpy()
                 progress(len(chosen))
@@ -275,7 +279,7 @@ def collect(
 
 
 def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupDataset:
-    """The dataset at `path` where one was begun with what is `wanted`, or a new one; UserError for any other folder."""
+    """The dataset at `path`, or a new one. Raises UserError unless it was begun with the settings `wanted`."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         make_folder(path)
         _write_manifest(path, {**wanted, "shards": []})
@@ -284,8 +288,8 @@ def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupDatase
     for key, value in wanted.items():
         if key != "model" and manifest[key] != value:
             raise UserError(
-                f"dataset {path} was collected with {key} {manifest[key]}, and the recipe has {value}; choose another "
-                "folder"
+                f"dataset {path} was collected with {key} {manifest[key]}, the recipe has {value}; "
+                "choose another folder"
             )
     dataset = GroupDataset.open(path)
     dataset.check_model(policy)
@@ -293,7 +297,7 @@ def _begun(path: Path, wanted: Mapping[str, Any], policy: Policy) -> GroupDatase
 
 
 def fingerprint(policy: Policy) -> str:
-    """A checksum of the model's weights as they were before training, whatever precision they were loaded in."""
+    """A checksum of the model's weights before training; it does not depend on the precision they are loaded in."""
     digest = hashlib.sha256()
     with policy.reference():
         weights = {name.replace(".base_layer", ""): value for name, value in policy.weights().items()}
@@ -312,7 +316,7 @@ def _reward_file(folder: Path, name: str) -> Path:
     return folder / "rewards" / f"{quote(name, safe='')}.json"  # a reward's name may be any text
 
 
-def _picture(place: int, group_size: int) -> str:
+def _file_name(place: int, group_size: int) -> str:
     prompt, member = divmod(place, group_size)
     return f"{prompt:04d}_{member:02d}.png"
 
@@ -320,17 +324,17 @@ def _picture(place: int, group_size: int) -> str:
 def _write_shard(
     path: Path, index: int, rows: Sequence[Row], samples: Drawn, scores: Mapping[str, Scores]
 ) -> dict[str, Any]:
-    """Write a shard whole and return its line of the manifest."""
+    """Write a shard whole; returns its entry of the manifest."""
     size = len(samples) // len(rows)
     latents = samples.latents.cpu().view(len(rows), size, *samples.latents.shape[1:])
-    with replaced_folder(_shard(path, index)) as partial:  # one is there when a kill came before the manifest
+    with replaced_folder(_shard(path, index)) as partial:  # an old one is there if a kill came before the manifest
         file = partial / "latents.safetensors"
         save_tensors(file, {"latents": latents})
         lines = [{"index": row.index, "prompt": row.prompt, "metadata": row.metadata} for row in rows]
         replace_json_lines(partial / "rows.jsonl", lines)
         make_folder(partial / "media")
-        for place, picture in enumerate(to_uint8(samples.media)):
-            save_picture(partial / "media" / _picture(place, size), picture)
+        for place, pixels in enumerate(to_uint8(samples.media)):
+            save_picture(partial / "media" / _file_name(place, size), pixels)
         for name, score in scores.items():
             values = torch.where(score.applies, score.values, torch.nan).cpu().numpy()
             _write_rewards(partial, name, values.reshape(len(rows), size))
@@ -344,7 +348,7 @@ def _write_rewards(folder: Path, name: str, values: np.ndarray) -> None:
 
 
 def _read_rows(file: Path) -> list[Row]:
-    """The rows of a shard, none of a file that is missing or torn."""
+    """The rows of a shard; an empty list for a missing or torn file."""
     try:
         return [Row(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError, TypeError):
@@ -352,7 +356,7 @@ def _read_rows(file: Path) -> list[Row]:
 
 
 def _read_rewards(folder: Path, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """(P, G), NaN where the reward does not apply; UserError for what is no number."""
+    """Scores (P, G), NaN where the reward does not apply. Raises UserError for a value that is not a number."""
     file = _reward_file(folder, name)
     if not file.is_file():
         raise UserError(f"dataset {folder.parent}: {folder.name} lacks the reward {name!r} of the manifest")
@@ -376,7 +380,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         where = "" if path.exists() else sought(str(path))
-        raise UserError(f"{path} is no dataset of groups{where}: its manifest.json cannot be read ({error})") from error
+        raise UserError(
+            f"{path} is not a dataset of groups{where}: its manifest.json cannot be read ({error})"
+        ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise UserError(f"dataset {path} has format {found}; this version reads {FORMAT}")

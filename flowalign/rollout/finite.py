@@ -1,4 +1,4 @@
-"""Numbers that are not finite: whose they are, since when, and which settings to lower."""
+"""Samples that are not finite: an error that names the first prompt."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from flowalign.config.base import UserError
 
 
 class NotFinite(UserError):
-    """The pictures of a model are NaN or infinite; `what` is the sentence without whose they are."""
+    """A model's samples are NaN or infinite; `what` is the sentence without "the model's"."""
 
     def __init__(self, what: str):
         super().__init__(f"the model's {what}; its weights are not finite, or its precision is too small for it")
@@ -16,10 +16,10 @@ class NotFinite(UserError):
 
 
 def refuse_not_finite(prompts: Sequence[str], *drawn: torch.Tensor) -> None:
-    """Raises NotFinite where latents or pictures (B, ...) of B prompts hold NaN or infinity."""
+    """Raises NotFinite when latents or media (B, ...) of B prompts hold NaN or infinity."""
     finite = torch.stack([part.flatten(1).isfinite().all(1) for part in drawn]).all(0)
     if finite.all():
         return
     kind = "NaN" if any(part.isnan().any() for part in drawn) else "infinite"
     bad = (~finite).nonzero().flatten().tolist()
-    raise NotFinite(f"pictures are {kind} ({len(bad)} of {len(finite)}, first for {prompts[bad[0]]!r})")
+    raise NotFinite(f"samples are {kind} ({len(bad)} of {len(finite)}, first for {prompts[bad[0]]!r})")

@@ -1,7 +1,7 @@
 """From prompts to samples: latents, media, and the stochastic part of their trajectories.
 
-`denoise` is the loop; it yields its steps, and what else is wanted of them is made by who consumes them: the trajectory
-that is learnt from (`Recorder`), previews, prunings.
+`denoise` is the loop; it yields its steps. Consumers do the rest with them: `Recorder` keeps the trajectory to learn
+from, others score previews or drop samples.
 
 Shape legend: B samples, W stochastic steps, ... a latent's own dimensions.
 """
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from flowalign.policies.base import Conditioning, Policy
 
 Progress = Callable[[float], None]
-"""Called with how many more pictures are done; a denoising step is a part of one."""
+"""Called with the number of samples finished since the last call; a denoising step is a fraction of a sample."""
 Finished = Callable[[torch.Tensor, Sequence[Row]], torch.Tensor]
-"""Called with each batch's media (B, 3, H, W) in [0, 1] and rows; returns what is kept of the media."""
+"""Called with each batch's media (B, 3, H, W) in [0, 1] and rows; returns what the rollout keeps of the media."""
 
 
 @dataclass
 class Step:
-    """A denoising step of B samples, as it was taken."""
+    """One denoising step of B samples."""
 
     index: int
     sigma: float
@@ -39,10 +39,10 @@ class Step:
     state: torch.Tensor  # (B, ...)
     velocity: torch.Tensor  # (B, ...)
     next_state: torch.Tensor  # (B, ...)
-    places: list[int]  # of the samples among all of the rollout, B
-    take: Callable[..., SdeStep] | None = None  # of a stochastic step: the formula, for another state or next_sample
-    taken: SdeStep | None = None
-    going: list[int] | None = None  # a consumer may say which of the B samples go on, ascending
+    places: list[int]  # B, each sample's index in the rollout
+    take: Callable[..., SdeStep] | None = None  # the formula of a stochastic step, for another state or next_sample
+    taken: SdeStep | None = None  # the result of a stochastic step
+    going: list[int] | None = None  # set by a consumer that drops samples: the indices of those that go on, ascending
 
     @property
     def predicted(self) -> torch.Tensor:
@@ -54,7 +54,7 @@ Watch = Callable[[Step], None]
 """A consumer of a rollout's steps."""
 
 
-@torch.inference_mode(False)  # its samples are learnt from, wherever they were drawn
+@torch.inference_mode(False)  # a caller may be in inference mode, whose tensors no training accepts
 @torch.no_grad()
 def rollout(
     policy: "Policy",
@@ -67,14 +67,16 @@ def rollout(
     watch: Watch | None = None,
     whole_groups: bool = False,
 ) -> Drawn:
-    """The samples of a request, in groups.
+    """Draw the samples of a request, in groups. The batch size does not change a sample.
 
-    A `Rollout` sampler takes its window of stochastic steps; any other follows the ODE. `condition` is that of the
-    rows; None encodes them. `keep` names what is returned beside the finished samples. Whatever the batch, the numbers
-    of a sample are its own.
-    `watch` is shown every step, and may drop samples; with `whole_groups` it is shown, as `finished` is, the samples of
-    a prompt together. ValueError where it drops some, and `keep` or the solver remembers them.
-    NotFinite for latents or media that are NaN or infinite.
+    A `Rollout` sampler takes stochastic steps in its window; any other sampler follows the ODE.
+
+    condition: the condition of the rows; None encodes them. keep: what to return beside the finished samples.
+    watch: gets every step, and may drop samples. whole_groups: `watch` and `finished` get all samples of a prompt at
+    once.
+
+    Raises ValueError when `watch` drops samples that `keep` or the solver remembers, and NotFinite for latents or media
+    that are NaN or infinite.
     """
     rows, sampler, size = request.rows, request.sampler, request.group_size
     condition = policy.encode(rows) if condition is None else condition
@@ -94,7 +96,7 @@ def rollout(
                     if consumer:
                         consumer(step)
                 if step.going is not None and (recorder or sampler.solver != "euler"):
-                    raise ValueError("samples can be dropped on the way only with solver euler and no trajectory kept")
+                    raise ValueError("a rollout can drop samples only with solver euler and no kept trajectory")
                 if progress:
                     progress(len(own) / sampler.steps)
             places += step.places
@@ -117,7 +119,7 @@ def rollout(
 
 
 def window_of(request: RolloutRequest) -> tuple[int, int]:
-    """The stochastic steps [first, end); none of a sampler that follows the ODE."""
+    """The window [first, end) of stochastic steps; it is empty for a sampler that follows the ODE."""
     sampler = request.sampler
     return sampler.window_at(*request.training_step) if isinstance(sampler, Rollout) else (0, 0)
 
@@ -125,10 +127,10 @@ def window_of(request: RolloutRequest) -> tuple[int, int]:
 def denoise(
     policy: "Policy", condition: "Conditioning", keys: Mapping[int, tuple[int, ...]], request: RolloutRequest
 ) -> Iterator[Step]:
-    """The steps of some of a request's samples from noise to latents, `request.batch` in a forward pass.
+    """Yield the steps of some of a request's samples from noise to latents, `request.batch` samples in a forward pass.
 
-    keys: by the sample's place, each ends in its member. Initial noise is denoising step 0 of its member, or of member
-    0 where it is shared; the noise of step i is i + 1.
+    keys: a sample's place in the rollout -> the key of its noise, which ends in its member. The initial noise counts
+    as denoising step 0 of the member, or of member 0 when the group shares it; the noise of step i counts as i + 1.
     """
     sampler, window, shape = request.sampler, window_of(request), policy.latent_shape(request.media)
     sigmas = policy.sigmas(sampler.steps, sampler.schedule)
@@ -163,17 +165,17 @@ def denoise(
 
 
 class Recorder:
-    """Keeps the stochastic steps of a rollout, batch after batch."""
+    """Records the stochastic steps of a rollout, batch after batch."""
 
     def __init__(self, keep: Collection[Keep]):
-        """keep: "means" of the steps' Gaussians too; log-probabilities in "float64"."""
+        """keep: "means" records the steps' Gaussian means too; "float64" computes log-probabilities in float64."""
         self.keep = keep
-        self.states: list[list[torch.Tensor]] = []  # of each batch
+        self.states: list[list[torch.Tensor]] = []  # one list for each batch
         self.log_probs: list[list[torch.Tensor]] = []
         self.means: list[list[torch.Tensor]] = []
 
     def __call__(self, step: Step) -> None:
-        """Take a step into account; those of the ODE are not kept."""
+        """Record a step; steps of the ODE are not kept."""
         if step.index == 0:
             for batches in (self.states, self.log_probs, self.means):
                 batches.append([])
@@ -188,7 +190,7 @@ class Recorder:
             self.means[-1].append(step.taken.mean)
 
     def trajectory(self, sampler: Sampler, sigmas: torch.Tensor, window: tuple[int, int]) -> Trajectory | None:
-        """All that was kept; None of a rollout without stochastic steps."""
+        """The recorded trajectory; None for a rollout without stochastic steps."""
         if not isinstance(sampler, Rollout) or sampler.dynamics == "ode":
             return None
 
@@ -214,7 +216,7 @@ def velocity_in_batches(
     guidance: float,
     batch: int,
 ) -> torch.Tensor:
-    """The guided velocity (B, ...) of states at a sigma, of all or (B,), `batch` rows in a forward pass."""
+    """The guided velocity (B, ...) of states x (B, ...), `batch` rows in a forward pass; sigma: a number or (B,)."""
     levels = torch.as_tensor(sigma, device=x.device).expand(len(x))
     parts = [slice(start, start + batch) for start in range(0, len(x), batch)]
     return torch.cat([policy.guided_velocity(x[p], levels[p], condition[p], guidance) for p in parts])

@@ -1,7 +1,7 @@
-"""What prompt files look like: a line each, JSON by lines or whole, and tables, in any Unicode encoding.
+"""Readers of prompt files: text with one prompt on each line, JSON, JSON lines, and tables, in any Unicode encoding.
 
-Every reader gives entries: where one stands ("line 3"), and a text or a mapping from columns to values. Which column
-holds the prompts is found by its name, or said as FILE#COLUMN.
+A reader returns entries: the place of each ("line 3"), and a text or a mapping from columns to values. The column of
+the prompts is found by its name, or the user gives it as FILE#COLUMN.
 """
 
 import codecs
@@ -18,15 +18,15 @@ from flowalign.config.base import UserError
 from flowalign.config.paths import sought
 
 Entry = tuple[str, Any]
-# The first of these rows in which a name fits decides: PartiPrompts has Prompt, DrawBench Prompts, Pick-a-Pic caption,
+# The first of these lines that names a column decides: PartiPrompts has Prompt, DrawBench Prompts, Pick-a-Pic caption,
 # UniGenBench prompt_en, TIIF both descriptions.
 _NAMES = (
     ("prompt", "prompts"),
     ("text", "texts", "caption", "captions"),
     ("prompt_en", "prompt_zh", "short_description", "long_description"),
 )
-# What editing sets call the picture that is to be changed: image, images, source_image, input_img, image_path, ...
-_PICTURE = re.compile(
+# Datasets for editing name the image to edit so: image, images, source_image, input_img, image_path, ...
+_IMAGE = re.compile(
     r"((source|src|input|init|initial|original|orig|cond|condition|conditioning|control|ref|reference|before|base)[_-]?)?"
     r"(image|img|picture|video)s?([_-]?(path|file|filename|url|name)s?)?"
 )
@@ -34,65 +34,66 @@ _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",  # after UTF-32, whose mark begins alike
+    codecs.BOM_UTF16_LE: "utf-16",  # after UTF-32, whose mark begins with the same bytes
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
 
 def read_prompt_file(path: Path, column: str | None = None) -> list[tuple[str, dict[str, Any]]]:
-    """The prompts of a file and what else its rows say, in their order.
+    """The prompts of a file with the other columns of their rows, in the order of the file.
 
-    Raises UserError for a file that cannot be read, for a column that is not there or not certain, for rows that name a
-    picture to be edited (unless the column was said), and with its place for a row without a prompt.
+    column: the column of the prompts; None finds it by its name. Raises UserError for a file that cannot be read, for a
+    column that is missing or ambiguous, for a row without a prompt, and, without `column`, for a row that names an
+    image to edit.
     """
     text = _text(path)
     if not text.strip():
-        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt a line")
+        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt on each line")
     entries = READERS[path.suffix.lower()](text, path)
     if not entries:
-        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt a line")
+        raise UserError(f"prompts {str(path)!r} is empty; it needs a prompt on each line")
     columns = list(dict.fromkeys(key for _, value in entries if isinstance(value, dict) for key in value))
     if column is not None and column not in columns:
         known = f"its columns are {_listed(columns)}" if columns else "it has no columns"
         raise UserError(f"prompts {str(path)!r} has no column {column!r}; {known}")
     chosen = column or (_prompt_column(columns, path) if columns else "prompt")
-    return [_prompt(f"{path}, {place}", value, chosen, said=column is not None) for place, value in entries]
+    return [_prompt(f"{path}, {place}", value, chosen, given=column is not None) for place, value in entries]
 
 
-def _prompt(where: str, value: Any, column: str, *, said: bool) -> tuple[str, dict[str, Any]]:
+def _prompt(where: str, value: Any, column: str, *, given: bool) -> tuple[str, dict[str, Any]]:
     row = {column: value} if isinstance(value, str) else value
     if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column].strip():
-        raise UserError(f'{where}: needs a text as its "{column}"')
+        raise UserError(f'{where}: the row needs a text as its "{column}"')
     for key, named in row.items():
-        if not said and key != column and _is_picture(key, named):
+        if not given and key != column and _is_image(key, named):
             raise UserError(
-                f"{where}: the row names a picture ({key} {named!r}), as editing sets do, and pictures are drawn from "
-                f"text alone; to use the text nevertheless, say its column as {where.rpartition(', ')[0]}#{column}"
+                f"{where}: the row names an image to edit ({key} {named!r}), but samples are drawn from text alone; "
+                f"to use the text nevertheless, name its column, as {where.rpartition(', ')[0]}#{column}"
             )
     check_characters(row[column], f"{where}: the prompt")
     return row[column], {key: other for key, other in row.items() if key != column}
 
 
 def check_characters(text: str, what: str) -> None:
-    """UserError for a text with half a character, a byte of another encoding or a control character such as NUL."""
+    """Raises UserError for a text with half a character, a byte of another encoding or a control character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{what} holds what is no character ({error.reason}); write it anew in UTF-8") from error
+        raise UserError(f"{what} holds an invalid character ({error.reason}); write it anew in UTF-8") from error
     if controls := [one for one in text if unicodedata.category(one) == "Cc" and not one.isspace()]:
         raise UserError(f"{what} holds the control character U+{ord(controls[0]):04X}; remove it")
 
 
-def _is_picture(key: str, value: Any) -> bool:
-    """Whether a column and what a row has in it name the picture that is to be edited."""
+def _is_image(key: str, value: Any) -> bool:
+    """Whether a column and its value in a row name an image to edit."""
     name = key.casefold()
-    if not value or isinstance(value, int | float):  # images: 4 says how many
+    if not value or isinstance(value, int | float):  # "images: 4" is a count
         return False
-    if _PICTURE.fullmatch(name):
+    if _IMAGE.fullmatch(name):
         return True
     if name not in ("source", "src", "input", "original", "before"):
         return False
-    from rewards.media import SUFFIXES  # which brings the libraries that open pictures
+    from rewards.media import SUFFIXES  # imported late: it loads the libraries that open media
 
     return str(value).lower().endswith(SUFFIXES)
 
@@ -104,11 +105,11 @@ def _prompt_column(columns: Sequence[str], path: Path) -> str:
             return fitting[0]
         if fitting:
             raise UserError(
-                f"prompts {path}: {_listed(fitting)} may all hold the prompts; say which, as {path}#{fitting[0]}"
+                f"prompts {path}: {_listed(fitting)} may all hold the prompts; name one, as {path}#{fitting[0]}"
             )
     raise UserError(
         f"prompts {path}: none of its columns ({_listed(columns)}) is called prompt, text or caption; "
-        f"say which holds the prompts, as {path}#{columns[0]}"
+        f"name the column of the prompts, as {path}#{columns[0]}"
     )
 
 
@@ -118,7 +119,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _text(path: Path) -> str:
-    """A file's text with line ends "\\n"; UserError for one that cannot be read as the encoding its first bytes say."""
+    """A file's text with line ends "\\n".
+
+    The first bytes tell the encoding, UTF-8 by default. Raises UserError for a file that cannot be read in it.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -135,24 +139,24 @@ def _text(path: Path) -> str:
             "save the file as UTF-8"
         ) from error
     if "\0" in text:
-        raise UserError(f"prompts {str(path)!r} cannot be read: it holds bytes of 0; save the file as UTF-8")
+        raise UserError(f"prompts {str(path)!r} cannot be read: it holds NUL bytes; save the file as UTF-8")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _lines(text: str) -> list[str]:
-    # Not splitlines(): a JSON text may hold U+2028 and its like, which are no line's end.
+    # Not splitlines(): a JSON text may hold U+2028 and others, which do not end a line of the file.
     return text.rstrip().split("\n")
 
 
 def _from_lines(text: str, path: Path) -> list[Entry]:
     lines = [(f"line {number}", line.strip()) for number, line in _filled(_lines(text), path)]
     if all(line.startswith('{"') and line.endswith("}") for _, line in lines):
-        raise UserError(f"prompts {str(path)!r} holds JSON, a row a line; call it {path.with_suffix('.jsonl').name}")
+        raise UserError(f"prompts {str(path)!r} holds lines of JSON; rename it to {path.with_suffix('.jsonl').name}")
     return lines
 
 
 def _filled(lines: Sequence[str], path: Path) -> list[tuple[int, str]]:
-    """The lines with their numbers; UserError for an empty one."""
+    """The lines with their numbers. Raises UserError for an empty line."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise UserError(f"{path}, line {number}: the line is empty; remove it or write a prompt")
@@ -160,13 +164,13 @@ def _filled(lines: Sequence[str], path: Path) -> list[tuple[int, str]]:
 
 
 def _from_json_lines(text: str, path: Path) -> list[Entry]:
-    if text.lstrip().startswith("["):  # one list, whatever the file is called
+    if text.lstrip().startswith("["):  # one list, whatever the file's suffix
         return _from_json(text, path)
     return [(f"line {number}", _parsed(line, path, number)) for number, line in _filled(_lines(text), path)]
 
 
 def _from_json(text: str, path: Path) -> list[Entry]:
-    """Of a list, a table of lists, a mapping of rows, or a row; a row a line is read too, called as it may."""
+    """The entries of a list, a mapping of columns to lists, a mapping of rows, one row, or lines of JSON."""
     if not text.lstrip().startswith("["):
         try:
             json.loads(text)
@@ -204,7 +208,7 @@ def _entries(content: Any, path: Path) -> list[Entry]:
 
 
 def _from_table(text: str, path: Path) -> list[Entry]:
-    """Of a table whose first line names its columns: commas, semicolons or tabs between fields that may be quoted."""
+    """The entries of a table whose first line names its columns; commas, semicolons or tabs part the fields."""
     head = text.lstrip("\n").split("\n")[0]
     mark = "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=head.count)
     quoted = mark != "\t" or _is_quoted(text)
@@ -223,7 +227,7 @@ def _from_table(text: str, path: Path) -> list[Entry]:
             begins = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
-            f"{path}, line {begins}: {error}; a field that holds quotes is written in quotes, with its own ones doubled"
+            f"{path}, line {begins}: {error}; put a field that holds quotes in quotes, and double the quotes inside it"
         ) from error
     while rows and not any(rows[-1][1]):
         rows.pop()
@@ -238,18 +242,20 @@ def _from_table(text: str, path: Path) -> list[Entry]:
 
 
 def _row(fields: Sequence[str], columns: Sequence[str], where: str) -> dict[str, str]:
-    """The filled fields by their columns; a row may end before the last."""
+    """The fields that are not empty, by column; a row may have fewer fields than there are columns."""
     if not any(fields):
         raise UserError(f"{where}: the line is empty; remove it or write a prompt")
     if len(fields) > len(columns):
-        raise UserError(f"{where}: {len(fields)} fields for {len(columns)} columns; one that holds commas needs quotes")
+        raise UserError(
+            f"{where}: {len(fields)} fields for {len(columns)} columns; put a field that holds commas in quotes"
+        )
     return {name: field for name, field in zip(columns, fields, strict=False) if name and field}
 
 
 def _is_quoted(text: str) -> bool:
-    """Whether quotes in a table with tabs are its syntax: whether csv, a spreadsheet or a careful hand writes it so.
+    """Whether quotes in a table with tabs are syntax: whether csv, a spreadsheet, or quoting all fields writes it so.
 
-    By the format's registration there are none, and PartiPrompts.tsv has bare ones in its prompts.
+    The registered format has no quoting, and PartiPrompts.tsv has bare quotes in its prompts.
     """
     lines = text.strip("\n")
     try:
@@ -264,7 +270,7 @@ def _is_quoted(text: str) -> bool:
 
 
 def _quoted(field: str, marks: str | None) -> str:
-    """A field in quotes where it holds one of the marks; in any case for None."""
+    """A field in quotes if it holds one of the marks; None quotes every field."""
     needs = marks is None or any(mark in field for mark in marks)
     return '"' + field.replace('"', '""') + '"' if needs else field
 

@@ -1,4 +1,4 @@
-"""Prompt lists: files as `flowalign.rollout.prompt_files` reads them, FILE or FILE#COLUMN, or a bundled name."""
+"""Prompt lists: a file that `flowalign.rollout.prompt_files` reads, as FILE or FILE#COLUMN, or a bundled name."""
 
 import os
 import unicodedata
@@ -24,9 +24,9 @@ BUNDLED = {
 
 
 def load_prompts(sources: str | Sequence[str], count: int | None = None) -> list[Row]:
-    """The rows of one list or of several, one after the other; `count` takes the first so many of each.
+    """The rows of one list or of several, one after the other; `count` limits the rows of each list.
 
-    Raises UserError for a missing or empty file and, with its line, for a line that is no prompt.
+    Raises UserError for a missing or empty file and for a line without a prompt, which the error names.
     """
     rows: list[Row] = []
     for source in [sources] if isinstance(sources, str) else sources:
@@ -44,7 +44,7 @@ def _read(source: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def split_column(source: str) -> tuple[Path, str | None]:
-    """The file of a prompt list FILE or FILE#COLUMN, and the column; a file whose own name holds "#" is one."""
+    """The file and the column of a prompt list FILE or FILE#COLUMN; an existing file's name may hold "#"."""
     whole = expanded(source)
     file, mark, column = whole.rpartition("#")
     return (Path(whole), None) if not mark or os.path.exists(whole) else (Path(file), column)
@@ -54,21 +54,21 @@ _PLAIN = dict.fromkeys((0x2018, 0x2019, 0x02BC), "'") | dict.fromkeys((0x201C, 0
 
 
 def normalised(prompt: str) -> str:
-    """A prompt as it is compared with others: case, runs of spaces, quotes and forms of Unicode make no difference."""
+    """A prompt for comparison with others: case, runs of spaces, kinds of quotes and forms of Unicode are ignored."""
     return " ".join(unicodedata.normalize("NFKC", prompt).translate(_PLAIN).casefold().split())
 
 
 def shared_rows(rows: Sequence[Row], training_rows: Sequence[Row]) -> list[Row]:
-    """Those of the rows whose prompts are trained on."""
+    """The rows whose prompts are training prompts too."""
     trained = {normalised(row.prompt) for row in training_rows}
     return [row for row in rows if normalised(row.prompt) in trained]
 
 
 def step_rows(rows: Sequence[Row], count: int, seed: int, step: int) -> list[Row]:
-    """The `count` different rows of training step `step`, counted from 0.
+    """The `count` different rows of training step `step`, which counts from 0.
 
-    The list is gone through in a new counted order each time round; what does not fill a step waits for another round.
-    Raises UserError when the list is shorter than a step.
+    Each round takes the list in a new counted order; rows that do not fill a step wait for a later round. Raises
+    UserError when the list is shorter than a step.
     """
     if count > len(rows):
         raise UserError(f"train.prompts_per_step ({count}) exceeds the {len(rows)} prompts of the list")

@@ -16,31 +16,31 @@ from flowalign.sampling.noise import ROLLOUT
 
 
 class Judge(Protocol):
-    """Whoever scores media while the next ones are drawn."""
+    """Scores media while the next media are drawn."""
 
     @property
     def whole_groups(self) -> bool:
         """Whether it must see the samples of a prompt together."""
 
     def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Begin to score finished media; returns what is kept of them."""
+        """Begin to score finished media; returns what the rollout keeps of them."""
 
     def preview(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
-        """Begin to score one-step predictions made at denoising step `index`."""
+        """Begin to score the one-step predictions of denoising step `index`."""
 
 
 class Source(ABC):
     """Gives a run its samples, step by step."""
 
     rows: Sequence[Row]
-    """The prompts that are trained on."""
+    """The training prompts."""
 
     @abstractmethod
     def next(self, policy: Policy, step: int, progress: Progress | None = None) -> Generated:
         """This process's groups of training step `step`, counted from 0."""
 
     def spent(self) -> tuple[float, int]:
-        """Minutes and forwards that the samples have cost before the run: part of its cost."""
+        """Minutes and forward passes that the samples cost before the run; the run's cost includes them."""
         return 0.0, 0
 
     def check(self, policy: Policy) -> None:  # noqa: B027
@@ -48,7 +48,7 @@ class Source(ABC):
 
 
 class Rollouts(Source):
-    """Rollouts of the policy, or of its snapshot `behaviour`."""
+    """Draws rollouts of the policy, or of its snapshot `behaviour`."""
 
     def __init__(
         self,
@@ -59,16 +59,16 @@ class Rollouts(Source):
         keep: frozenset[Keep] = frozenset(),
         behaviour: str | None = None,
     ):
-        """UserError for fewer prompts than a step has."""
+        """Raises UserError when there are fewer prompts than a step needs."""
         self.rows, self.sampler, self.share = rows, sampler, share
         self.judge, self.keep, self.behaviour = judge, keep, behaviour
         step_rows(rows, share.prompts_per_step, 0, 0)
 
     def next(self, policy: Policy, step: int, progress: Progress | None = None) -> Generated:
-        """Draws this process's groups, each with noise of its own, and has them scored on the way."""
+        """Draw this process's groups, each with its own noise; the judge scores them meanwhile."""
         share = self.share
         rows = step_rows(self.rows, share.prompts_per_step, share.seed, step)
-        # All of the step's: a text encoder's last digits depend on how many prompts it sees at once.
+        # Encode all prompts of the step: a text encoder's last digits depend on the number of prompts in its batch.
         condition = policy.encode(rows)
         own = rows[share.own]
         first, _ = self.sampler.window_at(share.seed, step)
@@ -101,22 +101,22 @@ class Rollouts(Source):
 
 
 class Dataset(Source):
-    """Groups that were drawn and scored before."""
+    """Reads groups that were drawn and scored before the run."""
 
     def __init__(self, dataset: GroupDataset, rewards: Sequence[str], sampler: Rollout, share: Share):
-        """rewards: the names of those that are learnt from or measured; sampler: whose schedule is trained on."""
+        """rewards: the names of rewards to learn from or to measure; sampler: gives the sigma schedule to train on."""
         self.dataset, self.rewards, self.sampler, self.share = dataset, rewards, sampler, share
         self.rows = dataset.rows
 
     def next(self, policy: Policy, step: int, progress: Progress | None = None) -> Generated:
-        """Counted groups, and of each so many of its samples."""
+        """Counted groups of the dataset, each with `group_size` of its samples."""
         sigmas = policy.sigmas(self.sampler.steps, self.sampler.schedule)
         return self.dataset.draw(policy, self.rewards, sigmas, self.share, step)
 
     def spent(self) -> tuple[float, int]:
-        """What collecting took."""
+        """The cost of collecting the dataset."""
         return self.dataset.spent()
 
     def check(self, policy: Policy) -> None:
-        """The policy must begin as the one that drew the groups."""
+        """Raises UserError when other weights drew the groups."""
         self.dataset.check_model(policy)

@@ -1,4 +1,4 @@
-"""How far samples have come: `Generated` becomes `Scored`, and `Scored` becomes `Weighted`; nothing is filled in later.
+"""The stages of samples: `Generated` becomes `Scored`, and `Scored` becomes `Weighted`. No field is filled in later.
 
 Shape legend: B samples of this process, N of all processes, W stochastic steps, K rewards.
 """
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from flowalign.sampling.steps import Dynamics
     from rewards.combine import Scores
 
-Keep = Literal["trajectory", "means", "previews", "float64"]  # what a rollout may have to keep beside its samples
+Keep = Literal["trajectory", "means", "previews", "float64"]  # what a rollout can keep beside its samples
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which groups of a step this process has, and how many there are over all."""
+    """This process's share of a step's groups."""
 
     prompts_per_step: int
     group_size: int
@@ -42,7 +42,7 @@ class Share:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What is to be drawn: plain data, since counted noise makes the samples the same wherever they are drawn."""
+    """What to draw, as plain data: noise is counted, so a request gives the same samples wherever it is drawn."""
 
     rows: Sequence[Row]
     group_size: int  # samples of each row
@@ -50,13 +50,13 @@ class RolloutRequest:
     media: MediaRequest
     key: tuple[int, ...]  # the noise is counted by (*key, row's index, member, denoising step)
     batch: int  # samples in a forward pass
-    training_step: tuple[int, int] = (0, 0)  # (seed, step), which decides where a window that moves stands
-    weights: str | None = None  # the policy's snapshot that draws; None: the trained weights
+    training_step: tuple[int, int] = (0, 0)  # (seed, step), which places a moving window of stochastic steps
+    weights: str | None = None  # the policy's snapshot to draw with; None: the trained weights
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The stochastic steps of B samples, as they were taken."""
+    """The stochastic steps of B samples, as the rollout took them."""
 
     states: torch.Tensor  # (B, W + 1, ...), float32
     log_probs: torch.Tensor  # (B, W), float64 where asked for
@@ -72,11 +72,11 @@ class Generated:
     """B samples in whole groups, one after the other. A group is the samples of one prompt in one step."""
 
     rows: Sequence[Row]  # B
-    members: Sequence[int]  # B, the place of a sample in its group
-    groups: torch.Tensor  # (B,), the prompt's place in the step
-    condition: Conditioning  # one row a prompt; `groups` indexes it
+    members: Sequence[int]  # B, each sample's index in its group
+    groups: torch.Tensor  # (B,), the index of each sample's prompt in the step
+    condition: Conditioning  # one row for each prompt, indexed by `groups`
     latents: torch.Tensor  # (B, ...), x0
-    sigmas: torch.Tensor  # (steps + 1,), the schedule that they were drawn on
+    sigmas: torch.Tensor  # (steps + 1,), the sigma schedule of the rollout
 
     @property
     def prompts(self) -> list[str]:
@@ -96,35 +96,35 @@ class Generated:
 class Drawn(Generated):
     """Samples of a rollout."""
 
-    media: torch.Tensor  # (B, 3, H, W): in [0, 1], or what `finished` made of them
-    trajectory: Trajectory | None = None  # of a rollout that was asked to keep it
+    media: torch.Tensor  # (B, 3, H, W) in [0, 1], or what `finished` returned for them
+    trajectory: Trajectory | None = None  # if the rollout was asked to keep it
 
 
 @dataclass(frozen=True)
 class Recorded(Generated):
-    """Samples of a dataset of groups, which were scored when they were collected."""
+    """Samples of a dataset of groups, with the scores that they got when they were collected."""
 
     scores: dict[str, Scores]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples with their rewards, and the rewards of all processes' samples, to which theirs are compared."""
+    """Samples with their rewards, and the rewards of all processes' samples to compare them with."""
 
     generated: Generated
     rewards: RewardTable  # of the B samples
     everyone: RewardTable  # of the N samples of all processes, in the order of the processes
-    first: int  # the place of this process's first sample among them
+    first: int  # the index of this process's first sample in `everyone`
     group_size: int
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """Samples with what each of them teaches."""
+    """Samples with the advantages to learn from."""
 
     generated: Generated
-    total: torch.Tensor  # (B,), the rewards' total; 0 for a sample that a reward left out, which does not teach
-    advantages: torch.Tensor  # (B,), or (B, K) or (B, T) as the algorithm has them
+    total: torch.Tensor  # (B,), the total reward; 0 for a sample that a reward left out, which does not teach
+    advantages: torch.Tensor  # (B,), (B, K) or (B, T), as the algorithm defines them
     teaches: torch.Tensor  # (B,) bool: the samples to learn from
     differs: torch.Tensor  # (B,) bool: the samples in whose group the rewards differ
     shares: torch.Tensor  # (B, K), see `RewardTable.shares`

@@ -1,1 +1,1 @@
-"""What the loop is made of: the learner, processes, checkpoints, the self-test, what a person sees."""
+"""The parts of the training loop: the learner, processes, checkpoints, the self-test, the display."""

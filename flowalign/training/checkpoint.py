@@ -31,12 +31,12 @@ from flowalign.policies.base import Policy
 SUMS = "SHA256SUMS"  # in the format that `sha256sum --check` reads
 
 _SEPARATOR = "/"
-_NUMBER = "#"  # behind the name of what was a plain number
+_NUMBER = "#"  # ends the name of a tensor that stores a plain number
 Restore = Callable[[Mapping[str, torch.Tensor]], None]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` finished training steps is."""
+    """The path of the checkpoint after `step` finished training steps."""
     return folder / f"step_{step:06d}"
 
 
@@ -54,12 +54,12 @@ def save_checkpoint(
     counters: Mapping[str, Any],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `counters["step"]`, then drop all but the last `keep`.
+    """Write the checkpoint of `counters["step"]`, then remove all but the last `keep`; returns its path.
 
-    `memory` is what others than the policy remember: a file of tensors for each name. One of that step that is there
-    is left alone: it holds the same, and at no moment may there be none.
+    memory: the state of the algorithm and the rewards, one file of tensors for each name. An existing checkpoint of
+    the step is left alone: it holds the same state, and replacing it would leave a moment without one.
 
-    Raises UserError when the disk does not take it; older checkpoints are then untouched.
+    Raises UserError when the disk refuses it; older checkpoints are then untouched.
     """
     target = checkpoint_path(folder, counters["step"])
     if target.is_dir():
@@ -91,7 +91,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, policy: Policy, optimizer: torch.optim.Optimizer, memory: Mapping[str, Restore]
 ) -> dict[str, Any]:
-    """Put weights, snapshots and optimizer back, give each of `memory` what it remembered, and return the counters.
+    """Restore weights, snapshots and optimizer, call each of `memory` with its tensors, and return the counters.
 
     Raises UserError for a checkpoint that is damaged or of another model.
     """
@@ -107,9 +107,9 @@ def load_checkpoint(
 
 
 def load_weights(path: Path, policy: Policy, rewards: Restore) -> str:
-    """Put a checkpoint's weights in the policy, its average where it has one; returns the checkpoint's name.
+    """Load a checkpoint's weights into the policy, the average (EMA) if it has one; returns the checkpoint's name.
 
-    `rewards` gets what the rewards of the run had learnt.
+    rewards: called with the state of the run's rewards. Raises UserError as `load_checkpoint` does.
     """
     with _explained(path):
         _verify(path, "weights", "snapshots", "rewards")
@@ -131,7 +131,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _verify(path: Path, *names: str) -> None:
-    """Raises ValueError unless the counters and these files of tensors are as they were written, before any is used."""
+    """Raises ValueError unless the counters and the named files of tensors match their checksums."""
     lines = (path / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
     sums = {file: written for written, _, file in (line.partition("  ") for line in lines)}
     for file in ("state.json", *(f"{name}.safetensors" for name in names)):
@@ -149,7 +149,10 @@ def _load_policy_state(path: Path, policy: Policy) -> None:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The state flat, and the groups. bitsandbytes nests it, counts in plain numbers and shares tables."""
+    """The optimizer's state as a flat mapping, and its parameter groups.
+
+    bitsandbytes nests its state, holds plain numbers in it, and shares tables between parameters.
+    """
     contents = optimizer.state_dict()
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal."""
+"""The output of a run in the terminal."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ Summary = Mapping[str, Mapping[str, Any]]
 
 
 class Display(Terminal):
-    """A line for each step and evaluation of a run, above its bars."""
+    """Prints a line for each step and evaluation of a run, above its progress bars."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None):
         super().__init__(quiet=quiet, console=console)
@@ -33,42 +33,42 @@ class Display(Terminal):
         self._steps = 0
 
     def begin(self, recipe: "Recipe", folder: Path, parameters: Mapping[str, int], processes: int) -> None:
-        """What is about to be trained, and the batch arithmetic."""
+        """Print what the run trains, and its batch arithmetic."""
         self._max_minutes = recipe.run.max_minutes
         share = f"{parameters['trainable'] / 1e6:.2f} of {parameters['all'] / 1e6:.2f} million weights"
         trained = ", ".join(name for name, entry in recipe.rewards.items() if entry.weight > 0)
-        beside = ", ".join(name for name, entry in recipe.rewards.items() if entry.weight == 0)
-        trained += f" (measured beside: {beside})" if beside else ""
+        measured = ", ".join(name for name, entry in recipe.rewards.items() if entry.weight == 0)
+        trained += f" (only measured: {measured})" if measured else ""
         self.say(f"{recipe.name}: {recipe.algorithm.name} on {trained}, {share}, into {folder}")
         self.console.print(arithmetic_table(recipe, processes))
 
     def self_test(self, checks: "Sequence[Check]") -> None:
-        """The start-up checks."""
+        """Print the start-up checks."""
         for check in checks:
             mark = verdict(check.passed, "ok  ")
             self.console.print(mark, f"{check.check}: {check.detail}", soft_wrap=True)
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[None]:
-        """The bar of a run."""
+        """Show the bar of a run's steps while the block runs."""
         self._steps = steps
         with self.bars.steps(steps, done):
             yield
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """A finished training step."""
+        """Print the metrics of a finished training step."""
         rewards = " ".join(f"{name} {value:.3f}" for name, value in line["reward"].items())
         total = self._steps
-        if self._max_minutes is not None:  # the end that is in sight: the time's, at the pace so far
+        if self._max_minutes is not None:  # time may end the run first: its last step at the pace so far
             pace = math.ceil(line["step"] * self._max_minutes / line["minutes"])
             total = min(total, max(pace, line["step"]))
         self.bars.step(line["step"], total)
         seconds = " ".join(f"{name} {value:.1f} s" for name, value in line["seconds"].items())
-        figures = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
-        self.say(f"step {line['step']}: {rewards} | {figures} | {seconds}")
+        metrics = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
+        self.say(f"step {line['step']}: {rewards} | {metrics} | {seconds}")
 
     def evaluation(self, step: int, summary: Summary, seconds: float, held_out: "HeldOut") -> None:
-        """An evaluation's means, and how far they are from the first one of this process."""
+        """Print an evaluation's means and their changes since the first evaluation of this process."""
         parts = []
         for name, result in summary.items():
             text = f"{name} {result['mean']:.4f}"
@@ -82,13 +82,13 @@ class Display(Terminal):
         self.say(f"evaluation at step {step}{on}: {', '.join(parts)}  [{seconds:.0f} s]")
 
     def audit(self, step: int, audit: "Audit") -> None:
-        """What an evaluation's audit found."""
+        """Print the result of an evaluation's audit."""
         panel = "" if audit.panel is None else f"held-out rewards {audit.panel:+.2f} seed deviations, "
         kind = "ALARM" if audit.alarms else "audit"
         self.say(f"{kind} at step {step}: {audit.verdict}  [{panel}KL {audit.kl:.1f} nats]")
 
     def finished(self, folder: Path, report: Path) -> None:
-        """Where to look."""
+        """Print the paths of the run folder and the report."""
         self.say(f"run folder {folder}\nreport     {report}")
 
 
@@ -101,7 +101,7 @@ def arithmetic_table(recipe: "Recipe", processes: int = 1) -> Table:
 
 
 def gain_table(folder: Path) -> Table | None:
-    """First and last evaluation of a run side by side, what was trained on first; None where there are no two."""
+    """The first and last evaluation of a run side by side, trained rewards first; None without two evaluations."""
     from flowalign.evaluate.intervals import FEW
     from flowalign.evaluate.report.report import changes
 
@@ -128,16 +128,16 @@ def gain_table(folder: Path) -> Table | None:
 
 
 def summary_table(title: str, summary: Summary) -> Table:
-    """Means, standard errors, intervals and GenEval tasks of an evaluation with intervals."""
+    """The means of an evaluation and of its GenEval tasks, with standard errors and intervals."""
     from flowalign.evaluate.intervals import FEW
 
-    table = titled(title, "reward", "task", "mean", "± s.e.", "95 %", "pictures", left=("reward", "task"))
+    table = titled(title, "reward", "task", "mean", "± s.e.", "95 %", "images", left=("reward", "task"))
     for name, result in summary.items():
         for task, row in [("all", result), *result.get("tasks", {}).items()]:
             error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
             table.add_row(name, task, f"{row['mean']:.4f}", error, _between(row["interval"]), str(row["count"]))
             if row["prompts"] < FEW:
-                table.caption = f"fewer than {FEW} prompts, or of a task, so their intervals are rough"
+                table.caption = f"fewer than {FEW} prompts, in all or in a task, so the intervals are rough"
         if "overall" in result:
             table.add_row(
                 name, "mean of tasks", f"{result['overall']:.4f}", "", _between(result["overall_interval"]), ""

@@ -1,4 +1,4 @@
-"""A policy that has diverged: since when, and which settings to lower."""
+"""Errors about samples that are not finite: since which step, and which settings to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,10 @@ from flowalign.rollout.finite import NotFinite
 
 @contextmanager
 def not_finite_explained(recipe: Recipe, step: int, trained: bool) -> Iterator[None]:
-    """Turn NotFinite into one that says since which step of a run, and what to lower; before training, what to set."""
+    """Turn NotFinite into a UserError that names the step of the run and the settings to lower.
+
+    trained: whether the run has trained the policy; the settings to change differ before that.
+    """
     try:
         yield
     except NotFinite as error:
@@ -19,16 +22,16 @@ def not_finite_explained(recipe: Recipe, step: int, trained: bool) -> Iterator[N
             ways = [f"lower rollout.noise_level ({noise:g})"] if noise else []
             ways += [f"lower rollout.guidance ({guidance:g})"] if guidance > 1 else []
             ways += ["set model.dtype=fp32"] if recipe.model.dtype != "fp32" else []
-            ways.append("look whether the model's files are whole")
+            ways.append("check that the model's files are complete")
             raise UserError(f"the model's {error.what} before any training; {' or '.join(ways)}") from error
         raise UserError(
             f"the policy has diverged: its {error.what} from step {step} on, and no reward is at fault; "
-            f"{what_to_lower(recipe)}, and begin anew or from an older checkpoint"
+            f"{what_to_lower(recipe)}, then begin anew or go on from an older checkpoint"
         ) from error
 
 
 def what_to_lower(recipe: Recipe) -> str:
-    """The settings that make updates smaller, as they are; in half precision also the way out of it."""
+    """The settings that make updates smaller, with their values; in half precision, bf16 too."""
     train, algorithm = recipe.train, recipe.algorithm
     settings = {"train.learning_rate": train.learning_rate, "train.max_grad_norm": train.max_grad_norm}
     for name in algorithm.strength:

@@ -1,4 +1,4 @@
-"""Steps that teach nothing: why, in a sentence, and when to give up."""
+"""Steps that teach nothing: the reason in one sentence, and the end of a run with too many of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from flowalign.training.processes import summed
 
 
 def score_figures(samples: Scored, weighted: Weighted) -> dict[str, Any]:
-    """What a step's line says of the rewards of all processes' samples, and of those that are flat."""
+    """The reward metrics of a step over the samples of all processes, with the rewards that are flat."""
     scored = samples.everyone
     groups = torch.arange(len(scored.total), device=scored.total.device) // samples.group_size
     assert scored.measured is not None
@@ -22,18 +22,18 @@ def score_figures(samples: Scored, weighted: Weighted) -> dict[str, Any]:
     for name, values, applies in zip(*parts, strict=True):
         if applies.sum() > 1:
             means[name], stds[name] = values[applies].mean().item(), values[applies].std().item()
-    figures: dict[str, Any] = {"reward": means, "reward_std": stds, "zero_spread": weighted.zero_spread}
+    metrics: dict[str, Any] = {"reward": means, "reward_std": stds, "zero_spread": weighted.zero_spread}
     if scored.trust is not None:
-        figures["trust"] = scored.trust[known].mean().item()
+        metrics["trust"] = scored.trust[known].mean().item()
     if flat := flat_rewards(scored, groups):
-        figures["flat"] = flat
-    return figures
+        metrics["flat"] = flat
+    return metrics
 
 
 def flat_rewards(scored: RewardTable, groups: torch.Tensor) -> dict[str, str]:
-    """Of each reward that is trained on and tells no two samples of a group apart: what it does, by its name.
+    """The trained rewards that score all samples of every group alike, each with a phrase about its values.
 
-    scored: of all samples (N,) of a step; groups: (N,).
+    scored: the rewards of all N samples of a step; groups: (N,), the group of each sample.
     """
     assert scored.measured is not None
     flat = {}
@@ -43,63 +43,63 @@ def flat_rewards(scored: RewardTable, groups: torch.Tensor) -> dict[str, str]:
             continue
         seen = measured[applies]
         if seen.min() == seen.max():
-            flat[name] = f"is {seen[0]:g} for every picture"
+            flat[name] = f"is {seen[0]:g} for every sample"
         elif has_spread(seen, groups[applies]).any():
-            flat[name] = "is the same for all pictures of a prompt once it is shaped"
+            flat[name] = "is the same for all samples of a prompt once it is shaped"
         else:
-            flat[name] = "is the same for all pictures of a prompt"
+            flat[name] = "is the same for all samples of a prompt"
     return flat
 
 
 class Idle:
-    """Counts the steps in a row that teach nothing; `reason` says why the last of them did, None if it taught."""
+    """Counts the steps in a row that teach nothing. `reason` says why the last step taught nothing, else it is None."""
 
     def __init__(self, limit: int, group_size: int, learns_from_equal: bool, accelerator: Accelerator):
-        """limit: how many in a row there may be, 0 for any number."""
+        """limit: the number of such steps in a row that ends a run; 0 sets no limit."""
         self.limit, self.group_size, self.accelerator = limit, group_size, accelerator
         self.learns_from_equal = learns_from_equal
         self.in_a_row = 0
         self.reason: str | None = None
         self._said: set[str] = set()
 
-    def step(self, number: int, samples: Generated, figures: Mapping[str, Any], tested: bool) -> list[str]:
-        """Take the finished step `number` into account; returns the sentences that it calls for.
+    def step(self, number: int, samples: Generated, metrics: Mapping[str, Any], tested: bool) -> list[str]:
+        """Count the finished step `number`; returns the sentences to print about it. Every process calls it.
 
-        All processes call it alike. samples: this process's; tested: whether the self-test is over.
+        samples: those of this process; metrics: those of the step; tested: whether the self-test is over.
         """
-        skipped, before = figures.get("skipped_updates", 0), self.reason
-        flat = {} if self.learns_from_equal else figures.get("flat", {})
+        skipped, before = metrics.get("skipped_updates", 0), self.reason
+        flat = {} if self.learns_from_equal else metrics.get("flat", {})
         told = {name: f"reward {name!r} {does}" for name, does in flat.items()}
         self.reason = None
-        if figures["zero_spread"] == 1 and not self.learns_from_equal:
-            equal = "what the rewards add up to is equal within every prompt"
+        if metrics["zero_spread"] == 1 and not self.learns_from_equal:
+            equal = "the total reward is the same for all samples of a prompt"
             self.reason = "; ".join(told.values()) or (
-                equal if "total" in figures["reward"] else "no picture was judged"
+                equal if "total" in metrics["reward"] else "no sample was judged"
             )
-            self.reason += ", since all pictures of a prompt are alike" if self._alike(samples) else ""
-        elif figures["grad_norm"] == 0 and not skipped:
+            self.reason += ", since all samples of a prompt are identical" if self._alike(samples) else ""
+        elif metrics["grad_norm"] == 0 and not skipped:
             self.reason = "the gradient is exactly 0, though rewards differ within prompts"
         self.in_a_row = self.in_a_row + 1 if self.reason else 0
         sentences = []
         if self.reason and self.reason != before:
-            waits = "" if tested else "; the self-test waits for one that does"
+            waits = "" if tested else "; the self-test waits for a step that teaches"
             sentences.append(f"step {number} teaches nothing: {self.reason}{waits}")
         elif not self.reason:
             new = [sentence for name, sentence in told.items() if name not in self._said]
             self._said |= set(told)
             sentences += [f"step {number}: {sentence}, so it teaches nothing; the other rewards do" for sentence in new]
         if skipped:
-            why = f"updates skipped, since their gradients overflowed in half precision: {skipped}"
-            sentences.append(f"step {number}: {why}; the losses' scale is now {figures['gradient_scale']:g}")
+            why = f"{skipped} of its updates skipped, since the gradient overflowed in half precision"
+            sentences.append(f"step {number}: {why}; the loss scale is now {metrics['gradient_scale']:g}")
         return sentences
 
     def _alike(self, samples: Generated) -> bool:
-        seen = samples.media if isinstance(samples, Drawn) else samples.latents  # a dataset's are not drawn again
+        seen = samples.media if isinstance(samples, Drawn) else samples.latents  # a dataset's media are not read
         groups = seen.unflatten(0, (-1, self.group_size))
         (differing,) = summed(self.accelerator, bool((groups != groups[:, :1]).any()))
         return not differing
 
     @property
     def over(self) -> bool:
-        """Whether there were as many as there may be."""
+        """Whether the limit is reached."""
         return 0 < self.limit <= self.in_a_row

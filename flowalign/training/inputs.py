@@ -1,6 +1,6 @@
-"""What decides a run's numbers under the names in its recipe: prompts, reward files, adapters, heads, models, datasets.
+"""Checksums of a run's inputs: the prompts, reward files, adapters, heads, models and datasets that its recipe names.
 
-Their contents are known again by checksums, kept in the run folder: a run does not go on with others.
+The run folder keeps them, so that a run does not go on with other contents under the same names.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from flowalign.policies.folders import model_folder
 from flowalign.rollout.prompts import load_prompts
 from rewards.catalogue import module_named
 
-Inputs = Mapping[str, Mapping[str, str]]  # by the recipe's key, of each file the checksum of its content
+Inputs = Mapping[str, Mapping[str, str]]  # the recipe's key -> file name -> checksum of the content
 
-_WHOLE = 2**25  # bytes; of a larger file _BLOCKS blocks, evenly spaced, are read: weights that learnt differ in all
+_WHOLE = 2**25  # bytes; of a larger file only _BLOCKS evenly spaced blocks are read: training changes weights in all
 _BLOCKS, _BLOCK = 64, 2**16
 
 
 def inputs_of(recipe: Recipe, policy: object | None = None, rewards: Mapping[str, Any] | None = None) -> Inputs:
-    """The checksums of a recipe's inputs; `policy` and `rewards` are a script's own."""
+    """The checksums of a recipe's inputs; a script's `policy` and `rewards` replace the recipe's."""
     found: dict[str, dict[str, str]] = {}
     for key, listed in (("prompts", recipe.prompts), ("evaluation.prompts", recipe.evaluation.prompts)):
         for place, source in _leaves(listed):
@@ -53,13 +53,13 @@ def inputs_of(recipe: Recipe, policy: object | None = None, rewards: Mapping[str
 
 
 def check_inputs(folder: Path, now: Inputs, *, resume: bool) -> Inputs:
-    """Raises UserError for the first input that is not what it was when the run that goes on in the folder began.
+    """Raises UserError for the first input that has changed since the run in the folder began.
 
-    Returns all that are known of the run, with what is new.
+    Returns all inputs of the run, new ones included.
     """
     if not resume:
         return now
-    known = read_json(folder / "inputs.json", "to go on without a look at what its inputs were")
+    known = read_json(folder / "inputs.json", "to go on without comparing the inputs with the earlier ones")
     before = {".".join(of_today(tuple(key.split(".")))): files for key, files in known.items()}
     for key in before.keys() & now.keys():
         for name in sorted(before[key].keys() | now[key].keys()):
@@ -72,7 +72,7 @@ def check_inputs(folder: Path, now: Inputs, *, resume: bool) -> Inputs:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """What a mapping or list holds at any depth, with the way there."""
+    """The values inside nested mappings and lists, each with its dotted key."""
     if isinstance(value, Mapping | list | tuple):
         for part, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _leaves(inner, f"{key}.{part}")
@@ -81,7 +81,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _code(load: str) -> dict[str, str]:
-    """The file of "file.py:Name" or "package.module:Name"; none of a built-in name, whose code is the package's."""
+    """The file of "file.py:Name" or "package.module:Name"; empty for a built-in name, whose code is this package's."""
     source, colon, _ = load.rpartition(":")
     if not colon or "://" in load:
         return {}
@@ -90,12 +90,12 @@ def _code(load: str) -> dict[str, str]:
     try:
         spec = importlib.util.find_spec(module_named(source))
     except (ImportError, ValueError):
-        return {}  # loading it says so
+        return {}  # loading it reports the error
     return _files(spec.origin) if spec else {}
 
 
 def _given(thing: Any) -> dict[str, str]:
-    """The code of what a script gives, where there is any to see."""
+    """The checksum of the source code of a script's object; that of an empty text where there is no source."""
     kind = thing if inspect.isroutine(thing) else type(thing)
     try:
         code = inspect.getsource(kind)
@@ -105,7 +105,7 @@ def _given(thing: Any) -> dict[str, str]:
 
 
 def _files(name: Any) -> dict[str, str]:
-    """The file of a name, or all files of the folder; none of a name that is neither."""
+    """The checksum of a named file, or of each file in a named folder; empty for a name that is neither."""
     path = model_folder(name) if isinstance(name, str) and name else None
     if path is None:
         return {}
@@ -117,11 +117,11 @@ def _files(name: Any) -> dict[str, str]:
 
 
 def _dataset(path: Path, rewards: Sequence[str]) -> dict[str, str]:
-    """A dataset's prompts and its scores by some rewards; its manifest has the checksums of its latents."""
+    """The checksums of a dataset's prompts, of its scores by the rewards, and of the latents as its manifest says."""
     try:
         shards = json.loads((path / "manifest.json").read_text(encoding="utf-8")).get("shards")
     except (OSError, ValueError, AttributeError):
-        return {}  # opening it says so
+        return {}  # opening it reports the error
     names = ["rows.jsonl", *(f"rewards/{quote(name, safe='')}.json" for name in rewards)]
     files = [file for name in names for file in sorted(path.glob(f"shard_*/{name}"))]
     latents = {"latents": checksum_of(shards, sort_keys=True)}

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, so that a run ends between two steps and not in one."""
+"""Ctrl-C and SIGTERM end a run between two steps, not inside one."""
 
 import signal
 import threading
@@ -8,12 +8,15 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has: its checkpoint is written."""
+    """The run has stopped because it was asked to; its checkpoint is written."""
 
 
 @contextmanager
 def asked_to_stop(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; the second acts as ever. Only the main thread gets signals."""
+    """An event that the first Ctrl-C or SIGTERM sets; the second one has its usual effect.
+
+    Only the main thread receives signals, so in another thread the event is never set.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -27,8 +30,8 @@ def asked_to_stop(say: Callable[[str], None]) -> Iterator[threading.Event]:
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()
         restore()
-        what = "stopping: a training step is finished first, an evaluation is not"
-        say(f"{what}; once more to stop at once (the last checkpoint stays)")
+        what = "stopping: the run finishes a training step first, but not an evaluation"
+        say(f"{what}; ask once more to stop at once (the last checkpoint stays)")
 
     for kind in before:
         signal.signal(kind, ask)

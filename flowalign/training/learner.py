@@ -22,7 +22,7 @@ from flowalign.training.selftest import LOWEST_SCALE, SelfTest
 
 
 def optimizer_class(name: Literal["adamw", "adamw8bit"]) -> Callable[..., torch.optim.Optimizer]:
-    """AdamW, or bitsandbytes' with its averages in 8 bits (Dettmers et al. 2022); UserError where that is absent."""
+    """AdamW, or bitsandbytes' AdamW with 8-bit averages (Dettmers et al. 2022). Raises UserError if that is absent."""
     if name == "adamw":
         return torch.optim.AdamW
     try:
@@ -36,7 +36,7 @@ def optimizer_class(name: Literal["adamw", "adamw8bit"]) -> Callable[..., torch.
 
 
 class Learner:
-    """Holds the optimizer; `update` counts its updates."""
+    """Turns samples into optimizer updates; `update` counts them."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Learner:
         guidance: float,
         remedy: str,
     ):
-        """guidance: the rollout's, where `train` names none; remedy: what to lower where a loss is not finite."""
+        """guidance: the rollout's, for a `train` that names none; remedy: the advice that ends an error about NaN."""
         self.train, self.algorithm, self.policy, self.accelerator = train, algorithm, policy, accelerator
         self.seed, self.remedy = seed, remedy
         self.guidance = guidance if train.guidance is None else train.guidance
@@ -57,7 +57,7 @@ class Learner:
         self.optimizer = optimizer_class(train.optimizer)(
             self.parameters, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay
         )
-        # Below 6e-8 a gradient of half precision is 0, above 65504 infinite (Micikevicius et al. 2018, section 3.2).
+        # A half-precision gradient is 0 below 6e-8 and infinite above 65504 (Micikevicius et al. 2018, section 3.2).
         self.scaler = torch.amp.GradScaler(policy.device.type, enabled=policy.dtype == torch.float16)
         self.update = 0
         self.in_lockstep = policy.in_lockstep
@@ -65,12 +65,12 @@ class Learner:
     def learn(
         self, weighted: Weighted, step: int, test: SelfTest | None = None, progress: Progress | None = None
     ) -> dict[str, Any]:
-        """The updates of training step `step`, which a test may look at; returns the figures to log.
+        """Train on the samples of training step `step`; returns the metrics to log.
 
-        `progress` is told of every micro-batch, as a part of its update.
+        test: checks these updates. progress: called with each micro-batch's share of its update.
 
-        Raises UserError for a loss or a gradient that is not finite; in half precision an update whose gradient
-        overflows is skipped, and the scale of the losses halved.
+        Raises UserError for a loss or a gradient that is not finite. In half precision an update whose gradient
+        overflows is skipped, and the loss scale is halved.
         """
         train, algorithm = self.train, self.algorithm
         figures = Figures()
@@ -117,16 +117,17 @@ class Learner:
         )
 
     def _chunks(self, batches: Batches[Any], units: torch.Tensor, share: Share) -> list[tuple[torch.Tensor, int]]:
-        """Micro-batches of whole units, each with how many units it counts for.
+        """Micro-batches of whole units, each with the number of units that it counts for.
 
-        Behind them come as many that count for nothing as others wait for: one in a process without units, which has
-        the same figures and gradients to sum, and with a model that is shared out, up to the most that a process has.
+        Spare micro-batches that count for 0 units follow where other processes wait for this one. A process without
+        units gets one, so that it has the same metrics and gradients to sum. With a sharded model every process gets as
+        many micro-batches as the process with the most units.
         """
         own = units[share.places]
         size = max(1, self.train.micro_batch // units.shape[1])
         chunks = [(chunk, len(chunk)) for chunk in own.split(size) if len(chunk)]
         wanted = math.ceil(share.most / size) if self.in_lockstep else 1
-        # The spare unit is as large as any, since others wait for its passes.
+        # A spare unit is as large as any other, since other processes wait for its passes.
         return chunks + [(own[:1] if len(own) else batches.spare(), 0)] * (wanted - len(chunks))
 
     def _update(
@@ -139,7 +140,10 @@ class Learner:
         test: SelfTest | None,
         progress: Progress | None,
     ) -> float | None:
-        """One optimizer update on chunks of `total` units over all processes; the gradient norm, or None if skipped."""
+        """One optimizer update on the chunks; returns the gradient norm, or None if the update is skipped.
+
+        total: the number of units in the update over all processes.
+        """
         train = self.train
         gradients: torch.Tensor | float = 0.0
         finite = True
@@ -178,29 +182,30 @@ class Learner:
         return norm
 
     def _skip(self, norm: float, finite: bool, step: int) -> None:
-        """Leave out an update of this gradient norm, the same in all processes, and halve the scale of the losses.
+        """Skip an update whose gradient norm is not finite, in all processes alike, and halve the loss scale.
 
-        Raises UserError where that is no way out; `finite` says whether this process's losses are.
+        finite: whether this process's losses are finite. Raises UserError where skipping does not help: for a loss that
+        is not finite, in full precision, and at the lowest scale.
         """
         (broken,) = summed(self.accelerator, not finite)
         if broken:
-            raise UserError(f"step {step + 1}: the loss is not finite, though the pictures are; {self.remedy}")
+            raise UserError(f"step {step + 1}: the loss is not finite, though the samples are; {self.remedy}")
         scale = self.scaler.get_scale()
         if not self.scaler.is_enabled():
             raise UserError(
-                f"step {step + 1}: the gradient is {norm}, though loss and pictures are finite; {self.remedy}"
+                f"step {step + 1}: the gradient is {norm}, though loss and samples are finite; {self.remedy}"
             )
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler.get_scale() == scale or scale <= LOWEST_SCALE:
             raise UserError(
-                f"step {step + 1}: the gradient overflows in half precision however its scale is lowered, now "
-                f"{scale:g}; {self.remedy}"
+                f"step {step + 1}: the gradient overflows in half precision at every loss scale, last at {scale:g}; "
+                f"{self.remedy}"
             )
 
     @torch.profiler.record_function("backward")
     def _backward(self, losses: torch.Tensor) -> torch.Tensor | float:
-        """The gradients (L, P) of losses (L,) on one graph; those of a single loss () go to the parameters."""
+        """The gradients (L, P) of losses (L,) on one graph; a single loss () gives them to the parameters."""
         if losses.ndim == 0:
             losses.backward()
             return 0.0
@@ -213,9 +218,9 @@ class Learner:
         return torch.stack(rows)
 
     def _join(self, gradients: torch.Tensor, figures: "Figures") -> None:
-        """Write the algorithm's combination of the gradients (L, P) where the optimizer looks for it."""
+        """Set the parameters' gradients to the algorithm's combination of the gradients (L, P)."""
         gradients = self.accelerator.reduce(gradients, "sum")
-        weights = torch.ones(len(gradients))  # of gradients that are not finite, which is then found out
+        weights = torch.ones(len(gradients))  # if a gradient is not finite, which the joined norm then shows
         seen: Mapping[str, float] = {}
         if gradients.isfinite().all():
             gram = gradients.double() @ gradients.double().T / self.scaler.get_scale() ** 2
@@ -228,20 +233,20 @@ class Learner:
 
 
 class Figures:
-    """Means of figures over the items of a step, whichever updates and processes they came from."""
+    """Means of metrics over the units of a step, from all its updates and processes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.weights: dict[str, float] = defaultdict(float)
 
     def add(self, figures: dict[str, torch.Tensor], weight: float) -> None:
-        """Each figure's mean counts `weight` times."""
+        """Add metrics; the mean of each counts `weight` times."""
         for name, figure in figures.items():
             self.sums[name] += weight * figure.mean().item()
             self.weights[name] += weight
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Over all processes."""
+        """The mean of each metric over all processes."""
         names = sorted(self.sums)
         if not names:
             return {}

@@ -1,4 +1,4 @@
-"""What a run's evaluations measure, on which prompts, and how its processes share the work."""
+"""A run's evaluations: what they measure, on which prompts, and how the processes divide the work."""
 
 import threading
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from flowalign.training.display import Display
 
 
 class Leave(Exception):
-    """An evaluation is left, since a process was asked to stop."""
+    """Ends an evaluation early, since a process was asked to stop."""
 
 
 class Measuring:
-    """The evaluations of one run, and their audits where it has a guard; all processes call it alike."""
+    """The evaluations of one run, and their audits if it has a guard; every process calls it."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Measuring:
         device: torch.device,
         display: Display,
     ):
-        """Raises UserError for prompts that cannot be measured by the rewards, or audited."""
+        """Raises UserError for prompts that the rewards cannot judge or that an audit cannot use."""
         self.accelerator, self.display = accelerator, display
         self.settings = settings = recipe.evaluation
         self.rows = load_prompts(settings.prompts, settings.count) if settings.prompts else []
@@ -50,9 +50,10 @@ class Measuring:
     def evaluate(
         self, policy: Policy, stop: threading.Event, in_lockstep: bool, untrained: bool
     ) -> tuple[Evaluated, Audit | None]:
-        """The evaluation of a policy as it is, and its audit; Leave where `stop` of any process is set.
+        """Evaluate a policy with its current weights, and audit the evaluation.
 
-        in_lockstep: its passes wait for those of other processes; untrained: it is the model that the run began with.
+        in_lockstep: the policy's passes wait for those of other processes; untrained: the run has not trained the
+        policy yet. Raises Leave when any process was asked to stop.
         """
 
         def measure(rows: Sequence[Row], settings: Evaluation) -> Evaluated:
@@ -69,7 +70,7 @@ class Measuring:
     def _measure(
         self, policy: Policy, stop: threading.Event, in_lockstep: bool, rows: Sequence[Row], settings: Evaluation
     ) -> Evaluated:
-        """The evaluation of rows, shared among the processes, known to all of them."""
+        """The evaluation of rows; the processes divide the rows, and each gets the whole result."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         shard, spare = processes.rows_of_process(rows, rank, world, in_lockstep)
         observe, own = self.guarding.auditor.observe if self.guarding else None, None
@@ -77,12 +78,12 @@ class Measuring:
 
             def progress(count: float) -> None:
                 advance(count)
-                # Others wait in lockstep alone.
+                # In lockstep others would wait for this process, so all leave together.
                 if processes.any_of(self.accelerator, stop.is_set()) if in_lockstep else stop.is_set():
                     raise Leave
 
             own = evaluate(policy, shard, self.rewards, settings, policy.request, progress, observe, spare)
         if processes.any_of(self.accelerator, stop.is_set()):
             raise Leave
-        assert own is not None  # or this process was asked
+        assert own is not None  # else this process was asked to stop
         return own if world == 1 else evaluated_by_all(own, settings.keep_media)

@@ -1,4 +1,4 @@
-"""Out of memory: which phase of a run it was, and the setting to lower."""
+"""Out of memory: an error that names the phase of the run and the setting to lower."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,18 +16,18 @@ def out_of_memory_explained(phase: str, recipe: Recipe) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory in the {phase} phase on {_what_to_lower(phase, recipe)}; `flowalign plan` says what fits"
+            f"out of memory in the {phase} phase with {_what_to_lower(phase, recipe)}; `flowalign plan` says what fits"
         ) from error
 
 
 def _what_to_lower(phase: str, recipe: Recipe) -> str:
-    """The setting as it is, and what would be right."""
+    """The setting with its value, and what to change."""
     if phase == "train":
         if recipe.train.micro_batch > 1:
             return f"train.micro_batch {recipe.train.micro_batch}; lower it"
         if not recipe.model.gradient_checkpointing:
             return f"train.micro_batch {recipe.train.micro_batch}, the least; set model.gradient_checkpointing=true"
-        return f"train.micro_batch {recipe.train.micro_batch}, the least; lower model.lora.rank or the pictures' size"
+        return f"train.micro_batch {recipe.train.micro_batch}, the least; lower model.lora.rank or the image size"
     if phase == "evaluation":
         return f"evaluation.batch {recipe.evaluation.batch}; lower it"
     if phase == "reward":

@@ -1,4 +1,4 @@
-"""The parts that a run is made of, loaded from a recipe that was checked before."""
+"""The parts of a run, loaded from a recipe that was checked before."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ Rewards = Mapping[str, Reward | Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, ready for its first step."""
+    """The parts of a run, ready for its first step."""
 
     accelerator: Accelerator
     display: Display
@@ -45,12 +45,12 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        """That of this process."""
+        """The device of this process."""
         return chosen_device(self.accelerator.device)
 
 
 def check_parts(recipe: Recipe) -> None:
-    """Raises UserError for what can be known to be wrong before anything loads."""
+    """Raises UserError for the mistakes that show before anything loads."""
     check_trackers(recipe.run.trackers)
     processes.refuse_launcher(recipe)
     optimizer_class(recipe.train.optimizer)
@@ -60,11 +60,11 @@ def check_parts(recipe: Recipe) -> None:
 def load_parts(
     recipe: Recipe, *, display: Display | None = None, policy: Policy | None = None, rewards: Rewards | None = None
 ) -> Parts:
-    """The parts of a recipe's run; `policy` and `rewards`, of a script's own, take the place of the recipe's.
+    """Load the parts of a recipe's run; a script's `policy` and `rewards` replace the recipe's.
 
-    What can be wrong is found out in the cheapest order: rewards and prompts before the model.
+    What loads fastest loads first, so that mistakes in rewards and prompts show before the model loads.
     """
-    accelerator = processes.accelerator_for(recipe)  # which chooses the device, before anything loads
+    accelerator = processes.accelerator_for(recipe)  # first, since it chooses the device
     device = chosen_device(accelerator.device)
     display = display or Display(quiet=not accelerator.is_main_process)
     algorithm = algorithm_of(recipe.algorithm)
@@ -80,7 +80,7 @@ def load_parts(
     except ValueError as error:
         raise UserError(str(error)) from error
     if policy.begin():
-        display.say("the policy was trained before; this run begins with the weights that it had before that")
+        display.say("an earlier run has trained the policy; this run begins with the weights from before that run")
     processes.prepare(accelerator, policy)
     guidance, remedy = recipe.rollout.guidance, what_to_lower(recipe)
     learner = Learner(recipe.train, algorithm, policy, accelerator, seed=seed, guidance=guidance, remedy=remedy)
@@ -91,7 +91,7 @@ def load_parts(
 
 
 def _source(recipe: Recipe, scorer: Scorer, algorithm: Algorithm, accelerator: Accelerator) -> Source:
-    """Where the samples come from, with prompts that the rewards can judge."""
+    """The source of a run's samples. Raises UserError for prompts that the rewards cannot judge."""
     train, sampler = recipe.train, recipe.rollout
     share = Share(
         train.prompts_per_step,

@@ -1,7 +1,8 @@
-"""Several processes as one: what they sum, agree on and share out. With one process nothing is sent.
+"""Several processes as one: what they sum, agree on and divide. A single process sends nothing.
 
-Every process holds the trained weights whole and sums their gradients with the others. The frozen ones it holds whole
-too, or, where the launcher is configured for FSDP 2, a share of them: each block is put together for its pass.
+Every process holds the trained weights whole and sums their gradients with the others. It holds the frozen weights
+whole too or, if the launcher is configured for FSDP 2, sharded: each block is gathered for its forward and backward
+pass.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,14 +30,14 @@ from flowalign.policies.base import Policy, forward_dtype
 from flowalign.rollout.prompts import Row
 from rewards.devices import chosen_device
 
-MESSAGE = 2**25  # numbers that are summed at once, 128 MiB in float32
-_LOOKED_AT = 2**12  # numbers of a frozen weight that tell one model from another
+MESSAGE = 2**25  # numbers in one message of a sum, 128 MiB in float32
+_LOOKED_AT = 2**12  # first numbers of a frozen weight, enough to tell one model from another
 
 
 def accelerator_for(recipe: Recipe) -> Accelerator:
-    """The engine of a run, set up by its launcher; every process makes its own.
+    """The Accelerator of this process, as the launcher configured it.
 
-    Raises UserError where a step's prompts cannot be parted among the processes.
+    Raises UserError when the processes cannot divide a step's prompts evenly.
     """
     accelerator = Accelerator(
         cpu=chosen_device().type == "cpu",
@@ -50,12 +51,12 @@ def accelerator_for(recipe: Recipe) -> Accelerator:
 
 
 def refuse_launcher(recipe: Recipe) -> None:
-    """Raises UserError, before anything loads, where this loop would not do what the launcher is configured for."""
+    """Raises UserError, before anything loads, for a launcher's configuration that this loop does not follow."""
     for engine in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise UserError(
-                f"accelerate is configured for {engine.lower()}; choose FSDP with fsdp_version 2, which shares out the "
-                "frozen weights of a model that learns adapters, or multi-GPU without it"
+                f"accelerate is configured for {engine.lower()}; choose FSDP with fsdp_version 2, which shards the "
+                "frozen weights of a model that trains adapters, or multi-GPU without FSDP"
             )
     # What no plugin of accelerate's tells before there is an Accelerator is read as the launcher hands it on.
     steps = parse_choice_from_env("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -80,10 +81,10 @@ def _refuse_all_but(neutral: str, key: str, value: str, why: str) -> None:
 
 
 def refuse_all_trained(recipe: Recipe) -> None:
-    """Raises UserError for a recipe without frozen weights to share out."""
+    """Raises UserError for a recipe that leaves no weights frozen, since only frozen weights can be sharded."""
     if recipe.model.lora is None:
         raise UserError(
-            "model.lora null trains all weights, and FSDP shares out frozen ones alone; give model.lora a rank, or "
+            "model.lora null trains all weights, but FSDP shards only frozen weights; give model.lora a rank, or "
             "choose multi-GPU without FSDP"
         )
 
@@ -94,26 +95,26 @@ def _refuse_precision(recipe: Recipe) -> None:
     names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
     if asked not in ("no", names.get(used)):
         raise UserError(
-            f"accelerate is configured with mixed_precision {asked}, and model.dtype {recipe.model.dtype} is "
+            f"accelerate is configured with mixed_precision {asked}, but model.dtype {recipe.model.dtype} computes in "
             f"{str(used).removeprefix('torch.')} here; set mixed_precision to 'no' or change model.dtype"
         )
 
 
 def shares_out() -> bool:
-    """Whether the launcher is configured to share out a model, among more than this process."""
+    """Whether the launcher is configured to shard a model over several processes."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP") and PartialState().num_processes > 1
 
 
 def prepare(accelerator: Accelerator, policy: Policy) -> None:
-    """Make the policies of all processes one: compare them, and share out the frozen weights where that is asked.
+    """Compare the policies of all processes, and shard their frozen weights if the launcher is configured for it.
 
-    Raises UserError where they differ, cannot be trained here, or where there is nothing to share out.
+    Raises UserError when the transformers differ, cannot be trained here, or have no frozen weights to shard.
     """
     weights = policy.weights()
     _refuse_untrainable(weights)
     if accelerator.num_processes > 1:
         _refuse_different(accelerator, weights.values())
-    if shares_out() and not policy.in_lockstep:  # as a script's policy is in its second run
+    if shares_out() and not policy.in_lockstep:  # a script's policy is sharded from its first run on
         for module in policy.modules.values():
             share_out(module, accelerator.device, accelerator.num_processes)
 
@@ -122,18 +123,21 @@ def _refuse_untrainable(weights: Mapping[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
         if weight.is_inference():
             raise UserError(
-                f"the policy's weight {name} was made under torch.inference_mode(), where nothing made can be trained; "
+                f"the policy's weight {name} was made under torch.inference_mode() and cannot be trained; "
                 "make the policy outside of it"
             )
         if weight.requires_grad and isinstance(weight, DTensor):
             raise UserError(
-                f"the policy's trained weight {name} is shared out among the processes already; every process holds "
-                "trained weights whole here, and FSDP shares out frozen ones alone"
+                f"the policy's trained weight {name} is sharded among the processes already; every process holds "
+                "trained weights whole here, and FSDP shards only frozen weights"
             )
 
 
 def _refuse_different(accelerator: Accelerator, weights: Iterable[nn.Parameter]) -> None:
-    """Nothing is sent at the start: every process reads the same files and draws its adapters from the same seed."""
+    """Raises UserError when processes begin with different weights.
+
+    No process sends its weights: each reads the same files and draws its adapters from the same seed.
+    """
     own = torch.stack([_checksum(weight) for weight in weights]).to(accelerator.device)
     for rank, other in enumerate(accelerator.gather(own[None])):
         if not torch.equal(other, own):
@@ -144,7 +148,7 @@ def _refuse_different(accelerator: Accelerator, weights: Iterable[nn.Parameter])
 
 
 def _checksum(weight: torch.Tensor) -> torch.Tensor:
-    """The sum, int64, of a weight's bits, whatever order a device adds in; of a frozen one's first numbers alone."""
+    """The int64 sum of a weight's bits, which no order of addition changes; a frozen weight's first numbers suffice."""
     part = weight.detach().flatten()
     part = part if weight.requires_grad else part[:_LOOKED_AT]
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.element_size()]
@@ -152,17 +156,17 @@ def _checksum(weight: torch.Tensor) -> torch.Tensor:
 
 
 def share_out(transformer: nn.Module, device: torch.device, processes: int) -> None:
-    """Split a transformer's frozen weights among the processes, as the launcher's FSDP settings say (FSDP2).
+    """Shard a transformer's frozen weights over the processes, as the launcher's FSDP settings say (FSDP2).
 
     From then on a forward or a backward pass waits for the same pass of every process. Trained weights stay whole, as
     plain tensors, so that their snapshots, gradients and checkpoints are those of one process. Blocks are moved to the
-    device one by one: it never holds the whole transformer. Raises UserError where all weights are trained.
+    device one by one: it never holds the whole transformer. Raises UserError when all weights are trained.
     """
-    # accelerate's own preparation wants an optimizer whose weights it replaces, and takes processors for no FSDP.
+    # accelerate's own preparation needs an optimizer whose weights it replaces, and has no FSDP on CPUs.
     plugin = FullyShardedDataParallelPlugin()
     trained = {weight for weight in transformer.parameters() if weight.requires_grad}
     if len(trained) == len(list(transformer.parameters())):
-        raise UserError("this policy trains all its weights, and FSDP shares out frozen ones alone; choose multi-GPU")
+        raise UserError("this policy trains all its weights, but FSDP shards only frozen weights; choose multi-GPU")
     for weight in trained:
         weight.data = weight.data.to(device)
     try:
@@ -187,7 +191,7 @@ def share_out(transformer: nn.Module, device: torch.device, processes: int) -> N
 
 
 def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Each gradient summed over the processes, in place; where only some had rows for a module, all take its sum."""
+    """Sum each gradient over the processes, in place; where only some had rows for a module, all take its sum."""
     if accelerator.num_processes == 1:
         return
     having = summed(accelerator, *(weight.grad is not None for weight in parameters))
@@ -209,14 +213,14 @@ def sum_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) 
 
 
 def summed(accelerator: Accelerator, *values: float) -> list[float]:
-    """Each number summed over the processes, in float64."""
+    """The sum of each number over the processes, in float64."""
     own = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     found: list[float] = accelerator.reduce(own, "sum").tolist()
     return found
 
 
 def summed_counts(accelerator: Accelerator, own: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, int]]:
-    """Counts by two names, which all processes have alike, summed over the processes."""
+    """Counts under two names each, summed over the processes; every process has the same names."""
     if not own:
         return {}
     totals = iter(summed(accelerator, *(count for counts in own.values() for count in counts.values())))
@@ -224,18 +228,18 @@ def summed_counts(accelerator: Accelerator, own: Mapping[str, Mapping[str, int]]
 
 
 def any_of(accelerator: Accelerator, value: bool) -> bool:
-    """Whether it is true in any process; all get the same answer."""
+    """Whether the value is true in any process; every process gets the same answer."""
     return summed(accelerator, value) != [0]
 
 
 def gathered(accelerator: Accelerator, part: torch.Tensor) -> torch.Tensor:
-    """The samples of all processes along the last axis, of a tensor (N,) or (K, N) of this process's."""
+    """A tensor (B,) or (K, B) of this process's samples joined with those of the others, (N,) or (K, N)."""
     whole: torch.Tensor = accelerator.gather(part.movedim(-1, 0).contiguous())
     return whole.movedim(0, -1)
 
 
 def all_scored(accelerator: Accelerator, own: RewardTable) -> RewardTable:
-    """The scored samples of all processes, in their order."""
+    """The scored samples of all processes, in the order of the processes."""
     together = partial(gathered, accelerator)
     return own._replace(
         total=together(own.total),
@@ -250,23 +254,23 @@ def all_scored(accelerator: Accelerator, own: RewardTable) -> RewardTable:
 def rows_of_process(
     rows: Sequence[Row], rank: int, world: int, in_lockstep: bool
 ) -> tuple[Sequence[Row], Sequence[Row]]:
-    """The rows that process `rank` scores, and the one that it only draws where others wait for it to draw as many."""
+    """The rows that process `rank` scores, and those that it only draws, since in lockstep all draw equally many."""
     own = rows[rank::world]
     return own, rows[: -(-len(rows) // world) - len(own)] if in_lockstep else ()
 
 
 class Share(NamedTuple):
-    """What a process does of an update."""
+    """The part of an update that one process computes."""
 
-    places: torch.Tensor  # among its own units
-    total: int  # units of all processes
-    most: int  # units of the process that has most
+    places: torch.Tensor  # indices among the process's own units
+    total: int  # the number of units over all processes
+    most: int  # the number of units of the process that has the most
 
 
 def shared_out(counts: Sequence[int], rank: int, updates: int, generator: torch.Generator) -> list[Share]:
-    """For each update the share of process `rank`.
+    """The share of process `rank` in each update.
 
-    counts: the units of each process. An update is made of the same units however many processes share them.
+    counts: the number of units of each process. An update has the same units, however many processes divide them.
     """
     ends = torch.tensor(counts).cumsum(0)
     order = torch.randperm(sum(counts), generator=generator)

@@ -1,7 +1,7 @@
-"""What must hold before training is worth its time, checked at the first step that can teach and said in plain words.
+"""The self-test: checks, at the first step that can teach, that training can work at all.
 
-It looks at that step's first updates before the optimizer takes them, so it needs no passes and no memory of its own
-but for the KL's. What is checked must hold over the units of all processes: one without any takes part all the same.
+It inspects the gradients of that step's first updates before the optimizer uses them, so that only the check of the KL
+needs passes of its own. A check covers the units of all processes; a process without units takes part as well.
 """
 
 import math
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from flowalign.policies.base import Policy
     from flowalign.rollout.stages import Weighted
 
-LOWEST_SCALE = 2.0**-10  # of losses in half precision; below it their gradients vanish
+LOWEST_SCALE = 2.0**-10  # the lowest loss scale in half precision; gradients vanish below it
 
 
 class Check(NamedTuple):
-    """One check and what was seen."""
+    """One check and its result."""
 
     check: str
     passed: bool
@@ -30,7 +30,7 @@ class Check(NamedTuple):
 
 
 class SelfTest:
-    """The checks of one training step, which a learner takes through them; all processes call it alike."""
+    """The checks of one training step. The learner calls its methods during the step, in every process."""
 
     def __init__(
         self,
@@ -40,55 +40,58 @@ class SelfTest:
         accelerator: Accelerator,
         conclude: Callable[[list[Check]], None],
     ):
-        """`conclude` is given the checks, once; not at all where no update held a unit whose group's rewards differ."""
+        """conclude: called once with the checks, or never if no update held a unit whose group's rewards differ."""
         self.policy, self.algorithm, self.weighted, self.accelerator = policy, algorithm, weighted, accelerator
         self.conclude = conclude
         self.done = False
         self._checks: list[Check] = []
-        self._distances: list[float] = []  # of ratios from 1, while the weights are those of the rollout
+        self._distances: list[float] = []  # the ratios' distances from 1, before the first update moves the weights
         self._moved = self._teaching = self._taught = False
 
     def begin(self, batch: Batch, scale: float) -> None:
-        """Before the first update, with its first micro-batch; losses are multiplied by `scale` in half precision."""
+        """Called before the first update, with its first micro-batch; scale: the loss scale in half precision."""
         if self.algorithm.settings.kl_weight:
             norm = self._kl_gradient(batch, scale)
             while not math.isfinite(norm) and scale > LOWEST_SCALE and self.policy.dtype == torch.float16:
                 scale /= 16
                 norm = self._kl_gradient(batch, scale)
-            self._checks.append(Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} beside the reference"))
+            self._checks.append(Check("the KL has a gradient", norm > 0, f"norm {norm:.1e} next to the reference"))
         distinct = self._over_all(len(torch.unique(self.weighted.generated.latents.flatten(1), dim=0))).sum().item()
         count = self._over_all(len(self.weighted.generated)).sum().item()
         share = self._over_all(self.weighted.differs.float().mean().item()).mean().item()
-        noise = Check("every sample has noise of its own", distinct == count, f"{distinct:.0f} of {count:.0f}")
+        noise = Check("every sample has its own noise", distinct == count, f"{distinct:.0f} of {count:.0f}")
         spread = share > 0 or self.algorithm.learns_from_equal
         self._checks += [noise, Check("rewards differ within prompts", spread, f"in {share:.0%} of the groups")]
 
-    def saw(self, units: torch.Tensor, counted: int, figures: dict[str, torch.Tensor]) -> None:
-        """A micro-batch's units (u, m, 2), how many of them count, and what its loss showed."""
+    def saw(self, units: torch.Tensor, counted: int, metrics: dict[str, torch.Tensor]) -> None:
+        """Called for each micro-batch with its units (u, m, 2), the number that counts, and the loss's metrics."""
         if self.done:
             return
         differs = self.algorithm.learns_from_equal or self.weighted.differs[units[..., 0].flatten()].any()
         self._teaching |= counted > 0 and bool(differs)
-        if not self._moved and "ratio_distance" in figures:
-            self._distances.append(figures["ratio_distance"].max().item())
+        if not self._moved and "ratio_distance" in metrics:
+            self._distances.append(metrics["ratio_distance"].max().item())
 
     def before_step(self) -> None:
-        """Before an optimizer step, with the gradients of all processes in place."""
+        """Called before an optimizer step, when the gradients are summed over the processes."""
         if self.done:
             return
         teaching, self._teaching, self._moved = bool(self._over_all(self._teaching).any()), False, True
         self._taught |= teaching
         reached = sum(p.grad is not None and bool(p.grad.any()) for p in self.policy.trainable_parameters().values())
-        if teaching and reached:  # none is reached by an update of samples whose advantage happens to be 0
+        if teaching and reached:  # an update whose samples all have advantage 0 reaches no weight
             self._end(reached)
 
     def end(self) -> None:
-        """After the step's last update."""
+        """Called after the step's last update."""
         if self._taught and not self.done:
             self._end(0)
 
     def _end(self, reached: int) -> None:
-        """Adapters start with a zero factor, so the other factor's gradient is zero at first: half of all is enough."""
+        """Conclude with the number of weight tensors that a gradient reached.
+
+        Adapters start with one factor at zero, so the other factor's gradient is zero at first: one tensor is enough.
+        """
         self.done = True
         detail = f"{reached} of {len(self.policy.trainable_parameters())} weight tensors"
         checks = [Check("gradients reach the trainable weights", reached > 0, detail)]
@@ -102,16 +105,17 @@ class SelfTest:
         return 0.5 * float(getattr(self.algorithm.settings, "clip_range", 1e-4))
 
     def _over_all(self, value: float) -> torch.Tensor:
-        """The value of each process (W,)."""
+        """The values of all processes, (processes,)."""
         own = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
         found: torch.Tensor = self.accelerator.gather(own)
         return found
 
     def _kl_gradient(self, batch: Batch, scale: float) -> float:
-        """At the reference the KL's gradient is zero by nature, so it is looked at beside it: one pass after another.
+        """The norm of the KL's gradient, the largest of all processes.
 
-        Their gradients are added up in place, and the weights are kept beside the device: it holds no more than in an
-        update. Returns the norm over all processes.
+        The gradient is zero at the reference itself, so it is taken at weights next to it: the gradient with the KL
+        minus the gradient without it. The two passes run one after the other and add their gradients in place, and the
+        weights are kept in host memory, so that the device holds no more than in an update.
         """
         weights, forwards = self.policy.trainable_parameters(), self.policy.forwards
         kept = {name: weight.detach().cpu().clone() for name, weight in weights.items()}

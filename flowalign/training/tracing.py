@@ -14,9 +14,9 @@ OPERATORS = 40  # rows of the table
 
 @contextmanager
 def traced(folder: Path, name: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Record the block, and write NAME.json.gz and NAME.txt into the folder when it has ended well.
+    """Record a trace of the block, and write NAME.json.gz and NAME.txt into the folder unless the block raises.
 
-    Phases are in the trace by their names. Recording makes the block slower, most where operators are small.
+    The trace names the phases. Recording slows the block down, most where its operators are small.
     """
     on_gpu = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
@@ -28,4 +28,4 @@ def traced(folder: Path, name: str, say: Callable[[str], None]) -> Iterator[None
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     table = seen.key_averages().table(sort_by=by, row_limit=OPERATORS, max_name_column_width=60)
     replace_text(folder / f"{name}.txt", table + "\n")
-    say(f"trace of the step: {trace}, to be opened in ui.perfetto.dev; its operators: {name}.txt beside it")
+    say(f"trace of the step: {trace}, which ui.perfetto.dev opens; table of its operators: {name}.txt beside it")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, WanPipeline, WanTransformer3DModel
-from flowalign.rollout.dataset import fingerprint
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -26,6 +25,7 @@ from flowalign.policies.sd3 import SD3Policy
 from flowalign.preflight.check_model import check_model
 from flowalign.preflight.model_size import meta_policy, whole_at_once
 from flowalign.preflight.plan import Costs
+from flowalign.rollout.dataset import fingerprint
 from flowalign.sampling import counted_generator
 from flowalign.trainer import Trainer
 from flowalign.training.display import Display

@@ -1,4 +1,4 @@
-"""Prompt lists, and which of their prompts a training step takes."""
+"""Prompt lists, and the choice of a training step's prompts."""
 
 import json
 from collections import Counter
@@ -15,7 +15,7 @@ GENEVAL_ROW = {"tag": "single_object", "include": [{"class": "bench", "count": 1
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of this name and gives its path as text."""
+    """Writes a file of a name and returns its path as text."""
 
     def _write(name, text):
         path = tmp_path / name
@@ -33,13 +33,13 @@ def rows(count):
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_text_file_has_a_prompt_a_line(write, end):
+def test_a_text_file_has_one_prompt_on_each_line(write, end):
     path = write("a.txt", 'a sign that says "CAT"\n  a dog \nein Häuschen' + end)
     assert load_prompts(path) == [Row(0, 'a sign that says "CAT"'), Row(1, "a dog"), Row(2, "ein Häuschen")]
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
-def test_a_jsonl_file_gives_metadata_beside_the_prompt(write, end):
+def test_a_jsonl_file_has_metadata_beside_the_prompts(write, end):
     path = write("a.jsonl", json.dumps(GENEVAL_ROW) + '\n{"prompt": "plain"}' + end)
     first, second = load_prompts(path)
     assert first == Row(0, "a photo of a bench", {"tag": "single_object", "include": [{"class": "bench", "count": 1}]})
@@ -127,7 +127,7 @@ def test_prompt_lists_of_the_field_are_read_as_they_are_published(write, name, t
     assert [row.prompt for row in load_prompts(write(name, text))] == expected
 
 
-def test_a_column_is_said_after_the_file_and_the_others_are_metadata(write):
+def test_a_column_is_named_after_the_file_and_the_others_are_metadata(write):
     path = write("tiif.jsonl", '{"type": "t", "short_description": "s", "long_description": "l"}\n')
     with pytest.raises(UserError, match=r"short_description, long_description may all hold the prompts"):
         load_prompts(path)
@@ -135,7 +135,7 @@ def test_a_column_is_said_after_the_file_and_the_others_are_metadata(write):
     with pytest.raises(UserError, match=r"has no column 'long'; its columns are type, short_description, long_descr"):
         load_prompts([f"{path}#long"])
     table = write("a.csv", ",prompt,tag,empty\n0,a,x,\n")
-    assert load_prompts(table) == [Row(0, "a", {"tag": "x"})]  # cells without a name or a value say nothing
+    assert load_prompts(table) == [Row(0, "a", {"tag": "x"})]  # cells without a name or a value are left out
     with pytest.raises(UserError, match="has no column 'x'; it has no columns"):
         load_prompts(write("a.txt", "a\n") + "#x")
 
@@ -144,9 +144,9 @@ def test_a_column_is_said_after_the_file_and_the_others_are_metadata(write):
     "key",
     ["image", "images", "source_image", "input_image", "init_img", "image_path", "reference_image", "video", "source"],
 )
-def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked_for(write, key):
+def test_rows_that_name_an_image_to_edit_are_refused_unless_a_column_is_named(write, key):
     path = write("edits.jsonl", json.dumps({"prompt": "make it red", key: "a/1.PNG"}) + "\n")
-    with pytest.raises(UserError, match=rf"line 1: the row names a picture \({key} 'a/1.PNG'\), as editing sets do"):
+    with pytest.raises(UserError, match=rf"line 1: the row names an image to edit \({key} 'a/1.PNG'\), but samples"):
         load_prompts(path)
     assert load_prompts(f"{path}#prompt")[0].prompt == "make it red"
     assert load_prompts(write("none.jsonl", json.dumps({"prompt": "red", key: None, "source": "coco"}) + "\n"))
@@ -162,16 +162,16 @@ def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"a\.jsonl, line 2: not JSON: .* at column \d+"),
         ("a.jsonl", '{"prompt": "a"}\nplain text\n', r"a\.jsonl, line 2: not JSON"),
         ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": "b"}\n', r"a\.jsonl, line 2: the line is empty"),
-        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r'a\.jsonl, line 2: needs a text as its "prompt"'),
-        ("a.jsonl", '{"prompt": 3}\n', r'a\.jsonl, line 1: needs a text as its "prompt"'),
-        ("a.jsonl", '{"prompt": "  "}\n', r'a\.jsonl, line 1: needs a text as its "prompt"'),
-        ("a.jsonl", "7\n", r'a\.jsonl, line 1: needs a text as its "prompt"'),
-        ("a.jsonl", '{"prompt": "\\ud800"}\n', r"a\.jsonl, line 1: the prompt holds what is no character"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r'a\.jsonl, line 2: the row needs a text as its "prompt"'),
+        ("a.jsonl", '{"prompt": 3}\n', r'a\.jsonl, line 1: the row needs a text as its "prompt"'),
+        ("a.jsonl", '{"prompt": "  "}\n', r'a\.jsonl, line 1: the row needs a text as its "prompt"'),
+        ("a.jsonl", "7\n", r'a\.jsonl, line 1: the row needs a text as its "prompt"'),
+        ("a.jsonl", '{"prompt": "\\ud800"}\n', r"a\.jsonl, line 1: the prompt holds an invalid character"),
         ("a.txt", "a\n\nb\n", r"a\.txt, line 2: the line is empty; remove it or write a prompt"),
         ("a.csv", "prompt,tag\na,1\n\nb,2\n", r"a\.csv, line 3: the line is empty"),
-        ("a.tsv", "prompt\ttag\na\t1\n\t2\n", r'a\.tsv, line 3: needs a text as its "prompt"'),
-        ("a.csv", 'prompt\n"a\nb\n', r"a\.csv, line 2: unexpected end of data; a field that holds quotes is written"),
-        ("a.csv", "prompt\na, b\n", r"a\.csv, line 2: 2 fields for 1 columns; one that holds commas needs quotes"),
+        ("a.tsv", "prompt\ttag\na\t1\n\t2\n", r'a\.tsv, line 3: the row needs a text as its "prompt"'),
+        ("a.csv", 'prompt\n"a\nb\n', r"a\.csv, line 2: unexpected end of data; put a field that holds quotes in"),
+        ("a.csv", "prompt\na, b\n", r"a\.csv, line 2: 2 fields for 1 columns; put a field that holds commas in quotes"),
         ("a.csv", "prompt,tag,tag\na,1,2\n", r"a\.csv: two columns are called 'tag'"),
         ("a.csv", ",,\n", r"a\.csv' is empty"),
         ("a.json", "[]", r"a\.json' is empty"),
@@ -183,8 +183,8 @@ def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked
             r"none of its columns \(0, 1\) is called prompt, text or caption; .*a\.json#0$",
         ),
         ("a.csv", "a cat\na dog\n", r"none of its columns \(a cat\) is called prompt, text or caption"),
-        ("a.csv", "text,caption\na,b\n", r"text, caption may all hold the prompts; say which, as .*a\.csv#text$"),
-        ("a.txt", "", r"a\.txt' is empty; it needs a prompt a line"),
+        ("a.csv", "text,caption\na,b\n", r"text, caption may all hold the prompts; name one, as .*a\.csv#text$"),
+        ("a.txt", "", r"a\.txt' is empty; it needs a prompt on each line"),
         ("a.txt", "\n \n", r"a\.txt' is empty"),
         ("a.jsonl", "", r"a\.jsonl' is empty"),
         ("a.xlsx", "a\n", r"a\.xlsx': use a file of \.txt, .*, or one of toyworld/words_train"),
@@ -194,10 +194,10 @@ def test_rows_that_name_a_picture_to_edit_are_refused_unless_their_text_is_asked
             r"a\.txt' cannot be read: line 3 is not UTF-8, but perhaps Windows-1252, .* save the file as UTF-8",
         ),
         ("a.csv", "prompt\r\na café\r\n".encode("cp1252"), r"line 2 is not UTF-8, but perhaps Windows-1252"),
-        ("a.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', r"a\.txt' holds JSON, a row a line; call it a\.jsonl$"),
+        ("a.txt", '{"prompt": "a"}\n{"prompt": "b"}\n', r"a\.txt' holds lines of JSON; rename it to a\.jsonl$"),
         ("a.jsonl", '{"prompt": "a\\u0000b"}\n', r"line 1: the prompt holds the control character U\+0000; remove it"),
         ("a.txt", "a\x1b[31m cat\n", r"line 1: the prompt holds the control character U\+001B"),
-        ("a.txt", "ab\n".encode("utf-16-le"), r"a\.txt' cannot be read: it holds bytes of 0"),
+        ("a.txt", "ab\n".encode("utf-16-le"), r"a\.txt' cannot be read: it holds NUL bytes"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_sentence_with_its_place(write, name, text, sentence):
@@ -206,7 +206,7 @@ def test_a_mistake_in_a_file_is_one_sentence_with_its_place(write, name, text, s
     assert "\n" not in str(caught.value)
 
 
-def test_json_that_python_will_not_read_is_one_sentence(write):
+def test_json_that_python_cannot_read_is_answered_in_one_sentence(write):
     for text in ("[" * 100_000, '{"a":' * 100_000, '{"prompt": "a", "n": ' + 5000 * "9" + "}"):
         with pytest.raises(UserError, match=r"a\.json, line 1: not JSON: .*(recursion|digits)"):
             load_prompts(write("a.json", text))
@@ -246,7 +246,7 @@ def test_every_prompt_is_seen_equally_often_over_whole_turns(count, parts, seed,
 
 
 @given(lists, st.data(), st.integers(0, 10), st.integers(0, 5))
-def test_no_prompt_comes_twice_in_a_turn_that_leaves_some_over(length, data, seed, turn):
+def test_no_prompt_comes_twice_in_a_turn_that_leaves_prompts_over(length, data, seed, turn):
     count = data.draw(st.integers(1, length))
     per_turn = length // count
     seen = [
@@ -257,7 +257,7 @@ def test_no_prompt_comes_twice_in_a_turn_that_leaves_some_over(length, data, see
     assert len(seen) == len(set(seen)) == per_turn * count
 
 
-def test_prompts_left_over_in_one_turn_come_in_others():
+def test_prompts_left_over_in_one_turn_come_in_a_later_turn():
     seen = {row.index for step in range(60) for row in step_rows(rows(7), 3, 0, step)}
     assert seen == set(range(7))
 

@@ -1,4 +1,4 @@
-"""Rewards in a run: scored while others are drawn, shaped, combined, trained with the policy, resumed exactly."""
+"""Rewards in a run: scored while samples are drawn, shaped, combined, trained with the policy, resumed exactly."""
 
 import json
 import socket
@@ -44,7 +44,7 @@ class Level(Reward):
 
 
 class Moving(TrainableReward):
-    """Scores brightness less a level that follows the pictures it has seen."""
+    """Scores brightness, by a factor that grows with the images of each update."""
 
     def __init__(self) -> None:
         self.level = torch.zeros(())
@@ -99,21 +99,21 @@ def lines(values: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_pictures_are_scored_batch_by_batch_on_a_thread_while_others_are_drawn(values: dict[str, Any]) -> None:
+def test_images_are_scored_batch_by_batch_on_a_thread_while_others_are_drawn(values: dict[str, Any]) -> None:
     reward = Level()
     trained(values, {"level": reward}, steps=1)
     assert reward.batches == [2, 2, 2]
     assert threading.current_thread().name not in reward.threads
 
 
-def test_a_reward_for_groups_gets_those_of_a_prompt_together(values: dict[str, Any]) -> None:
+def test_a_reward_for_groups_gets_the_images_of_a_prompt_together(values: dict[str, Any]) -> None:
     reward = Level()
     reward.scope = "group"
     trained({**values, "rollout": {**values["rollout"], "batch": 4}}, {"level": reward}, steps=1)
     assert reward.batches == [3, 3]
 
 
-def test_a_reward_that_fails_on_its_thread_ends_the_run_with_its_sentence(values: dict[str, Any]) -> None:
+def test_a_reward_that_fails_on_its_thread_ends_the_run_with_its_error(values: dict[str, Any]) -> None:
     def failing(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> list[float]:
         return [float("nan")] * len(media)
 
@@ -135,7 +135,7 @@ def test_rewards_learn_after_each_step_and_are_resumed_exactly(values: dict[str,
     assert torch.equal(saved["moving/level"], kept[0])
 
 
-def test_what_a_reward_learns_and_its_alarms_are_logged(values: dict[str, Any]) -> None:
+def test_the_metrics_and_alarms_of_a_learning_reward_are_logged(values: dict[str, Any]) -> None:
     trained(values, {"moving": Moving()})
     logged = lines(values)
     assert logged[0]["rewards_learnt"]["moving"]["level"] < logged[1]["rewards_learnt"]["moving"]["level"]
@@ -177,7 +177,7 @@ def test_disagreement_weighs_advantages_and_not_rewards(values: dict[str, Any]) 
     torch.testing.assert_close(scored.trust, torch.tensor([0.5, 0.0]).neg().exp())
 
 
-def test_a_shaped_reward_is_learnt_from_shaped_and_measured_as_it_is(values: dict[str, Any]) -> None:
+def test_a_shaped_reward_trains_shaped_and_is_measured_unshaped(values: dict[str, Any]) -> None:
     shaping = {"form": "sigmoid", "scale": 4.0, "reference": [0.5]}
     rewards = {"first": {"load": "colorfulness", "shaping": shaping}}
     scores = {"first": Scores(torch.tensor([0.5, 0.75]), torch.tensor([True, True]))}
@@ -194,7 +194,7 @@ def test_a_shaped_reward_is_learnt_from_shaped_and_measured_as_it_is(values: dic
         {"form": "log_sigmoid", "reference": [1e300, -1e300]},
     ],
 )
-def test_a_shaping_that_makes_nan_of_a_score_is_an_error_and_not_a_picture_left_out(
+def test_a_shaping_that_turns_a_score_into_nan_is_an_error_and_leaves_no_image_out(
     values: dict[str, Any], shaping: dict[str, Any]
 ) -> None:
     judge = judging(values, rewards={"first": {"load": "colorfulness", "shaping": shaping}})
@@ -241,7 +241,7 @@ def test_a_mistake_in_shaping_or_combination_is_one_sentence(
 
 
 def serving(port: int) -> subprocess.Popen[str]:
-    """`flowalign serve` as a process of its own, ready when its first line is there."""
+    """`flowalign serve` in its own process; it is ready once its first line is printed."""
     command = [sys.executable, "-m", "flowalign", "serve", "colorfulness", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and "serving colorfulness" in process.stdout.readline()
@@ -286,7 +286,7 @@ def test_a_run_waits_for_its_reward_server_and_goes_on(values: dict[str, Any], t
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_a_run_is_evaluated_with_what_its_rewards_had_learnt(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_is_evaluated_with_the_learnt_state_of_its_rewards(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "moving.py").write_text(
         "import torch\n"
         "from rewards import TrainableReward\n"
@@ -332,7 +332,7 @@ LEARNER = (
 )
 
 
-def test_a_reward_that_nothing_has_taught_scores_nothing(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_learning_reward_without_a_run_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "learner.py").write_text(LEARNER)
     spec, dataset = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
     offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "dataset": dataset}

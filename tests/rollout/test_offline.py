@@ -1,4 +1,4 @@
-"""Stores of groups: collected once and exactly, scored again without sampling, trained from, and refused when unfit."""
+"""Datasets of groups: collected once and exactly, scored again without sampling, trained from, refused when unfit."""
 
 import json
 import os
@@ -63,15 +63,15 @@ def asleep(media, prompts, metadata):
 
 
 class Killed(BaseException):
-    """What no code catches."""
+    """An exception that no code catches."""
 
 
 def nothing(count: int) -> None:
-    """Progress that nobody watches."""
+    """Progress that is not shown."""
 
 
 def stored_values(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe that collects 4 prompts x 4 pictures in 2 shards and trains from them."""
+    """A recipe that collects 4 prompts x 4 samples in 2 shards and trains from them."""
     (folder / "judge.py").write_text(JUDGES)
     return {
         **values,
@@ -94,7 +94,7 @@ def changed(values: dict[str, Any], **sections: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def policy(tiny_model: Path) -> Policy:
-    """The tiny model, for what does not change it."""
+    """The tiny model, for tests that do not change it."""
     return load_policy(Model(path=str(tiny_model), height=64, width=64, dtype="fp32", max_sequence_length=0))
 
 
@@ -122,7 +122,7 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fresh(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A recipe whose dataset is not there yet."""
+    """A recipe whose dataset is not collected yet."""
     return stored_values(values, tmp_path)
 
 
@@ -138,13 +138,13 @@ def quiet_train(recipe: Recipe, **more: Any) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock says."""
+    """The lines of metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("minutes", "seconds")} for line in lines]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder; of a manifest not what a clock says."""
+    """All files of a folder; manifests without the times."""
     files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: re.sub(rb'"minutes": [^,]*', b"", data) for name, data in files.items()}
 
@@ -160,8 +160,8 @@ def test_a_dataset_holds_what_was_drawn_and_scored(whole: Path) -> None:
     ] * 2
     assert dataset.rewards["brightness"].shape == (4, 4)
     assert len(np.unique(dataset.rewards["brightness"])) == 16
-    picture = read_picture(whole / "shard_000001" / "media" / "0001_03.png")
-    assert picture.mean().item() == pytest.approx(dataset.rewards["brightness"][3, 3], abs=1 / 255)
+    image = read_picture(whole / "shard_000001" / "media" / "0001_03.png")
+    assert image.mean().item() == pytest.approx(dataset.rewards["brightness"][3, 3], abs=1 / 255)
 
 
 def test_collecting_again_draws_only_what_is_missing(fresh: dict[str, Any], policy: Policy, whole: Path) -> None:
@@ -178,11 +178,11 @@ def test_collecting_again_draws_only_what_is_missing(fresh: dict[str, Any], poli
     assert {name: both[name] for name in first if name != "manifest.json"}.items() <= first.items()
 
 
-@pytest.mark.parametrize("pictures", [0, 8])
-def test_a_collection_killed_while_it_draws_is_completed_alike(
-    fresh: dict[str, Any], policy: Policy, whole: Path, pictures: int
+@pytest.mark.parametrize("samples", [0, 8])
+def test_a_collection_killed_while_it_draws_ends_with_the_same_files(
+    fresh: dict[str, Any], policy: Policy, whole: Path, samples: int
 ) -> None:
-    left = pictures
+    left = samples
 
     def kill(count: int) -> None:
         nonlocal left
@@ -192,16 +192,16 @@ def test_a_collection_killed_while_it_draws_is_completed_alike(
 
     with pytest.raises(Killed):
         collected(changed(fresh), policy, kill)
-    assert len(GroupDataset.open(Path(fresh["dataset"]))) == pictures // 4
+    assert len(GroupDataset.open(Path(fresh["dataset"]))) == samples // 4
     collected(changed(fresh), policy)
     assert contents(Path(fresh["dataset"])) == contents(whole)
 
 
 @pytest.mark.parametrize("cut", ["_write_rewards", "_write_manifest"])
-def test_a_collection_killed_while_it_writes_is_completed_alike(
+def test_a_collection_killed_while_it_writes_ends_with_the_same_files(
     fresh: dict[str, Any], policy: Policy, whole: Path, cut: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the second shard: before it is whole, and when it is but the manifest does not say so yet."""
+    """The kill comes before the second shard is whole, or after that but before the manifest lists it."""
     calls, write = 0, getattr(offline, cut)
 
     def kill(*arguments: Any) -> None:
@@ -243,7 +243,7 @@ def test_a_killed_collection_is_completed_from_the_command_line(
     assert contents(tmp_path / "store") == contents(tmp_path / "unbroken")
 
 
-def test_a_model_is_known_by_its_weights_not_by_its_path(
+def test_a_model_is_recognised_by_its_weights_not_by_its_path(
     fresh: dict[str, Any], policy: Policy, tiny_model: Path
 ) -> None:
     collected(changed(fresh, collect={"prompts": 2}), policy)
@@ -261,16 +261,16 @@ def test_a_reward_may_have_any_name(fresh: dict[str, Any], policy: Policy) -> No
 # Training
 
 
-def test_a_dataset_is_trained_from_with_the_same_numbers_every_time(ready: dict[str, Any], tmp_path: Path) -> None:
+def test_training_from_a_dataset_gives_the_same_numbers_every_time(ready: dict[str, Any], tmp_path: Path) -> None:
     kept = contents(Path(ready["dataset"]))
     first = metrics(quiet_train(changed(ready)))
     again = metrics(quiet_train(changed(ready, run={"folder": str(tmp_path / "again")})))
     assert first == again
     assert contents(Path(ready["dataset"])) == kept
     assert all(line["grad_norm"] > 0 for line in first)
-    drawn, learnt = 16 * 2, 8 * 2 * 2  # 16 pictures in 2 steps, once; 8 at 2 levels with the reference, every step
+    drawn, learnt = 16 * 2, 8 * 2 * 2  # 16 samples in 2 steps, once; 8 at 2 levels with the reference, every step
     assert [line["forwards"] for line in first] == [drawn + learnt, drawn + 2 * learnt]
-    # 2 steps of 2 prompts go through the 4 prompts once, with all their pictures.
+    # 2 steps of 2 prompts go through the 4 prompts once, with all their samples.
     values = GroupDataset.open(Path(ready["dataset"])).rewards["brightness"]
     for name in ("total", "brightness"):
         assert np.mean([line["reward"][name] for line in first]) == pytest.approx(values.mean(), rel=1e-5)
@@ -278,7 +278,7 @@ def test_a_dataset_is_trained_from_with_the_same_numbers_every_time(ready: dict[
     assert other[0]["loss"] != first[0]["loss"]
 
 
-def test_a_run_from_a_store_resumes_exactly(ready: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_from_a_dataset_resumes_exactly(ready: dict[str, Any], tmp_path: Path) -> None:
     whole = quiet_train(changed(ready, train={"steps": 3}))
     place = {"folder": str(tmp_path / "parts")}
     quiet_train(changed(ready, train={"steps": 1}, run=place))
@@ -289,11 +289,11 @@ def test_a_run_from_a_store_resumes_exactly(ready: dict[str, Any], tmp_path: Pat
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_full_fine_tuning_trains_from_a_store_that_adapters_made(ready: dict[str, Any]) -> None:
+def test_full_fine_tuning_trains_from_a_dataset_that_adapters_drew(ready: dict[str, Any]) -> None:
     assert metrics(quiet_train(changed(ready, model={"lora": None}, train={"steps": 1})))[0]["grad_norm"] > 0
 
 
-def test_groups_are_drawn_by_step_and_shared_out_whole(ready: dict[str, Any], policy: Policy) -> None:
+def test_groups_are_drawn_by_step_and_divided_whole_among_processes(ready: dict[str, Any], policy: Policy) -> None:
     recipe = changed(ready, train={"prompts_per_step": 4, "group_size": 2})
     dataset = GroupDataset.open(Path(ready["dataset"]))
 
@@ -323,7 +323,7 @@ def test_groups_whose_rewards_are_equal_teach_nothing_and_break_nothing(ready: d
     trainer = Trainer.from_recipe(changed(ready), display=Display(quiet=True))
     lines = metrics(trainer.run())
     assert [line["zero_spread"] for line in lines] == [1.0, 1.0]
-    assert trainer.idle.reason == "reward 'brightness' is 0.5 for every picture"
+    assert trainer.idle.reason == "reward 'brightness' is 0.5 for every sample"
     assert [line["grad_norm"] for line in lines] == [0.0, 0.0]
 
 
@@ -337,7 +337,7 @@ def test_a_new_reward_is_added_without_sampling_and_trained_with(ready: dict[str
     two = rescore_dataset(path, f"{judge}:Two", [], "reds")
     dataset = GroupDataset.open(path)
     assert set(dataset.rewards) == {"brightness", "darkness", "reds"}
-    np.testing.assert_allclose(added, 1 - dataset.rewards["brightness"], atol=1 / 255)  # of pictures in 8 bits
+    np.testing.assert_allclose(added, 1 - dataset.rewards["brightness"], atol=1 / 255)  # of 8-bit images
     np.testing.assert_array_equal(dataset.rewards["darkness"], added)
     np.testing.assert_array_equal(dataset.rewards["reds"], two)
     assert np.isfinite(two).tolist() == [[True] * 4, *[[False] * 4] * 3]
@@ -358,13 +358,13 @@ def test_a_dataset_with_a_new_reward_grows_when_the_recipe_has_it_too(
     collected(changed(fresh, collect={"prompts": 2}), policy)
     judge = f"{tmp_path / 'judge.py'}:darkness"
     rescore_dataset(Path(fresh["dataset"]), judge, [], None)
-    with pytest.raises(UserError, match=r"with rewards \['brightness', 'darkness'\].*recipe has \['brightness'\]"):
+    with pytest.raises(UserError, match=r"with rewards \['brightness', 'darkness'\], the recipe has \['brightness'\]"):
         collected(changed(fresh), policy)
     both = collected(changed(fresh, rewards={**fresh["rewards"], "darkness": {"load": judge}}), policy)
     assert both.rewards["darkness"].shape == (4, 4) and np.isfinite(both.rewards["darkness"]).all()
 
 
-def test_a_reward_that_fails_half_way_leaves_the_store_as_it_was(ready: dict[str, Any], tmp_path: Path) -> None:
+def test_a_reward_that_fails_half_way_leaves_the_dataset_as_it_was(ready: dict[str, Any], tmp_path: Path) -> None:
     path = Path(ready["dataset"])
     before = contents(path)
     with pytest.raises(RewardError, match="the judge is asleep"):
@@ -414,10 +414,10 @@ def test_the_command_line_collects_and_scores(
         (["collect", "recipe.yaml", "rewards={ocr: 1}"], "cannot be judged by ocr"),
         (["collect", "recipe.yaml", "model.path=/no/model"], "'/no/model' does not exist"),
         (["collect", "recipe.yaml", "collect.group_size=1"], "collect.group_size should be greater than or equal to 2"),
-        (["collect", "recipe.yaml", "dataset=judge.py"], "judge.py is no dataset of groups"),
-        (["collect", "recipe.yaml", "dataset=."], " is no dataset of groups: its manifest.json cannot be read"),
+        (["collect", "recipe.yaml", "dataset=judge.py"], "judge.py is not a dataset of groups"),
+        (["collect", "recipe.yaml", "dataset=."], " is not a dataset of groups: its manifest.json cannot be read"),
         (["score", "judge.py:brightness", "--dataset", "store"], "has a reward 'brightness' already"),
-        (["score", "judge.py:darkness", "--dataset", "."], ". is no dataset of groups"),
+        (["score", "judge.py:darkness", "--dataset", "."], ". is not a dataset of groups"),
         (["score", "judge.py:darkness", "--dataset", "store", "--images", "."], "leave --images, --prompts"),
         (["score", "judge.py:darkness", "--name", "dark"], "give --images, or --dataset"),
     ],
@@ -447,7 +447,7 @@ def test_a_mistake_is_one_sentence_and_loses_nothing(
 
 
 def refused(recipe: Recipe, message: str) -> None:
-    """Training is refused in one sentence, and leaves neither a run nor a change."""
+    """Training is refused in one sentence; no run is begun and no file changes."""
     assert recipe.dataset
     before = contents(Path(recipe.dataset)) if Path(recipe.dataset).is_dir() else {}
     with pytest.raises(UserError, match=message) as caught:
@@ -460,20 +460,20 @@ def refused(recipe: Recipe, message: str) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"height": 32}}, r"holds pictures of 64 x 64 pixels, the recipe asks for 32 x 64"),
+        ({"model": {"height": 32}}, r"holds images of 64 x 64 pixels, the recipe asks for 32 x 64"),
         ({"rewards": {"ocr": 1}}, r"lacks the reward 'ocr'; it has brightness \(`flowalign score ocr --dataset"),
         ({"train": {"group_size": 5}}, r"train.group_size \(5\) exceeds the 4 samples of each prompt in dataset"),
         ({"train": {"prompts_per_step": 5}}, r"train.prompts_per_step \(5\) exceeds the 4 prompts of dataset"),
-        ({"dataset": "/no/store"}, "/no/store is no dataset of groups: its manifest.json cannot be read"),
+        ({"dataset": "/no/store"}, "/no/store is not a dataset of groups: its manifest.json cannot be read"),
     ],
 )
-def test_a_recipe_that_asks_for_what_the_store_lacks(
+def test_a_recipe_that_asks_for_what_the_dataset_lacks_is_refused(
     sections: dict[str, Any], message: str, ready: dict[str, Any]
 ) -> None:
     refused(changed(ready, **sections), message)
 
 
-def test_another_models_dataset(ready: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
+def test_a_dataset_of_another_model_is_refused(ready: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     other = shutil.copytree(tiny_model, tmp_path / "other")
@@ -522,17 +522,17 @@ TABLE = "shard_000001/rewards/brightness.json"
         (write(TABLE, "[[null, null, null, null], [0, 1, 2, 3]]"), r"no reward .*applies to 'a photo of four stars'"),
         (in_manifest("format", 2), "has format 2; this version reads 1"),
         (write("manifest.json", "[]"), "has format None; this version reads 1"),
-        (write("manifest.json", '{"format": '), "is no dataset of groups: its manifest.json cannot be read"),
+        (write("manifest.json", '{"format": '), "is not a dataset of groups: its manifest.json cannot be read"),
         (in_manifest("rewards", ["brightness", "ocr"]), "shard_000000 lacks the reward 'ocr' of the manifest"),
         (in_manifest("shards", []), r"train.prompts_per_step \(2\) exceeds the 0 prompts of dataset"),
     ],
 )
-def test_a_damaged_dataset(damage: Callable[[Path], None], message: str, ready: dict[str, Any]) -> None:
+def test_a_damaged_dataset_is_refused(damage: Callable[[Path], None], message: str, ready: dict[str, Any]) -> None:
     damage(Path(ready["dataset"]))
     refused(changed(ready), message)
 
 
-def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> None:
+def test_a_shard_whose_bytes_changed_is_not_learnt_from(ready: dict[str, Any]) -> None:
     file = Path(ready["dataset"]) / "shard_000001" / "latents.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
@@ -547,17 +547,17 @@ def test_a_shard_with_other_bytes_is_not_learnt_from(ready: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"collect": {"group_size": 3}}, "with group_size 4, and the recipe has 3; choose another folder"),
+        ({"collect": {"group_size": 3}}, "with group_size 4, the recipe has 3; choose another folder"),
         ({"rollout": {"steps": 3}}, "with sampler .*'steps': 2.*the recipe has .*'steps': 3"),
         (
             {"rollout": {"guidance": 2.0}, "train": {"guidance": 1.0}},
             "with sampler .*'guidance': 1.0.*the recipe has .*'guidance': 2.0",
         ),
-        ({"run": {"seed": 5}}, "with seed 0, and the recipe has 5"),
-        ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\].*recipe has \['compressibility'\]"),
+        ({"run": {"seed": 5}}, "with seed 0, the recipe has 5"),
+        ({"rewards": {"compressibility": 1}}, r"with rewards \['brightness'\], the recipe has \['compressibility'\]"),
     ],
 )
-def test_a_dataset_is_not_mixed_with_pictures_of_another_kind(
+def test_a_dataset_does_not_mix_with_samples_of_other_settings(
     sections: dict[str, Any], message: str, ready: dict[str, Any], policy: Policy
 ) -> None:
     before = contents(Path(ready["dataset"]))
@@ -566,17 +566,17 @@ def test_a_dataset_is_not_mixed_with_pictures_of_another_kind(
     assert contents(Path(ready["dataset"])) == before
 
 
-def test_a_dataset_is_not_mixed_with_pictures_of_another_size(
+def test_a_dataset_does_not_mix_with_images_of_another_size(
     ready: dict[str, Any], policy: Policy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(Path(ready["dataset"]))
     monkeypatch.setattr(policy, "request", MediaRequest(64, 32))
-    with pytest.raises(UserError, match=r"with size \[64, 64\], and the recipe has \[64, 32\]"):
+    with pytest.raises(UserError, match=r"with size \[64, 64\], the recipe has \[64, 32\]"):
         collected(changed(ready), policy)
     assert contents(Path(ready["dataset"])) == before
 
 
-def test_a_dataset_is_not_mixed_with_other_prompts_or_another_models_pictures(
+def test_a_dataset_does_not_mix_with_other_prompts_or_another_models_samples(
     ready: dict[str, Any], policy: Policy, tmp_path: Path
 ) -> None:
     before = contents(Path(ready["dataset"]))

@@ -94,7 +94,7 @@ def test_two_runs_of_a_policy_are_those_of_two_fresh_ones(
     assert run(second, policy=policy) == wanted
     Trainer.from_recipe(other, policy=policy)  # which keeps no average, and must not evaluate the last run's
     assert "ema" not in policy.snapshots
-    assert "begins with the weights that it had before" in capsys.readouterr().out
+    assert "this run begins with the weights from before that run" in capsys.readouterr().out
 
 
 def test_weights_that_a_script_loads_are_where_its_policy_begins(recipe: Callable[..., Recipe]) -> None:
@@ -174,4 +174,4 @@ def test_a_script_gives_what_is_measured_too_and_the_recipe_its_weights(
 def test_the_header_names_what_is_trained_on(recipe: Callable[..., Recipe], capsys: pytest.CaptureFixture[str]) -> None:
     named = recipe("run", rewards={"one": 1.0, "two": 0.0, "three": 0.5})
     Display().begin(named, named.folder, {"trainable": 1, "all": 2}, 1)
-    assert "flow_grpo on one, three (measured beside: two), " in capsys.readouterr().out
+    assert "flow_grpo on one, three (only measured: two), " in capsys.readouterr().out

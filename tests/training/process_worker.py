@@ -1,11 +1,16 @@
 """Runs recipes in several processes that share one import: `python process_worker.py JOBS.json`.
 
-Jobs come one after another; each has a `world`, as many processes forked from this one as a launcher would start, and
-`cases` that they train in turn; with `sharded` they share out the frozen weights. What each process drew, learnt and
-scored is written beside the case's run folder. A case without a `dtype` trains its recipe's own model, with `adapters`
-a small network that has some. A case may go on from a copy `of` another's run folder; with `asked` the second process
-is asked to stop in its first step, one that is `refused` does not begin, one that is `idle` ends itself, with `clocks`
-every process has one of its own speed.
+Jobs run one after another. A job has a `world`, the number of processes that are forked from this one, and `cases` that
+they train in turn; with `sharded` they shard the frozen weights. Each process writes its samples, weights and counts
+of scores beside the case's run folder. The keys of a case:
+
+    dtype       trains a small network of this precision; without it the recipe's own model
+    adapters    the small network has adapters
+    of          goes on from a copy of this run folder
+    asked       the second process is asked to stop in its first step
+    refused     the run is refused at its start
+    idle        the run ends itself, since its steps teach nothing
+    clocks      every process has a clock of its own speed
 """
 
 import itertools
@@ -43,13 +48,13 @@ from flowalign.training.display import Display
 from flowalign.training.interrupt import Interrupted
 from rewards import TrainableReward
 
-SIDE = 4  # of a latent, which is shown as a picture of four times as many pixels
+SIDE = 4  # of a latent; its image has four times as many pixels a side
 
 
 class Brightness(TrainableReward):
-    """The mean of one channel times a level that follows all pictures of a step; `flat` prompts are all alike to it.
+    """The mean of one channel, by a factor that grows with the images of each update; 0.5 for `flat` prompts.
 
-    One that is `limited` judges no others.
+    With `limited` it judges only the flat prompts.
     """
 
     def __init__(self, channel, learns, flat, limited=False):
@@ -76,7 +81,7 @@ class Brightness(TrainableReward):
 
 
 class Adapted(nn.Module):
-    """A frozen layer, and one of low rank beside it that learns."""
+    """A frozen layer with a trained low-rank layer beside it."""
 
     def __init__(self, size_in, size_out, dtype):
         super().__init__()
@@ -103,11 +108,11 @@ class Velocity(nn.Module):
         hidden = torch.cat([x.flatten(1), text, sigma[:, None]], dim=1)
         for layer in self.layers[:-1]:
             hidden = torch.tanh(layer(hidden))
-        return self.layers[-1](hidden).view_as(x).clone()  # FSDP warns of views, which someone may change in place
+        return self.layers[-1](hidden).view_as(x).clone()  # FSDP warns of views, which may be changed in place
 
 
 class SmallPolicy(TextPolicy):
-    """A network of three layers that computes in the precision it is given."""
+    """A network of three layers that computes in a given precision."""
 
     request = MediaRequest(64, 64)
 
@@ -128,8 +133,8 @@ class SmallPolicy(TextPolicy):
         return module(x, sigma, condition.tensors["text"])
 
     def decode(self, latents):
-        pictures = (0.5 + latents.float() / 6).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
-        return pictures * torch.tensor([1.0, 0.8, 0.6]).view(3, 1, 1)
+        images = (0.5 + latents.float() / 6).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
+        return images * torch.tensor([1.0, 0.8, 0.6]).view(3, 1, 1)
 
     def latent_shape(self, request):
         return (1, SIDE, SIDE)
@@ -197,7 +202,7 @@ def run(case: dict[str, Any], rank: int) -> None:
 
 
 def frozen(transformer: nn.Module) -> dict[str, list[int]]:
-    """Of each weight that does not learn how many numbers this process holds, and how many there are."""
+    """For each frozen weight, the count of its numbers in this process, and of all its numbers."""
     weights = {name: weight for name, weight in transformer.named_parameters() if not weight.requires_grad}
     return {
         name: [(weight.to_local() if isinstance(weight, DTensor) else weight).numel(), weight.numel()]

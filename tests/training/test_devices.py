@@ -1,4 +1,4 @@
-"""A process's device is chosen before anything loads, and handed on to all that does."""
+"""A process chooses its device before anything loads, and everything loads on that device."""
 
 import os
 import socket
@@ -61,13 +61,13 @@ def test_a_reward_gets_the_device_that_it_is_loaded_for(judges: str) -> None:
     assert alone.device is None and given_device() is None
 
 
-def test_models_are_kept_by_the_index_of_their_device() -> None:
+def test_models_are_cached_by_the_index_of_their_device() -> None:
     clips: list[Any] = [rewards.load_on(f"meta:{n}", "clipscore", model="toyworld/judges/clip") for n in (1, 0, 1)]
     assert clips[0].clip is clips[2].clip and clips[0].clip is not clips[1].clip
     assert [one.device for one in clips] == [SECOND, torch.device("meta", 0), SECOND]
 
 
-def test_devices_have_an_index_and_processors_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerators_have_an_index_and_the_cpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen_device("cpu:0") == chosen_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
@@ -101,10 +101,10 @@ class Enough(Exception):
     """The model is about to be loaded."""
 
 
-def test_all_that_a_run_loads_goes_to_its_own_device(
+def test_a_run_loads_everything_on_its_own_device(
     values: dict[str, Any], judges: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rewards that are trained on, evaluated and held out, the audit's features, then the model."""
+    """The trained, evaluated and held-out rewards, the audit's features, and then the model."""
     loaded: list[str] = []
 
     def features(model: str, backbone: str, batch: int, device: torch.device, reward: str) -> Any:
@@ -138,7 +138,7 @@ def test_all_that_a_run_loads_goes_to_its_own_device(
 
 
 @pytest.mark.slow
-def test_in_several_processes_rewards_load_when_each_has_its_device(
+def test_rewards_load_after_each_of_several_processes_has_its_device(
     values: dict[str, Any], judges: str, tmp_path: Path
 ) -> None:
     seen = tmp_path / "seen.txt"

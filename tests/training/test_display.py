@@ -1,4 +1,4 @@
-"""What a person sees of a run in terminals of different widths, and where the output is none."""
+"""The output of a run in terminals of different widths, and in a file."""
 
 import io
 import json
@@ -52,10 +52,10 @@ def test_the_step_the_bar_and_the_time_left_fit_into_a_terminal(width: int) -> N
     for line in (steps, phase):
         assert len(line) <= width and line.endswith(" left") and line.count("━") >= 5
     assert "12/24" in steps and "12/48" in phase
-    assert steps.split()[-2] != "-:--:--"  # nine steps were made here, so the time left is known
+    assert steps.split()[-2] != "-:--:--"  # this process did nine steps, so the time left is known
 
 
-def test_a_part_whose_end_is_unknown_says_what_it_is() -> None:
+def test_a_phase_of_unknown_length_shows_its_name() -> None:
     display = Display(console=terminal(60))
     with display.training(2, 0), display.phase("scoring"):
         pass
@@ -63,7 +63,7 @@ def test_a_part_whose_end_is_unknown_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize("console", [terminal(80, "dumb"), Console(file=io.StringIO(), width=80)], ids=["dumb", "pipe"])
-def test_without_a_terminal_that_moves_there_are_lines_alone(console: Console) -> None:
+def test_output_that_cannot_be_redrawn_has_only_lines(console: Console) -> None:
     display = Display(console=console)
     with display.training(24, 3):
         with display.phase("rollout", 48) as advance:
@@ -75,7 +75,7 @@ def test_without_a_terminal_that_moves_there_are_lines_alone(console: Console) -
     assert text.startswith("step 12: total 0.500") and text.count("\n") == 1 and "\x1b" not in text
 
 
-def test_no_color_has_no_colours() -> None:
+def test_no_color_switches_colours_off() -> None:
     display = Display(console=terminal(80, NO_COLOR="1"))
     with display.training(2, 0):
         display.step({**LINE, "step": 1})
@@ -96,7 +96,7 @@ def run_of(tmp_path: Path, before: list[float], after: list[float]) -> Path:
 
 
 @pytest.mark.parametrize("width", [80, 60])
-def test_the_last_table_has_errors_and_names_what_was_trained_on(tmp_path: Path, width: int) -> None:
+def test_the_last_table_has_errors_and_names_the_trained_rewards(tmp_path: Path, width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
     console.print(gain_table(run_of(tmp_path, [0.2, 0.5, 0.4, 0.3], [0.6, 0.7, 0.7, 0.4])))
     text = shown(console)
@@ -121,15 +121,15 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
     Trainer.from_recipe(recipe_from_dict(whole)).run()
 
     class Asking(Display):
-        def evaluating(self, pictures, doing="evaluating"):
+        def evaluating(self, images, doing="evaluating"):
             if stopped.step == 2:
                 signal.raise_signal(signal.SIGINT)
-            return super().evaluating(pictures, doing)
+            return super().evaluating(images, doing)
 
     stopped = Trainer.from_recipe(recipe_from_dict(values), display=Asking())
     with pytest.raises(Interrupted, match="stopped in the evaluation after step 2 of 4; go on with --resume"):
         stopped.run()
-    assert "an evaluation is not; once more to stop at once" in capsys.readouterr().out
+    assert "but not an evaluation; ask once more to stop at once" in capsys.readouterr().out
     run = tmp_path / "run"
     assert not (run / "evaluations" / "step_000002.json").exists()
     assert json.loads((run / "run.json").read_text())["stopped"] == "asked to stop"
@@ -141,11 +141,11 @@ def test_ctrl_c_in_an_evaluation_stops_there_and_the_run_goes_on_to_the_same_end
         assert summaries[0] == summaries[1]
 
 
-def test_ctrl_c_in_the_first_evaluation_leaves_a_run_that_begins_again(values, tmp_path: Path) -> None:
+def test_a_run_begins_again_after_ctrl_c_in_its_first_evaluation(values, tmp_path: Path) -> None:
     class Asking(Display):
-        def evaluating(self, pictures, doing="evaluating"):
+        def evaluating(self, images, doing="evaluating"):
             signal.raise_signal(signal.SIGINT)
-            return super().evaluating(pictures, doing)
+            return super().evaluating(images, doing)
 
     first = Trainer.from_recipe(recipe_from_dict(values), display=Asking())
     with pytest.raises(Interrupted, match="stopped in the evaluation after step 0"):

@@ -1,4 +1,4 @@
-"""What a script may do under torch.no_grad() or torch.inference_mode()."""
+"""Loading, evaluating and training under torch.no_grad() or torch.inference_mode()."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -59,7 +59,7 @@ def test_a_policy_loads_evaluates_and_is_trained_afterwards(short: dict[str, Any
 
 
 @modes
-def test_a_run_is_the_same_as_outside(short: dict[str, Any], mode: Mode) -> None:
+def test_a_run_inside_the_mode_equals_one_outside(short: dict[str, Any], mode: Mode) -> None:
     def trained(folder: str) -> Policy:
         place = {**short["run"], "folder": short["run"]["folder"] + folder}
         trainer = Trainer.from_recipe(recipe_from_dict({**short, "run": place}), display=Display(quiet=True))
@@ -73,14 +73,14 @@ def test_a_run_is_the_same_as_outside(short: dict[str, Any], mode: Mode) -> None
 
 
 @modes
-def test_a_reward_that_learns_is_loaded_able_to(mode: Mode, tmp_path: Path) -> None:
+def test_a_learning_reward_loads_with_trainable_weights(mode: Mode, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "clean.png")
     with mode():
         reward: Any = rewards.load("adversarial_dino", model="toyworld/judges/vit", references=str(tmp_path))
     assert all(weight.requires_grad and not weight.is_inference() for weight in reward.head.parameters())
 
 
-def test_weights_made_in_inference_mode_by_a_script_are_one_sentence(short: dict[str, Any]) -> None:
+def test_weights_that_a_script_made_in_inference_mode_are_refused(short: dict[str, Any]) -> None:
     recipe = recipe_from_dict(short)
     policy = load_policy(recipe.model)
     name, weight = next(iter(policy.trainable_parameters().items()))

@@ -1,4 +1,4 @@
-"""Half precision: losses are scaled, updates whose gradients overflow are skipped; and what is said of NaN."""
+"""Half precision scales losses and skips updates whose gradients overflow; NaN and infinity are named."""
 
 import json
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def begun(recipe: Recipe, scale: float, **more: Any) -> Trainer:
     return trainer
 
 
-def test_gdro_trains_at_its_default_beta_and_says_what_it_skips(make: Callable[..., Recipe]) -> None:
+def test_gdro_trains_at_its_default_beta_and_reports_skipped_updates(make: Callable[..., Recipe]) -> None:
     recipe = make("gdro", steps=3)
     trainer = begun(recipe, 2.0**17, resume=False)
     trainer.run()
@@ -86,7 +86,8 @@ def test_gdro_trains_at_its_default_beta_and_says_what_it_skips(make: Callable[.
     assert any(line["grad_norm"] > 0 for line in found)
     assert trainer.learner.update == 3 - sum(skipped)
     assert any(
-        "updates skipped, since their gradients overflowed in half precision: 1" in one for one in trainer.display.said
+        "1 of its updates skipped, since the gradient overflowed in half precision" in one
+        for one in trainer.display.said
     )
     assert not any("teaches nothing" in one for one in trainer.display.said)
     assert trainer.tested
@@ -120,8 +121,8 @@ def test_a_run_in_half_precision_goes_on_exactly(make: Callable[..., Recipe], al
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_the_balance_of_gradients_is_that_of_single_precision(make: Callable[..., Recipe]) -> None:
-    """A common scale of the gradients cancels; one that overflows skips the update and leaves the balance alone."""
+def test_the_balance_of_gradients_equals_that_of_single_precision(make: Callable[..., Recipe]) -> None:
+    """A common scale of the gradients cancels; a scale that overflows skips the update and keeps the balance."""
     found = {}
     for dtype, scale in (("fp32", 1.0), ("fp16", 2.0**8), ("fp16", 2.0**16), ("fp16", 2.0**60)):
         recipe = make("marble", dtype, f"{dtype}_{scale:g}", steps=1)
@@ -155,10 +156,10 @@ def test_a_scale_that_collapses_ends_the_run(make: Callable[..., Recipe]) -> Non
 # What is not finite
 
 
-def test_a_policy_that_diverges_is_said_to_and_no_reward_is_blamed(make: Callable[..., Recipe]) -> None:
+def test_a_diverged_policy_is_named_and_no_reward_is_blamed(make: Callable[..., Recipe]) -> None:
     recipe = make({"name": "flow_grpo", "clip_range": 1e-2}, "fp32", learning_rate=1e30)
     message = (
-        r"^the policy has diverged: its pictures are NaN \(8 of 8, first for 'a photo of .*'\) from step 2 on, and no "
+        r"^the policy has diverged: its samples are NaN \(8 of 8, first for 'a photo of .*'\) from step 2 on, and no "
         r"reward is at fault; lower train\.learning_rate \(1e\+30\) or train\.max_grad_norm \(1\) or "
         r"algorithm\.clip_range \(0\.01\)"
     )
@@ -169,29 +170,29 @@ def test_a_policy_that_diverges_is_said_to_and_no_reward_is_blamed(make: Callabl
 def test_an_evaluation_says_that_the_policy_diverged(make: Callable[..., Recipe], values: dict[str, Any]) -> None:
     recipe = make("nft", "fp32", learning_rate=1e30)
     measured = recipe.evaluation.model_copy(update={"prompts": values["prompts"], "steps": 2, "every": 1})
-    with pytest.raises(UserError, match=r"the policy has diverged: its pictures are NaN .* from step 1 on"):
+    with pytest.raises(UserError, match=r"the policy has diverged: its samples are NaN .* from step 1 on"):
         Trainer.from_recipe(recipe.model_copy(update={"evaluation": measured}), display=Said()).run()
 
 
 @pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite")])
-def test_latents_that_are_not_finite_are_refused_whatever_their_pictures_are(
+def test_latents_that_are_not_finite_are_refused_even_if_their_images_are_finite(
     make: Callable[..., Recipe], value: float, kind: str
 ) -> None:
     trainer = Trainer.from_recipe(make("nft", "fp32"), display=Said())
     trainer.policy.velocity = lambda x, *_: torch.full_like(x, value)  # type: ignore[method-assign]
     trainer.policy.decode = lambda latents: latents.new_ones(len(latents), 3, 8, 8)  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=rf"the model's pictures are {kind} \(8 of 8.* before any training"):
+    with pytest.raises(UserError, match=rf"the model's samples are {kind} \(8 of 8.* before any training"):
         trainer.run()
 
 
-def test_the_model_is_named_where_no_run_draws(tiny_model: Path, make: Callable[..., Recipe]) -> None:
+def test_the_model_is_named_in_a_rollout_outside_a_run(tiny_model: Path, make: Callable[..., Recipe]) -> None:
     recipe = make("nft", "fp32")
     policy = load_policy(recipe.model)
     policy.velocity = lambda x, *_: torch.full_like(x, torch.nan)  # type: ignore[method-assign]
     from flowalign.rollout.prompts import load_prompts
 
     rows = load_prompts(recipe.prompts)
-    with pytest.raises(UserError, match=r"^the model's pictures are NaN \(4 of 4, first for 'a photo of two stars'\)"):
+    with pytest.raises(UserError, match=r"^the model's samples are NaN \(4 of 4, first for 'a photo of two stars'\)"):
         rollout(policy, RolloutRequest(rows, 1, recipe.rollout, policy.request, (0, 0), batch=4))
 
 
@@ -218,7 +219,7 @@ def test_a_loss_or_gradient_that_is_not_finite_is_named(
         trainer.run()
 
 
-def test_a_reward_that_scores_nan_on_finite_pictures_is_named(make: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_reward_that_scores_nan_on_finite_images_is_named(make: Callable[..., Recipe], tmp_path: Path) -> None:
     entry = make("nft", "fp32").rewards["one"].model_copy(update={"load": f"{tmp_path / 'judge.py'}:nan"})
     with pytest.raises(RewardError, match="reward 'nan' scored"):
         Trainer.from_recipe(make("nft", "fp32").model_copy(update={"rewards": {"bad": entry}}), display=Said()).run()

@@ -1,4 +1,4 @@
-"""Steps that teach nothing are said, and end a run; the self-test waits for one that teaches."""
+"""Steps that teach nothing are reported and end a run; the self-test waits for a step that teaches."""
 
 import json
 import weakref
@@ -94,16 +94,16 @@ def test_a_constant_reward_is_named_after_the_first_step_and_ends_the_run(
     recipe = make("constant", algorithm=algorithm, train={"steps": 9, "idle_steps": 2, "micro_batch": 8})
     display = Said()
     trainer = Trainer.from_recipe(recipe, display=display)
-    why = "reward 'constant' is 0.25 for every picture"
+    why = "reward 'constant' is 0.25 for every sample"
     with pytest.raises(UserError, match=rf"^stopped after step 2, .* taught nothing: {why}; train\.idle_steps=0"):
         trainer.run()
     assert [line["zero_spread"] for line in lines(recipe)] == [1, 1]
     said = [line for line in display.said if "teaches nothing" in line]
-    assert said == [f"step 1 teaches nothing: {why}; the self-test waits for one that does"]
+    assert said == [f"step 1 teaches nothing: {why}; the self-test waits for a step that teaches"]
     assert (recipe.folder / "checkpoints" / "step_000002").is_dir()
 
 
-def test_a_run_that_goes_on_counts_the_steps_before_it_and_may_be_told_not_to(make: Callable[..., Recipe]) -> None:
+def test_a_resumed_run_counts_earlier_idle_steps_and_may_lift_the_limit(make: Callable[..., Recipe]) -> None:
     trained(make("constant", train={"steps": 2, "idle_steps": 3}))
     trainer = Trainer.from_recipe(make("constant", train={"steps": 4, "idle_steps": 3}), resume=True, display=Said())
     with pytest.raises(UserError, match="stopped after step 3, the last 3 steps taught nothing"):
@@ -122,36 +122,36 @@ def test_without_a_limit_a_run_goes_on_to_its_end(make: Callable[..., Recipe]) -
 @pytest.mark.parametrize(
     ("rewards", "algorithm", "why"),
     [
-        (["by_prompt"], "nft", "reward 'by_prompt' is the same for all pictures of a prompt"),
-        (["brightness", "opposite"], "flow_grpo", "what the rewards add up to is equal within every prompt"),
-        (["constant", "by_prompt"], "marble", "reward 'constant' is 0.25 for every picture; reward 'by_prompt' is"),
+        (["by_prompt"], "nft", "reward 'by_prompt' is the same for all samples of a prompt"),
+        (["brightness", "opposite"], "flow_grpo", "the total reward is the same for all samples of a prompt"),
+        (["constant", "by_prompt"], "marble", "reward 'constant' is 0.25 for every sample; reward 'by_prompt' is"),
     ],
 )
-def test_the_reason_is_said_where_rewards_are_not_constant(
+def test_the_reason_is_named_when_rewards_are_not_constant(
     make: Callable[..., Recipe], rewards: list[str], algorithm: str, why: str
 ) -> None:
     (said,) = trained(make(*rewards, algorithm=algorithm, train={"steps": 2, "micro_batch": 8}))[1]
     assert said.startswith(f"step 1 teaches nothing: {why}")
 
 
-def test_pictures_that_are_all_alike_are_said(make: Callable[..., Recipe]) -> None:
+def test_identical_samples_are_named_as_the_reason(make: Callable[..., Recipe]) -> None:
     recipe = make("brightness")
     display = Said()
     trainer = Trainer.from_recipe(recipe, display=display)
     trainer.policy.decode = lambda latents: latents.new_ones(len(latents), 3, 8, 8)  # type: ignore[method-assign]
     trainer.run()
     (said,) = [line for line in display.said if "teaches nothing" in line]
-    assert "reward 'brightness' is 1 for every picture, since all pictures of a prompt are alike" in said
+    assert "reward 'brightness' is 1 for every sample, since all samples of a prompt are identical" in said
 
 
-def test_one_constant_reward_of_several_is_said_once(make: Callable[..., Recipe]) -> None:
+def test_one_constant_reward_of_several_is_named_once(make: Callable[..., Recipe]) -> None:
     trainer, said = trained(make("brightness", "constant"))
-    assert said == ["step 1: reward 'constant' is 0.25 for every picture, so it teaches nothing; the other rewards do"]
+    assert said == ["step 1: reward 'constant' is 0.25 for every sample, so it teaches nothing; the other rewards do"]
     assert trainer.tested
-    assert lines(trainer.recipe)[1]["flat"] == {"constant": "is 0.25 for every picture"}
+    assert lines(trainer.recipe)[1]["flat"] == {"constant": "is 0.25 for every sample"}
 
 
-def test_a_gradient_that_is_exactly_zero_is_a_failed_self_test(make: Callable[..., Recipe]) -> None:
+def test_a_gradient_that_is_exactly_zero_fails_the_self_test(make: Callable[..., Recipe]) -> None:
     trainer = Trainer.from_recipe(make("brightness"), display=Said())
     velocity = trainer.policy.velocity
     trainer.policy.velocity = lambda *given: 0 * velocity(*given)  # type: ignore[method-assign]
@@ -159,7 +159,7 @@ def test_a_gradient_that_is_exactly_zero_is_a_failed_self_test(make: Callable[..
         trainer.run()
 
 
-def test_a_gradient_that_becomes_zero_is_said_and_ends_the_run(make: Callable[..., Recipe]) -> None:
+def test_a_gradient_that_becomes_zero_is_reported_and_ends_the_run(make: Callable[..., Recipe]) -> None:
     display = Said()
     trainer = Trainer.from_recipe(make("brightness", train={"steps": 9, "idle_steps": 2}), display=display)
     trainer.tested = True
@@ -170,8 +170,8 @@ def test_a_gradient_that_becomes_zero_is_said_and_ends_the_run(make: Callable[..
         trainer.run()
 
 
-def test_a_step_that_teaches_begins_the_count_anew_and_is_tested(make: Callable[..., Recipe]) -> None:
-    """16 pictures are scored in two steps; the third teaches."""
+def test_a_step_that_teaches_restarts_the_count_and_runs_the_self_test(make: Callable[..., Recipe]) -> None:
+    """Two steps score 16 samples; the third step teaches."""
     recipe = make("Late", train={"steps": 4, "idle_steps": 3}, rewards={"Late": {"options": {"after": 16}}})
     trainer, said = trained(recipe)
     assert [line["zero_spread"] for line in lines(recipe)] == [1, 1, 0, 0]
@@ -192,7 +192,7 @@ def test_dense_values_with_an_absolute_term_learn_from_equal_groups(make: Callab
 
 @pytest.mark.parametrize("algorithm", ["crd", "nft", "flow_grpo", "gdro", "prdp"])
 def test_healthy_runs_pass_whichever_groups_come_first(make: Callable[..., Recipe], algorithm: str) -> None:
-    """Three of four groups are flat and kept, so that many a first micro-batch, and update, holds nothing else."""
+    """Three of four groups are flat and kept, so many first micro-batches and updates hold only flat groups."""
     settings = {"name": algorithm, "equal_groups": "keep"}
     train = {"steps": 1, "prompts_per_step": 4, "updates_per_step": 4, "micro_batch": 8}
     for seed in range(2):
@@ -209,7 +209,7 @@ def test_healthy_runs_pass_whichever_groups_come_first(make: Callable[..., Recip
         }
 
 
-def test_a_sample_of_average_reward_is_no_reason_to_fail(make: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_the_self_test_passes_with_samples_of_average_reward(make: Callable[..., Recipe], tmp_path: Path) -> None:
     """Rewards 0, 1/2, 1, 1/2: every other item has no advantage, and an update holds one item."""
     middle = (
         "def middle(media, prompts, metadata):\n    return [(0.5, 0.0, 0.5, 1.0)[i % 4] for i in range(len(media))]\n"
@@ -222,7 +222,7 @@ def test_a_sample_of_average_reward_is_no_reason_to_fail(make: Callable[..., Rec
 
 
 def test_the_self_test_keeps_one_graph_at_a_time(make: Callable[..., Recipe]) -> None:
-    """What a forward pass saved for its backward pass is gone before the next, as `flowalign plan` counts it."""
+    """A forward pass's saved tensors are freed before the next pass, as `flowalign plan` assumes."""
     recipe = make("brightness", algorithm={"name": "flow_grpo", "kl_weight": 0.1}, train={"steps": 1})
     trainer = Trainer.from_recipe(recipe, display=Said())
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""What a launcher may be configured for, and what processes that share out a model's weights agree on."""
+"""Launchers' configurations that are accepted or refused, and processes that shard a model's weights."""
 
 import json
 import os
@@ -44,12 +44,12 @@ REFUSED = {
     "fsdp_activation_checkpointing true; set it to false": {**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"},
     "gradient_accumulation_steps 4; set it to 1": {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
     "dynamo_backend inductor; set it to no": {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
-    "mixed_precision fp16, and model.dtype fp32": {"ACCELERATE_MIXED_PRECISION": "fp16"},
+    "mixed_precision fp16, but model.dtype fp32": {"ACCELERATE_MIXED_PRECISION": "fp16"},
 }
 
 
 @pytest.mark.parametrize("said", REFUSED)
-def test_what_a_launcher_asks_for_and_would_not_get_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launchers_setting_without_effect_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_from_dict({**VALUES, "model": {"dtype": "fp32"}})
     refuse_launcher(recipe)
     for name, value in REFUSED[said].items():
@@ -59,25 +59,25 @@ def test_what_a_launcher_asks_for_and_would_not_get_is_refused(said: str, monkey
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_all_learn_are_not_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_frozen_weights_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**SHARDED, "ACCELERATE_MIXED_PRECISION": "bf16"}.items():
         monkeypatch.setenv(name, value)
     refuse_launcher(recipe_from_dict({**VALUES, "model": {"dtype": "bf16"}}))
-    with pytest.raises(UserError, match=r"model\.lora null trains all weights, and FSDP shares out frozen ones alone"):
+    with pytest.raises(UserError, match=r"model\.lora null trains all weights, but FSDP shards only frozen weights"):
         refuse_launcher(recipe_from_dict({**VALUES, "model": {"dtype": "bf16", "lora": None}}))
-    with pytest.raises(UserError, match="this policy trains all its weights, and FSDP"):
+    with pytest.raises(UserError, match="this policy trains all its weights, but FSDP"):
         share_out(nn.Linear(2, 2), torch.device("cpu"), 2)
 
 
 @given(st.integers(0, 9), st.integers(1, 4))
-def test_rows_are_scored_once_and_drawn_by_as_many_processes_as_wait(count: int, world: int) -> None:
+def test_rows_are_scored_once_and_each_process_draws_equally_many(count: int, world: int) -> None:
     rows = [Row(index, f"prompt {index}", {}) for index in range(count)]
     shares = [rows_of_process(rows, rank, world, True) for rank in range(world)]
     assert sorted(row.index for own, _ in shares for row in own) == list(range(count))
     assert len({len(own) + len(spare) for own, spare in shares}) == 1
 
 
-def test_a_process_without_a_row_of_its_own_draws_one_for_company() -> None:
+def test_a_process_without_a_row_of_its_own_draws_a_spare_one_in_lockstep() -> None:
     rows = [Row(index, f"prompt {index}", {}) for index in range(4)]
     shares = [rows_of_process(rows, rank, 3, True) for rank in range(3)]
     assert [([row.index for row in own], [row.index for row in spare]) for own, spare in shares] == [
@@ -86,7 +86,7 @@ def test_a_process_without_a_row_of_its_own_draws_one_for_company() -> None:
         ([2], [0]),
     ]
     assert rows_of_process(rows[:1], 2, 3, True) == ([], rows[:1])
-    assert not rows_of_process(rows[:1], 2, 3, False)[1]  # where nobody waits for it, it draws nothing
+    assert not rows_of_process(rows[:1], 2, 3, False)[1]  # out of lockstep it draws nothing
 
 
 def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_gradients_are_summed_in_messages_of_a_bounded_size(monkeypatch: pytest.
     ]
 
 
-def test_a_transformer_that_is_to_be_shared_out_is_not_put_on_the_device_whole(tiny_model: Path) -> None:
+def test_a_transformer_to_be_sharded_is_not_put_on_the_device_whole(tiny_model: Path) -> None:
     settings = Model(path=str(tiny_model), height=64, width=64, max_sequence_length=0, dtype="fp32")
     policy = load_policy(settings, "meta", whole=False)
     assert {weight.device.type for weight in policy.transformer.parameters()} == {"cpu"}
@@ -122,9 +122,9 @@ def test_a_transformer_that_is_to_be_shared_out_is_not_put_on_the_device_whole(t
 
 
 def launch(recipe: Path, config: Path) -> subprocess.CompletedProcess[str]:
-    """A run of two processes on processors, as the launcher's configuration has them."""
-    on_processors = yaml.safe_load(config.read_text()) | {"use_cpu": True, "num_processes": 2}
-    (recipe.parent / "accelerate.yaml").write_text(yaml.safe_dump(on_processors))
+    """A run of two processes on the CPU, with the launcher's configuration otherwise unchanged."""
+    on_cpu = yaml.safe_load(config.read_text()) | {"use_cpu": True, "num_processes": 2}
+    (recipe.parent / "accelerate.yaml").write_text(yaml.safe_dump(on_cpu))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(recipe.parent / "accelerate.yaml"), "--main_process_port", "0"]
     command += [str(SCRIPTS / "train.py"), str(recipe)]
@@ -133,9 +133,7 @@ def launch(recipe: Path, config: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_launcher_shares_a_model_out_with_the_configuration_in_scripts(
-    values: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_launcher_shards_a_model_with_the_configuration_in_scripts(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"] |= {"steps": 2}
     values["evaluation"] |= {"count": 3}
     recipe = tmp_path / "recipe.yaml"
@@ -148,7 +146,7 @@ def test_the_launcher_shares_a_model_out_with_the_configuration_in_scripts(
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_processes_that_begin_with_different_weights_are_told_so(tiny_model: Path) -> None:
+def test_processes_that_begin_with_different_weights_are_refused(tiny_model: Path) -> None:
     class Other:
         """Sees a second process whose first weight differs in its last bit."""
 
@@ -168,7 +166,7 @@ def test_processes_that_begin_with_different_weights_are_told_so(tiny_model: Pat
         prepare(cast(Accelerator, engine), policy)
 
 
-def test_the_checksum_sees_a_weights_last_bit_whatever_order_it_is_added_in() -> None:
+def test_the_checksum_sees_a_weights_last_bit_and_ignores_the_order_of_addition() -> None:
     weight = nn.Parameter(torch.randn(7, 5))
     turned = nn.Parameter(weight.detach().flip(0))
     moved = nn.Parameter(weight.detach().clone())
@@ -231,9 +229,9 @@ for one, other in zip(plain, beside):
 try:
     prepare(accelerator, policy)
 except UserError as error:
-    assert "is shared out among the processes already" in str(error)
+    assert "is sharded among the processes already" in str(error)
 else:
-    raise AssertionError("trained weights that are shared out were taken")
+    raise AssertionError("sharded trained weights were accepted")
 torch.distributed.destroy_process_group()
 if rank:
     os._exit(0)
@@ -243,8 +241,8 @@ sys.exit(status != 0)
 
 
 @pytest.mark.slow
-def test_snapshots_of_weights_that_are_shared_out_are_used_and_not_passed_by() -> None:
-    """In two processes: FSDP gathers from buffers of its own, and would take no others put in their place."""
+def test_snapshots_of_sharded_weights_take_effect() -> None:
+    """Two processes shard all weights: FSDP gathers from its own buffers and ignores weights put in their place."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Pictures that a reward leaves out: they are in no statistic, teach nothing, and are counted."""
+"""Samples that a reward leaves out: they are in no statistic, teach nothing, and are counted."""
 
 import json
 import math
@@ -48,7 +48,7 @@ TOTAL = torch.tensor([1.0, math.nan, 3.0, 5.0, 6.0, 9.0, math.nan, math.nan, mat
 
 
 class Dark(Reward):
-    """Brightness, but of no picture that is darker than a fifth."""
+    """Brightness; it leaves out images that are darker than a fifth."""
 
     masks = True
 
@@ -75,7 +75,7 @@ def scored(total: torch.Tensor) -> RewardTable:
     return RewardTable(total, total[None], known[None], torch.ones(1), ("judge",), measured=total[None])
 
 
-def test_a_total_is_unknown_where_a_reward_of_weight_left_the_item_out() -> None:
+def test_a_total_is_unknown_if_a_weighted_reward_left_the_sample_out() -> None:
     scores = score_all({"dark": Dark(), "even": Even()}, greys(0.1, 0.4), ["a", "b"])
     assert scores["dark"].applies.tolist() == [False, True] and scores["even"].applies.all()
     both = {"dark": 1.0, "even": 1.0}
@@ -96,13 +96,13 @@ def test_samples_left_out_are_in_no_statistic_and_teach_nothing() -> None:
     torch.testing.assert_close(learnt.advantages[[0, 2]], torch.tensor([-1.0, 1.0]), atol=1e-3, rtol=0)
 
 
-def test_a_group_that_is_learnt_from_as_a_whole_does_not_teach_without_all_its_samples() -> None:
+def test_an_algorithm_of_whole_groups_skips_a_group_that_lacks_a_sample() -> None:
     learnt = GDRO(GDROSettings()).lessons(scored(TOTAL), GROUPS)
     assert learnt.teaches.tolist() == [False] * 3 + [True] * 3 + [False] * 3
     assert torch.isfinite(learnt.advantages).all()
 
 
-def test_a_step_of_which_nothing_is_known_teaches_nothing() -> None:
+def test_a_step_without_any_score_teaches_nothing() -> None:
     learnt = FlowGRPO(FlowGRPOSettings()).lessons(scored(torch.full((9,), math.nan)), GROUPS)
     assert not learnt.teaches.any() and not learnt.differs.any() and not learnt.advantages.any()
 
@@ -117,7 +117,7 @@ def picky(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("algorithm", ["flow_grpo", "gdro"])
-def test_a_run_goes_on_without_the_pictures_left_out_and_counts_them(
+def test_a_run_trains_without_the_samples_left_out_and_counts_them(
     picky: dict[str, Any], algorithm: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rollout = picky["rollout"] if algorithm == "flow_grpo" else ODE
@@ -130,10 +130,10 @@ def test_a_run_goes_on_without_the_pictures_left_out_and_counts_them(
         assert line["answers"]["picky"]["unparsable"] == -(-line["answers"]["picky"]["answers"] // 3) > 0
         assert math.isfinite(line["grad_norm"]) and 0 < line["reward"]["total"] == line["reward"]["picky"]
     assert "step 1: picky could not read" in capsys.readouterr().out
-    assert any(line["grad_norm"] > 0 for line in lines) == (algorithm == "flow_grpo")  # every group lacks one
+    assert any(line["grad_norm"] > 0 for line in lines) == (algorithm == "flow_grpo")  # every group lacks a sample
 
 
-def test_a_store_keeps_which_pictures_were_left_out(picky: dict[str, Any], tmp_path: Path) -> None:
+def test_a_dataset_records_which_samples_were_left_out(picky: dict[str, Any], tmp_path: Path) -> None:
     picky = {**picky, "dataset": str(tmp_path / "store"), "algorithm": "gdro", "rollout": ODE}
     picky["rewards"]["picky"]["options"] = {"every": 5}
     recipe = recipe_from_dict(picky)
@@ -149,12 +149,12 @@ def test_a_store_keeps_which_pictures_were_left_out(picky: dict[str, Any], tmp_p
     assert torch.equal(weighted.teaches.view(-1, 4)[:, 0], scores.applies.view(-1, 4).all(1))
 
 
-def test_best_of_n_refuses_a_judge_that_leaves_pictures_out() -> None:
+def test_best_of_n_refuses_a_judge_that_leaves_images_out() -> None:
     with pytest.raises(UserError, match="reward 'dark' may leave pictures out"):
         check_judges({"dark": Dark()})
 
 
-def test_answers_that_were_not_read_are_told_by_name(tmp_path: Path) -> None:
+def test_rewards_with_unread_answers_are_named(tmp_path: Path) -> None:
     (tmp_path / "picky.py").write_text(PICKY)
     judges = {"picky": rewards.load(f"{tmp_path / 'picky.py'}:Picky")}
     score_all(judges, greys(0.1, 0.2, 0.3, 0.4), ["a"] * 4)
@@ -162,7 +162,7 @@ def test_answers_that_were_not_read_are_told_by_name(tmp_path: Path) -> None:
     assert unread(tally(judges)) == []
 
 
-def test_score_shows_and_writes_what_was_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_shows_and_writes_the_images_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "picky.py").write_text(PICKY)
     (tmp_path / "prompts.txt").write_text("a\nb\n")
     (tmp_path / "drawn").mkdir()

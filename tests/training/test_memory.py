@@ -21,7 +21,7 @@ def exhausted(*_: Any, **__: Any) -> Any:
 
 
 def failing(values: dict[str, Any], part: str, name: str) -> str:
-    """The sentence of a run one of whose parts runs out of memory."""
+    """The error of a run in which a method of one part runs out of memory."""
     trainer = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     setattr(getattr(trainer, part), name, exhausted)
     with pytest.raises(UserError) as caught:
@@ -31,14 +31,14 @@ def failing(values: dict[str, Any], part: str, name: str) -> str:
 
 
 def test_out_of_memory_names_the_phase_and_the_setting_to_lower(values: dict[str, Any]) -> None:
-    assert "out of memory in the evaluation phase on evaluation.batch 64; lower it" in failing(
+    assert "out of memory in the evaluation phase with evaluation.batch 64; lower it" in failing(
         values, "policy", "decode"
     )
     values["evaluation"]["prompts"] = None
     values["run"]["folder"] += "_rollout"
-    assert "in the rollout phase on rollout.batch 8; lower it" in failing(values, "policy", "decode")
+    assert "in the rollout phase with rollout.batch 8; lower it" in failing(values, "policy", "decode")
     values["run"]["folder"] += "_train"
-    assert "in the train phase on train.micro_batch 3; lower it" in failing(values, "learner", "learn")
+    assert "in the train phase with train.micro_batch 3; lower it" in failing(values, "learner", "learn")
     values["train"]["micro_batch"] = 1
     values["run"]["folder"] += "_least"
     assert "the least; set model.gradient_checkpointing=true" in failing(values, "learner", "learn")
@@ -55,7 +55,7 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_smaller_batches(values: dict[
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is here")
-def test_an_optimizer_that_is_not_installed_is_said_before_the_model_loads(values: dict[str, Any]) -> None:
+def test_an_optimizer_that_is_not_installed_is_reported_before_the_model_loads(values: dict[str, Any]) -> None:
     values["train"]["optimizer"] = "adamw8bit"
     values["model"]["path"] = "/none"
     with pytest.raises(UserError, match=r"needs bitsandbytes; install it with pip install 'flowalign\[bitsandbytes\]'"):
@@ -64,7 +64,7 @@ def test_an_optimizer_that_is_not_installed_is_said_before_the_model_loads(value
 
 
 class Quantised(torch.optim.SGD):
-    """State as bitsandbytes has it: bytes, a table that all weights share, a plain number, and some of it nested."""
+    """Keeps state as bitsandbytes does: bytes, a table that all weights share, a plain number, and nested parts."""
 
     table = torch.linspace(-1, 1, 256)
 

@@ -1,4 +1,4 @@
-"""What installed packages add by entry points, with no change to this package: algorithms, commands, benchmarks.
+"""Algorithms, commands and benchmarks that installed packages add by entry points, with no change to this package.
 
 Rewards are in tests/rewards/test_reward_loading.py, policies in tests/preflight/test_model_check.py.
 """
@@ -68,7 +68,7 @@ def hello(name: str, loud: bool = False) -> None:
 
 
 def brightness_benchmark(images: Path, output: Path) -> None:
-    """Judge how bright pictures are."""
+    """Judge how bright images are."""
     benchmark = Benchmark(images, 1, output, None)
 
     def judge(pictures):
@@ -112,7 +112,7 @@ def test_a_recipe_names_an_installed_algorithm_and_trains_with_it(plugged: None,
     assert trainer.algorithm.state_dict()["asked"] > 0
 
 
-def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None, values: dict[str, Any]) -> None:
+def test_an_installed_algorithm_that_cannot_be_used_is_reported(plugged: None, values: dict[str, Any]) -> None:
     def refused(name: str, **more: Any) -> str:
         with pytest.raises(UserError) as caught:
             recipe_from_dict({**values, "algorithm": {"name": name, **more}})
@@ -127,7 +127,7 @@ def test_an_installed_algorithm_that_cannot_be_had_is_one_sentence(plugged: None
         recipe_from_dict({**values, "algorithm": "flow_grpo", "dataset": "groups"})  # says so whatever is broken
 
 
-def test_settings_alone_are_no_algorithm(values: dict[str, Any]) -> None:
+def test_settings_without_an_algorithm_are_refused(values: dict[str, Any]) -> None:
     class Bare(AlgorithmSettings):
         needs = "final"
         name: str = "bare"
@@ -137,7 +137,7 @@ def test_settings_alone_are_no_algorithm(values: dict[str, Any]) -> None:
         algorithm_of(recipe.algorithm)
 
 
-def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_installed_command_works_like_a_built_in_one(plugged: None, capsys: pytest.CaptureFixture[str]) -> None:
     def said(*arguments: str) -> tuple[Any, str]:
         with pytest.raises(SystemExit) as caught:
             main(arguments)
@@ -151,7 +151,7 @@ def test_an_installed_command_is_one_of_ours(plugged: None, capsys: pytest.Captu
     assert code == 2 and text.startswith("error: command 'lost' cannot be imported (plugged_package:nowhere)")
 
 
-def test_an_installed_benchmark_judges_pictures_and_goes_on_where_it_stopped(plugged: None, tmp_path: Path) -> None:
+def test_an_installed_benchmark_judges_images_and_goes_on_where_it_stopped(plugged: None, tmp_path: Path) -> None:
     for index, level in enumerate((0, 51)):
         place = tmp_path / "images" / f"{index:05d}" / "samples"
         place.mkdir(parents=True)

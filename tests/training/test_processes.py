@@ -1,4 +1,4 @@
-"""Several processes are one: the same pictures, the same updates, the same evaluations and audits, and one end."""
+"""Several processes equal one: the same samples, the same updates, the same evaluations and audits, one end."""
 
 import json
 import os
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
-def test_an_update_is_made_of_the_same_units_however_many_processes_share_them(counts, updates, seed):
+def test_an_update_has_the_same_units_however_many_processes_divide_them(counts, updates, seed):
     whole = shared_out([sum(counts)], 0, updates, counted_generator(seed))
     assert torch.cat([share.places for share in whole]).sort().values.tolist() == list(range(sum(counts)))
     parts = [shared_out(counts, rank, updates, counted_generator(seed)) for rank in range(len(counts))]
@@ -81,7 +81,7 @@ def recipe_of(folder: Path, name: str, world: int | str, sections: dict[str, Any
 
 
 def cases(folder: Path, world: int) -> list[dict[str, Any]]:
-    """What the worker trains: every algorithm in both precisions, and what else several processes could part."""
+    """The worker's cases: every algorithm in both precisions, and all else that processes could do differently."""
     found: list[dict[str, Any]] = []
 
     def add(name: str, algorithm: str, dtype: str = "float64", more: dict[str, Any] | None = None, **case: Any) -> None:
@@ -95,19 +95,19 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
         add(f"{name}_float64", name)
     add("learning", "nft", more={"train": {"ema_decay": 0.9}}, learns=True)
     add("uneven", "flow_grpo", flat=["prompt 0", "prompt 2", "prompt 3", "prompt 5"])
-    # Of the flat prompts alone the second reward says something, and never anything that teaches.
+    # The second reward judges only the flat prompts, so it never teaches.
     add("uneven_marble", "marble", flat=[f"prompt {index}" for index in (0, 2, 3, 5, 6)], limited=True, more=SKIPS)
     measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "keep_media": 3}
     guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
     add("guarded", "nft", more={"evaluation": measured, "guard": guard})
-    # In one process alone a group teaches, if any: the others' are all equal, left out or kept.
+    # At most one process has a group that teaches; all other groups have equal rewards, and are skipped or kept.
     alone = [f"prompt {index}" for index in range(7) if index != 4]
     for name in LONE:
         more = {"algorithm": {**ALGORITHMS[name]["algorithm"], "equal_groups": "keep"}, "train": {"steps": 4}}
         add(f"lone_{name}", name, more=more, flat=alone)
     add("lone_skip", "flow_grpo", more={"train": {"steps": 4}}, flat=alone)
     add("none", "nft", more={"train": {"idle_steps": 1}}, flat=[*alone, "prompt 4"], idle=True)
-    # With three processes one has no picture to evaluate.
+    # With three processes one has no prompt to evaluate.
     add("few", "nft", more={"evaluation": {**measured, "count": 2}, "guard": guard})
     add("asked", "nft", asked=True)
     add("clocks", "nft", clocks=True, more={"train": {"steps": 5}, "run": {"max_minutes": 15}})
@@ -123,7 +123,7 @@ def cases(folder: Path, world: int) -> list[dict[str, Any]]:
 
 
 def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is trained with the frozen weights shared out, and in one process that holds them whole.
+    """The cases with sharded frozen weights, which one process trains with whole weights too.
 
     tiny: the values of a recipe of a real pipeline.
     """
@@ -140,7 +140,7 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
     for name in SHARED_OUT:
         small(f"adapters_{name}_float32", name, "float32")
         small(f"adapters_{name}_float64", name)
-    small("adapters_parts", "prdp", train={"micro_batch": 3})  # of 8 items that a loss never parts
+    small("adapters_parts", "prdp", train={"micro_batch": 3})  # a loss needs the 8 samples of a unit together
     small("adapters_uneven", "flow_grpo", flat=["prompt 0", "prompt 2", "prompt 3", "prompt 5"])
     measured = {"prompts": str(folder / "test.txt"), "steps": 2, "every": 1, "images_per_prompt": 2, "keep_media": 3}
     guard = {"rewards": {"darkness": {"load": f"{folder / 'judges.py'}:darkness"}}, "seeds": 2, "kl_samples": 2}
@@ -162,7 +162,7 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
 
 
 def resumed(cases: list[dict[str, Any]], folder: Path, label: str, of: str) -> dict[str, Any]:
-    """The pipeline's NFT run as `label` goes on with it, from the half of it that `of` ran."""
+    """The case in which `label` goes on with the pipeline's NFT run, of which `of` has run the first half."""
     values = next(case["values"] for case in cases if Path(case["values"]["run"]["folder"]).name == f"half_{of}")
     changes = {
         "train": {**values["train"], "steps": 2},
@@ -173,7 +173,7 @@ def resumed(cases: list[dict[str, Any]], folder: Path, label: str, of: str) -> d
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_values: Callable[[Path], dict[str, Any]]) -> Path:
-    """The folder of the runs of all cases, named CASE_WORLD, or CASE_WORLDs where the weights are shared out."""
+    """The folder of the runs of all cases, named CASE_WORLD, or CASE_WORLDs for sharded weights."""
     folder = tmp_path_factory.mktemp("processes")
     (folder / "train.txt").write_text("".join(f"prompt {index}\n" for index in range(7)))
     (folder / "test.txt").write_text("".join(f"other {index}\n" for index in range(5)))
@@ -197,7 +197,7 @@ def weights(runs: Path, name: str, world: int | str, rank: int = 0) -> torch.Ten
 
 
 def moved_apart(runs: Path, name: str, world: int | str, alone: str | None = None) -> float:
-    """How far the weights of so many processes are from those of one, as a share of how far these moved."""
+    """The distance between the weights of `world` processes and of one, relative to how far those of one moved."""
     one, several = weights(runs, alone or name, 1), weights(runs, name, world)
     started = load_file(runs / f"{alone or name}_1_seen" / "start_0.safetensors")
     start = torch.cat([started[key].flatten() for key in sorted(started)])
@@ -215,7 +215,7 @@ several = pytest.mark.parametrize("world", WORLDS[1:])
 @pytest.mark.slow
 @several
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_pictures_are_bit_for_bit_those_of_one_process(runs: Path, name: str, world: int) -> None:
+def test_the_samples_equal_those_of_one_process_bit_for_bit(runs: Path, name: str, world: int) -> None:
     for dtype in ("float32", "float64"):
         one = load_file(runs / f"{name}_{dtype}_1_seen" / "drawn_0.safetensors")
         shares = [
@@ -231,7 +231,7 @@ def test_the_pictures_are_bit_for_bit_those_of_one_process(runs: Path, name: str
 @several
 @pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-6), ("float32", 1e-4)])
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_the_updates_are_those_of_one_process(runs: Path, name: str, dtype: str, limit: float, world: int) -> None:
+def test_the_updates_equal_those_of_one_process(runs: Path, name: str, dtype: str, limit: float, world: int) -> None:
     case = f"{name}_{dtype}"
     assert moved_apart(runs, case, world) < limit
     for rank in range(1, world):
@@ -245,7 +245,7 @@ def test_the_updates_are_those_of_one_process(runs: Path, name: str, dtype: str,
 @pytest.mark.slow
 @several
 @pytest.mark.parametrize("name", ["learning", "uneven", "uneven_marble"])
-def test_rewards_learn_alike_everywhere_and_groups_may_teach_in_one_process_alone(
+def test_rewards_learn_alike_in_all_processes_even_if_only_one_has_groups_that_teach(
     runs: Path, name: str, world: int
 ) -> None:
     assert moved_apart(runs, name, world) < 1e-6
@@ -262,10 +262,10 @@ def test_rewards_learn_alike_everywhere_and_groups_may_teach_in_one_process_alon
 @pytest.mark.slow
 @several
 @pytest.mark.parametrize("name", [*(f"lone_{name}" for name in LONE), "lone_skip", "lone_resumed"])
-def test_the_self_test_passes_where_one_process_alone_has_groups_that_teach(runs: Path, name: str, world: int) -> None:
+def test_the_self_test_passes_if_only_one_process_has_groups_that_teach(runs: Path, name: str, world: int) -> None:
     for count in (1, world) if name != "lone_resumed" else (world,):
         spread = [line["zero_spread"] for line in lines(runs, name, count)]
-        assert pytest.approx(5 / 6) in spread  # of a step's six groups one differs
+        assert pytest.approx(5 / 6) in spread  # in one of a step's six groups the rewards differ
         checks = json.loads((runs / f"{name}_{count}" / "run.json").read_text())["self_test"]
         assert all(check["passed"] for check in checks)
         assert checks[-1] == {
@@ -282,12 +282,12 @@ def test_the_self_test_passes_where_one_process_alone_has_groups_that_teach(runs
 def test_all_processes_end_a_run_that_teaches_nothing(runs: Path, world: int) -> None:
     said = {(runs / f"none_{world}_seen" / f"idle_{rank}").read_text() for rank in range(world)}
     (sentence,) = said
-    assert "stopped after step 1, the last 1 steps taught nothing: reward 'red' is 0.5 for every picture" in sentence
+    assert "stopped after step 1, the last 1 steps taught nothing: reward 'red' is 0.5 for every sample" in sentence
 
 
 @pytest.mark.slow
 @several
-def test_every_process_scores_its_own_pictures(runs: Path, world: int) -> None:
+def test_every_process_scores_its_own_samples(runs: Path, world: int) -> None:
     for rank in range(world):
         scored = json.loads((runs / f"nft_float64_{world}_seen" / f"scored_{rank}.json").read_text())
         assert scored == dict.fromkeys(("red", "green"), 2 * 6 * 4 // world)
@@ -299,7 +299,7 @@ EVALUATED += [(f"adapters_{name}", f"{world}s") for name, world in EVALUATED]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "world"), EVALUATED)
-def test_evaluations_and_audits_are_those_of_one_process(runs: Path, name: str, world: int | str) -> None:
+def test_evaluations_and_audits_equal_those_of_one_process(runs: Path, name: str, world: int | str) -> None:
     for step in range(3):
         one, many = (
             json.loads((runs / f"{name}_{count}" / "evaluations" / f"step_{step:06d}.json").read_text())
@@ -328,7 +328,7 @@ SHARED_CASES += [(name, "2s") for name in (*PIPELINE_RUNS, "adapters_parts")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "label"), SHARED_CASES)
-def test_a_run_with_shared_out_weights_is_that_of_one_process(runs: Path, name: str, label: str) -> None:
+def test_a_run_with_sharded_weights_equals_that_of_one_process(runs: Path, name: str, label: str) -> None:
     world = int(label[0])
     one = load_file(runs / f"{name}_1_seen" / "drawn_0.safetensors")
     shares = [load_file(runs / f"{name}_{label}_seen" / f"drawn_{rank}.safetensors") for rank in range(world)]
@@ -347,7 +347,7 @@ def test_a_run_with_shared_out_weights_is_that_of_one_process(runs: Path, name: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "label"), [("adapters_nft_float64", "3s"), *((name, "2s") for name in PIPELINE_RUNS)])
-def test_a_process_holds_its_share_of_the_frozen_weights(runs: Path, name: str, label: str) -> None:
+def test_a_process_holds_its_shard_of_the_frozen_weights(runs: Path, name: str, label: str) -> None:
     world = int(label[0])
     alone = json.loads((runs / f"{name}_1_seen" / "frozen_0.json").read_text())
     shares = [json.loads((runs / f"{name}_{label}_seen" / f"frozen_{rank}.json").read_text()) for rank in range(world)]
@@ -372,13 +372,13 @@ def test_all_processes_skip_the_same_updates_in_half_precision(runs: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["1", "2s"])
-def test_a_checkpoint_goes_on_whether_weights_are_shared_out_or_not(runs: Path, label: str) -> None:
+def test_a_checkpoint_of_whole_weights_resumes_sharded_and_the_other_way_round(runs: Path, label: str) -> None:
     assert moved_apart(runs, "on", label, "pipeline_nft") < 1e-4
     assert [line["step"] for line in lines(runs, "on", label)] == [1, 2]
 
 
 @pytest.mark.slow
-def test_adapters_are_exported_alike_where_weights_are_shared_out(runs: Path) -> None:
+def test_adapters_are_exported_alike_with_sharded_weights(runs: Path) -> None:
     one, shared = (
         runs / f"pipeline_nft_{label}" / "lora" / "pytorch_lora_weights.safetensors" for label in ("1", "2s")
     )
@@ -401,7 +401,7 @@ def test_all_processes_stop_after_the_same_step(runs: Path, name: str, steps: in
 
 @pytest.mark.slow
 @several
-def test_prompts_that_cannot_be_shared_out_are_refused_everywhere(runs: Path, world: int) -> None:
+def test_prompts_that_processes_cannot_divide_evenly_are_refused_in_every_process(runs: Path, world: int) -> None:
     said = {(runs / f"refused_{world}_seen" / f"refused_{rank}").read_text() for rank in range(world)}
     assert said == {f"train.prompts_per_step (5) must be a multiple of the {world} processes"}
     assert not (runs / f"refused_{world}").exists()
@@ -415,10 +415,10 @@ def test_a_run_of_one_process_goes_on_with_several(runs: Path, world: int) -> No
         [line["forwards"] for line in lines(runs, *run)] for run in (("crd_float64", 1), ("resumed", world))
     )
     assert several[0] == one[0]
-    assert one[1] <= several[1] < 1.2 * one[1]  # a process without items computes one that counts for nothing
+    assert one[1] <= several[1] < 1.2 * one[1]  # a process without units computes a spare one that counts for 0
 
 
-# A launcher's processes: what ends one ends all
+# A launcher's processes end together
 
 ENDS = """
 import os
@@ -433,7 +433,7 @@ def judge(media, prompts, metadata):
 
 
 def launched(values: dict[str, Any], tmp_path: Path, end: str) -> subprocess.Popen[str]:
-    """A run of two processes whose second one comes to an end as it scores its second step."""
+    """A run of two processes whose second process executes `end` as it scores its second step."""
     (tmp_path / "ends.py").write_text(ENDS.format(end=end))
     values["rewards"] = {"judged": {"load": f"{tmp_path / 'ends.py'}:judge"}}
     values["train"] |= {"steps": 1000}

@@ -1,4 +1,4 @@
-"""Checkpoints: every run goes on exactly, whatever ended it, and a damaged one is named while the older one is good."""
+"""Checkpoints: every run resumes exactly, whatever ended it; a damaged checkpoint is named, the older one is good."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def redness(media, prompts, metadata):
 
 
 class Moving(TrainableReward):
-    """Brightness times a level that follows the pictures it has seen."""
+    """Scores brightness, by a factor that grows with the images of each update."""
 
     def __init__(self) -> None:
         self.level = torch.zeros(())
@@ -58,7 +58,7 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small(values: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """A recipe of a second with two rewards, whose checkpoints all stay."""
+    """A recipe with two rewards that trains for a second and keeps all checkpoints."""
     (tmp_path / "judge.py").write_text(JUDGES)
     (tmp_path / "test.txt").write_text("a photo of two moons\na photo of five moons\n")
     rewards = {name: {"load": f"{tmp_path / 'judge.py'}:{name}"} for name in ("brightness", "redness")}
@@ -81,7 +81,7 @@ def trainer_of(values: dict[str, Any], *, resume: bool = False, moving: bool = F
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics without what a clock says."""
+    """The lines of the metrics without the times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("minutes", "seconds")} for line in lines]
 
@@ -116,7 +116,7 @@ def assert_same(whole: Path, parts: Path) -> None:
 
 
 def stopped_after(whole: Path, steps: int, place: Path) -> Path:
-    """A run folder as if the run had been killed after more steps than these, the last that a checkpoint holds."""
+    """A copy of a run folder whose last checkpoint is that of `steps`, as after a kill at a later step."""
     shutil.copytree(whole, place, ignore=shutil.ignore_patterns("lora"))
     for path in checkpoints(place / "checkpoints"):
         if int(path.name.removeprefix("step_")) > steps:
@@ -138,7 +138,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-ELSEWHERE_TOO = ("gdro", "all weights, an average", "rewards that learn", "a guard")  # of which there are faster tests
+ELSEWHERE_TOO = (
+    "gdro",
+    "all weights, an average",
+    "rewards that learn",
+    "a guard",
+)  # other files have faster tests of these
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def collected(values: dict[str, Any]) -> None:
 
 @pytest.fixture
 def two_steps(small: dict[str, Any]) -> dict[str, Any]:
-    """A recipe whose run has two checkpoints; the folder holds it."""
+    """A recipe whose run has written two checkpoints into its folder."""
     small["train"] |= {"steps": 2, "updates_per_step": 1}
     small["run"] |= {"checkpoint_every": 1}
     trainer_of(small).run()
@@ -192,7 +197,7 @@ def empty(file: Path) -> None:
 
 
 def flip_a_bit(file: Path) -> None:
-    """Near the end: in a safetensors file that is data, of which its header says nothing."""
+    """Flip a bit near the end: in a safetensors file that is data, which the header does not check."""
     contents = bytearray(file.read_bytes())
     contents[-2] ^= 1
     file.write_bytes(contents)
@@ -200,7 +205,7 @@ def flip_a_bit(file: Path) -> None:
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_is_good(two_steps: dict[str, Any], tmp_path: Path) -> None:
     folder = Path(two_steps["run"]["folder"])
-    trainer = trainer_of(two_steps, resume=True)  # of a model that is loaded once for all damages
+    trainer = trainer_of(two_steps, resume=True)  # the model loads once for all damages
     last = checkpoints(folder / "checkpoints")[-1]
     good = shutil.copytree(last, tmp_path / "good")
     names = [path.name for path in last.iterdir()]
@@ -230,7 +235,7 @@ def test_the_last_checkpoints_and_the_best_weights_are_kept(small: dict[str, Any
     best = json.loads((folder / "best" / "evaluation.json").read_text())
     assert best["step"] == max(proxies, key=lambda step: proxies[step])
     assert (folder / "best" / "pytorch_lora_weights.safetensors").is_file()
-    # Killed after its last evaluation, it does not make it again, nor count its alarms twice.
+    # A run killed after its last evaluation does not repeat the evaluation, nor count its alarms twice.
     times = {file: file.stat().st_mtime_ns for file in folder.glob("evaluations/*.json")}
     shutil.rmtree(folder / "lora")
     trainer = trainer_of(small, resume=True)
@@ -245,7 +250,7 @@ def test_the_last_checkpoints_and_the_best_weights_are_kept(small: dict[str, Any
 # The disk
 
 
-def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_is_good(small: dict[str, Any]) -> None:
+def test_a_full_disk_is_reported_and_the_older_checkpoint_is_good(small: dict[str, Any]) -> None:
     small["run"] |= {"checkpoint_every": 1}
     trainer = trainer_of(small)
     folder = trainer.run_folder.checkpoints
@@ -274,7 +279,7 @@ def test_a_full_disk_is_one_sentence_and_the_older_checkpoint_is_good(small: dic
     assert len(logged(folder.parent)) == 4
 
 
-def test_a_full_disk_beside_the_checkpoints_is_one_sentence(small: dict[str, Any], monkeypatch: Any) -> None:
+def test_a_full_disk_is_reported_for_files_other_than_checkpoints(small: dict[str, Any], monkeypatch: Any) -> None:
     def full(run: RunFolder, values: Any) -> None:
         raise OSError(28, "No space left on device", str(run.metrics))
 
@@ -283,7 +288,7 @@ def test_a_full_disk_beside_the_checkpoints_is_one_sentence(small: dict[str, Any
         trainer_of(small).run()
 
 
-def test_a_place_that_takes_no_folder_is_one_sentence(small: dict[str, Any], tmp_path: Path) -> None:
+def test_a_place_that_cannot_hold_a_folder_is_reported(small: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to run folder .*Not a directory"):
         trainer_of(small, folder=str(tmp_path / "file" / "run"))
@@ -293,13 +298,13 @@ def test_a_place_that_takes_no_folder_is_one_sentence(small: dict[str, Any], tmp
         trainer.run()
 
 
-def test_what_a_kill_left_half_written_is_in_nobodys_way(small: dict[str, Any]) -> None:
+def test_files_that_a_kill_left_half_written_do_not_block_a_run(small: dict[str, Any]) -> None:
     folder = Path(small["run"]["folder"])
     folder.mkdir()
     (folder / ".partial_recipe.yaml").write_text("name: ti")
     small["train"] |= {"steps": 1}
     (folder / "checkpoints" / ".partial_step_000009").mkdir(parents=True)
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         trainer_of(small)
     shutil.rmtree(folder / "checkpoints")
     trainer = trainer_of(small)
@@ -312,7 +317,7 @@ def test_what_a_kill_left_half_written_is_in_nobodys_way(small: dict[str, Any]) 
 
 
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_as_the_unbroken_one(small: dict[str, Any], tmp_path: Path) -> None:
+def test_runs_killed_at_random_moments_end_like_the_unbroken_run(small: dict[str, Any], tmp_path: Path) -> None:
     small["guard"] = GUARD
     small["evaluation"] = {"prompts": str(tmp_path / "test.txt"), "steps": 2, "every": 2, "images_per_prompt": 2}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(small))

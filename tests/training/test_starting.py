@@ -1,4 +1,4 @@
-"""Where a run may begin or go on: in a folder that is free or its own, alone, and with what it began with."""
+"""Where a run may begin or go on: in a free folder or its own, with no other process there, with unchanged inputs."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def small(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def begun(tiny_values: Callable[[Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a finished run, run/, and what it was made with."""
+    """A folder with a finished run, run/, and the inputs of the run."""
     folder = tmp_path_factory.mktemp("begun")
     values = small(tiny_values(folder), folder)
     (folder / "values.json").write_text(json.dumps(values))
@@ -65,7 +65,7 @@ def begun(tiny_values: Callable[[Path], dict[str, Any]], tmp_path_factory: pytes
 
 @pytest.fixture
 def run(begun: Path, tmp_path: Path) -> Path:
-    """A copy of it."""
+    """A copy of `begun`."""
     return Path(shutil.copytree(begun, tmp_path / "copy"))
 
 
@@ -102,7 +102,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize(("file", "change", "sentence"), CHANGES.values(), ids=CHANGES)
-def test_a_run_does_not_go_on_with_other_contents_under_the_same_name(
+def test_a_run_does_not_resume_when_an_input_file_has_changed(
     run: Path, begun: Path, file: str, change: Callable[[Path], Any], sentence: str
 ) -> None:
     recipe = recipe_from_dict(values_of(run, begun))
@@ -112,7 +112,7 @@ def test_a_run_does_not_go_on_with_other_contents_under_the_same_name(
         Trainer.from_recipe(recipe, resume=True, display=Display(quiet=True))
 
 
-def test_a_changed_model_adapter_or_store_of_references_is_named(run: Path, begun: Path, tmp_path: Path) -> None:
+def test_a_changed_model_or_reference_dataset_is_named(run: Path, begun: Path, tmp_path: Path) -> None:
     values = values_of(run, begun)
     model = Path(shutil.copytree(values["model"]["path"], tmp_path / "model"))
     dataset = tmp_path / "store"
@@ -126,7 +126,7 @@ def test_a_changed_model_adapter_or_store_of_references_is_named(run: Path, begu
     (dataset / "manifest.json").write_text(
         json.dumps({"shards": [{"checksum": "a"}], "rewards": ["brightness", "ocr"]})
     )
-    check_inputs(tmp_path, inputs_of(recipe), resume=True)  # another reward's scores are nothing to this run
+    check_inputs(tmp_path, inputs_of(recipe), resume=True)  # another reward's scores do not concern this run
     (dataset / "shard_000000" / "rewards" / "brightness.json").write_text("[[0.1, 0.3]]")
     with pytest.raises(UserError, match=r"rewards\.brightness\.shaping\.reference: shard_000000/rewards/brightness"):
         check_inputs(tmp_path, inputs_of(recipe), resume=True)
@@ -136,7 +136,7 @@ def test_a_changed_model_adapter_or_store_of_references_is_named(run: Path, begu
         check_inputs(tmp_path, inputs_of(recipe), resume=True)
 
 
-def test_rewards_of_a_script_are_known_again_by_their_code(run: Path, begun: Path, tmp_path: Path) -> None:
+def test_a_changed_reward_of_a_script_is_named(run: Path, begun: Path, tmp_path: Path) -> None:
     recipe = recipe_from_dict(values_of(run, begun))
 
     def judge(media: torch.Tensor, prompts: Any, metadata: Any) -> torch.Tensor:
@@ -168,7 +168,7 @@ def test_two_processes_do_not_train_in_one_folder(run: Path, begun: Path) -> Non
     recipe = recipe_from_dict(values_of(run, begun))
     other = holder(recipe.folder)
     try:
-        said = rf"{recipe.folder} is being trained in by process {other.pid} on .* since .*wait until that ends"
+        said = rf"{recipe.folder} is in use by process {other.pid} on .* since .*wait until that ends"
         for how in ({"resume": True}, {"overwrite": True}, {}):
             with pytest.raises(UserError, match=said):
                 check_start(recipe, **how)
@@ -197,7 +197,7 @@ def test_a_forked_child_holds_no_lock_and_a_later_run_of_the_process_takes_it_ov
     other.wait()
 
 
-def test_a_run_that_has_ended_lets_go_of_its_folder(run: Path, begun: Path) -> None:
+def test_a_run_that_has_ended_releases_its_folder(run: Path, begun: Path) -> None:
     folder = RunFolder.create(recipe_from_dict(values_of(run, begun)), {}, resume=True)
     with folder.held():
         pass
@@ -213,14 +213,14 @@ def test_a_run_whose_checkpoints_are_gone_is_not_trained_over(run: Path, begun: 
     recipe = recipe_from_dict(values_of(run, begun))
     shutil.rmtree(recipe.folder / "checkpoints")
     before = (recipe.folder / "metrics.jsonl").read_text()
-    for info in ("finished", "checkpoint"):  # also of one that had not come to its end
-        with pytest.raises(UserError, match=r"has lost its checkpoints/, so that it cannot go on; .*--overwrite"):
+    for info in ("finished", "checkpoint"):  # also of a run that had not ended
+        with pytest.raises(UserError, match=r"has lost its checkpoints/ and cannot go on; .*--overwrite"):
             Trainer.from_recipe(recipe, resume=True)
         kept = json.loads((recipe.folder / "run.json").read_text())
         kept.pop(info)
         (recipe.folder / "run.json").write_text(json.dumps(kept))
     assert (recipe.folder / "metrics.jsonl").read_text() == before
-    check_start(recipe, resume=True)  # one that was killed before its first begins again
+    check_start(recipe, resume=True)  # a run killed before its first checkpoint begins again
 
 
 def test_a_run_goes_on_with_its_own_recipe_where_it_was_moved(run: Path, begun: Path) -> None:
@@ -233,12 +233,12 @@ def test_a_run_goes_on_with_its_own_recipe_where_it_was_moved(run: Path, begun: 
     with pytest.raises(
         UserError,
         match=r"differing: algorithm.clip_range \(0.01 -> 0.1\), train.learning_rate \(0.0003 -> 0.5\); "
-        rf"`flowalign train {moved} --resume` takes its own",
+        rf"`flowalign train {moved} --resume` keeps its recipe",
     ):
         check_start(other, resume=True)
 
 
-def test_a_start_that_failed_is_not_in_the_next_one_s_way(run: Path, begun: Path) -> None:
+def test_a_failed_start_does_not_block_the_next_one(run: Path, begun: Path) -> None:
     values = values_of(run, begun)
     values["run"]["folder"] = str(run / "new")
     failing = {**values, "rewards": {"raises": {"load": f"{run / 'judge.py'}:raises"}}, "evaluation": {"prompts": None}}
@@ -251,12 +251,12 @@ def test_a_start_that_failed_is_not_in_the_next_one_s_way(run: Path, begun: Path
     assert load_recipe(run / "new" / "recipe.yaml").rewards.keys() == {"brightness"}
 
 
-def test_a_run_is_begun_anew_only_where_that_is_asked_and_nothing_else_is_touched(run: Path, begun: Path) -> None:
+def test_only_overwrite_begins_a_run_anew_and_it_touches_nothing_else(run: Path, begun: Path) -> None:
     recipe = recipe_from_dict(values_of(run, begun))
     (recipe.folder / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"already holds a run; go on with --resume, begin it anew with --overwrite"):
         check_start(recipe)
-    with pytest.raises(UserError, match=r"--resume goes on .* --overwrite begins it anew; give one"):
+    with pytest.raises(UserError, match=r"--resume goes on .* --overwrite begins it anew; give only one"):
         check_start(recipe, resume=True, overwrite=True)
     folder = RunFolder.create(recipe, {}, overwrite=True)
     left = sorted(path.name for path in recipe.folder.iterdir())
@@ -266,14 +266,14 @@ def test_a_run_is_begun_anew_only_where_that_is_asked_and_nothing_else_is_touche
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "run.json", "photo.png"])
-def test_somebody_s_own_folder_is_left_alone(run: Path, begun: Path, name: str) -> None:
+def test_a_folder_of_the_user_is_left_alone(run: Path, begun: Path, name: str) -> None:
     values = values_of(run, begun)
     own = run / "mine"
     own.mkdir()
     (own / name).write_text('{"name": "mine"}')
     recipe = recipe_from_dict({**values, "run": {"folder": str(own)}})
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=f"{own} exists and is no run; set run.folder to another place"):
+        with pytest.raises(UserError, match=f"{own} exists and is not a run folder; set run.folder to another place"):
             RunFolder.create(recipe, {}, overwrite=overwrite)
     assert [path.name for path in own.iterdir()] == [name]
     assert (own / name).read_text() == '{"name": "mine"}'
@@ -281,7 +281,7 @@ def test_somebody_s_own_folder_is_left_alone(run: Path, begun: Path, name: str) 
 
 @pytest.mark.parametrize("place", ["file", "file/run", "broken", "/proc/run"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_place_that_takes_no_folder_is_said_before_anything_loads(
+def test_a_place_that_cannot_hold_a_folder_is_reported_before_anything_loads(
     run: Path, begun: Path, place: str, resume: bool
 ) -> None:
     (run / "file").write_text("")
@@ -295,11 +295,11 @@ def test_a_place_that_takes_no_folder_is_said_before_anything_loads(
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("recipe.yaml", None, "has lost its recipe.yaml; put the recipe of its run there to go on"),
+        ("recipe.yaml", None, "has lost its recipe.yaml; put the run's recipe back there to go on"),
         ("recipe.yaml", "", "recipe.yaml: a recipe is a mapping of keys to values"),
-        ("run.json", '{"name": "ti', "run.json is damaged .*; remove it and it is made anew"),
-        ("run.json", "[]", "run.json is damaged .*; remove it and it is made anew"),
-        ("inputs.json", "", "inputs.json is damaged .*; remove it to go on without a look at"),
+        ("run.json", '{"name": "ti', "run.json is damaged .*; remove it and the run writes it anew"),
+        ("run.json", "[]", "run.json is damaged .*; remove it and the run writes it anew"),
+        ("inputs.json", "", "inputs.json is damaged .*; remove it to go on without comparing"),
         ("evaluations/step_000000.json", "", "step_000000.json is damaged .*; remove it to go on without that"),
     ],
 )
@@ -315,7 +315,7 @@ def test_a_half_written_file_is_named(run: Path, begun: Path, file: str, content
         check_start(recipe, resume=True)
 
 
-def test_torn_and_odd_lines_of_metrics_are_dropped(run: Path) -> None:
+def test_damaged_lines_of_metrics_are_dropped(run: Path) -> None:
     folder = RunFolder(run / "run")
     whole = folder.metrics.read_text()
     folder.metrics.write_bytes(whole.encode() + b'7\n{"step": null}\n\xd0\xff\n{"step": 3, "rew')
@@ -332,7 +332,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["step_999999", "step_1000000"]
 
 
-def test_the_command_takes_a_run_folder_and_asks_before_it_loads(run: Path, begun: Path) -> None:
+def test_the_command_accepts_a_run_folder_and_checks_it_before_it_loads(run: Path, begun: Path) -> None:
     values_of(run, begun)
     code = "from flowalign.cli.app import main; import sys\ntry: main()\nfinally: print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, "train", str(run / "run")]

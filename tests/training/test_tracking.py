@@ -1,4 +1,4 @@
-"""What reaches Accelerate's trackers, by a tracker of our own."""
+"""The values that reach Accelerate's trackers, seen by a tracker of the test."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from flowalign.training.tracking import check_trackers
 
 
 class Notebook(GeneralTracker):
-    """Keeps what it is told."""
+    """Keeps the values that it is given."""
 
     name = "notebook"
     requires_logging_directory = False
@@ -34,7 +34,7 @@ class Notebook(GeneralTracker):
         self.told.append((step, values))
 
 
-def test_rewards_loss_figures_and_evaluations_arrive(values: dict[str, Any]) -> None:
+def test_rewards_loss_metrics_and_evaluations_arrive(values: dict[str, Any]) -> None:
     values["train"]["steps"] = 2
     trainer = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True))
     notebook = Notebook()
@@ -55,7 +55,7 @@ def test_rewards_loss_figures_and_evaluations_arrive(values: dict[str, Any]) -> 
     assert measured == {step: found["summary"]["brightness"]["mean"] for step, found in written.items()}
 
 
-def test_a_tracker_that_is_not_installed_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"wandb is not installed; install it with pip install 'flowalign\[wandb\]'"):
         check_trackers(["wandb"])

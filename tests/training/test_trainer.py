@@ -36,7 +36,7 @@ def quiet_train(recipe: Recipe, **more: Any) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what a clock says."""
+    """The lines of metrics.jsonl without the times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("minutes", "seconds")} for line in lines]
 
@@ -53,7 +53,7 @@ def test_the_held_out_reward_rises(values: dict[str, Any]) -> None:
     assert after > before + 0.01
 
 
-def test_a_run_leaves_everything_a_reader_needs(values: dict[str, Any]) -> None:
+def test_a_run_writes_metrics_images_weights_and_report(values: dict[str, Any]) -> None:
     folder = quiet_train(changed(values))
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4]
     assert [file.name for file in sorted((folder / "samples").iterdir())] == [f"step_{n:06d}" for n in (0, 2, 4)]
@@ -220,10 +220,10 @@ def test_a_folder_with_another_run_is_refused(values: dict[str, Any]) -> None:
         quiet_train(changed(values, train={"steps": 1, "learning_rate": 0.1}), resume=True)
 
 
-def test_a_folder_that_is_no_run_is_left_alone(values: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_folder_is_left_alone(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is no run"):
+    with pytest.raises(UserError, match="exists and is not a run folder"):
         quiet_train(changed(values))
     with pytest.raises(UserError, match="holds no run to resume"):
         quiet_train(changed(values), resume=True)
@@ -268,7 +268,7 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
 
 
 def test_the_loss_trace_of_flow_grpo_is_unchanged(values: dict[str, Any]) -> None:
-    """Numbers of an earlier run: a change that should not alter them must not."""
+    """The losses equal those of an earlier version; the trace on disk holds them."""
     recipe = changed(
         values, algorithm={"kl_weight": 0.5}, train={"steps": 3, "inner_epochs": 2}, evaluation={"prompts": None}
     )
