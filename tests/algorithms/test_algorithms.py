@@ -254,7 +254,7 @@ def test_an_idle_process_takes_part_with_a_finite_loss_where_a_reward_teaches_no
 
 def test_dense_values_of_negative_rewards_are_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
     rewards = {"negative": {"load": f"{tmp_path / 'judge.py'}:negative"}}
-    with pytest.raises(UserError, match="step 1: VGPO weighs steps by their values, so its rewards must be at least 0"):
+    with pytest.raises(UserError, match="step 1: VGPO weighs steps by their values, so rewards must be at least 0"):
         quiet_train(make("dense", rewards=rewards))
 
 

@@ -288,7 +288,7 @@ def test_a_missing_reference_is_an_error_of_one_sentence(vit_folder, tmp_path):
     with pytest.raises(rewards.RewardError, match=r"none\.png"):
         score(reward, tensor(levels(32, 32))[:1], PROMPTS[:1], [{"reference": "none.png"}])
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "reference": "none.png"}\n{"prompt": "a"}\n')
-    with pytest.raises(rewards.RewardError, match=r"rows\.jsonl line 2 is no"):
+    with pytest.raises(rewards.RewardError, match=r"rows\.jsonl line 2 is not"):
         rewards.load("similarity", references=str(tmp_path / "rows.jsonl"), model=str(vit_folder))
 
 
