@@ -1,7 +1,7 @@
 """The reward zoo, importable on its own: `import rewards; reward = rewards.load("ocr")`.
 
-`rewards.score(reward, media, prompts, metadata)` calls one and checks what comes back. What stands here is imported
-when it is first used, so that a program that may need no reward does not wait for torch.
+`rewards.score(reward, media, prompts, metadata)` calls a reward and checks the scores it returns. Each name below is
+imported at its first use, so that a program which needs no reward does not wait for torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,16 +1,20 @@
-"""A discriminator on frozen DINO features as a reward that learns: how much a picture looks like the references.
+"""A discriminator on frozen DINO features, trained during the run, scores how much an image looks like the references.
 
 Source: Adv-GRPO, "The Image as Its Own Reward" (2511.20256), and its released code. A head h, shared by the class token
 and the patches of a vision transformer, is trained with the hinge loss
 
     L = l(class) + 0.3 l(patches),    l = 1/2 (mean max(0, 1 - h(reference)) + mean max(0, 1 + h(generated)))
 
-and the reward is 0.7 h(class) + 0.3 mean h(patches). What differs from the code: the head sees features of length 1 in
-training and in scoring, where the code normalises them in scoring only; all patches are scored, not 64 random ones, so
-that equal pictures score alike; no rollout is thrown away, since the head takes `updates` steps on every step's
-pictures and on those of steps before, where the code draws new rollouts for each of nine steps and trains no policy on
-them. An untrained head scores 0, so the policy waits for it. A picture that is not square is seen whole: in square
-tiles, each of which is a picture to learn from, and its reward is their mean.
+and the reward is 0.7 h(class) + 0.3 mean h(patches). What differs from the code:
+
+- The head sees features of length 1 in training and in scoring; the code normalises them in scoring only.
+- All patches are scored, not 64 random ones, so that equal images score the same.
+- Every rollout trains the policy. The head takes `updates` steps on the images of this step and of earlier steps; the
+  code draws new rollouts for each of nine head steps and trains no policy on them.
+- An image that is not square is seen whole, in square tiles. Each tile is an image to learn from, and the image's
+  reward is the mean of its tiles.
+
+An untrained head scores 0, so the policy learns nothing before the head has learnt something.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +30,9 @@ from rewards.learning import Head, counted, load_training_state, training_state
 from rewards.media import folder_pictures
 
 PATCH_WEIGHT = 0.3
-SATURATED_LOSS = 0.02  # of at most about 1.3: every picture lies beyond its margin
-COLLAPSED_SPREAD = 1e-3  # of rewards that are trained to lie 2 apart
-PATIENCE = 3  # training steps in a row before an alarm
+SATURATED_LOSS = 0.02  # an untrained head has 1.3; here nearly every image lies beyond its margin
+COLLAPSED_SPREAD = 1e-3  # the head is trained to put rewards 2 apart
+PATIENCE = 3  # bad training steps in a row before the alarm is set
 
 Features = tuple[torch.Tensor, torch.Tensor]  # class (B, D), patches (B, P, D)
 
@@ -39,13 +43,18 @@ def hinge_loss(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
 
 
 class AdversarialDINO(TrainableReward):
-    """See the module.
+    """The reward 0.7 h(class) + 0.3 mean h(patches), with a head h that learns (see the module).
 
-    references: folder of pictures to look like; 200 are enough (the paper's ablation).
-    model: a timm vision transformer, as `rewards.backbones.vit.load_vit` takes it. hidden: width of the head.
-    updates: head steps after each training step that is a multiple of `every`. batch: pictures of each kind in one.
-    buffer: generated pictures, the last so many, that are learnt from. patches: patches of a picture that are.
-    A tile of a picture that is not square counts as a picture in `batch` and `buffer`.
+    references: folder of images that the policy should look like; 200 are enough (the paper's ablation).
+    model: timm vision transformer, as `rewards.backbones.vit.load_vit` takes it. hidden: width of the head.
+    every: training steps between two trainings of the head. updates: head steps in one training; lower it when the
+        alarm says saturated, raise it when it says collapsed. learning_rate: of the head.
+    batch: generated images, and as many references, in one head step. buffer: how many of the latest generated images
+        the head learns from. patches: random patches of each image that the head learns from. A tile of an image that
+        is not square counts as an image in `batch` and `buffer`.
+    batch_size: images that the model takes at once. frames: frames of a video that are judged, the middles of equal
+        spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
+    seed: draws the head's first weights and its batches.
     """
 
     name = "adversarial_dino"
@@ -82,19 +91,19 @@ class AdversarialDINO(TrainableReward):
         )
         self.generated: Features | None = None
         self.taken = 0  # head steps so far
-        self.bad = 0  # training steps in a row that gave cause for an alarm
+        self.bad = 0  # saturated or collapsed training steps in a row
 
     @torch.no_grad()
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Rewards (B,), logits without bounds."""
+        """Rewards (B,): logits without bounds."""
         frames, count = chosen_frames(media, self.frames)
         features, tiles = self._tiles(frames)
         return mean_of_frames(self._reward(features), count * tiles)
 
     def _tiles(self, frames: torch.Tensor) -> tuple[Features, int]:
-        """The features of all tiles of all pictures, and how many tiles a picture has."""
+        """The features of all tiles of all frames, and the number of tiles of one frame."""
         own, patches = self.backbone.tiles(frames)
         return (own.flatten(0, 1), patches.flatten(0, 1)), own.shape[1]
 
@@ -105,7 +114,7 @@ class AdversarialDINO(TrainableReward):
     def update(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
     ) -> dict[str, float]:
-        """Take the pictures into the buffer and, every `every` steps, train the head; figures of the last batch."""
+        """Adds the images to the buffer and, every `every` steps, trains the head; returns the last batch's metrics."""
         frames, _ = chosen_frames(media, self.frames)
         new = self._some_patches(self._tiles(frames)[0], 1, step)
         old = self.generated
@@ -125,14 +134,14 @@ class AdversarialDINO(TrainableReward):
             self.taken += 1
         with torch.no_grad():
             rewards, wanted = self._reward(new), self._reward(self.real)
-        figures = {
+        metrics = {
             "loss": loss.item(),
             "generated": rewards.mean().item(),
             "reference": wanted.mean().item(),
             "accuracy": ((wanted > 0).float().mean() + (rewards < 0).float().mean()).item() / 2,
         }
-        self._watch(figures["loss"], rewards)
-        return figures
+        self._watch(metrics["loss"], rewards)
+        return metrics
 
     def _watch(self, loss: float, rewards: torch.Tensor) -> None:
         spread = rewards.std().item() if len(rewards) > 1 else float("inf")
@@ -141,15 +150,15 @@ class AdversarialDINO(TrainableReward):
         self.alarm = None
         if self.bad >= PATIENCE:
             self.alarm = (
-                f"saturated: it tells generated from reference pictures with a loss of {loss:.2g}, so it has no more "
-                "to learn and its reward grades by how, not whether; use fewer updates or a smaller learning_rate"
+                f"saturated: it tells generated images from references with a loss of {loss:.2g}, so it learns no more "
+                "and its score is no measure of likeness; use fewer updates or a smaller learning_rate"
                 if saturated
-                else f"collapsed: its rewards of a step's pictures differ by {spread:.2g} only, which teaches nothing; "
-                "use more updates or more references"
+                else f"collapsed: its rewards of a step's images differ by {spread:.2g} only, which teaches the policy "
+                "nothing; use more updates or more references"
             )
 
     def _some_patches(self, features: Features, *key: int) -> Features:
-        """With `patches` of the patches, drawn with a counted seed."""
+        """The features with `patches` of each image's patches, drawn with a counted seed."""
         own, patches = features
         order = torch.rand(patches.shape[:2], generator=counted(self.seed, *key)).argsort(1)[:, : self.patches]
         chosen = order.to(patches.device)[..., None].expand(-1, -1, patches.shape[-1])
@@ -168,7 +177,7 @@ class AdversarialDINO(TrainableReward):
         return {**state, "counters": torch.tensor([self.taken, self.bad])}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restores the state that `state_dict` returned."""
         load_training_state(state, dict(self.head.named_parameters()), self.optimizer)
         self.generated = None
         if "buffer.class" in state:

@@ -1,10 +1,10 @@
-"""PickScore that is tuned while the policy learns, so that reference pictures keep beating generated ones.
+"""PickScore, tuned during the run so that reference images keep scoring higher than generated ones.
 
-Source: Adv-GRPO, "The Image as Its Own Reward" (2511.20256), and its released code. When the generated pictures of a
-step score higher on average than the references of their prompts, PickScore's choice between the two is trained to the
-reference: loss = -log(e^s(reference) / (e^s(reference) + e^s(generated))), s = exp(logit scale) cos, on the last vision
-blocks. What differs from the code: the step's rollouts still train the policy; Adam holds the trained blocks alone, in
-float32, where steps of 5e-6 round to nothing in bfloat16.
+Source: Adv-GRPO, "The Image as Its Own Reward" (2511.20256), and its released code. When the generated images of a step
+score higher on average than the references of their prompts, PickScore's last vision blocks are trained to prefer the
+reference of each pair: loss = -log(e^s(reference) / (e^s(reference) + e^s(generated))), s = exp(logit scale) cos. What
+differs from the code: the step's rollouts still train the policy; Adam trains the blocks in float32, since steps of
+5e-6 round to nothing in bfloat16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,20 @@ from rewards.learning import counted, load_training_state, training_state
 from rewards.media import pictures_by_prompt, read_picture
 from rewards.pickscore import MODEL, PickScore
 
-COLLAPSED_SPREAD = 1e-4  # of cosines
-PATIENCE = 10  # training steps in a row before an alarm
+COLLAPSED_SPREAD = 1e-4  # standard deviation of cosines
+PATIENCE = 10  # lost training steps in a row before the alarm is set
 
-Reference = tuple[str, int]  # a prompt, and which of its reference pictures
+Reference = tuple[str, int]  # a prompt, and the number of one of its reference images
 
 
 class AdversarialPickScore(PickScore, TrainableReward):
-    """See the module.
+    """PickScore with vision blocks that learn (see the module).
 
-    references: .json file {prompt: [picture, ...]}; the reward applies to its prompts. layers: vision blocks, from the
-    last, that are tuned. updates: steps on the pairs of a step whose generated pictures win. batch: pairs in one.
-    processor, divisor, batch_size, frames and device are those of `PickScore`.
+    references: .json file {prompt: [image, ...]}; the reward applies to the prompts in it.
+    layers: number of last vision blocks that are tuned. updates: tuning steps after a training step that the references
+        lost. batch: pairs in one tuning step. learning_rate: of the tuned blocks. Raise these where the alarm says
+        overrun; lower the learning rate where it says collapsed.
+    seed: draws the pairs. model, processor, divisor, batch_size, frames and device are `PickScore`'s.
     """
 
     name = "adversarial_pickscore"
@@ -68,85 +70,85 @@ class AdversarialPickScore(PickScore, TrainableReward):
         self.beaten = 0  # training steps in a row in which the references lost
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
-        """True for prompts with reference pictures."""
+        """True for prompts with reference images."""
         return row["prompt"] in self.references
 
     def update(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
     ) -> dict[str, float]:
-        """Train where the generated pictures beat the references; figures: both means, the loss if there was one."""
+        """Tunes the blocks if the generated images beat the references; metrics: both means and, if tuned, the loss."""
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]
         pairs = [(text, place % len(self.references[text])) for place, text in enumerate(texts)]
         generated = self.factor * self.cosines(frames, texts)
         reference = self._reference_scores(pairs)
-        figures = {"generated": generated.mean().item(), "reference": reference.mean().item()}
-        self._watch(figures, generated)
+        metrics = {"generated": generated.mean().item(), "reference": reference.mean().item()}
+        self._watch(metrics, generated)
         if not self.beaten:
-            return figures
+            return metrics
         order = torch.randperm(len(frames), generator=counted(self.seed, step)).tolist()
         scale = self.clip.model.logit_scale.exp()
         for turn in range(self.updates):
             start = turn * self.batch % len(order)
             chosen = order[start : start + self.batch]
             words = self.text_features([texts[i] for i in chosen])
-            won = self._embedded([self._picture(pairs[i]) for i in chosen])
+            won = self._embedded([self._image(pairs[i]) for i in chosen])
             lost = self._embedded(list(frames[chosen]))
             loss = -F.logsigmoid(scale * ((won - lost) * words).sum(-1)).mean()
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self.taken += 1
-            figures["loss"] = loss.item()
-        figures["updates"] = float(self.taken)
-        return figures
+            metrics["loss"] = loss.item()
+        metrics["updates"] = float(self.taken)
+        return metrics
 
-    def _watch(self, figures: Mapping[str, float], generated: torch.Tensor) -> None:
-        self.beaten = self.beaten + 1 if figures["generated"] > figures["reference"] else 0
+    def _watch(self, metrics: Mapping[str, float], generated: torch.Tensor) -> None:
+        self.beaten = self.beaten + 1 if metrics["generated"] > metrics["reference"] else 0
         self.alarm = None
         if len(generated) > 1 and generated.std() < COLLAPSED_SPREAD * self.factor:
-            self.alarm = "collapsed: it scores all generated pictures alike; use a smaller learning_rate"
+            self.alarm = "collapsed: it scores all generated images alike; use a smaller learning_rate"
         elif self.beaten >= PATIENCE:
             self.alarm = (
-                f"overrun: generated pictures beat the references for {self.beaten} steps in a row in spite of its "
-                "tuning; use more updates, more layers or a larger learning_rate"
+                f"overrun: generated images beat the references for {self.beaten} steps in a row although it is "
+                "tuned; use more updates, more layers or a larger learning_rate"
             )
 
-    def _picture(self, reference: Reference) -> torch.Tensor:
+    def _image(self, reference: Reference) -> torch.Tensor:
         prompt, place = reference
         return self.references[prompt][place]
 
     def _reference_scores(self, references: Sequence[Reference]) -> torch.Tensor:
-        """Scores (B,), of each distinct reference once and of those of one size together."""
+        """Scores (B,); each distinct reference is scored once, and references of one size together."""
         sizes: dict[torch.Size, list[Reference]] = {}
         for one in dict.fromkeys(references):
-            sizes.setdefault(self._picture(one).shape, []).append(one)
+            sizes.setdefault(self._image(one).shape, []).append(one)
         found: dict[Reference, torch.Tensor] = {}
         for alike in sizes.values():
-            cosines = self.cosines(torch.stack([self._picture(one) for one in alike]), [text for text, _ in alike])
+            cosines = self.cosines(torch.stack([self._image(one) for one in alike]), [text for text, _ in alike])
             found.update(zip(alike, self.factor * cosines, strict=True))
         return torch.stack([found[one] for one in references])
 
-    def _embedded(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Embeddings (B, D) of length 1, with gradients, of pictures of any size."""
-        sizes = {picture.shape for picture in pictures}
+    def _embedded(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Embeddings (B, D) of length 1, with gradients, of images of any size."""
+        sizes = {image.shape for image in images}
         if len(sizes) == 1:
-            return F.normalize(self.clip.encode_images(torch.stack(list(pictures)).to(self.device)), dim=-1)
-        return torch.cat([self._embedded([picture]) for picture in pictures])
+            return F.normalize(self.clip.encode_images(torch.stack(list(images)).to(self.device)), dim=-1)
+        return torch.cat([self._embedded([image]) for image in images])
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The tuned blocks with their optimizer and the counter."""
+        """The tuned blocks with their optimizer and the counters."""
         state = training_state(dict(self.blocks.named_parameters()), self.optimizer)
         return {**state, "counters": torch.tensor([self.taken, self.beaten])}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restores the state that `state_dict` returned."""
         load_training_state(state, dict(self.blocks.named_parameters()), self.optimizer)
         self.taken, self.beaten = (int(value) for value in state["counters"])
 
 
 def _vision_blocks(clip: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of the image encoder, of transformers' or open_clip's CLIP."""
+    """The transformer blocks of the image encoder in transformers' or open_clip's CLIP."""
     model: Any = clip.model
     vision = model.vision_model.encoder.layers if hasattr(model, "vision_model") else model.visual.transformer.resblocks
     return list(vision)

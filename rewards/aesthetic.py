@@ -17,13 +17,13 @@ from rewards.base import RewardError
 
 
 def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Weight and bias of the head's layers, named as published: layers.0.weight, layers.0.bias, layers.2.weight, ...
+    """Weight and bias of each layer, found by the published names: layers.0.weight, layers.0.bias, layers.2.weight, ...
 
-    Raises ValueError unless they lead from embeddings of `width` to one number.
+    Raises ValueError unless the layers lead from embeddings of `width` to one number.
     """
     numbers = sorted(int(key.split(".")[1]) for key in weights if re.fullmatch(r"layers\.\d+\.weight", key))
     if not numbers:
-        raise ValueError("it holds no layers.0.weight")
+        raise ValueError("it has no layers.0.weight")
     layers = [(weights[f"layers.{number}.weight"], weights[f"layers.{number}.bias"]) for number in numbers]
     inputs = [width, *(len(bias) for _, bias in layers)]
     for number, (weight, _), wanted in zip(numbers, layers, zip(inputs[1:], inputs, strict=False), strict=True):
@@ -35,7 +35,7 @@ def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple
 
 
 class Aesthetic(ClipReward):
-    """The predicted rating; nothing bounds it, though the published head gives about 1 to 10.
+    """The predicted rating; it has no bounds, but the published head gives about 1 to 10.
 
     model: the CLIP model. head: the head's weights, a file or ORGANISATION/REPO/FILE on the hub;
         "toyworld/judges/aesthetic.safetensors" is the head of the embedded world's CLIP.

@@ -1,16 +1,20 @@
-"""How free of artifacts a picture is: a light head on frozen features, trained on pictures with and without them.
+"""How free of artifacts an image is, by a light head on frozen features, trained on images with and without artifacts.
 
-The cheap form of ArtifactReward (2601.03468), whose published form (`artifact_vlm`) asks a vision-language model.
-Every patch of a vision transformer gets a logit a_p; the picture's is a smooth maximum, so that one bad spot counts:
+It is the cheap form of ArtifactReward (2601.03468), whose published form (`artifact_vlm`) asks a vision-language model.
+Every patch p of a vision transformer gets a logit a_p. The image's logit a is their smooth maximum, so that one bad
+spot counts:
 
     a = (1 / 4) log mean_p exp(4 a_p),        reward = 1 - sigmoid(a)
 
-The patches' own probabilities are a map of where the artifacts are. A picture that is not square is seen whole, in
-tiles, whose patches count alike, those of overlaps twice; a head that was trained on whole square pictures may take
-what a tile's edge cuts, such as half a letter, for an artifact, so train on pictures of the shape that is judged. A
-policy that learns may leave what the head was trained on; `refresh` trains on with its pictures as unlabelled ones, of
-which a known share is clean, by the non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6),
-beside the labelled ones.
+The probabilities of the patches are a map of where the artifacts are.
+
+An image that is not square is seen whole, in tiles. All patches count the same, so those in overlaps count twice. A
+head trained on whole square images may take what a tile's edge cuts, such as half a letter, for an artifact; train it
+on images of the shape that it will judge.
+
+The policy's images may move away from those that the head was trained on. `refresh` goes on training the head on the
+labelled images and on the policy's images. The latter are unlabelled, and a known share of them is taken to be clean:
+the non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,13 +33,13 @@ from rewards.frames import FrameReward, chosen_frames
 from rewards.learning import Head, counted, load_training_state, training_state
 from rewards.media import folder_pictures
 
-SHARPNESS = 4.0  # of the smooth maximum
+SHARPNESS = 4.0  # the factor 4 in the smooth maximum
 
 
 class Refresh(NamedTuple):
-    """Labelled pictures and how the head goes on learning; see `Artifact`."""
+    """Labelled images, and how the head goes on learning; see `Artifact`."""
 
-    clean: Sequence[torch.Tensor]  # the patches (P, D) of each
+    clean: Sequence[torch.Tensor]  # one tensor of patches (P, D) per image
     artifacts: Sequence[torch.Tensor]
     every: int
     updates: int
@@ -43,26 +47,26 @@ class Refresh(NamedTuple):
 
 
 def picture_logits(patch_logits: torch.Tensor) -> torch.Tensor:
-    """The smooth maximum (B,) of patch logits (B, P)."""
+    """The image logits (B,): the smooth maximum of the patch logits (B, P)."""
     count = torch.tensor(float(patch_logits.shape[1]), device=patch_logits.device)
     return ((SHARPNESS * patch_logits).logsumexp(1) - count.log()) / SHARPNESS
 
 
-def head_logits(head: Head, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Picture logits (B,) by a head, of patches (P, D) each; pictures of one number of patches come together."""
+def head_logits(head: Head, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Image logits (B,) from each image's patches (P, D), grouped by the images' number of patches."""
     alike: dict[int, list[torch.Tensor]] = {}
-    for patches in pictures:
+    for patches in images:
         alike.setdefault(len(patches), []).append(patches)
     return torch.cat([picture_logits(head(torch.stack(some))) for some in alike.values()])
 
 
 def labelled_loss(clean: torch.Tensor, artifacts: torch.Tensor) -> torch.Tensor:
-    """Cross entropy, a scalar, of picture logits (N,) and (M,), both kinds counting the same."""
+    """Cross entropy, a scalar, of the image logits (N,) and (M,); both kinds count the same."""
     return (F.softplus(clean).mean() + F.softplus(-artifacts).mean()) / 2
 
 
 def unlabelled_loss(clean: torch.Tensor, unlabelled: torch.Tensor, clean_share: float) -> torch.Tensor:
-    """Kiryo et al.'s non-negative risk, a scalar, of picture logits (N,) and (M,), clean being the positive class."""
+    """Kiryo et al.'s non-negative risk, a scalar, of image logits (N,) and (M,); clean is the positive class."""
     rest = F.softplus(-unlabelled).mean() - clean_share * F.softplus(-clean).mean()
     return clean_share * F.softplus(clean).mean() + F.relu(rest)
 
@@ -76,9 +80,9 @@ def fit(
     batch: int = 64,
     learning_rate: float = 1e-3,
 ) -> list[float]:
-    """Train a head on pictures without and with artifacts, the patches (P, D) of each; returns each step's loss.
+    """Trains a head on images without and with artifacts, given as patches (P, D) per image; returns each step's loss.
 
-    The seed is counted.
+    The batches depend on the step alone.
     """
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
@@ -94,22 +98,22 @@ def fit(
     return losses
 
 
-def _batch(pictures: Sequence[torch.Tensor], size: int, *key: int) -> list[torch.Tensor]:
-    return [pictures[place] for place in torch.randperm(len(pictures), generator=counted(*key))[:size].tolist()]
+def _batch(images: Sequence[torch.Tensor], size: int, *key: int) -> list[torch.Tensor]:
+    return [images[place] for place in torch.randperm(len(images), generator=counted(*key))[:size].tolist()]
 
 
 def picture_patches(backbone: VisionBackbone, files: Sequence[Path]) -> list[torch.Tensor]:
-    """The patches (P, D) of each of picture files of any sizes."""
+    """The patches (P, D) of each image file; the files may have any sizes."""
     return [patches.flatten(0, 1) for _, patches in backbone.tiles_of_files(files)]
 
 
 def save_head(head: Head, model: str, path: Path) -> None:
-    """Write a head with the name of the model whose features it takes."""
+    """Writes a head, with the name of the model that gives its features."""
     save_file(head.state_dict(), path, metadata={"model": model})
 
 
 def load_head(path: str, reward: str = "artifact") -> tuple[Head, str]:
-    """A head and its model's name; RewardError for a file that is none."""
+    """A head and the name of its model; RewardError for a file that holds no head."""
     try:
         state = load_file(located(path))
         with safe_open(located(path), "pt") as file:
@@ -118,7 +122,7 @@ def load_head(path: str, reward: str = "artifact") -> tuple[Head, str]:
         head.load_state_dict(state)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         raise RewardError(
-            f"reward {reward!r}: head {path} is no file of scripts/train_artifact_reward.py ({reason(error)})"
+            f"reward {reward!r}: head {path} was not written by scripts/train_artifact_reward.py ({reason(error)})"
         ) from error
     return head, model
 
@@ -126,10 +130,15 @@ def load_head(path: str, reward: str = "artifact") -> tuple[Head, str]:
 class Artifact(FrameReward, TrainableReward):
     """P(no artifact) in [0, 1]; see the module.
 
-    head: file of scripts/train_artifact_reward.py, or "toyworld/judges/artifact.safetensors", the embedded world's.
-    refresh: training steps from one refreshing to the next, 0 for none; it needs `clean` and `artifacts`, folders of
-    labelled pictures. updates: head steps in a refreshing. clean_share: the share of the policy's pictures that is
-    taken to be clean.
+    head: file written by scripts/train_artifact_reward.py; "toyworld/judges/artifact.safetensors" is the embedded
+        world's.
+    refresh: training steps from one refresh of the head to the next; 0 never refreshes. Set it where the policy's
+        images move away from those that the head was trained on. It needs `clean` and `artifacts`, folders of labelled
+        images.
+    clean_share: the share of the policy's images that is taken to be clean. updates: head steps in one refresh.
+    learning_rate: of the head in a refresh.
+    batch_size: images that the model takes at once. frames: frames of a video that are judged, the middles of equal
+        spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
     name = "artifact"
@@ -157,8 +166,8 @@ class Artifact(FrameReward, TrainableReward):
         self.backbone = VisionBackbone(model, device, batch_size, self.name)
         if self.backbone.dim != loaded.inner.in_features:
             raise RewardError(
-                f"reward {self.name!r}: head {head} takes features of {loaded.inner.in_features}, "
-                f"its model {model} gives {self.backbone.dim}"
+                f"reward {self.name!r}: head {head} takes features of width {loaded.inner.in_features}, but its model "
+                f"{model} gives {self.backbone.dim}"
             )
         self.head = loaded.to(self.backbone.device)
         self.frames = frames
@@ -167,13 +176,15 @@ class Artifact(FrameReward, TrainableReward):
         self.learns = refresh > 0
         if refresh:
             if clean is None or artifacts is None:
-                raise RewardError(f"reward {self.name!r}: refresh needs the folders clean and artifacts")
+                raise RewardError(f"reward {self.name!r}: refresh needs the folders `clean` and `artifacts`")
             kinds = {"clean": clean, "artifacts": artifacts}
             files = [folder_pictures(folder, self.name, option) for option, folder in kinds.items()]
             known = [picture_patches(self.backbone, paths) for paths in files]
             self.refresh = Refresh(known[0], known[1], refresh, updates, clean_share)
         elif clean is not None or artifacts is not None:
-            raise RewardError(f"reward {self.name!r}: clean and artifacts are for refresh; set it or leave them out")
+            raise RewardError(
+                f"reward {self.name!r}: `clean` and `artifacts` are for `refresh`; set `refresh` or leave them out"
+            )
 
     @torch.no_grad()
     def of_pictures(
@@ -182,18 +193,18 @@ class Artifact(FrameReward, TrainableReward):
         return (-picture_logits(self.head(self._patches(images)))).sigmoid()
 
     def _patches(self, frames: torch.Tensor) -> torch.Tensor:
-        """(B, P, D), of all tiles of each picture."""
+        """The patches (B, P, D) of all tiles of each image."""
         return self.backbone.tiles(frames)[1].flatten(1, 2)
 
     @torch.no_grad()
     def maps(self, images: torch.Tensor) -> torch.Tensor:
-        """The probability of an artifact (B, H, W) in images (B, 3, H, W), as fine as the patches are."""
+        """The probability of an artifact (B, H, W) in images (B, 3, H, W), at the resolution of the patches."""
         return self.backbone.maps(self.head(self.backbone.tiles(images)[1]).sigmoid(), *images.shape[-2:])
 
     def update(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
     ) -> dict[str, float]:
-        """Every `refresh` steps, train on with the pictures; figures: both losses of the last head step."""
+        """Every `refresh` steps, trains the head on the images too; metrics: both losses of the last head step."""
         known = self.refresh
         if known is None or (step + 1) % known.every:
             return {}
@@ -214,5 +225,5 @@ class Artifact(FrameReward, TrainableReward):
         return training_state(dict(self.head.named_parameters()), self.optimizer)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restores the state that `state_dict` returned."""
         load_training_state(state, dict(self.head.named_parameters()), self.optimizer)

@@ -1,4 +1,4 @@
-"""Artifact judge: a vision-language model's probability that the picture is free of artifacts.
+"""Artifact judge: a vision-language model's probability that the image is free of artifacts.
 
 Source: ArtifactReward, "Understanding Reward Hacking in Text-to-Image Reinforcement Learning" (2026, arXiv 2601.03468):
 R = 1 - P(yes) of the first token, over yes and no; the prompt is not shown. What differs: the wording of the question,

@@ -1,4 +1,4 @@
-"""The contract of a reward, and `score`: the one way to call one.
+"""The contract of a reward, and `score`, the one way to call a reward.
 
 Shapes: B items; media are float tensors in [0, 1], images (B, 3, H, W) or videos (B, F, 3, H, W).
 """
@@ -23,12 +23,12 @@ from rewards.catalogue import module_named
 from rewards.errors import RewardError as RewardError
 from rewards.errors import nearest as nearest
 
-# Room for the rounding of a half-precision decoder, far less than one step of an 8-bit picture.
+# A half-precision decoder rounds by less than this; one step of an 8-bit image is four times as large.
 RANGE_TOLERANCE = 1e-3
 
 
 class Golden(NamedTuple):
-    """Items whose scores are known, for `rewards.check`: B media, prompts and metadata rows, scores (B,)."""
+    """Items with known scores, for `rewards.check`: B media, B prompts, B metadata rows and B scores."""
 
     media: torch.Tensor
     prompts: Sequence[str]
@@ -41,9 +41,9 @@ class Reward(ABC):
     """A score for each of B items; higher is better.
 
     `name` is the class's own name in lower case unless the class sets one. `scope` is "sample" when an item's score
-    depends on that item alone, "group" when the reward must see all items of a prompt at once; items of one group then
-    have equal prompts. `range` is the lowest and highest score there can be, `prompt_sensitive` says that another
-    prompt may change the score; `rewards.check` holds a reward to both.
+    depends on that item alone, and "group" when the reward must see all items of a prompt at once; the items of one
+    group have equal prompts. `range` is the lowest and the highest possible score. `prompt_sensitive` says that another
+    prompt may change the score. `rewards.check` tests the range and the sensitivity.
     """
 
     name: str
@@ -51,18 +51,18 @@ class Reward(ABC):
     range: tuple[float, float] = (-math.inf, math.inf)
     prompt_sensitive: bool = False
     masks: bool = False
-    """Whether it may leave an item out, with a score of NaN."""
+    """Whether the reward may leave an item out, by a score of NaN."""
 
     def golden(self) -> Golden | None:
-        """Items with known scores, where the reward has them."""
+        """Items with known scores; None if the reward has none."""
         return None
 
     def maps(self, images: torch.Tensor) -> torch.Tensor | None:
-        """Where in images (B, 3, H, W) it sees what it punishes, (B, H, W) in [0, 1]; None if it cannot say."""
+        """Maps (B, H, W) in [0, 1] of what the reward punishes in images (B, 3, H, W); None if it draws no maps."""
         return None
 
     def tally(self) -> dict[str, int]:
-        """What it counted since it was last asked, to be shown beside its scores."""
+        """Counts by name since the last call, such as unreadable answers; they are shown beside the scores."""
         return {}
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -71,10 +71,10 @@ class Reward(ABC):
             cls.name = cls.__name__.lower()
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
-        """Whether the reward can judge an item, from its metadata with its prompt under the key "prompt".
+        """Whether the reward can judge an item; `row` is its metadata, with its prompt under the key "prompt".
 
-        RewardError for an item that is meant for it and that it would judge wrongly. Asked before a run, and where
-        several rewards share a batch (`rewards.combine`).
+        Raises RewardError for an item that is meant for this reward but that it would judge wrongly. It is called
+        before a run, and where several rewards share a batch (`rewards.combine`).
         """
         return True
 
@@ -82,22 +82,22 @@ class Reward(ABC):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,), float32, of media (B, ...) made from B prompts with their B metadata rows."""
+        """Scores (B,), float32, of media (B, ...) generated from B prompts with their B metadata rows."""
 
 
 class TrainableReward(Reward):
-    """A reward that learns while the policy does, from the policy's own pictures.
+    """A reward that learns during the run, from the media that the policy generates.
 
-    `alarm` says, in one sentence, why what it has learnt is no good as a reward any more; `update` sets it.
+    `alarm` says in one sentence why the reward is no longer usable, for example because it saturated; `update` sets it.
     """
 
     alarm: str | None = None
     learns: bool = True
-    """False for one whose options leave nothing to learn."""
+    """False if the reward's options leave nothing to learn."""
     _beginning: dict[str, torch.Tensor] | None = None
 
     def begin(self) -> None:
-        """Make it as it was before its first run, for another."""
+        """Restores the state before the reward's first run; called at the beginning of every run."""
         if self._beginning is None:
             self._beginning = {key: value.clone() for key, value in self.state_dict().items()}
             return
@@ -108,15 +108,15 @@ class TrainableReward(Reward):
     def update(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
     ) -> dict[str, float]:
-        """Learn from the pictures (B, ...) of training step `step`, after they were scored; returns figures to log."""
+        """Learns from the media (B, ...) of training step `step`, after they were scored; returns metrics to log."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything that learning changes, for an exact resume."""
+        """All tensors that learning changes, for an exact resume."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restores the state that `state_dict` returned."""
 
 
 def score(
@@ -127,10 +127,10 @@ def score(
 ) -> torch.Tensor:
     """The reward's scores (B,), float32, finite, detached, on the media's device.
 
-    The reward gets copies, so that one which writes into them spoils nothing for whoever sees the same items next.
-    NaN stands for an item that a reward which `masks` left out. Raises RewardError for media, prompts or metadata that
-    do not fit the contract, for an exception inside the reward (kept as the cause), and for a result that is not one
-    finite number per item: no failure becomes a score.
+    The reward gets copies of its inputs, so that a reward which writes into them does not change the caller's items.
+    NaN stands for an item that a reward with `masks` left out. No failure becomes a score: RewardError is raised for
+    media, prompts or metadata that break the contract, for an exception inside the reward (kept as the cause), and for
+    a result that is not one finite number per item.
     """
     metadata = check_inputs(reward.name, media, prompts, metadata)
     return score_in_place(reward, media.clone(), list(prompts), copy.deepcopy(metadata))
@@ -139,7 +139,7 @@ def score(
 def score_in_place(
     reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
 ) -> torch.Tensor:
-    """As `score`, of checked items that the reward gets as they are."""
+    """As `score`, without checking or copying: the reward gets the items themselves."""
     try:
         with torch.no_grad():
             result = reward(media, prompts, metadata)
@@ -156,7 +156,7 @@ def score_in_place(
 def check_inputs(
     name: str, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None
 ) -> Sequence[Mapping[str, Any]]:
-    """The metadata, empty rows for None; RewardError unless all three fit the contract of `Reward.__call__`."""
+    """The metadata (None: B empty rows); RewardError if an input breaks the contract of `Reward.__call__`."""
     if not isinstance(media, torch.Tensor) or not media.is_floating_point():
         kind = media.dtype if isinstance(media, torch.Tensor) else type(media).__name__
         raise RewardError(f"reward {name!r}: media must be a float tensor in [0, 1], not {kind}")
@@ -172,7 +172,7 @@ def check_inputs(
             raise RewardError(f"reward {name!r}: {len(media)} media but {count} for {title}; each item needs its own")
         for index, row in enumerate(rows):
             if not isinstance(row, wanted):
-                raise RewardError(f"reward {name!r}: {title}[{index}] is {row!r}, which is no {wanted.__name__}")
+                raise RewardError(f"reward {name!r}: {title}[{index}] is {row!r}, not a {wanted.__name__}")
     low, high = torch.aminmax(media)
     if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):  # written so that NaN is refused too
         inside = ((media >= -RANGE_TOLERANCE) & (media <= 1 + RANGE_TOLERANCE)).flatten(1).all(1)
@@ -187,7 +187,7 @@ def check_inputs(
 def as_scores(result: Any, prompts: Sequence[str], name: str, masks: bool = False) -> torch.Tensor:
     """`result`, a tensor, array, list or tuple of B finite real numbers, as scores (B,), float32.
 
-    Where the reward `masks`, NaN is one too. Raises RewardError, naming the first item that is at fault.
+    With `masks`, NaN is allowed too. Raises RewardError that names the first item at fault.
     """
     if isinstance(result, torch.Tensor) and not result.is_complex():
         scores = result.detach()
@@ -216,14 +216,14 @@ def as_scores(result: Any, prompts: Sequence[str], name: str, masks: bool = Fals
 
 
 def at_least_one(reward: str, **options: int | None) -> None:
-    """RewardError for the first option below 1; None stands for a default."""
+    """Raises RewardError for the first option below 1; None is an option's default and passes."""
     for option, value in options.items():
         if value is not None and value < 1:
             raise RewardError(f"reward {reward!r}: {option} must be at least 1, not {value}")
 
 
 def import_object(spec: str) -> Any:
-    """What "file.py:Name" or "package.module:Name" names; RewardError when it cannot be had."""
+    """The object that "file.py:Name" or "package.module:Name" names; RewardError when it cannot be imported."""
     source, _, name = spec.rpartition(":")
     if not source or not name:
         raise RewardError(f"{spec!r} must be written 'file.py:Name' or 'package.module:Name'")
@@ -246,7 +246,7 @@ def import_object(spec: str) -> Any:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise RewardError(f"there is no file {path}")
-    # Two files of one stem stay apart, and a class can find its own module by name.
+    # The hash keeps two files of one stem apart; the entry in sys.modules lets a class find its own module by name.
     name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # always so for a name that ends in .py
@@ -260,12 +260,12 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def shown(index: int, prompts: Sequence[str]) -> str:
-    """How an error names an item: its number and its prompt, cut to one line."""
+    """An item as an error names it: its number and its prompt, cut to 100 characters."""
     prompt = prompts[index]
     return f"item {index} ({prompt if len(prompt) <= 100 else prompt[:97] + '...'!r})"
 
 
 def reason(error: BaseException) -> str:
-    """An exception's kind and the first line of its message, to end a sentence with."""
+    """An exception's type and the first line of its message, as the end of an error sentence."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

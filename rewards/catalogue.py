@@ -1,4 +1,4 @@
-"""The names of the rewards, built in and installed, and a line on each; nothing here imports a reward."""
+"""The names of the built-in and installed rewards, and one line about each; this module imports no reward."""
 
 import ast
 import importlib.util
@@ -29,7 +29,7 @@ BUILT_IN = {
     "yes_no": "rewards.yes_no:YesNo",
 }
 ENTRY_POINT_GROUP = "flowalign.rewards"
-# Modules that a recipe may know by an earlier name.
+# Modules that a recipe may still name as they were called earlier.
 _MOVED = {
     "rewards.clip_colors": "rewards.detectors.colors",
     "rewards.mask2former": "rewards.detectors.mask2former",
@@ -41,12 +41,12 @@ _MOVED = {
 
 
 def available() -> list[str]:
-    """The names that `load` knows, built in and installed, sorted."""
+    """The names of all built-in and installed rewards, sorted."""
     return sorted({*BUILT_IN, *installed()})
 
 
 def check_name(name_or_path: str) -> None:
-    """Raises RewardError for what can name no reward, without importing the one that it names."""
+    """Raises RewardError if `name_or_path` cannot name a reward; the reward itself is not imported."""
     source, colon, _ = name_or_path.rpartition(":")
     if name_or_path in BUILT_IN or name_or_path.startswith(("http://", "https://")):
         return
@@ -65,12 +65,12 @@ def check_name(name_or_path: str) -> None:
 
 
 def module_named(source: str) -> str:
-    """The module that "package.module" names today."""
+    """The present name of the module `source`, which may have moved."""
     return _MOVED.get(source, source)
 
 
 def describe(name: str) -> str:
-    """The first sentence of what a reward of `available` says of itself, read without importing a built-in one."""
+    """The first paragraph of a reward's docstring, on one line; a built-in reward is not imported for it."""
     if name in BUILT_IN:
         spec = importlib.util.find_spec(BUILT_IN[name].partition(":")[0])
         assert spec is not None and spec.origin is not None

@@ -1,7 +1,7 @@
 """CLIPScore: how well an image fits its prompt, as the cosine of their CLIP embeddings.
 
 Source: Hessel et al., 2021, eq. 1: CLIP-S = w max(cos, 0), w = 2.5, which `scale: hessel` gives. By default the score
-is the plain cosine, as DiffusionNFT and Flow-Factory use it (others of the field report it times 100 or 100 / 30).
+is the plain cosine, as DiffusionNFT and Flow-Factory use it (other papers report the cosine times 100 or 100 / 30).
 What differs from the paper: ViT-L/14 by default, not ViT-B/32, and no "A photo depicts" before the prompt.
 """
 
@@ -17,8 +17,9 @@ HESSEL_WEIGHT = 2.5
 
 
 class CLIPScore(ClipReward):
-    """Cosine similarity in (-1, 1) of image and prompt; with `scale` "hessel" 2.5 max(cosine, 0), in (0, 2.5).
+    """The similarity of image and prompt.
 
+    scale: "cosine" for the cosine, in (-1, 1); "hessel" for 2.5 max(cosine, 0), in (0, 2.5).
     The other options are those of `ClipReward`.
     """
 

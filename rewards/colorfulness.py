@@ -1,4 +1,4 @@
-"""How colourful a picture is, by a formula."""
+"""How colourful an image is, by a formula."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from rewards.frames import FrameReward
 
 
 class Colorfulness(FrameReward):
-    """Hasler and Suesstrunk's colourfulness M3 (2003) of pixels in [0, 1]: 0 for grey, about 0.4 for vivid pictures.
+    """Hasler and Suesstrunk's colourfulness M3 (2003) of pixels in [0, 1]: 0 for grey, about 0.4 for vivid images.
 
     With rg = R - G and yb = (R + G) / 2 - B over all pixels: sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2).
     """
@@ -20,7 +20,7 @@ class Colorfulness(FrameReward):
     range = (0.0, math.inf)
 
     def golden(self) -> Golden:
-        """Grey, and pure red, all of whose pixels have rg = 1 and yb = 1/2."""
+        """A grey image, and a pure red one, where every pixel has rg = 1 and yb = 1/2."""
         grey, red = torch.full((3, 8, 8), 0.5), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
         return Golden(torch.stack([grey, red]), ["grey", "red"], [{}, {}], [0.0, 0.3 * math.sqrt(1.25)], 1e-5)
 

@@ -1,6 +1,7 @@
-"""Several rewards on one batch, where each need not apply to every item: shaped one by one, then made one total.
+"""Several rewards on one batch: each reward's scores are shaped, then all are combined into one total per item.
 
-Shaping compares a score with reference scores, those of the model before training. Sources are with each function.
+A reward need not apply to every item. Shaping compares a score with reference scores, those of the model before
+training. Each function names its source.
 """
 
 import math
@@ -16,8 +17,8 @@ from rewards.base import Reward, RewardError, check_inputs, score, shown
 class Scores(NamedTuple):
     """One reward's scores of B items.
 
-    `values` (B,) float32 count where `applies` (B,) bool is True; elsewhere they are 0, or NaN for an item that the
-    reward judges but left out, whose total is then NaN too.
+    `values` (B,), float32, count where `applies` (B,), bool, is True. Elsewhere a value is 0 if the reward does not
+    apply to the item, and NaN if the reward left the item out; the item's total is then NaN too.
     """
 
     values: torch.Tensor
@@ -30,10 +31,10 @@ def score_all(
     prompts: Sequence[str],
     metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> dict[str, Scores]:
-    """The Scores of every named reward, each asked only about the items to which it applies.
+    """The Scores of every named reward; each reward scores only the items to which it applies.
 
-    A reward alone is asked about every item, so that a prompt it cannot judge is an error and not a hole. Raises
-    RewardError as `score` does, and for an item to which no reward applies.
+    A single reward scores every item, so that a prompt it cannot judge is an error and not a gap. Raises RewardError as
+    `score` does, and for an item to which no reward applies.
     """
     if not rewards:
         raise RewardError("there is no reward to score with; name at least one")
@@ -63,18 +64,18 @@ def score_all(
 
 
 def weighted_sum(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> torch.Tensor:
-    """Total (B,) float32: of each item, the weighted mean of the scores of the rewards that apply to it.
+    """Total (B,) float32: for each item, the weighted mean of the scores of the rewards that apply to it.
 
-    NaN where a reward of positive weight left an item out: without it the total would be of another kind than its
-    group's. Weights are finite and at least 0, one for each reward. Raises RewardError for other weights and for an
-    item to whose rewards only weight 0 is given; so do the other combinations.
+    The total is NaN where a reward of positive weight left the item out: a mean without that reward could not be
+    compared with the rest of the group. Weights are finite and at least 0, one for each reward. Raises RewardError for
+    other weights, and for an item whose rewards all have weight 0; so do the other combinations.
     """
     shares, values = _shares(scores, weights)
     return (shares * values).sum(0)
 
 
 def _shares(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each reward's share in each item's total, and its score; both (K, B), shares of an item summing to 1."""
+    """Each reward's share in each item's total, and its score, both (K, B); the shares of an item sum to 1."""
     if set(scores) != set(weights):
         missing, extra = sorted(set(scores) - set(weights)), sorted(set(weights) - set(scores))
         raise RewardError(f"weights and rewards differ: no weight for {missing}, no reward for {extra}")
@@ -90,12 +91,12 @@ def _shares(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> tuple
 
 
 def standardised(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Values (B,) in standard deviations from the mean of all reference scores, of any shape."""
+    """Values (B,) as standard deviations from the mean of all reference scores, which have any shape."""
     return (values - reference.mean()) / _positive(reference.std(), "standardise")
 
 
 def centred_sigmoid(values: torch.Tensor, reference: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """PAR: the mean over m of sigmoid(scale (value - reference_m)), of values (B,) and reference (B, M); in [0, 1].
+    """PAR: the mean over m of sigmoid(scale (value - reference_m)), for values (B,) and reference (B, M); in [0, 1].
 
     Source: Fu et al. 2025, "Reward Shaping to Mitigate Reward Hacking in RLHF" (2502.18770).
     """
@@ -103,10 +104,10 @@ def centred_sigmoid(values: torch.Tensor, reference: torch.Tensor, scale: float 
 
 
 def centred_log_sigmoid(values: torch.Tensor, reference: torch.Tensor, quantile: float = 0.85) -> torch.Tensor:
-    """log sigmoid(value - r), r the quantile of the Gaussian fitted to the references (B, M) of each item; below 0.
+    """log sigmoid(value - r), below 0; r is a quantile of the Gaussian fitted to each item's references (B, M).
 
-    Sums of it are log P(all are good). Source: Wang et al. 2024, "Transforming and Combining Rewards" (2402.00742); the
-    quantile is that of PAR's comparison.
+    Its sum over rewards is log P(all rewards are good). Source: Wang et al. 2024, "Transforming and Combining Rewards"
+    (2402.00742); the default quantile is the one in PAR's comparison.
     """
     deviation = reference.std(1) if reference.shape[1] > 1 else torch.zeros_like(reference[:, 0])
     level = reference.mean(1) + deviation * torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)).item()
@@ -114,7 +115,7 @@ def centred_log_sigmoid(values: torch.Tensor, reference: torch.Tensor, quantile:
 
 
 def worst_case(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> torch.Tensor:
-    """Total (B,): the lowest score of the rewards of positive weight that apply to an item.
+    """Total (B,): for each item, the lowest score among the rewards of positive weight that apply to it.
 
     Source: Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization" (2310.02743), WCO.
     """
@@ -123,17 +124,18 @@ def worst_case(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> to
 
 
 def uncertainty_weighted(scores: Mapping[str, Scores], weights: Mapping[str, float], penalty: float) -> torch.Tensor:
-    """Total (B,): the members' weighted mean less `penalty` times their weighted variance (2310.02743, UWO)."""
+    """Total (B,): the rewards' weighted mean less `penalty` times their weighted variance (2310.02743, UWO)."""
     shares, values = _shares(scores, weights)
     mean = (shares * values).sum(0)
     return mean - penalty * (shares * (values - mean) ** 2).sum(0)
 
 
 def base_and_bonus(scores: Mapping[str, Scores], base: str, bonus: str, floor: float) -> torch.Tensor:
-    """Total (B,): base (floor + (1 - floor) bonus), of scores in [0, 1]: without the base the bonus is worth nothing.
+    """Total (B,): base (floor + (1 - floor) bonus), for scores in [0, 1]; at base 0 the bonus adds nothing.
 
     Source: FIRM, "Trust Your Critic" (2603.12247): floor 0.6 for editing (CME, execution and consistency), 0.4 for
-    generation (QMA, instruction following and quality). RewardError for an item that lacks one, or a score below 0.
+    generation (QMA, instruction following and quality). Raises RewardError for an item to which one of the two does not
+    apply, and for a score outside [0, 1].
     """
     for name in (base, bonus):
         if name not in scores:
@@ -141,7 +143,8 @@ def base_and_bonus(scores: Mapping[str, Scores], base: str, bonus: str, floor: f
         values, applies = scores[name]
         judged = applies | values.isnan()
         if not judged.all():
-            raise RewardError(f"reward {name!r} does not apply to item {int((~judged).nonzero()[0])}; both must")
+            index = int((~judged).nonzero()[0])
+            raise RewardError(f"reward {name!r} does not apply to item {index}; base and bonus both must apply")
         if (values < 0).any() or (values > 1).any():
             index = int(((values < 0) | (values > 1)).nonzero()[0])
             raise RewardError(
@@ -153,8 +156,8 @@ def base_and_bonus(scores: Mapping[str, Scores], base: str, bonus: str, floor: f
 def agreement(scores: Mapping[str, Scores], weights: Mapping[str, float], scale: float) -> torch.Tensor:
     """How far the rewards agree on each item, (B,) in (0, 1]: exp(-scale U), U their weighted standard deviation.
 
-    It weighs an item's part in learning. Source: Ctrl-U (2410.11236), whose U is the difference of two answers of one
-    model; here it is the disagreement of several.
+    It is the item's weight in learning. Source: Ctrl-U (2410.11236), where U is the difference between two answers of
+    one model; here U is the disagreement of several models.
     """
     shares, values = _shares(scores, weights)
     mean = (shares * values).sum(0)
@@ -163,5 +166,7 @@ def agreement(scores: Mapping[str, Scores], weights: Mapping[str, float], scale:
 
 def _positive(deviation: torch.Tensor, form: str) -> torch.Tensor:
     if not deviation > 0:
-        raise RewardError(f"{form} needs reference scores that differ, not {deviation.item():.4g} of deviation")
+        raise RewardError(
+            f"{form} needs reference scores that differ; their standard deviation is {deviation.item():.4g}"
+        )
     return deviation

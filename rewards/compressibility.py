@@ -1,4 +1,4 @@
-"""How small a picture is as a JPEG file: a reward without a model, and a classic to be hacked with."""
+"""How small an image is as a JPEG file: a reward without a model, and a classic example of one that gets hacked."""
 
 import io
 import math
@@ -15,10 +15,11 @@ from rewards.media import as_levels
 
 
 class Compressibility(FrameReward):
-    """Minus the size of the picture's JPEG file, in bytes per pixel; with `reverse` plus it (incompressibility).
+    """Minus the size of the image's JPEG file, in bytes per pixel; with `reverse` plus the size (incompressibility).
 
-    Source: DDPO (Black et al. 2023, section 5), which takes kilobytes of a 512-pixel picture; per pixel it is the same
-    up to a factor and does not depend on the resolution.
+    quality: JPEG quality, 1 to 100.
+    Source: DDPO (Black et al. 2023, section 5), which takes the kilobytes of a 512-pixel image; bytes per pixel differ
+    from that by a factor and do not depend on the resolution.
     """
 
     name = "compressibility"
@@ -33,11 +34,11 @@ class Compressibility(FrameReward):
     def of_pictures(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        pictures: np.ndarray = as_levels(images).permute(0, 2, 3, 1).cpu().numpy()
-        sizes = [self._bytes(picture) / picture[..., 0].size for picture in pictures]
+        levels: np.ndarray = as_levels(images).permute(0, 2, 3, 1).cpu().numpy()
+        sizes = [self._bytes(image) / image[..., 0].size for image in levels]
         return self.sign * torch.tensor(sizes)
 
-    def _bytes(self, picture: np.ndarray) -> int:
+    def _bytes(self, image: np.ndarray) -> int:
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=self.quality)
+        Image.fromarray(image).save(buffer, format="JPEG", quality=self.quality)
         return buffer.tell()

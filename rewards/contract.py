@@ -1,4 +1,4 @@
-"""`check`: whether a reward keeps the contract that training relies on, tried on pictures."""
+"""`check` tries a reward on images and reports whether it keeps the contract that training relies on."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ import torch
 
 from rewards.base import Reward, RewardError, TrainableReward, score, score_in_place
 
-TOLERANCE = 1e-4  # of scores of about 1; kernels of another batch size round differently
+TOLERANCE = 1e-4  # for scores of about 1; kernels round differently at another batch size
 _SIZE = 64
 _EXAMPLES = (
     ('a red circle above the word "STONE"', "circle", "red"),
@@ -20,7 +20,7 @@ _EXAMPLES = (
 
 
 class Finding(NamedTuple):
-    """One line of the table; `passed` None where there was nothing to check."""
+    """The result of one check; `passed` is None where there was nothing to check."""
 
     check: str
     passed: bool | None
@@ -35,12 +35,12 @@ class Items(NamedTuple):
     metadata: list[Mapping[str, Any]]
 
     def of(self, places: Sequence[int]) -> "Items":
-        """Some of them, in another order."""
+        """The items at `places`, in that order."""
         return Items(self.media[list(places)], [self.prompts[i] for i in places], [self.metadata[i] for i in places])
 
 
 def examples() -> Items:
-    """Eight drawn pictures of four prompts that quote a text and carry GenEval's metadata."""
+    """Eight drawn images, two for each of four prompts; each prompt quotes a text and carries GenEval's metadata."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.linspace(0, 1, _SIZE)
     media: list[torch.Tensor] = []
@@ -49,12 +49,12 @@ def examples() -> Items:
     for index in range(2 * len(_EXAMPLES)):
         prompt, shape, color = _EXAMPLES[index % len(_EXAMPLES)]
         tint = torch.rand(3, 1, 1, generator=generator)
-        picture = tint * (0.6 + 0.4 * rows[:, None]).expand(3, _SIZE, _SIZE)
+        image = tint * (0.6 + 0.4 * rows[:, None]).expand(3, _SIZE, _SIZE)
         x, y, side = (int(value) for value in torch.randint(6, 24, (3,), generator=generator))
-        picture = picture.clone()
-        picture[:, y : y + side, x : x + side] = torch.rand(3, 1, 1, generator=generator)
-        picture = (picture + 0.02 * torch.randn(picture.shape, generator=generator)).clamp(0, 1)
-        media.append(picture)
+        image = image.clone()
+        image[:, y : y + side, x : x + side] = torch.rand(3, 1, 1, generator=generator)
+        image = (image + 0.02 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
+        media.append(image)
         prompts.append(prompt)
         clause = {"class": shape, "count": 1, "color": color}
         metadata.append({"tag": "colors", "include": [clause], "prompt": prompt})
@@ -62,17 +62,17 @@ def examples() -> Items:
 
 
 def check(reward: Reward, items: Items | None = None) -> list[Finding]:
-    """The findings on a reward, tried on `items` to which it applies, by default drawn `examples`.
+    """The findings of all checks on a reward, tried on the `items` it applies to (None: the drawn `examples`).
 
-    Raises RewardError when it applies to fewer than two of them, or when no score can be had.
+    Raises RewardError when the reward applies to fewer than two items, or fails to score them.
     """
     given = examples() if items is None else items
     rows = [{**row, "prompt": prompt} for row, prompt in zip(given.metadata, given.prompts, strict=True)]
     chosen = [index for index, row in enumerate(rows) if reward.applies_to(row)]
     if len(chosen) < 2:
         raise RewardError(
-            f"reward {reward.name!r} applies to {len(chosen)} of the {len(rows)} items it was to be tried on; "
-            "give pictures and prompts that it can judge"
+            f"reward {reward.name!r} applies to {len(chosen)} of the {len(rows)} items, and the check needs at least "
+            "two; give images and prompts that it can judge"
         )
     tried = given.of(chosen)
     scores = _scores(reward, tried)
@@ -95,7 +95,7 @@ def check(reward: Reward, items: Items | None = None) -> list[Finding]:
 
 
 def _scores(reward: Reward, items: Items) -> torch.Tensor:
-    return score(reward, *items).nan_to_num(0)  # an item that is left out must always be
+    return score(reward, *items).nan_to_num(0)  # so that an item left out (NaN) once must be left out every time
 
 
 def _same(title: str, wanted: torch.Tensor, found: torch.Tensor, tolerance: float = TOLERANCE) -> Finding:
@@ -105,7 +105,7 @@ def _same(title: str, wanted: torch.Tensor, found: torch.Tensor, tolerance: floa
 
 
 def _untouched(before: Items, after: Items) -> Finding:
-    """It need not copy what it writes into, but whoever calls it by itself relies on that."""
+    """Whether the reward leaves its inputs unchanged; a caller of the reward itself, without `score`, relies on it."""
     found = _same("media are left as they were", before.media, after.media, tolerance=0)
     if before[1:] == after[1:]:
         return found
@@ -116,7 +116,7 @@ def _range(reward: Reward, scores: torch.Tensor) -> Finding:
     low, high = reward.range
     title = "within its declared range"
     if math.isinf(low) and math.isinf(high):
-        return Finding(title, None, "it declares none")
+        return Finding(title, None, "it declares no range")
     inside = bool((scores >= low - 1e-6).all() and (scores <= high + 1e-6).all())
     return Finding(title, inside, f"[{low:g}, {high:g}]")
 
@@ -127,7 +127,7 @@ def _order(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
 
 
 def _alone(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
-    """Each item, or each group of a reward that compares, scored without the others."""
+    """Whether each item (each group, for a reward of scope "group") scores the same without the others."""
     parts = [[place] for place in range(len(scores))]
     if reward.scope == "group":
         parts = [[i for i, other in enumerate(items.prompts) if other == one] for one in dict.fromkeys(items.prompts)]
@@ -138,7 +138,7 @@ def _alone(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
 
 
 def _prompts(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
-    """With the next group's prompts and metadata, scores move if and only if the reward says so."""
+    """Whether the next group's prompts and metadata change the scores exactly if the reward is `prompt_sensitive`."""
     names = list(dict.fromkeys(items.prompts))
     title = "the prompt matters" if reward.prompt_sensitive else "the prompt does not matter"
     if len(names) < 2:
@@ -166,7 +166,7 @@ def _video(reward: Reward, items: Items, scores: torch.Tensor) -> Finding:
 def _golden(reward: Reward) -> Finding:
     golden = reward.golden()
     if golden is None:
-        return Finding("golden scores", None, "it has none")
+        return Finding("golden scores", None, "it has no golden scores")
     found = score(reward, golden.media, golden.prompts, golden.metadata)
     difference = float((found - torch.tensor(golden.scores)).abs().max())
     detail = f"{len(found)} items, greatest difference {difference:.2g}, allowed {golden.tolerance:.2g}"
@@ -174,7 +174,7 @@ def _golden(reward: Reward) -> Finding:
 
 
 def _state(reward: TrainableReward, items: Items) -> Finding:
-    """After a step and back, it scores as before; after the same step again, as after the first."""
+    """Whether loading the earlier state restores the scores, and the same update then gives the same scores again."""
     kept = {key: value.clone() for key, value in reward.state_dict().items()}
     before = _scores(reward, items)
     reward.update(*items, step=0)

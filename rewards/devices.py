@@ -1,4 +1,4 @@
-"""The device that what is loaded goes to: said once around it, with its index."""
+"""The device that models are loaded to: `on_device` sets it for all loading inside its block."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ _given: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
 
 def chosen_device(device: str | torch.device | None = None) -> torch.device:
-    """`device` with its index, but a processor without; None: that of `on_device`, else the current card, if any.
+    """`device` with its index (the CPU has none); None stands for that of `on_device`, else for the current card.
 
-    Cards of CUDA and ROCm are chosen, as a policy needs; others are used where they are named. An index tells the
-    devices of several processes apart, in what is loaded for one and kept for others too.
+    A card of CUDA or ROCm, that is. Other accelerators are used where they are named. The index tells cards apart where a loaded model is kept under its
+    device and used again.
     """
     found = _given.get() if device is None else torch.device(device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -26,13 +26,13 @@ def chosen_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def given_device() -> torch.device | None:
-    """That of the innermost `on_device`."""
+    """The device of the innermost `on_device` block; None outside of one."""
     return _given.get()
 
 
 @contextmanager
 def on_device(device: str | torch.device) -> Iterator[None]:
-    """What is loaded within chooses this device, unless it is told another."""
+    """Within this block, `chosen_device` returns `device` where no other device is named."""
     token = _given.set(chosen_device(device))
     try:
         yield
@@ -41,6 +41,6 @@ def on_device(device: str | torch.device) -> Iterator[None]:
 
 
 def make_current(device: torch.device) -> None:
-    """For the thread that calls it: a new one begins on card 0, whatever the others work on."""
+    """Sets the calling thread's CUDA device; a new thread begins on card 0, whichever card the other threads use."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""What says to a person what is wrong with a reward; on its own, so that to use it costs no import."""
+"""The error that tells a user what is wrong with a reward; this module imports no torch, so that it loads fast."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,11 @@ from rapidfuzz.distance import OSA, Indel
 
 
 class RewardError(ValueError):
-    """What a person did wrong with a reward, in one sentence that names the reward and the item."""
+    """A user's mistake with a reward: its message is one sentence that names the reward and the item."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The entry of `known` (at least one) most like `word`, whatever the case of either."""
+    """The entry of `known` that is most like `word`; case does not count, and `known` must not be empty."""
     word = word.lower()
     return min(
         known, key=lambda one: (OSA.distance(word, one.lower()), -Indel.normalized_similarity(word, one.lower()))

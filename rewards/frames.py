@@ -1,4 +1,4 @@
-"""Videos as pictures: some of their frames are judged, and a video scores their mean."""
+"""Image rewards on videos: some frames of a video are judged, and its score is their mean."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from rewards.base import Reward
 
 
 def chosen_frames(media: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, int]:
-    """Frames (B * F, 3, H, W) of media (B, 3, H, W) or (B, N, 3, H, W), and F, how many each item has.
+    """Frames (B * F, 3, H, W) of media (B, 3, H, W) or (B, N, 3, H, W), and F, the number of frames of each item.
 
-    An image is one frame. Of a video's N frames F = min(count, N) are taken, the middles of as many equal spans; all of
-    them if `count` is None.
+    An image is one frame. A video of N frames is divided into F = min(count, N) equal spans, whose middle frames are
+    taken; with `count` None all frames are taken.
     """
     if media.ndim == 4:
         return media, 1
@@ -28,7 +28,7 @@ def mean_of_frames(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class FrameReward(Reward):
-    """A reward of pictures; a video scores the mean of `frames` of its own, of all of them where that is None."""
+    """An image reward; the score of a video is the mean over `frames` of its frames, or over all where that is None."""
 
     frames: int | None = None
 
@@ -45,4 +45,4 @@ class FrameReward(Reward):
     def of_pictures(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (N,) of images (N, 3, H, W) with the prompt and the metadata row of each."""
+        """Scores (N,) of images (N, 3, H, W), each with its prompt and its metadata row."""

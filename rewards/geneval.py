@@ -1,9 +1,9 @@
-"""GenEval: are the named objects there, in the named number, colour and place?
+"""GenEval: whether an image shows the objects that the prompt names, in the right number, colour and place.
 
 Source: Ghosh et al., "GenEval: An object-focused framework for evaluating text-to-image alignment" (2023),
-`evaluate_images.py`. `judge` is its verdict rule; `soft_score` is the graded score that Flow-GRPO trains on, with two
-corrections: every term is clamped to [0, 1] (the reference reaches -14), and a violated position scores 0 once (the
-reference also appends a 1).
+`evaluate_images.py`. `judge` is its verdict rule. `soft_score` is the graded score that Flow-GRPO trains on, with two
+corrections: every term is clamped to [0, 1] (the reference implementation reaches -14), and a violated position scores
+0 once (the reference implementation also appends a 1).
 
 A detection is ``{"class": str, "box": [x0, y0, x1, y1], "score": float, "color": str}``, boxes in pixels.
 """
@@ -25,17 +25,17 @@ POSITION_THRESHOLD = 0.1
 
 
 class Verdict(NamedTuple):
-    """GenEval's verdict on one image; `reason` is empty when `correct`, else one line per failed clause."""
+    """GenEval's verdict on one image; `reason` has one line per failed clause and is empty when `correct`."""
 
     correct: bool
     reason: str
 
 
 def relations(box: Sequence[float], target: Sequence[float]) -> set[str]:
-    """The relations of RELATIONS in which `box` stands to `target`, both [x0, y0, x1, y1] in pixels.
+    """The RELATIONS that hold from `box` to `target`, both [x0, y0, x1, y1] in pixels.
 
-    Offsets within a tenth of the summed sizes count as none; what remains is divided by the raw offset, and a
-    direction holds above 0.5.
+    Along each axis, a tenth of the summed sizes is subtracted from the offset of the centres, down to 0. The rest is
+    divided by the length of the full offset, and a direction holds above 0.5.
     """
     (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) = box, target
     offset = np.array([ax0 + ax1 - bx0 - bx1, ay0 + ay1 - by0 - by1]) / 2
@@ -60,7 +60,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
 def kept_detections(
     detections: Sequence[Detection], tag: str, nms_threshold: float = 1.0
 ) -> dict[str, list[Detection]]:
-    """The detections that count, by class, best score first (score threshold, at most 16 a class, greedy NMS)."""
+    """The detections that count, by class and best score first: above the threshold, at most 16 a class, greedy NMS."""
     threshold = COUNTING_SCORE_THRESHOLD if tag == "counting" else SCORE_THRESHOLD
     kept: dict[str, list[Detection]] = {}
     candidates: dict[str, int] = {}
@@ -76,9 +76,9 @@ def kept_detections(
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], *, nms_threshold: float = 1.0) -> Verdict:
-    """GenEval's rule for one image: every `include` clause met by its best detections, no `exclude` clause met.
+    """GenEval's rule for one image: the best detections meet every `include` clause, and no `exclude` clause is met.
 
-    `nms_threshold` 1.0 leaves overlapping boxes alone, as the published script does by default.
+    `nms_threshold`: overlap (IoU) from which the weaker of two boxes is dropped; 1.0 keeps all, the published default.
     """
     objects = kept_detections(detections, metadata["tag"], nms_threshold)
     reasons: list[str] = []
@@ -124,10 +124,10 @@ def _include_failure(
 
 
 def soft_score(detections: Sequence[Detection], metadata: Mapping[str, Any], *, nms_threshold: float = 1.0) -> float:
-    """The graded score in [0, 1]: the mean over clauses of how near count, colour and position are.
+    """The graded score in [0, 1]: the mean of the terms of all `include` clauses.
 
-    A clause gives 1 - |wanted - found| / wanted for its count and one further term for a colour or a position, which
-    is 0 while the count is wrong.
+    A clause gives the term 1 - |wanted - found| / wanted for its count, and one more term for a colour or a position;
+    that term is 0 while the count is wrong.
     """
     objects = kept_detections(detections, metadata["tag"], nms_threshold)
     terms: list[float] = []
@@ -151,9 +151,9 @@ def soft_score(detections: Sequence[Detection], metadata: Mapping[str, Any], *, 
 
 
 def refuse_unknown_classes(detector: Any, metadata: Iterable[Mapping[str, Any]]) -> None:
-    """RewardError for the first class in GenEval's metadata rows that the detector's `names` lack, if it has `names`.
+    """Raises RewardError for the first class in GenEval's metadata rows that is not among the detector's `names`.
 
-    Such a class would never be found, and every one of its prompts be judged wrong.
+    Such a class would never be found, and each of its prompts would be judged wrong. A detector without `names` passes.
     """
     names: Collection[str] | None = getattr(detector, "names", None)
     if names is None:
@@ -168,12 +168,13 @@ def refuse_unknown_classes(detector: Any, metadata: Iterable[Mapping[str, Any]])
 
 
 class GenEval(Reward):
-    """GenEval's score of each image, by any detector.
+    """GenEval's score of each image, with any detector.
 
-    `detector` maps images (B, 3, H, W) in [0, 1] to one list of detections per image; it may be given as
-    ``"package.module:Name"``, a class then made with `detector_options`; the benchmark's is
-    ``"rewards.detectors.mask2former:Mask2Former"``.
-    `strict_weight` mixes the official verdict into the soft score: 0 is soft, 1 is strict.
+    detector: maps images (B, 3, H, W) in [0, 1] to one list of detections per image. It is an object, or the name
+        ``"package.module:Name"`` of one; a class is built with `detector_options`. The benchmark's detector is
+        ``"rewards.detectors.mask2former:Mask2Former"``.
+    strict_weight: the weight of the official verdict in the score, beside the graded score: 0 is soft, 1 is strict.
+    nms_threshold: as in `judge`.
     Metadata rows are GenEval's: ``{"tag": ..., "include": [...], "exclude": [...]}``.
     """
 
@@ -193,7 +194,7 @@ class GenEval(Reward):
             raise RewardError(f"geneval: strict_weight must lie in [0, 1], not {strict_weight}")
         found = import_object(detector) if isinstance(detector, str) else detector
         if detector_options and not isinstance(found, type):
-            raise RewardError(f"geneval: detector {detector!r} is no class and takes no detector_options")
+            raise RewardError(f"geneval: detector {detector!r} is not a class and takes no detector_options")
         self.detector: Detector = found(**(detector_options or {})) if isinstance(found, type) else found
         self.strict_weight = strict_weight
         self.nms_threshold = nms_threshold

@@ -1,7 +1,7 @@
 """HPSv2.1: an open_clip ViT-H/14 tuned on people's rankings of images for one prompt.
 
-Source: Wu et al., 2023, and their package: the cosine of image and prompt without the logit scale, about 0.2 to 0.35.
-An image that is not square is made to fit and padded with black, as that package does, and not cropped.
+Source: Wu et al., 2023, and their package: the score is the cosine of image and prompt without the logit scale, about
+0.2 to 0.35. An image that is not square is scaled to fit and padded with black, as in that package; it is not cropped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from rewards.backbones.weights import checkpoint
 class HPSv2(ClipReward):
     """Cosine similarity in (-1, 1) of image and prompt.
 
-    model: an open_clip architecture. weights: a file, its tensors under "state_dict", or ORGANISATION/REPO/FILE on the
-    hub. The other options are those of `ClipReward`.
+    model: an open_clip architecture. weights: a file with its tensors under "state_dict", or ORGANISATION/REPO/FILE on
+    the hub. The other options are those of `ClipReward`.
     """
 
     name = "hpsv2"

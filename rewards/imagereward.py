@@ -1,7 +1,8 @@
-"""ImageReward: a BLIP that reads the prompt while it looks at the image, tuned on people's rankings.
+"""ImageReward: a BLIP that reads the prompt with attention to the image, tuned on people's rankings.
 
-Source: Xu et al., 2023 (eq. 1 trains it) and their package; scores lie around -2.3 to 2.3, normalised by the mean and
-standard deviation over their data. The weights go into transformers' BLIP classes, which differ in names alone.
+Source: Xu et al., 2023 (eq. 1 trains it) and their package. Scores lie around -2.3 to 2.3; they are normalised by the
+mean and the standard deviation over the authors' data. The weights are loaded into transformers' BLIP classes, which
+name them otherwise.
 """
 
 import re
@@ -20,10 +21,10 @@ from rewards.base import RewardError, at_least_one, reason
 from rewards.devices import chosen_device
 from rewards.frames import FrameReward
 
-MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the raw scores on the authors' data
+MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # raw scores on the authors' data
 PIXEL_MEAN, PIXEL_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MAX_TOKENS = 35
-HEAD_WIDTH = 64  # of every attention head, in both towers
+HEAD_WIDTH = 64  # every attention head of both towers
 Tensors = dict[str, torch.Tensor]
 
 VISION_NAMES = {
@@ -47,7 +48,7 @@ def _depth(weights: Tensors, prefix: str) -> int:
 
 
 def vision_tower(weights: Tensors) -> BlipVisionModel:
-    """The image encoder of the shape that its published weights have."""
+    """The image encoder; its shape is read from the published weights."""
     state = {}
     for key, value in weights.items():
         for pattern, name in VISION_NAMES.items():
@@ -69,7 +70,7 @@ def vision_tower(weights: Tensors) -> BlipVisionModel:
 
 
 def text_tower(weights: Tensors) -> BlipTextModel:
-    """The text encoder with cross attention to the image, of the shape that its published weights have."""
+    """The text encoder with cross attention to the image; its shape is read from the published weights."""
     words, width = weights["embeddings.word_embeddings.weight"].shape
     config = BlipTextConfig(
         vocab_size=words,
@@ -86,11 +87,11 @@ def text_tower(weights: Tensors) -> BlipTextModel:
 
 
 class ImageReward(FrameReward):
-    """The authors' normalised score; nothing bounds it.
+    """The authors' normalised score, without bounds.
 
     model: the published weights, a file or ORGANISATION/REPO/FILE on the hub. tokenizer: BERT's, a folder or hub id.
-    batch_size: how many images the model takes at once. frames: how many of a video's frames are judged, the middles of
-    as many equal spans; the score is their mean. device: the accelerator if there is one.
+    batch_size: images that the model takes at once. frames: frames of a video that are judged, the middles of equal
+        spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
     name = "imagereward"
@@ -125,7 +126,7 @@ class ImageReward(FrameReward):
 
     @torch.no_grad()
     def raw_scores(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Scores (B,) before normalisation, of images (B, 3, H, W) in [0, 1]; prompts are cut to 35 tokens."""
+        """Scores (B,), not normalised, of images (B, 3, H, W) in [0, 1]; prompts are cut to 35 tokens."""
         limits = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS}
         tokens = self.tokenizer(list(prompts), **limits, return_tensors="pt").to(self.device)
         seen = self.towers["vision"](self.preprocessing(images.to(self.device))).last_hidden_state

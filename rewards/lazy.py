@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Lazy imports: a package exports names whose modules are imported at their first use."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def exports(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package that hands on names of its modules."""
+    """The `__getattr__` of a package that exports the names which `modules` lists for each of its modules."""
 
     def get(name: str) -> Any:
         for module, names in modules.items():

@@ -1,4 +1,4 @@
-"""What rewards that learn share: a head on frozen features, its state with an optimizer's, and counted minibatches."""
+"""Common parts of the rewards that learn: a head on frozen features, its state, and minibatches of counted seeds."""
 
 from collections.abc import Mapping
 
@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-_SEPARATOR = "|"  # in no parameter's name
+_SEPARATOR = "|"  # no parameter's name contains it
 
 
 class Head(nn.Module):
-    """Logits (...) of features (..., D), which it brings to length sqrt(D); 0 everywhere before it is trained."""
+    """Logits (...) of features (..., D); the features are scaled to length sqrt(D). An untrained head gives 0."""
 
     def __init__(self, width: int, hidden: int, seed: int = 0):
         super().__init__()
@@ -27,7 +27,7 @@ class Head(nn.Module):
 
 
 def counted(*key: int) -> torch.Generator:
-    """A generator whose draws depend on the numbers alone, so that a resumed run draws alike."""
+    """A generator whose draws depend on the numbers alone, so that a resumed run draws the same."""
     seed = 0
     for part in key:
         seed = (seed * 1_000_003 + part + 1) % (2**63 - 1)
@@ -37,7 +37,7 @@ def counted(*key: int) -> torch.Generator:
 def training_state(
     parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
-    """The parameters and what the optimizer keeps of each, by name."""
+    """The parameters and the optimizer's state of each, by name."""
     state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
@@ -48,7 +48,7 @@ def training_state(
 def load_training_state(
     state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Put back what `training_state` gave; KeyError or RuntimeError when it is of another module."""
+    """Restores a state of `training_state`; KeyError or RuntimeError when it belongs to another module."""
     for name, parameter in parameters.items():
         parameter.data.copy_(state[name])
         prefix = f"{name}{_SEPARATOR}"

@@ -1,4 +1,4 @@
-"""From a reward's name, file or module to the reward; only the one that is asked for gets imported."""
+"""`load` builds a reward from its name, file or module, and imports no other reward."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from rewards.devices import given_device, on_device
 
 
 class FunctionReward(Reward):
-    """A plain `function(media, prompts, metadata, **options)` that returns B numbers, as a reward."""
+    """A plain `function(media, prompts, metadata, **options)` that returns B numbers, wrapped as a reward."""
 
     def __init__(self, function: Callable[..., Any], name: str | None = None, **options: Any):
         self.function = function
@@ -27,14 +27,14 @@ class FunctionReward(Reward):
         return as_scores(self.function(media, prompts, metadata, **self.options), prompts, self.name)
 
 
-@torch.inference_mode(False)  # what learns has to be made outside of it
+@torch.inference_mode(False)  # tensors created in inference mode cannot learn
 def load(name_or_path: str, /, **options: Any) -> Reward:
     """The reward that `name_or_path` names: "ocr", "my_reward.py:Brightness", "package.module:Name" or "http://...".
 
-    A name is a built-in one or an entry point of the group `flowalign.rewards`. What it leads to is a class, made
-    with the options; a function `(media, prompts, metadata, ...) -> B numbers`, called with the options as keyword
-    arguments; or a Reward, which takes no options. An address is that of a served reward. Raises RewardError when there
-    is no such reward, when it cannot be imported or built, and for an option it does not have.
+    A plain name is a built-in reward or an entry point of the group `flowalign.rewards`; an address is a served reward.
+    The target is a class, which is built with the options; a function `(media, prompts, metadata, ...) -> B numbers`,
+    which is called with the options as keyword arguments; or a Reward object, which takes no options. Raises
+    RewardError when there is no such reward, when it cannot be imported or built, and for an option it does not have.
     """
     check_name(name_or_path)
     if name_or_path.startswith(("http://", "https://")):
@@ -52,13 +52,13 @@ def load(name_or_path: str, /, **options: Any) -> Reward:
 
 
 def load_on(device: str | torch.device, name_or_path: str, /, **options: Any) -> Reward:
-    """`load`, all of it on one device; a reward of one's own gets it as its option `device`, if it has that one."""
+    """`load` onto one device; a custom reward gets the device as its option `device`, if it has that option."""
     with on_device(device):
         return load(name_or_path, **options)
 
 
 def as_reward(target: Any, name: str | None = None, **options: Any) -> Reward:
-    """`target` itself if it is a Reward, a function (with its options) wrapped as one; else RewardError."""
+    """`target` itself if it is a Reward, or a function wrapped with its options; RewardError for anything else."""
     if isinstance(target, Reward):
         _check_scope(target)
         return target
@@ -79,16 +79,16 @@ def _built(target: Any, name: str, options: dict[str, Any]) -> Reward:
     if not isinstance(target, type):
         return as_reward(target, name, **options)
     try:
-        made = target(**options)
+        built = target(**options)
     except RewardError:
         raise
     except Exception as error:
         raise RewardError(f"reward {name!r} cannot be built: {reason(error)}") from error
-    return as_reward(made, name)
+    return as_reward(built, name)
 
 
 def _check_options(target: Callable[..., Any], name: str, options: dict[str, Any]) -> None:
-    """Raises RewardError for an option that the class or function lacks, or needs and was not given."""
+    """Raises RewardError for an option that the target does not have, and for a required option that is missing."""
     items: tuple[None, ...] = () if isinstance(target, type) else (None, None, None)  # media, prompts, metadata
     signature = inspect.signature(target)
     parameters = list(signature.parameters.values())[len(items) :]

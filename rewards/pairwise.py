@@ -1,11 +1,13 @@
-"""Pairwise: the share of its group's other pictures that a picture beats, as a vision-language model judges.
+"""Pairwise: the share of the other images of its group that an image beats, by a vision-language model's judgement.
 
-Source: Pref-GRPO (2025, arXiv 2508.20751): all pairs of a prompt's G pictures are judged once,
-w_i = sum over j of y_ij / (G - 1), with y 1 for a win, 1/2 for a tie, 0 for a loss. What differs: which of the two is
-shown first is drawn from the seed, the prompt and the two pictures, so it favours no place in the batch (published: the
-earlier one, always); equal pictures tie unasked; an answer that names no winner is an error unless `unparsable` is
-"tie", as published, or "mask", when the other pairs alone count; the wording of the question is ours, so give
-`question` the one that a model was trained on.
+Source: Pref-GRPO (2025, arXiv 2508.20751): every pair of a prompt's G images is judged once,
+w_i = sum over j of y_ij / (G - 1), with y 1 for a win, 1/2 for a tie, 0 for a loss. What differs:
+
+- The seed, the prompt and the two images decide which image is shown first, so that no place in the batch is favoured
+  (published: always the earlier one).
+- Equal images tie, and the model is not asked.
+- An answer that names no winner is an error, unless `unparsable` is "tie", as published, or "mask".
+- The wording of the question is ours, so set `question` to the wording that your model was trained on.
 """
 
 import hashlib
@@ -27,13 +29,15 @@ Caption: {prompt}"""
 
 
 class Pairwise(VLMReward):
-    """The win rate, in [0, 1], of each picture among all pictures of equal prompt in the batch.
+    """The win rate, in [0, 1], of each image among all images of equal prompt in the batch.
 
-    seed: draws which picture of a pair is shown first. unparsable: with "mask", a pair whose answer names no winner
-    does not count, and a picture without a pair that does is left out. question: what is asked about the two;
-    "{prompt}" in it stands for the prompt. max_tokens: the longest answer.
-    frames: how many of a video's frames are judged, each against the other video's frame at the same place; a pair's
-    outcome is the mean. The other options are those of `VLMReward`.
+    seed: draws which image of a pair is shown first.
+    unparsable: as in `VLMReward`; "mask" does not count a pair whose answer names no winner, and leaves out an image
+        none of whose pairs counts.
+    question: the question about a pair; "{prompt}" in it stands for the prompt. max_tokens: the longest answer, in
+        tokens.
+    frames: frames of a video that are judged, each against the other video's frame at the same place; the outcome of a
+        pair is their mean. The other options are those of `VLMReward`.
     """
 
     name = "pairwise"
@@ -58,19 +62,19 @@ class Pairwise(VLMReward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,); RewardError for a prompt with one picture only."""
+        """Scores (B,); RewardError for a prompt with one image only."""
         groups: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(prompt, []).append(index)
         for members in groups.values():
             if len(members) == 1:
                 where = shown(members[0], prompts)
-                raise RewardError(f"reward 'pairwise': {where} is the only one of its prompt; it needs two or more")
+                raise RewardError(f"reward 'pairwise': {where} is the only item of its prompt; a pair needs two")
         images, items = self.pictures(media)
         count = len(images) // len(media)
         contents = [hashlib.sha256(image.tobytes()).digest() for image in images]
         wins, judged = torch.zeros(2, len(media), dtype=torch.float64)
-        duels = []  # the numbers of the pictures shown first and second
+        duels = []  # the numbers of the images shown first and second
         for members in groups.values():
             for pair in combinations(members, 2):
                 for a, b in ((pair[0] * count + frame, pair[1] * count + frame) for frame in range(count)):
@@ -90,7 +94,7 @@ class Pairwise(VLMReward):
         return (wins / judged).float()
 
     def _ordered(self, a: int, b: int, contents: Sequence[bytes], prompt: str) -> tuple[int, int]:
-        """The two pictures in an order that depends on the seed, the prompt and their contents alone."""
+        """The two images in an order that depends on the seed, the prompt and the images' contents alone."""
         low, high = sorted((a, b), key=contents.__getitem__)
         drawn = hashlib.sha256(f"{self.seed}\n{prompt}\n".encode() + contents[low] + contents[high]).digest()
         return (low, high) if drawn[0] % 2 else (high, low)

@@ -1,7 +1,7 @@
 """PickScore: a CLIP model tuned on people's choices between images for one prompt.
 
 Source: Kirstain et al., 2023, eq. 1: s(image, prompt) = exp(logit scale) cos, about 18 to 25 for the published model.
-Flow-GRPO, DiffusionNFT and AWM divide by 26, so that good images lie near 1; so does this, and `divisor: 1` gives the
+The default divides by 26, as Flow-GRPO, DiffusionNFT and AWM do, so that good images lie near 1; `divisor: 1` gives the
 paper's score. DanceGRPO and Pref-GRPO use the bare cosine, which `clipscore` with this model gives.
 """
 
@@ -14,14 +14,15 @@ from rewards.backbones.clip import ClipReward
 from rewards.base import RewardError
 
 MODEL = "yuvalkirstain/PickScore_v1"
-PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model's, as its authors use it
+PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model, whose processor the authors use
 
 
 class PickScore(ClipReward):
     """exp(logit scale) cos / divisor.
 
-    model: as in `ClipReward`; "toyworld/judges/preference" is the embedded world's. processor: where tokenizer and
-    image processor come from; for the published model its base model, else `model`. The others are `ClipReward`'s.
+    model: as in `ClipReward`; "toyworld/judges/preference" is the embedded world's. processor: the model whose
+    tokenizer and image processor are used (default: the base model for the published model, else `model`). divisor:
+    what the score is divided by. The other options are those of `ClipReward`.
     """
 
     name = "pickscore"

@@ -1,6 +1,6 @@
-"""PromptEcho: how likely the prompt is as a vision-language model's description of the picture.
+"""PromptEcho: how likely the prompt is as a vision-language model's description of the image.
 
-Source: PromptEcho (2026, arXiv 2604.12652): R = mean over the prompt's tokens of log p(token | tokens before, picture,
+Source: PromptEcho (2026, arXiv 2604.12652): R = mean over the prompt's tokens of log p(token | tokens before, image,
 question), by teacher forcing. What differs: nothing; the tokens that close the answer do not count.
 """
 
@@ -20,7 +20,7 @@ QUESTION = "Describe this image in detail."
 class PromptEcho(VLMReward):
     """The mean log-probability, at most 0, of the prompt's tokens as the answer to `question`.
 
-    The other options are those of `VLMReward` with a local model: servers do not tell the probability of a given text.
+    The other options are those of `VLMReward` with a local model; a server does not tell the probability of a text.
     """
 
     name = "prompt_echo"

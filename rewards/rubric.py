@@ -1,9 +1,9 @@
 """Rubric: a vision-language model's marks from 1 to 5 for alignment, coherence and style, or one mark for all.
 
-Source: UnifiedReward (Wang et al., 2025), which writes one line "Alignment Score (1-5): X" for each dimension, or in
-its first form "Final Score: X". What differs: an answer without a mark, or with one outside the scale, is unparsable
-(Flow-GRPO counts it as 0, Pref-GRPO as the batch's mean), and no mark is clamped; the wording of the question is ours,
-so give `question` the one that a model was trained on; marks are mapped to [0, 1].
+Source: UnifiedReward (Wang et al., 2025), which answers one line "Alignment Score (1-5): X" for each dimension, or in
+its first form "Final Score: X". What differs: an answer without a mark, or with a mark outside the scale, is unparsable
+(Flow-GRPO counts it as 0, Pref-GRPO as the batch's mean), and no mark is clamped; marks are mapped to [0, 1]; the
+wording of the question is ours, so set `question` to the wording that your model was trained on.
 """
 
 import math
@@ -31,14 +31,15 @@ Caption: {prompt}"""
 
 
 class Rubric(VLMReward):
-    """The mean over `dimensions` of the marks, mapped to [0, 1].
+    """The mean of the marks for `dimensions`, mapped to [0, 1].
 
-    dimensions: which marks count: of the default question any of alignment, coherence and style, all three of which are
-    always asked for; of a question of one's own those it asks for, "final" for the one mark for all ("Final Score: X",
-    "7/10"). By default the three, or the final one where an answer has none of them. scale: the lowest and highest mark
-    that the question asks for. mapping: "linear" for (mark - lowest) / (highest - lowest), "fifths" for the published
-    mark / 5. question: what is asked; "{prompt}" in it stands for the item's prompt. max_tokens: the longest answer.
-    The other options are those of `VLMReward`.
+    dimensions: the marks that count, some of "alignment", "coherence" and "style" (the default question asks for all
+        three). A custom question may ask for others; "final" is one mark for everything ("Final Score: X", "7/10"). By
+        default the three count, or the final mark where an answer has none of the three.
+    mapping: "linear" for (mark - lowest) / (highest - lowest), "fifths" for the published mark / 5.
+    question: the text that is asked; "{prompt}" in it stands for the item's prompt.
+    scale: the lowest and the highest mark that the question asks for.
+    max_tokens: the longest answer, in tokens. The other options are those of `VLMReward`.
     """
 
     name = "rubric"
@@ -63,7 +64,7 @@ class Rubric(VLMReward):
         if question == QUESTION and not set(given) <= set(DIMENSIONS):
             raise RewardError(
                 f"reward 'rubric': dimensions must be some of {', '.join(DIMENSIONS)}, not {dimensions!r}, unless a "
-                "`question` of one's own asks for them"
+                "custom `question` asks for them"
             )
         if mapping not in MAPPINGS:
             raise RewardError(f"reward 'rubric': mapping must be one of {', '.join(MAPPINGS)}, not {mapping!r}")

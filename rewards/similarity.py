@@ -1,7 +1,7 @@
-"""Similarity: how like its prompt's reference images an image is, as the cosine of their features.
+"""Similarity: how similar an image is to its prompt's reference images, as the cosine of their features.
 
-Source: Adv-GRPO (2511.20256) uses it beside rule rewards, on CLIP or DINOv2. What differs from its code: the mean over
-a prompt's references, not the largest; the features of each reference file are computed once.
+Source: Adv-GRPO (2511.20256) uses it beside rule rewards, on CLIP or DINOv2. What differs from its code: a score is the
+mean over the prompt's references, not the largest; the features of each reference file are computed once.
 """
 
 import json
@@ -20,12 +20,12 @@ from rewards.media import read_picture
 class Similarity(Reward):
     """Mean cosine similarity in (-1, 1) to the references of the item's prompt.
 
-    references: a folder, with the files that an item's metadata name under "reference" (one path or a list of them); or
-        a .jsonl file of rows {"prompt": ..., "reference": ...}, with paths relative to that file.
-    model: a timm vision transformer, whose class token is compared, or with `backbone` "clip" a CLIP model, as the
-        reward `clipscore` takes it.
-    batch_size: how many images the model takes at once. frames: how many of a video's frames are judged, the middles of
-    as many equal spans; the score is their mean. device: the accelerator if there is one.
+    references: a folder, whose files an item's metadata names under "reference" (one path or a list of paths); or a
+        .jsonl file of rows {"prompt": ..., "reference": ...}, with paths relative to that file.
+    backbone: "timm" or "clip". model: for "timm" a timm vision transformer, whose class token is compared; for "clip" a
+        CLIP model, as the reward `clipscore` takes it.
+    batch_size: images that the model takes at once. frames: frames of a video that are judged, the middles of equal
+        spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
     name = "similarity"
@@ -65,7 +65,7 @@ class Similarity(Reward):
         return [found] if isinstance(found, str) else list(found)
 
     def _reference(self, name: str) -> torch.Tensor:
-        """Features (D,) of length 1 of one reference file."""
+        """The features (D,), of length 1, of one reference file."""
         if name not in self.known:
             self.known[name] = self.features(read_picture(self.folder / name)[None])[0]
         return self.known[name]
@@ -73,7 +73,7 @@ class Similarity(Reward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,); RewardError for an item without a reference, or whose file cannot be read."""
+        """Scores (B,); RewardError for an item without a reference, and for a reference that cannot be read."""
         means = []
         for index, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)):
             names = self._names(prompt, row)
@@ -81,13 +81,13 @@ class Similarity(Reward):
                 raise RewardError(f"reward 'similarity': {shown(index, prompts)} has no reference")
             means.append(torch.stack([self._reference(name) for name in names]).mean(0))
         frames, count = chosen_frames(media, self.frames)
-        # The mean of cosines is the product with the mean of features of length 1.
+        # The mean of the cosines equals the product with the mean of the unit features.
         scores = (self.features(frames) * torch.stack(means).repeat_interleave(count, 0)).sum(-1)
         return mean_of_frames(scores.clamp(-1, 1), count)
 
 
 def _read_rows(file: Path) -> dict[str, list[str]]:
-    """The references of each prompt in a .jsonl file; several rows of a prompt add up."""
+    """The references of each prompt in a .jsonl file; a prompt may have several rows."""
     found: dict[str, list[str]] = {}
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -101,6 +101,6 @@ def _read_rows(file: Path) -> dict[str, list[str]]:
             prompt, reference = row["prompt"], row["reference"]
         except (ValueError, KeyError, TypeError) as error:
             wanted = '{"prompt": ..., "reference": ...}'
-            raise RewardError(f"reward 'similarity': {file} line {number} is no {wanted}: {reason(error)}") from error
+            raise RewardError(f"reward 'similarity': {file} line {number} is not {wanted}: {reason(error)}") from error
         found.setdefault(prompt, []).extend([reference] if isinstance(reference, str) else reference)
     return found

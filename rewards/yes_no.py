@@ -1,8 +1,8 @@
-"""Yes or no: a vision-language model's probability of "yes" to a question about the prompt and the picture.
+"""Yes or no: a vision-language model's probability of "yes" to a question about the prompt and the image.
 
-Source: RewardDance (2025, arXiv 2509.08826): r = P("yes" | picture, prompt, instruction), or P("yes" | reference,
-picture, prompt, instruction) where an item has a reference picture to be better than. What differs: any chat model
-serves, untrained for the task; "yes" is normalised over yes and no; the wording of the questions is ours.
+Source: RewardDance (2025, arXiv 2509.08826): r = P("yes" | image, prompt, instruction), or P("yes" | reference, image,
+prompt, instruction) for an item with a reference image that it should surpass. What differs: the judge is any chat
+model, not trained for the task; "yes" is normalised over yes and no; the wording of the questions is ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ COMPARISON = (
 class YesNo(VLMReward):
     """P(yes) / (P(yes) + P(no)) as the first token of the answer, in [0, 1].
 
-    question: what is asked about a picture alone. comparison: what is asked about two, the first being the file under
-    the metadata key "reference", for items that have one. "{prompt}" in them stands for the item's prompt.
+    question: the question about one image. comparison: the question about two images, for an item whose metadata names
+    a file under "reference"; that file is the first image. "{prompt}" in either stands for the item's prompt.
     The other options are those of `VLMReward`.
     """
 
@@ -54,7 +54,7 @@ class YesNo(VLMReward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,); RewardError for a reference that is no picture file."""
+        """Scores (B,); RewardError for a reference that is no image file."""
         references = [self._reference(index, prompts, row.get("reference")) for index, row in enumerate(metadata)]
         images, items = self.pictures(media)
         shows = [[*references[item], image] for item, image in zip(items, images, strict=True)]
@@ -71,4 +71,4 @@ class YesNo(VLMReward):
             return [open_picture(Path(path))]
         except (RewardError, TypeError) as error:
             where = f"reward {self.name!r}: {shown(index, prompts)}"
-            raise RewardError(f"{where} has the reference {path!r}, which is no picture: {error}") from error
+            raise RewardError(f"{where} has the reference {path!r}, which is no image: {error}") from error

@@ -1,4 +1,4 @@
-"""The algorithms: one file per paper. What stands here is imported when it is first used."""
+"""The algorithms: one file per paper. Each name below is imported at its first use."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What an algorithm is: it weighs scored samples, makes batches of them, and has a loss on a batch."""
+"""The interface of an algorithm: it weighs scored samples, puts them into batches, and has a loss on a batch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ Figures: TypeAlias = "dict[str, torch.Tensor]"
 
 
 class Cost(NamedTuple):
-    """The forward passes that the loss takes of an item."""
+    """The forward passes that the loss of an item needs beside the one with a gradient."""
 
-    snapshots: int = 0  # without a gradient, under the trained policy's guidance
-    references: int = 0  # without a gradient, under the reference's guidance
-    apart: bool = False  # whether an update takes the gradient of each reward apart
+    snapshots: int = 0  # passes of snapshots, without a gradient, under the trained policy's guidance
+    references: int = 0  # passes of the reference, without a gradient, under the reference's guidance
+    apart: bool = False  # whether an update computes the gradient of each reward separately
 
 
 def guided_velocity(
     policy: Policy, batch: Batch, state: torch.Tensor, sigma: torch.Tensor, guidance: float
 ) -> torch.Tensor:
-    """The policy's velocities (n, ...) at a batch's states (n, ...) and levels (n,), in passes of `batch.at_once` rows.
+    """The policy's velocities (n, ...) at states (n, ...) and sigmas (n,), in forward passes of `batch.at_once` rows.
 
-    Of several passes none keeps its graph: each is made again when the gradient comes to it (checkpointing, Chen et al.
-    2016), so that the memory is that of one pass and the gradient that of all at once. They are then counted twice.
+    Where there are several passes, none keeps its graph; each is run again in the backward pass (checkpointing, Chen et
+    al. 2016). The memory is then that of one pass, the gradient equals that of one large pass, and a plan counts each
+    forward pass twice.
     """
 
     def of(rows: slice) -> torch.Tensor:
@@ -51,53 +52,53 @@ def guided_velocity(
 
 
 class Algorithm(ABC):
-    """An algorithm made from its settings. `state` is what it remembers beside the policy's snapshots."""
+    """An algorithm, built from its settings. `state` holds what it keeps beside the policy's snapshots."""
 
     Settings: ClassVar[type[AlgorithmSettings]]
     behaviour: ClassVar[str | None] = None
-    """The snapshot that draws the rollouts; None: the trained weights."""
+    """The name of the snapshot that draws the rollouts; None for the trained weights."""
 
     def __init__(self, settings: AlgorithmSettings):
         self.settings: Any = settings
         self.state: dict[str, torch.Tensor] = {}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of it."""
+        """The tensors that a checkpoint stores for the algorithm."""
         return dict(self.state)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restores the state that `state_dict` returned."""
         self.state = dict(state)
 
-    # What it asks of a run.
+    # What the algorithm needs of a run.
 
     @property
     def keep(self) -> frozenset[Keep]:
-        """What a rollout must keep beside the finished samples."""
+        """The data that a rollout must keep beside the finished samples."""
         return frozenset()
 
     def check_schedule(self, sigmas: torch.Tensor) -> None:  # noqa: B027
-        """Raises ValueError for a rollout's schedule (steps + 1,) that cannot be learnt from."""
+        """Raises ValueError for a rollout's sigma schedule (steps + 1,) that the algorithm cannot learn from."""
 
     def begin(self, policy: Policy) -> None:  # noqa: B027
-        """Take the snapshots that the algorithm lives on; called once, before the first step."""
+        """Takes the snapshots that the algorithm needs; called once, before the first step."""
 
-    # Scored samples become weighted ones.
+    # From scored samples to weighted samples.
 
     @property
     def learns_from_equal(self) -> bool:
-        """Whether groups of equal rewards say where to go too."""
+        """Whether a group whose rewards are all equal has a gradient too."""
         return False
 
     def advantages(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
-        """Advantages (N,) of all samples of a step, or (N, K)."""
+        """Advantages (N,) of all samples of a step, or (N, K) with one per reward."""
         settings = self.settings
         if settings.advantage == "summed":
             return summed_advantages(scored, groups, settings.advantage_std)
         return advantages(scored.total, groups, settings.advantage_std)
 
     def differs(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
-        """(N,) bool: the samples in whose group the rewards differ, as far as the algorithm learns from them."""
+        """(N,) bool: the samples in whose group the rewards that the algorithm learns from differ."""
         if scored.previews is not None:
             learnt = scored.previews.T
         else:
@@ -105,16 +106,16 @@ class Algorithm(ABC):
         return torch.stack([has_spread(values, groups) for values in learnt]).any(0)
 
     def teaches(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
-        """(N,) bool: the samples to learn from."""
+        """(N,) bool: the samples that the algorithm learns from."""
         if self.settings.equal_groups == "keep" or self.learns_from_equal:
             return torch.ones_like(scored.total, dtype=torch.bool)
         return self.differs(scored, groups)
 
     def lessons(self, scored: RewardTable, groups: torch.Tensor) -> Lessons:
-        """What N scored samples in groups (N,) teach; ValueError for rewards that cannot be learnt from.
+        """The lessons of N scored samples in groups (N,); ValueError for rewards that the algorithm cannot learn from.
 
-        A sample that a reward left out takes no part in any statistic and teaches nothing; nor do the others of its
-        group where the algorithm learns from whole groups.
+        A sample that a reward left out is in no statistic and teaches nothing. Where the algorithm learns from whole
+        groups, the same holds for all samples of its group.
         """
         known = ~scored.total.isnan()
         if scored.previews is not None:
@@ -131,7 +132,7 @@ class Algorithm(ABC):
         return Lessons(*(part.new_zeros(len(known), *part.shape[1:]).index_put((known,), part) for part in found))
 
     def weigh(self, scored: Scored) -> Weighted:
-        """What each sample of this process teaches, by statistics over those of all; raises as `lessons`."""
+        """This process's samples, weighted with statistics over the samples of all processes; raises as `lessons`."""
         own, table, count = scored.rewards, scored.everyone.trained(), len(scored.generated)
         total = scored.everyone.total
         prompts = torch.arange(len(total) // scored.group_size, device=total.device)
@@ -148,46 +149,46 @@ class Algorithm(ABC):
             zero_spread=1 - learnt.differs.float().mean().item(),
         )
 
-    # Weighted samples become losses.
+    # From weighted samples to losses.
 
     @abstractmethod
     def batches(self, weighted: Weighted, turn: Turn) -> Batches[Any]:
-        """The items of one pass, as `Transitions` or `NoisedFinals`."""
+        """The items of one inner epoch, as `Transitions` or `NoisedFinals`."""
 
     @abstractmethod
     def loss(self, policy: Policy, batch: Any) -> tuple[torch.Tensor, Figures]:
-        """The mean loss over the batch's items, and detached figures to log, each (n,) or a scalar.
+        """The mean loss over the batch's items, and detached metrics to log, each (n,) or a scalar.
 
-        Of shape (L,) it is several, whose gradients the loop takes one by one and joins by `join`. Whether it is
-        depends on the number of the update alone.
+        A loss of shape (L,) is L losses: the loop computes their gradients one by one and combines them by `join`. The
+        number of the update alone decides whether a loss has this shape.
         """
 
     def join(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
-        """Weights (L,) of the gradients of a loss (L,), from their inner products (L, L), and figures to log."""
+        """Weights (L,) for the gradients of a loss (L,), from their inner products (L, L), and metrics to log."""
         raise NotImplementedError(f"{self.settings.name} has one loss")
 
     def cost(self, current: frozenset[str] | set[str]) -> Cost:
-        """The passes of an item beside the trained one, while the snapshots `current` equal the trained weights."""
+        """The forward passes of an item, while the snapshots `current` equal the trained weights."""
         return Cost(references=int(self.settings.kl_weight > 0))
 
     def after_update(self, policy: Policy, update: int) -> None:  # noqa: B027
-        """Move snapshots after a training step's last optimizer update, number `update`; many algorithms have none."""
+        """Moves the snapshots after a training step's last optimizer update, number `update`, if there are any."""
 
 
 class Lessons(NamedTuple):
-    """What N scored samples teach."""
+    """What an algorithm learns from N scored samples."""
 
     advantages: torch.Tensor  # (N,) or (N, ...)
-    teaches: torch.Tensor  # (N,) bool: the samples to learn from
-    differs: torch.Tensor  # (N,) bool: those in whose group the rewards differ
+    teaches: torch.Tensor  # (N,) bool: the samples that the algorithm learns from
+    differs: torch.Tensor  # (N,) bool: the samples in whose group the rewards differ
 
 
 def algorithm_of(settings: AlgorithmSettings) -> Algorithm:
-    """The algorithm that a recipe's section names; UserError for settings that are not of an installed one."""
+    """The algorithm that a recipe's section names; UserError if it is not installed or has other settings."""
     try:
         kind: type[Algorithm] = algorithm_class(settings.name)
     except ValueError as error:
         raise UserError(str(error)) from error
     if not issubclass(kind, Algorithm) or not isinstance(settings, kind.Settings):
-        raise UserError(f"algorithm {settings.name!r} is no flowalign.algorithms.base.Algorithm with these settings")
+        raise UserError(f"algorithm {settings.name!r} is not a flowalign.algorithms.base.Algorithm with these settings")
     return kind(settings)

@@ -1,7 +1,7 @@
-"""The batches of a training step, of one of two kinds: transitions of a trajectory, or finals that are noised anew.
+"""The batches of a training step, of two kinds: transitions of a trajectory, or finished samples with new noise.
 
-An item is a sample at one of its trained denoising steps or noise levels. A unit is what a micro-batch never parts: an
-item, a group at one noise level, or a group with all its steps.
+An item is a sample at one of its trained denoising steps or noise levels. A unit is never split between micro-batches:
+it is an item, a group at one noise level, or a group with all its trained steps.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Unit = Literal["item", "group", "path"]
 
 @dataclass(frozen=True)
 class Turn:
-    """One pass over a step's samples, and how it is taken."""
+    """One inner epoch over a step's samples, and its settings."""
 
     seed: int
     step: int
-    turn: int
+    turn: int  # the number of the inner epoch
     group_size: int
     micro_batch: int
     guidance: float
@@ -37,39 +37,39 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """n items of one training step: what `Algorithm.loss` sees."""
+    """n items of one training step: the input of `Algorithm.loss`."""
 
     condition: Conditioning
-    advantages: torch.Tensor  # (n,), or (n, K) of an algorithm that keeps one a reward
-    groups: torch.Tensor  # (n,), the set within which an item is compared
-    samples: torch.Tensor  # (n,), which items are of one sample
+    advantages: torch.Tensor  # (n,), or (n, K) where the algorithm keeps one per reward
+    groups: torch.Tensor  # (n,), equal for the items that are compared with each other
+    samples: torch.Tensor  # (n,), equal for the items of one sample
     latents: torch.Tensor  # (n, ...), the finished sample x0
     rewards: torch.Tensor  # (n,), the weighted total
     shares: torch.Tensor  # (n, K), see `RewardTable.shares`
     guidance: float
     reference_guidance: float
-    update: int = 0  # optimizer updates before this one
-    at_once: int | None = None  # the items that fit in a pass; None: all
+    update: int = 0  # number of optimizer updates before this one
+    at_once: int | None = None  # number of items in one forward pass; None: all
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransitionBatch(Batch):
-    """Stochastic steps that a rollout took."""
+    """Stochastic denoising steps of a rollout."""
 
     sigma: torch.Tensor  # (n,)
     sigma_next: torch.Tensor  # (n,)
     sigma_max: float
-    state: torch.Tensor  # (n, ...), float32, as the log-probability was computed on it
+    state: torch.Tensor  # (n, ...), float32, the state for which log_prob was computed
     next_state: torch.Tensor  # (n, ...)
-    log_prob: torch.Tensor  # (n,), under the policy that sampled; float64 where the algorithm asks for it
+    log_prob: torch.Tensor  # (n,), under the policy that drew the rollout; float64 where the algorithm needs it
     dynamics: Dynamics
     noise_level: float | None
-    mean: torch.Tensor | None = None  # (n, ...), of the policy that sampled, where the algorithm asks for it
+    mean: torch.Tensor | None = None  # (n, ...), the step's mean in the rollout, where the algorithm needs it
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisedBatch(Batch):
-    """Finished samples noised anew: state = (1 - sigma) x0 + sigma noise, with target noise - x0."""
+    """Finished samples with new noise: state = (1 - sigma) x0 + sigma noise, whose true velocity is noise - x0."""
 
     sigma: torch.Tensor  # (n,)
     noise: torch.Tensor  # (n, ...)
@@ -80,18 +80,18 @@ B = TypeVar("B", bound=Batch)
 
 
 class Batches(ABC, Generic[B]):
-    """The items of weighted samples in one pass: `units` says which there are, `batch` makes some of them."""
+    """The items of weighted samples in one inner epoch: `units` lists them, `batch` builds a batch of some of them."""
 
     def __init__(self, weighted: Weighted, turn: Turn, unit: Unit, draws: int):
-        """draws: the items of a sample."""
+        """draws: number of items of a sample."""
         self.weighted, self.turn, self.unit, self.draws = weighted, turn, unit, draws
 
     def units(self) -> torch.Tensor:
-        """All units (U, m, 2) of (sample, draw) places; those of samples that do not teach are left out."""
+        """All units (U, m, 2), each of m pairs (sample, draw); samples that do not teach are left out."""
         return self._units_of(self.weighted.teaches.cpu().nonzero().flatten())
 
     def spare(self) -> torch.Tensor:
-        """A unit (1, m, 2) as large as any, of samples that need not teach."""
+        """One unit (1, m, 2) of full size, whose samples need not teach: for a process without units of its own."""
         return self._units_of(torch.arange(1 if self.unit == "item" else self.turn.group_size))[:1]
 
     def _units_of(self, samples: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class Batches(ABC, Generic[B]):
         generated = self.weighted.generated
         row, draw = units.flatten(0, 1).to(generated.latents.device).unbind(1)
         groups = generated.groups[row]
-        return self._made(
+        return self._built(
             row,
             draw,
             condition=generated.condition[groups],
@@ -126,15 +126,15 @@ class Batches(ABC, Generic[B]):
         return self.weighted.advantages[row]
 
     @abstractmethod
-    def _made(self, row: torch.Tensor, draw: torch.Tensor, **shared: Any) -> B:
-        """The batch of items (n,) of samples and draws, with what both kinds `shared` have."""
+    def _built(self, row: torch.Tensor, draw: torch.Tensor, **shared: Any) -> B:
+        """The batch of the items with samples `row` (n,) and draws `draw` (n,); `shared` are the fields of `Batch`."""
 
 
 class Transitions(Batches[TransitionBatch]):
     """The stochastic steps of a trajectory."""
 
     def __init__(self, weighted: Weighted, turn: Turn, unit: Unit = "item", *, dense: bool = False):
-        """dense: the advantages are (B, W), one for each step."""
+        """dense: whether the advantages are (B, W), one for each step."""
         from flowalign.rollout.stages import Drawn
 
         generated = weighted.generated
@@ -145,7 +145,7 @@ class Transitions(Batches[TransitionBatch]):
     def _advantages(self, row: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         return self.weighted.advantages[row, draw] if self.dense else super()._advantages(row, draw)
 
-    def _made(self, row: torch.Tensor, draw: torch.Tensor, **shared: Any) -> TransitionBatch:
+    def _built(self, row: torch.Tensor, draw: torch.Tensor, **shared: Any) -> TransitionBatch:
         path = self.path
         sigmas = path.sigmas.to(row.device)
         return TransitionBatch(
@@ -163,7 +163,7 @@ class Transitions(Batches[TransitionBatch]):
 
 
 class NoisedFinals(Batches[NoisedBatch]):
-    """Finished samples, noised anew to levels and by noise that are counted; a unit "group" shares both."""
+    """Finished samples with new noise; noise and level are counted, and the samples of a unit "group" share both."""
 
     def __init__(
         self,
@@ -173,13 +173,13 @@ class NoisedFinals(Batches[NoisedBatch]):
         draws: int,
         levels: Callable[[torch.Tensor, torch.Generator], torch.Tensor],
     ):
-        """levels: of a rollout's schedule and a generator, the noise levels (draws,) of one sample."""
+        """levels: gives the noise levels (draws,) of one sample, from the rollout's sigma schedule and a generator."""
         super().__init__(weighted, turn, unit, draws)
         keys = [(*self._key(index), 0) for index in range(len(weighted.generated))]
-        made = {key: levels(weighted.generated.sigmas, counted_generator(*key)) for key in dict.fromkeys(keys)}
-        self.levels = torch.stack([made[key] for key in keys])
+        drawn = {key: levels(weighted.generated.sigmas, counted_generator(*key)) for key in dict.fromkeys(keys)}
+        self.levels = torch.stack([drawn[key] for key in keys])
 
-    def _made(self, row: torch.Tensor, draw: torch.Tensor, **shared: Any) -> NoisedBatch:
+    def _built(self, row: torch.Tensor, draw: torch.Tensor, **shared: Any) -> NoisedBatch:
         latents = shared["latents"]
         sigma = self.levels[row.cpu(), draw.cpu()].to(latents.device)
         keys = [(*self._key(index), 1 + place) for index, place in zip(row.tolist(), draw.tolist(), strict=True)]
@@ -188,7 +188,7 @@ class NoisedFinals(Batches[NoisedBatch]):
         return NoisedBatch(**shared, sigma=sigma, noise=noise, state=(1 - level) * latents + level * noise)
 
     def _key(self, index: int) -> tuple[int, ...]:
-        """What a sample's noise depends on: its prompt, and its place in the group unless a group shares its noise."""
+        """The key of a sample's noise: its prompt, and its place in the group unless the group shares its noise."""
         generated, turn = self.weighted.generated, self.turn
         member = 0 if self.unit == "group" else generated.members[index]
         return (FORWARD, turn.seed, turn.step, turn.turn, generated.rows[index].index, member)

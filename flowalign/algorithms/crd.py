@@ -1,7 +1,7 @@
-"""Centered Reward Distillation: regress the implicit reward on the external one, both centred within a prompt.
+"""Centered Reward Distillation: regress the implicit reward on the external reward, both centred within a prompt.
 
 Source: Zhu et al., "Diffusion Reinforcement Learning via Centered Reward Distillation" (2603.14128), in the form of the
-trainer that its first author gave to Flow-Factory. Per item, with v = eps - x0 and D(u) = mean (u - v)^2 / w,
+trainer that its first author contributed to Flow-Factory. Per item, with v = eps - x0 and D(u) = mean (u - v)^2 / w,
 w = sg[mean |u - v|] (or 1):
 
     s    = -(D(v_theta) - D(v_old))                 the implicit reward, an estimate of log p_theta / p_old
@@ -9,9 +9,10 @@ w = sg[mean |u - v|] (or 1):
     loss = clip / beta mean (beta (s - sg[sum_j p_j s_j]) - (q - sum_j p_j q_j))^2
            + kl_weight mean (m + q (1 - m)) mean (v_theta - v_reference)^2,      m = 1e-4 / kl_weight
 
-Centring removes log Z of the KL-regularised optimum only within one prompt, at one noise level and one noise: so groups
-stay whole and share both, where the public code centres over whatever prompts and noise levels a micro-batch holds. The
-reference is guided by `train.reference_guidance`, and only samples of high reward feel it (reward-adaptive KL).
+Centring removes log Z of the KL-regularised optimum only within one prompt, at one noise level and one noise. Groups
+therefore stay whole and share both; the public code centres over all prompts and noise levels in a micro-batch. The
+reference is guided by `train.reference_guidance`, and its KL weighs more on samples of high reward (reward-adaptive
+KL).
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ if TYPE_CHECKING:
     from flowalign.policies.base import Policy
 
 Kind = Literal["mse", "bce"]
-LOWEST_KL = 1e-4  # what is left of the KL's weight at reward 0
+LOWEST_KL = 1e-4  # the KL's weight at reward 0
 
 
 def _weighted_means(values: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Each item's weighted mean over its group, (n,)."""
+    """The weighted mean of each item's group, (n,)."""
     count = int(index.max()) + 1
     sums = torch.zeros(2, count, dtype=values.dtype, device=values.device)
     sums[0].index_add_(0, index, weights * values)
@@ -52,7 +53,7 @@ def _weighted_means(values: torch.Tensor, weights: torch.Tensor, index: torch.Te
 
 
 def _pools(reward: torch.Tensor, index: torch.Tensor, temperature: float | None) -> list[torch.Tensor]:
-    """The weights that a mean is taken with, one or two sets of (n,), not normalised and never all 0 in a group."""
+    """One or two sets of weights (n,) for the means; they are not normalised, and never all 0 in a group."""
     if temperature is None:
         return [torch.ones_like(reward)]
     count = int(index.max()) + 1
@@ -80,12 +81,13 @@ def centered_reward_loss(
     weight_temperature: float | None = None,
     kind: Kind = "mse",
 ) -> torch.Tensor:
-    """The centred regression, a scalar, of implicit rewards (n,) on rewards (n,), within `groups` (n,).
+    """The centred regression loss, a scalar, of implicit rewards (n,) on rewards (n,), within `groups` (n,).
 
-    `weight_temperature` None: plain means; above 0: the mean of two losses, centred with softmax(reward / temperature)
-    and with softmax(-reward / temperature); 0: softmax(reward) over the positive and over the negative rewards alone.
-    A group that has none of one sign takes the plain mean in its place: log Z cancels only where the weights of a mean
-    sum to 1, and a centre of 0 would pull the implicit rewards themselves, which mean nothing, to the rewards.
+    weight_temperature: None centres with plain means. Above 0, the loss is the mean of two losses: one centred with the
+    weights softmax(reward / temperature), one with softmax(-reward / temperature). At 0, the weights are
+    softmax(reward) over the positive rewards only, and over the negative rewards only; a group without rewards of one
+    sign uses the plain mean there. Weights must sum to 1, since only then log Z cancels: with a centre of 0 the loss
+    would regress the uncentred implicit rewards, whose level has no meaning.
     """
     _, index = torch.unique(groups, return_inverse=True)
     losses = []
@@ -101,31 +103,35 @@ def centered_reward_loss(
 
 
 class CRDSettings(ForwardSettings):
-    """What a recipe may say of Centered Reward Distillation."""
+    """The settings of Centered Reward Distillation."""
 
     unit: ClassVar = "group"
     name: Literal["crd"] = "crd"
     equal_groups: Literal["skip", "keep"] = "keep"
-    """Whether groups whose rewards are all equal are left out of a step."""
+    """Groups whose rewards are all equal: "skip" leaves them out of a step, "keep" trains on them."""
     kl_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the KL to the reference; 0 spends no forward on it."""
+    """Weight of the KL to the reference. Raise it if samples drift away from the reference; 0 saves the reference's
+    forward pass."""
     beta: Annotated[float, Field(gt=0)] = 1.0
-    """Scale of the implicit reward."""
+    """Scale of the implicit reward. The optimum's implicit rewards are 1 / beta times the centred rewards: lower it for
+    larger changes of the policy."""
     kind: Kind = "mse"
-    """Squared error, or binary cross entropy with the squashed centred reward."""
+    """Regression loss: "mse" is the squared error, "bce" the cross entropy with the sigmoid of the centred reward."""
     weight_temperature: Annotated[float, Field(ge=0)] | None = None
-    """Means within a prompt are plain (null), soft (above 0) or over the good and the bad alone (0)."""
+    """Weights of the means within a prompt: null is plain means, above 0 is a softmax of the rewards with this
+    temperature, and 0 takes the good and the bad samples separately."""
     adaptive: bool = True
-    """Divide errors by their own mean absolute value."""
+    """Whether each squared error is divided by its own mean absolute error."""
     adaptive_kl: bool | None = None
-    """Weigh the KL by the reward, so that bad samples leave the reference freely; null: wherever there is a KL."""
+    """Whether the KL is weighted by the reward, so that bad samples may leave the reference. null: yes, if there is a
+    KL."""
     old_decay: Decay = Decay(first=0.25, slope=5e-3, last=0.999)
-    """How the policy of the implicit reward follows the trained one."""
+    """Decay of the snapshot in the implicit reward. Raise it to measure the reward from an older policy."""
     sampling_decay: Decay = Decay(start=75, slope=7.5e-3, last=0.999)
-    """How the policy that draws the rollouts follows the trained one."""
+    """Decay of the snapshot that draws the rollouts. Raise it to make the rollouts change more slowly."""
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """What weighs the KL needs one."""
+        """`adaptive_kl` needs a KL."""
         super().check(rollout, train, rewards)
         if not self.kl_weight:
             self.refuse("there is no KL to weigh with kl_weight 0; leave it out", "adaptive_kl")
@@ -139,12 +145,12 @@ class CRD(ForwardAlgorithm):
     behaviour = "sampling"
 
     def begin(self, policy: Policy) -> None:
-        """Both snapshots start as the trained policy."""
+        """Both snapshots start equal to the trained policy."""
         policy.snapshot("old")
         policy.snapshot("sampling")
 
     def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
-        """See the module; figures: both parts, the spread of the implicit reward."""
+        """The loss in the module's formula; metrics: its parts and the implicit reward's standard deviation."""
         seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         target = batch.noise - batch.latents
         error = adaptive_error if self.settings.adaptive else squared_error
@@ -155,22 +161,22 @@ class CRD(ForwardAlgorithm):
             / self.settings.beta
             * centered_reward_loss(
                 implicit,
-                level - 0.5,  # good above 0, bad below: only the pools of temperature 0 see the difference
+                level - 0.5,  # good samples above 0, bad ones below; the shift matters only at temperature 0
                 batch.groups,
                 beta=self.settings.beta,
                 weight_temperature=self.settings.weight_temperature,
                 kind=self.settings.kind,
             )
         )
-        figures = {"policy_loss": loss.detach(), "implicit_reward_std": implicit.detach().std()}
+        metrics = {"policy_loss": loss.detach(), "implicit_reward_std": implicit.detach().std()}
         if seen.reference is not None:
             kl = squared_error(seen.policy, seen.reference)
             lowest = min(1.0, LOWEST_KL / self.settings.kl_weight) if self.settings.adaptive_kl is not False else 1.0
             loss = loss + self.settings.kl_weight * ((lowest + level * (1 - lowest)) * kl).mean()
-            figures["kl"] = kl.detach()
-        return loss, figures
+            metrics["kl"] = kl.detach()
+        return loss, metrics
 
     def after_update(self, policy: Policy, update: int) -> None:
-        """Each snapshot follows at its own pace."""
+        """Each snapshot moves towards the trained policy by its own decay."""
         policy.blend("old", self.settings.old_decay.at(update))
         policy.blend("sampling", self.settings.sampling_decay.at(update))

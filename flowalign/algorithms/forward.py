@@ -1,4 +1,4 @@
-"""What the algorithms of the forward process share: trained noise levels, the three predictions, moving snapshots.
+"""The common part of the algorithms on the forward process: noise levels, predictions and the decay of snapshots.
 
 They need finished samples only: x_sigma = (1 - sigma) x0 + sigma eps with a new eps, whose velocity is v = eps - x0.
 """
@@ -27,38 +27,38 @@ TimestepSampling = Literal["schedule", "schedule_strata", "uniform", "logit_norm
 
 
 class Decay(Section):
-    """The decay d of a snapshot, moved after every training step: snapshot <- d snapshot + (1 - d) weights.
+    """The decay d of a snapshot, which moves after every training step: snapshot <- d snapshot + (1 - d) weights.
 
-    d(n) = min(first + slope (n - start)+, last), n counting optimizer updates. Source: DiffusionNFT's `return_decay`
-    and the schedules of Flow-Factory's CRD.
+    d(n) = min(first + slope (n - start)+, last), where n counts optimizer updates. A higher decay makes the snapshot
+    follow the weights more slowly. Source: DiffusionNFT's `return_decay` and the schedules of Flow-Factory's CRD.
     """
 
     first: Level = 0.0
-    """Its value up to update `start`; 0 copies the weights."""
+    """Decay up to update `start`, from 0 (copy the weights) to below 1."""
     slope: Annotated[float, Field(ge=0)] = 0.0
-    """Its rise with every update after `start`."""
+    """Increase of the decay with each update after `start`."""
     start: Annotated[int, Field(ge=0, le=MOST)] = 0
-    """The update from which it rises."""
+    """Optimizer update after which the decay increases."""
     last: Level = 1.0
-    """Where the rise ends."""
+    """Decay at which the increase ends."""
 
     @model_validator(mode="after")
     def _moves(self) -> Decay:
         if self.first >= 1:
-            raise ValueError("a decay that begins at 1 never moves the snapshot; begin below 1")
+            raise ValueError("a decay that begins at 1 never moves the snapshot; set first below 1")
         if self.last < self.first:
-            raise ValueError(f"last ({self.last:g}) must not lie below first ({self.first:g})")
+            raise ValueError(f"last ({self.last:g}) must not be below first ({self.first:g})")
         if not self.slope and self.last != self.first and (name := self.changed("start", "last")):
-            raise ValueError(f"{name} belongs to a decay that rises; give a slope or leave it out")
+            raise ValueError(f"{name} has no effect on a decay without a slope; set slope or leave {name} out")
         return self
 
     def at(self, update: int) -> float:
-        """d after this many optimizer updates."""
+        """The decay d after `update` optimizer updates."""
         return min(self.first + self.slope * max(update - self.start, 0), self.last)
 
 
 class Predictions(NamedTuple):
-    """Velocities (n, ...) of the policy, of a snapshot and of the reference (None where not asked for)."""
+    """Velocities (n, ...) of the policy, of a snapshot and of the reference (None where it is not needed)."""
 
     policy: torch.Tensor
     snapshot: torch.Tensor
@@ -66,16 +66,19 @@ class Predictions(NamedTuple):
 
 
 class ForwardSettings(AlgorithmSettings):
-    """What a recipe may say of an algorithm that learns from finished samples noised anew."""
+    """The settings of an algorithm that learns from finished samples with new noise."""
 
     needs: ClassVar = "final"
     timesteps: Annotated[int, Field(gt=0, le=MOST)] = 2
-    """Noise levels that each sample is trained at."""
+    """Number of noise levels at which each sample is trained in an inner epoch. More levels give a less noisy gradient
+    and cost as many more forward and backward passes."""
     timestep_sampling: TimestepSampling = "schedule"
-    """Drawn from the rollout's own sigmas without repeating; one from each of as many equal parts of them, so that more
-    draws than sigmas repeat some (schedule_strata); or from a density, one from each of equal strata."""
+    """Distribution of the noise levels. "schedule" draws from the rollout's sigmas without repetition.
+    "schedule_strata" divides these sigmas into as many equal parts as there are draws and takes one of each part;
+    draws beyond the number of sigmas repeat some. "uniform" and "logit_normal" draw from that density, one level
+    from each of equal strata."""
     timestep_range: tuple[Level, Level] = (0.0, 1.0)
-    """The lowest and the highest sigma trained at."""
+    """Lowest and highest sigma at which samples are trained."""
 
     @model_validator(mode="after")
     def _range_is_wide(self) -> ForwardSettings:
@@ -85,43 +88,43 @@ class ForwardSettings(AlgorithmSettings):
         return self
 
     def draws(self, rollout: Rollout) -> int:
-        """The noise levels."""
+        """The number of noise levels of a sample."""
         return self.timesteps
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """The grid must hold enough sigmas, and the guidance of the loss be said."""
+        """The rollout's schedule must have enough sigmas, and guided rollouts need an explicit `train.guidance`."""
         super().check(rollout, train, rewards)
         if rollout.guidance > 1 and train.guidance is None:
             raise ValueError(
-                f"train.guidance must be said where rollouts are guided (rollout.guidance {rollout.guidance:g}): 1 "
+                f"train.guidance must be set where rollouts are guided (rollout.guidance {rollout.guidance:g}): 1 "
                 f"trains the model's own velocity, as published for {self.name}, more than 1 the guided one"
             )
         if self.timestep_sampling == "schedule" and self.timesteps > rollout.steps:
             raise ValueError(
-                f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's grid; "
-                "timestep_sampling schedule_strata repeats them"
+                f"algorithm.timesteps ({self.timesteps}) exceeds the {rollout.steps} sigmas of the rollout's schedule; "
+                "algorithm.timestep_sampling schedule_strata may repeat them"
             )
 
     def levels(self, grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """`timesteps` noise levels (T,) for one sample; `grid` is the rollout's schedule, from 1 down to 0.
+        """`timesteps` noise levels (T,) for one sample; `grid` is the rollout's sigma schedule, from 1 down to 0.
 
-        Raises ValueError when the grid has too few sigmas in the range.
+        Raises ValueError when the schedule has too few sigmas in `timestep_range`.
         """
         low, high = self.timestep_range
         inside = grid[(grid >= low) & (grid <= high) & (grid > 0)]
         if self.timestep_sampling == "schedule":
             if len(inside) < self.timesteps:
                 raise ValueError(
-                    f"algorithm.timestep_range [{low:g}, {high:g}] holds {len(inside)} sigmas of the rollout's grid; "
-                    f"algorithm.timesteps asks for {self.timesteps}"
+                    f"algorithm.timestep_range [{low:g}, {high:g}] holds {len(inside)} of the rollout's sigmas; "
+                    f"algorithm.timesteps needs {self.timesteps}"
                 )
             return inside[torch.randperm(len(inside), generator=generator)[: self.timesteps]]
         strata = torch.randperm(self.timesteps, generator=generator)
         uniform = (strata + torch.rand(self.timesteps, generator=generator)) / self.timesteps
         if self.timestep_sampling == "schedule_strata":
             if not len(inside):
-                raise ValueError(f"algorithm.timestep_range [{low:g}, {high:g}] holds no sigma of the rollout's grid")
-            return inside[(uniform * len(inside)).long().clamp(max=len(inside) - 1)]  # 1 - 1e-8 rounds to 1
+                raise ValueError(f"algorithm.timestep_range [{low:g}, {high:g}] holds none of the rollout's sigmas")
+            return inside[(uniform * len(inside)).long().clamp(max=len(inside) - 1)]  # since 1 - 1e-8 rounds to 1
         if self.timestep_sampling == "uniform":
             return (low + (high - low) * uniform).clamp(1e-3, 1 - 1e-3)
         ends = torch.tensor([low, high], dtype=torch.float64).logit(eps=1e-9)
@@ -130,29 +133,29 @@ class ForwardSettings(AlgorithmSettings):
 
 
 class ForwardAlgorithm(Algorithm):
-    """An algorithm that learns from finished samples noised anew."""
+    """An algorithm that learns from finished samples with new noise."""
 
     Settings: ClassVar[type[AlgorithmSettings]] = ForwardSettings
     settings: ForwardSettings
 
     def check_schedule(self, sigmas: torch.Tensor) -> None:
-        """The schedule must hold enough sigmas to train at."""
+        """The schedule must have enough sigmas in `timestep_range`."""
         self.settings.levels(sigmas, counted_generator(0))
 
     def batches(self, weighted: Weighted, turn: Turn) -> Batches[NoisedBatch]:
-        """Finished samples, noised anew to the settings' levels."""
+        """Finished samples with new noise, at the settings' noise levels."""
         return NoisedFinals(weighted, turn, self.settings.unit, self.settings.timesteps, self.settings.levels)
 
     def cost(self, current: frozenset[str] | set[str]) -> Cost:
-        """The old policy's pass is saved while it equals the trained one."""
+        """The old policy needs no forward pass of its own while it equals the trained one."""
         return Cost(snapshots=int("old" not in current), references=int(self.settings.kl_weight > 0))
 
 
 def predictions(policy: Policy, batch: NoisedBatch, snapshot: str | None, *, reference: bool) -> Predictions:
     """The velocities at the batch's noised samples, each in one forward pass over all items.
 
-    The snapshot's pass is saved while it equals the trained weights, as after a copy. `snapshot` None is the reference
-    itself. The reference alone takes `batch.reference_guidance`.
+    A snapshot that equals the trained weights, as after a copy, needs no forward pass of its own. `snapshot` None
+    stands for the reference. Only the reference is guided by `batch.reference_guidance`.
     """
 
     def velocity(guidance: float) -> torch.Tensor:
@@ -174,19 +177,19 @@ def predictions(policy: Policy, batch: NoisedBatch, snapshot: str | None, *, ref
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error over each row's dimensions, or over those where `mask` is true, (n,)."""
+    """Mean squared error (n,) over each row's dimensions, or over those where `mask` is true."""
     return row_mean((prediction - target) ** 2, mask)
 
 
 def adaptive_error(prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """`squared_error` divided by the row's own mean absolute error, which takes no gradient; (n,).
+    """`squared_error` divided by the row's own mean absolute error, (n,); no gradient flows through the divisor.
 
-    Source: DiffusionNFT's training code, whose weight is at least 1e-5.
+    Source: DiffusionNFT's training code, where the divisor is at least 1e-5.
     """
     weight = row_mean((prediction - target).detach().double().abs(), mask).clamp(min=1e-5)
     return (squared_error(prediction, target, mask) / weight).to(prediction.dtype)
 
 
 def reward_level(advantage: torch.Tensor, clip: float) -> torch.Tensor:
-    """Advantages as rewards in [0, 1]: 1/2 + clipped advantage / (2 clip). Source: DiffusionNFT."""
+    """Advantages mapped to rewards in [0, 1]: 1/2 + clipped advantage / (2 clip). Source: DiffusionNFT."""
     return (0.5 + advantage / (2 * clip)).clamp(0, 1)

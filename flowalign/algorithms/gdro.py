@@ -1,16 +1,18 @@
-"""GDRO: rank the finished samples of a prompt by a listwise loss, offline, without a sampler.
+"""GDRO: rank the finished samples of a prompt with a listwise loss, offline, without drawing samples.
 
-Source: Wang et al., "GDRO: Group-level Direct Reward Optimization" (2601.02036). With v = eps - x0 and one noise level
+Source: Wang et al., "GDRO: Group-level Direct Reward Optimization" (2601.02036). With v = eps - x0, and one noise level
 and one noise for a whole group, the implicit reward of a sample and the group's loss are
 
     s_i  = -beta (mean (v_theta - v)^2 - mean (v_reference - v)^2)
     loss = sum_{i<k} (log sum_{m>=i} exp s_m - sum_{j>=i} q_i(j) s_j),  q_i = softmax over j >= i of r_j / temperature
 
-for rewards in falling order, plus `stabiliser` times the flow-matching error of the best sample. A temperature of 0
-ranks hard, and with two samples that is Diffusion-DPO (Wallace et al. 2024); `top_1` keeps the first term alone.
+for rewards in falling order, plus `stabiliser` times the flow-matching error of the best sample. At temperature 0 the
+softmax is a hard choice, and with two samples the loss is Diffusion-DPO's (Wallace et al. 2024). `top_1` keeps only the
+first term.
 
-The notes on the paper leave open whether a group shares its noise and whether errors are summed or averaged over
-dimensions: here it does, since only differences count, and they are averaged, so beta is not the paper's number.
+Our notes on the paper do not say whether a group shares its noise, and whether errors are summed or averaged over
+dimensions. Here a group shares its noise, since only differences count, and errors are averaged, so that beta is not
+the paper's number.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ if TYPE_CHECKING:
 
 
 def _listwise(implicit_reward: torch.Tensor, reward: torch.Tensor, temperature: float, top_1: bool) -> torch.Tensor:
-    """The loss of one group, a scalar, from (k,) values."""
+    """The loss of one group, a scalar, from implicit rewards (k,) and rewards (k,)."""
     count = len(reward)
     order = reward.argsort(descending=True, stable=True)
     own, ranked = implicit_reward[order], reward[order].to(implicit_reward)
     if temperature > 0:
         logits = (ranked / temperature).expand(count, count)
-    else:  # the limit: all weight on the best that remain, shared by ties
+    else:  # the limit: all weight on the best remaining sample, or equally on the best ones
         logits = torch.where(ranked == ranked[:, None], 0.0, -torch.inf).to(own)
-    gone = torch.ones(count, count, dtype=torch.bool, device=own.device).tril(-1)  # row i: what ranks before i
+    gone = torch.ones(count, count, dtype=torch.bool, device=own.device).tril(-1)  # row i: the samples ranked before i
     wanted = logits.masked_fill(gone, -torch.inf).softmax(1)
     remaining = own.expand(count, count).masked_fill(gone, -torch.inf).logsumexp(1)
     terms = remaining - wanted @ own
@@ -56,7 +58,7 @@ def group_loss(
 ) -> torch.Tensor:
     """The listwise loss, a scalar, of implicit rewards (n,) and rewards (n,): the mean over `groups` (n,).
 
-    Adding a constant to a group's rewards, or to its implicit rewards, changes nothing.
+    A constant added to a group's rewards, or to its implicit rewards, does not change the loss.
     """
     chosen = [groups == group for group in groups.unique()]
     losses = [_listwise(implicit_reward[rows], reward[rows], temperature, top_1) for rows in chosen]
@@ -73,7 +75,7 @@ def best_of_each(reward: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
 
 
 class GDROSettings(ForwardSettings):
-    """What a recipe may say of GDRO; with group size 2, temperature 0 and stabiliser 0, of Diffusion-DPO."""
+    """The settings of GDRO; with group size 2, temperature 0 and stabiliser 0 it is Diffusion-DPO."""
 
     unit: ClassVar = "group"
     offline: ClassVar = True
@@ -81,20 +83,22 @@ class GDROSettings(ForwardSettings):
     has_advantages: ClassVar = False
     name: Literal["gdro"] = "gdro"
     timestep_sampling: TimestepSampling = "uniform"
-    """As of every algorithm of the forward process, but from the whole range unless the grid is asked for."""
+    """Distribution of the noise levels, as in `ForwardSettings`; by default uniform over the range."""
     beta: Annotated[float, Field(gt=0)] = 1000.0
-    """Scale of the implicit reward, whose errors are means over dimensions."""
+    """Scale of the implicit reward, whose errors are means over dimensions. Raise it to stay near the reference."""
     temperature: Annotated[float, Field(ge=0)] = 0.05
-    """Of the rewards' softmax; 0 ranks hard."""
+    """Temperature of the rewards' softmax, in units of reward. Raise it if small differences of the rewards are noise;
+    at 0 only their order counts."""
     top_1: bool = False
-    """Only which sample is best, not the order of the others."""
+    """Whether only the best sample counts, and not the order of the others."""
     stabiliser: Annotated[float, Field(ge=0)] = 0.5
-    """Weight of the best sample's flow-matching error, which keeps its own likelihood from falling."""
+    """Weight of the best sample's flow-matching error. Raise it if `best_error` rises, since the likelihood of the best
+    samples then falls."""
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """The reference is the implicit reward's own."""
+        """Settings of a KL or of advantages are refused, since gdro has neither."""
         super().check(rollout, train, rewards)
-        self.refuse("gdro has no KL of its own, beta is its pull to the reference", "kl_weight")
+        self.refuse("gdro has no separate KL; beta sets its pull to the reference", "kl_weight")
         self.refuse("gdro ranks rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
 
 
@@ -105,11 +109,11 @@ class GDRO(ForwardAlgorithm):
     settings: GDROSettings
 
     def cost(self, current: frozenset[str] | set[str]) -> Cost:
-        """The reference's pass."""
+        """One forward pass of the reference."""
         return Cost(references=1)
 
     def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
-        """See the module; figures: the ranking loss, the spread of the implicit reward, the best sample's error."""
+        """The loss in the module's formula; metrics: ranking loss, implicit reward's deviation, best samples' error."""
         seen = predictions(policy, batch, None, reference=True)
         target = batch.noise - batch.latents
         error = squared_error(seen.policy, target)
@@ -118,9 +122,9 @@ class GDRO(ForwardAlgorithm):
             implicit, batch.rewards, batch.groups, temperature=self.settings.temperature, top_1=self.settings.top_1
         )
         best = best_of_each(batch.rewards, batch.groups)
-        figures = {
+        metrics = {
             "policy_loss": ranking.detach(),
             "implicit_reward_std": implicit.detach().std(),
             "best_error": error[best].mean().detach(),
         }
-        return ranking + self.settings.stabiliser * error[best].mean(), figures
+        return ranking + self.settings.stabiliser * error[best].mean(), metrics

@@ -1,30 +1,33 @@
 """MARBLE: balance the gradients of several rewards on DiffusionNFT's loss.
 
-Source: "MARBLE: Multi-Aspect Reward Balance for Diffusion RL" (2605.06507). Each reward k has its own advantages A_k
-and with them its own loss l_k on the same items, noise and forward passes. On every `every`-th update their gradients
-g_k are taken apart:
+Source: "MARBLE: Multi-Aspect Reward Balance for Diffusion RL" (2605.06507). Each reward k has its own advantages A_k,
+and with them its own loss l_k on the same items, noise and forward passes. At every `every`-th update the gradients g_k
+of the rewards are computed separately and balanced:
 
     alpha = argmin over the simplex of || sum_k alpha_k g_k / ||g_k|| ||^2        (min-norm point, MGDA)
     step  = (sum_k alpha_k g_k / ||g_k||) mean_k ||g_k||,    mean_alpha <- ema mean_alpha + (1 - ema) alpha
 
-and in between one backward pass is enough, since l_k is affine in A_k: with A = sum_k mean_alpha_k A_k,
-grad l(A) = sum_k mean_alpha_k grad l_k wherever no reward level is clipped. The KL stays outside of the balance.
+The updates in between need only one backward pass, since l_k is affine in A_k: with A = sum_k mean_alpha_k A_k,
+grad l(A) = sum_k mean_alpha_k grad l_k wherever no reward level is clipped. The KL is not part of the balance.
 
-The recipe's weights w_k are a preference, which the paper does not have (its rewards weigh alike):
+The recipe's weights w_k are a preference. The paper has none; its rewards weigh the same.
 
     alpha ~ argmin over alpha >= 0 with sum_k w_k alpha_k = 1 of || sum_k alpha_k g_k / ||g_k|| ||^2
 
-the min-norm point of the gradients g_k / (||g_k|| w_k), MGDA with scaled gradients (Desideri 2012). Its optimality
-says <step, g_k> / ||g_k|| = c w_k where alpha_k > 0, and more elsewhere, with one c > 0: along their own gradients
-rewards gain in proportion to their weights, and none falls. So it is the direction of the largest least gain by weight,
-min_k <step, g_k> / (||g_k|| w_k). Of two rewards at cosine c, alpha ~ (w_1 - c w_2, w_2 - c w_1), at least 0: at a
-right angle their weights themselves, from which the mean weights start. A scaled loss would do nothing, since gradients
-are taken at unit length. A weight of 0 is a monitor: scored and logged, never learnt from.
+This is the min-norm point of the gradients g_k / (||g_k|| w_k), MGDA with scaled gradients (Desideri 2012). At the
+optimum <step, g_k> / ||g_k|| = c w_k where alpha_k > 0, and more elsewhere, with one c > 0: each reward gains along its
+own gradient in proportion to its weight, and no reward falls. The step is thus the direction with the largest least
+gain by weight, min_k <step, g_k> / (||g_k|| w_k). For two rewards at cosine c, alpha ~ (w_1 - c w_2, w_2 - c w_1), at
+least 0; at a right angle these are the weights themselves, and the mean weights start there. Scaling a loss would have
+no effect, since gradients enter with unit length. A reward of weight 0 is a monitor: it is scored and logged, and not
+learnt from.
 
-Beyond the paper too: a reward may apply to some prompts only. Its loss is then the mean over those, and the amortised
-step weighs each item by the weights of the rewards that apply to it, so that it stays exact. `balance` also gives what
-MARBLE is compared with: the plain sum (`fixed`, of `advantage: total` or `summed`), whose conflicts are measured alike,
-and RACO (2602.02495), which turns the fixed sum away from conflicts: with g0 = sum_k w_k g_k, G_p = sum_k p_k g_k,
+A second addition to the paper: a reward may apply to some prompts only. Its loss is then the mean over these prompts,
+and the single backward pass weighs each item by the weights of the rewards that apply to it, so that it stays exact.
+
+`balance` also offers two methods to compare MARBLE with. `fixed` is the plain sum (of `advantage: total` or `summed`),
+whose conflicts are measured in the same way. RACO (2602.02495) turns the fixed sum away from conflicts: with
+g0 = sum_k w_k g_k and G_p = sum_k p_k g_k,
 
     p = argmin over the simplex of <G_p, g0> + c ||g0|| ||G_p||,   step = g0 + c ||g0|| G_q / ||G_q||,   q = min(p, w)
 """
@@ -52,14 +55,15 @@ if TYPE_CHECKING:
 
 
 def min_norm_weights(gram: torch.Tensor) -> torch.Tensor:
-    """(K,) on the simplex: the weights of the shortest convex combination of K vectors of inner products (K, K)."""
+    """Weights (K,) on the simplex of the shortest convex combination of K vectors, whose inner products are (K, K)."""
     return preferred_weights(gram, torch.ones(len(gram)))
 
 
 def preferred_weights(gram: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
-    """(K,) on the simplex: the weights of K unit vectors, of inner products (K, K), in a step along each in proportion.
+    """Weights (K,) on the simplex of K unit vectors, whose inner products are (K, K), for the preference (K,) > 0.
 
-    `preference` (K,) is positive, and says in which; see the module. Equal ones give `min_norm_weights`.
+    The combined step goes along each vector in proportion to its preference; see the module. An equal preference for
+    all gives `min_norm_weights`.
     """
     inner = gram.detach().cpu().double().numpy()
     prices = preference.detach().cpu().double().numpy()
@@ -67,9 +71,9 @@ def preferred_weights(gram: torch.Tensor, preference: torch.Tensor) -> torch.Ten
 
 
 def conflict_averse_weights(gram: torch.Tensor, weights: torch.Tensor, radius: float) -> torch.Tensor:
-    """RACO's weights (K,) of K gradients of inner products (K, K), for the fixed `weights` (K,) and c = `radius`."""
+    """RACO's weights (K,) of K gradients, whose inner products are (K, K), for the fixed `weights` and c = `radius`."""
     inner, fixed = gram.detach().cpu().double().numpy(), weights.detach().cpu().double().numpy()
-    inner = inner / (inner.diagonal().max() or 1.0)  # the solver's tolerances are those of numbers near 1
+    inner = inner / (inner.diagonal().max() or 1.0)  # the solver's tolerances are meant for numbers near 1
     length = radius * np.sqrt(max(fixed @ inner @ fixed, 0.0))
     values, vectors = np.linalg.eigh(inner)
     root = vectors * np.sqrt(values.clip(min=0))  # root @ root.T = inner
@@ -80,9 +84,9 @@ def conflict_averse_weights(gram: torch.Tensor, weights: torch.Tensor, radius: f
 
 
 def _cheapest(quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None, prices: np.ndarray) -> torch.Tensor:
-    """argmin of p Q p / 2 + q p (+ |cone p|) over p >= 0 with prices p = 1, by Clarabel, made to sum to 1; float64."""
+    """argmin of p Q p / 2 + q p (+ |cone p|) over p >= 0 with prices p = 1, scaled to the sum 1; float64."""
     size = len(linear)
-    tops = 0 if cone is None else 1  # one more unknown, at least |cone p|
+    tops = 0 if cone is None else 1  # a further unknown, which is at least |cone p|
     rows = [np.append(prices, np.zeros(tops))[None], np.hstack([-np.eye(size), np.zeros((size, tops))])]
     cones = [clarabel.ZeroConeT(1), clarabel.NonnegativeConeT(size)]
     if cone is not None:
@@ -103,33 +107,36 @@ def _cheapest(quadratic: np.ndarray, linear: np.ndarray, cone: np.ndarray | None
 
 
 class MarbleSettings(NFTSettings):
-    """What a recipe may say of MARBLE."""
+    """The settings of MARBLE."""
 
     name: Literal["marble"] = "marble"  # type: ignore[assignment]
     advantage_std: Literal["global", "group", "none"] = "group"
-    """Divide advantages by the standard deviation of the whole step's rewards, of the group's, or by none."""
+    """Divisor of the advantages: the standard deviation of the step's rewards, of the group's rewards, or none."""
     balance: Literal["min_norm", "raco", "fixed"] = "min_norm"
-    """How the rewards' gradients are joined: MARBLE's, with the recipe's weights as a preference, RACO's, or summed."""
+    """Method that combines the rewards' gradients: "min_norm" is MARBLE's, with the recipe's weights as a preference,
+    "raco" is RACO's, and "fixed" is the weighted sum."""
     every: Annotated[int, Field(gt=0, le=MOST)] = 10
-    """Updates from one balancing, with a backward pass for each reward, to the next."""
+    """Number of updates from one balancing to the next. A balancing costs one backward pass per reward: lower it if the
+    gradients' conflicts change quickly."""
     ema: Level = 0.7
-    """How much of the mean weights a balancing keeps."""
+    """Share of the earlier mean weights that a balancing keeps. Raise it if the weights jump between balancings."""
     uniform_from: Annotated[int, Field(ge=0, le=MOST)] | None = None
-    """The update from which only the recipe's weights count, for the paper's last, uniform stage; null: never."""
+    """Update from which the recipe's weights replace the balanced ones, for the paper's last, uniform stage; null:
+    never."""
     radius: Annotated[float, Field(ge=0)] = 0.4
-    """RACO's c: how far it may turn from the fixed sum."""
+    """RACO's c: length of the correction, as a part of the fixed sum's. Raise it to avoid conflicts more strongly."""
 
     @property
     def parts_rewards(self) -> bool:
-        """Always: that is what it is for."""
+        """Always True: MARBLE learns from each reward separately."""
         return True
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """There must be something to balance."""
+        """There must be two rewards to balance, and each setting must have an effect."""
         super().check(rollout, train, rewards)
         if rewards < 2:
             raise ValueError(
-                "algorithm: marble balances two rewards or more; with one, use nft (one of weight 0 does not count)"
+                "algorithm: marble balances two rewards or more, those of weight 0 not counted; with one, use nft"
             )
         if self.balance != "raco":
             self.refuse("belongs to balance: raco", "radius")
@@ -150,7 +157,7 @@ class Marble(NFT):
     _fixed: tuple[float, ...] = ()
 
     def advantages(self, scored: RewardTable, groups: torch.Tensor) -> torch.Tensor:
-        """One column a reward, and a last one of the sum where that is what is trained on."""
+        """Advantages (N, K), one column per reward; `balance: fixed` adds a column of the sum, which is trained on."""
         self._names = scored.names
         self._fixed = tuple((scored.weights / scored.weights.sum()).tolist())
         columns = reward_advantages(scored, groups, self.settings.advantage_std)
@@ -159,23 +166,23 @@ class Marble(NFT):
         return columns
 
     def mean_weights(self, update: int) -> torch.Tensor:
-        """The weights (K,) of an update with a single backward pass."""
+        """The rewards' weights (K,) in an update with a single backward pass."""
         fixed = torch.tensor(self._fixed)
         return fixed if self._uniform(update) else self.state.get("weights", fixed)
 
     def _balances(self, update: int) -> bool:
-        """Every so many updates, but not in the last stage, whose weights are known."""
+        """Whether this update balances: every `every`-th one, but not in the uniform stage, whose weights are given."""
         return update % self.settings.every == 0 and not self._uniform(update)
 
     def _uniform(self, update: int) -> bool:
         return self.settings.uniform_from is not None and update >= self.settings.uniform_from
 
     def cost(self, current: frozenset[str] | set[str]) -> Cost:
-        """An update that balances takes gradients apart."""
+        """An update that balances computes the rewards' gradients separately."""
         return super().cost(current)._replace(apart=self._balances(0))
 
     def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
-        """See the module; figures: those of NFT."""
+        """The loss in the module's formula, (L,) in an update that balances; metrics: those of NFT."""
         seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         errors = contrast(batch.latents, batch.noise, batch.sigma, seen.policy, seen.snapshot, self.settings.beta)
         positive, negative = (error[:, None] for error in errors)
@@ -195,18 +202,18 @@ class Marble(NFT):
             total = weights.sum(1, keepdim=True)
             mean = (weights * own).sum(1, keepdim=True) / total.clamp(min=1e-12)
             parts = (total * losses(mean)).mean(0)
-        figures = {
+        metrics = {
             "policy_loss": parts.mean().detach(),
             "old_distance": squared_error(seen.policy, seen.snapshot).detach(),
         }
         if seen.reference is not None:
             kl = squared_error(seen.policy, seen.reference)
-            figures["kl"] = kl.detach()
+            metrics["kl"] = kl.detach()
             parts = torch.cat([parts, self.settings.kl_weight * kl.mean()[None]])
-        return (parts if self._balances(batch.update) else parts.sum()), figures
+        return (parts if self._balances(batch.update) else parts.sum()), metrics
 
     def join(self, gram: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, float]]:
-        """The step's weights of [each reward, (their sum), (the KL)]; figures: cosines of step and rewards, weights."""
+        """The weights of the losses [each reward, (their sum), (the KL)]; metrics: cosines with the step, weights."""
         count = len(self._names)
         lengths = gram.diagonal()[:count].clamp(min=0).sqrt()
         alive = lengths > 1e-8 * lengths.max()
@@ -231,10 +238,10 @@ class Marble(NFT):
         if self.settings.kl_weight:
             weights[-1] = 1
         pairs = gram[:count, :count][torch.triu(torch.ones(count, count, dtype=torch.bool), 1)]
-        figures = {f"cosine/{name}": float(value) for name, value in zip(self._names, cosines, strict=True)}
+        metrics = {f"cosine/{name}": float(value) for name, value in zip(self._names, cosines, strict=True)}
         if "weights" in self.state:
             named = zip(self._names, self.state["weights"], strict=True)
-            figures |= {f"weight/{name}": float(value) for name, value in named}
-        figures["worst_cosine"] = float(cosines.min())
-        figures["conflict"] = float((pairs < 0).double().mean())
-        return weights, figures
+            metrics |= {f"weight/{name}": float(value) for name, value in named}
+        metrics["worst_cosine"] = float(cosines.min())
+        metrics["conflict"] = float((pairs < 0).double().mean())
+        return weights, metrics

@@ -1,14 +1,16 @@
-"""DiffusionNFT: contrast a policy's own samples on the forward process, without trajectories or likelihoods.
+"""DiffusionNFT: contrast good and bad samples of the policy on the forward process, without trajectories or
+likelihoods.
 
 Source: Zheng et al., "DiffusionNFT: Online Diffusion Reinforcement with Forward Process" (2025), and its training code.
-Per item (a sample noised anew to x_sigma, with velocity v = eps - x0), r in [0, 1] from its advantage:
+Per item (a sample noised to x_sigma with a new eps, with velocity v = eps - x0), r in [0, 1] from its advantage:
 
     v+ = beta v_theta + (1 - beta) v_old        v- = (1 + beta) v_old - beta v_theta
     l+- = mean (x0+- - x0)^2 / sg[mean |x0+- - x0|],     x0+- = x_sigma - sigma v+-
     loss = clip / beta (r l+ + (1 - r) l-) + kl_weight mean (v_theta - v_reference)^2
 
-Differences from the published code: noise levels reach the model as floats, where its sampler cuts them to whole
-timesteps; the snapshot's forward is saved while it equals the trained weights; the reference's where kl_weight is 0.
+Differences from the published code: noise levels reach the model as floats, while the published sampler truncates them
+to whole timesteps; the old policy's forward pass is skipped while it equals the trained weights, and the reference's
+where kl_weight is 0.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class NftLoss(NamedTuple):
-    """Scalars: the sum that is minimised and its two parts, the KL without its weight."""
+    """Three scalars: the loss to minimise, and its two parts; the KL is not yet weighted."""
 
     loss: torch.Tensor
     policy_loss: torch.Tensor
@@ -52,7 +54,7 @@ def contrast(
     velocity_old: torch.Tensor,
     beta: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The errors l+ and l-, (n,) each, of x0 (n, ...) noised to sigma (n,); see the module."""
+    """The errors l+ and l- (see the module), (n,) each, of x0 (n, ...) noised to sigma (n,)."""
     level = column(sigma, x0)
     state = (1 - level) * x0 + level * noise
     positive = beta * velocity + (1 - beta) * velocity_old
@@ -75,7 +77,7 @@ def nft_loss(
 ) -> NftLoss:
     """DiffusionNFT's loss of n items: x0, noise and velocities (n, ...), sigma and advantage (n,).
 
-    Without a `velocity_ref` the KL is 0.
+    Without `velocity_ref` the KL is 0.
     """
     positive, negative = contrast(x0, noise, sigma, velocity, velocity_old, beta)
     level = reward_level(advantage, advantage_clip)
@@ -85,15 +87,17 @@ def nft_loss(
 
 
 class NFTSettings(ForwardSettings):
-    """What a recipe may say of DiffusionNFT."""
+    """The settings of DiffusionNFT."""
 
     name: Literal["nft"] = "nft"
     equal_groups: Literal["skip", "keep"] = "keep"
-    """Whether groups whose rewards are all equal are left out of a step."""
+    """Groups whose rewards are all equal: "skip" leaves them out of a step, "keep" trains on them."""
     beta: Annotated[float, Field(gt=0)] = 1.0
-    """How far v+ and v- lie from the old velocity, in units of the policy's own distance."""
+    """Distance of v+ and v- from the old velocity, as a multiple of the trained velocity's distance. The loss's optimum
+    lies at 1 / beta times a fixed distance: lower beta for faster progress, raise it if training is unstable."""
     old_decay: Decay = Decay(slope=1e-3, last=0.5)
-    """How the old policy, which draws the rollouts, follows the trained one."""
+    """Decay of the old policy, which draws the rollouts. Raise it if training is unstable: the old policy then follows
+    the trained one more slowly."""
 
 
 class NFT(ForwardAlgorithm):
@@ -104,11 +108,11 @@ class NFT(ForwardAlgorithm):
     behaviour = "old"
 
     def begin(self, policy: Policy) -> None:
-        """The old policy starts as the trained one."""
+        """The old policy starts equal to the trained one."""
         policy.snapshot("old")
 
     def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
-        """See the module; figures: both parts, the distance to the old policy."""
+        """The loss in the module's formula; metrics: its parts and the distance to the old policy."""
         seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         result = nft_loss(
             batch.latents,
@@ -122,14 +126,14 @@ class NFT(ForwardAlgorithm):
             kl_weight=self.settings.kl_weight,
             advantage_clip=self.settings.advantage_clip,
         )
-        figures = {
+        metrics = {
             "policy_loss": result.policy_loss.detach(),
             "old_distance": squared_error(seen.policy, seen.snapshot).detach(),
         }
         if seen.reference is not None:
-            figures["kl"] = result.kl.detach()
-        return result.loss, figures
+            metrics["kl"] = result.kl.detach()
+        return result.loss, metrics
 
     def after_update(self, policy: Policy, update: int) -> None:
-        """The old policy follows."""
+        """The old policy moves towards the trained one."""
         policy.blend("old", self.settings.old_decay.at(update))

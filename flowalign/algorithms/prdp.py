@@ -6,11 +6,13 @@ samples
 
     loss = max((dR - d reward / beta)^2, (dR_clipped - d reward / beta)^2)
 
-where each step's ratio is clipped to `proximity` around that of the policy that sampled. The loss is zero on all pairs
-exactly at the optimum of the KL-regularised objective, p ~ p_reference exp(reward / beta). Unlike elsewhere
-log-probabilities are summed over dimensions, since this optimum is about the whole density, and so in float64: a mean
-in float32 times the 65,536 dimensions of a latent is off by hundredths of a nat, beside a proximity of tenths. Summed
-over a group's pairs the unclipped loss is a regression centred within the prompt, the trajectory's relative of CRD.
+where each step's log-ratio is clipped to `proximity` around its value under the policy that drew the rollout. The loss
+is zero on all pairs exactly at the optimum of the KL-regularised objective, p ~ p_reference exp(reward / beta).
+
+This optimum concerns the whole density, so log-probabilities are summed over dimensions here, not averaged. They are
+computed in float64: a float32 mean times the 65,536 dimensions of a latent is off by hundredths of a nat, while the
+proximity is tenths. Summed over the pairs of a group, the unclipped loss is a regression centred within the prompt, as
+in CRD, but on trajectories.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
 def pair_loss(
     ratio: torch.Tensor, old_ratio: torch.Tensor, reward: torch.Tensor, *, beta: float, proximity: float
 ) -> torch.Tensor:
-    """The loss of one prompt, a scalar: log-ratios (G, T) of G trajectories now and when sampled, rewards (G,)."""
+    """The loss of one prompt, a scalar.
+
+    ratio, old_ratio: log-ratios (G, T) of G trajectories' steps, now and in the rollout. reward: (G,).
+    """
     clipped = ratio.clamp(old_ratio - proximity, old_ratio + proximity)
     target = (reward[:, None] - reward) / beta
 
@@ -46,23 +51,25 @@ def pair_loss(
 
 
 class PRDPSettings(AlgorithmSettings):
-    """What a recipe may say of PRDP."""
+    """The settings of PRDP."""
 
     needs: ClassVar = "trajectory"
     unit: ClassVar = "path"
     has_advantages: ClassVar = False
     name: Literal["prdp"] = "prdp"
     beta: Annotated[float, Field(gt=0)] = 10.0
-    """Weight of the KL in the objective: the optimum tilts the reference by exp(reward / beta)."""
+    """Weight of the KL in the objective, in units of reward: the optimum tilts the reference by exp(reward / beta).
+    Raise it to stay nearer to the reference, lower it to follow the rewards more."""
     proximity: Annotated[float, Field(gt=0)] = 0.1
-    """How far a step's log-ratio may move from that of the policy that sampled before it stops teaching."""
+    """Largest change of a step's log-ratio since the rollout, in nats, beyond which it has no gradient. Lower it if
+    training is unstable."""
 
     def check(self, rollout: Rollout, train: Train, rewards: int) -> None:
-        """Needs true log-probabilities."""
+        """The rollout's dynamics must have true log-probabilities."""
         super().check(rollout, train, rewards)
         if rollout.dynamics == "cps":
-            raise ValueError("rollout.dynamics cps has no true log-probabilities; use another one with prdp")
-        self.refuse("prdp has no KL of its own, beta is its pull to the reference", "kl_weight")
+            raise ValueError("rollout.dynamics cps has no true log-probabilities; use other dynamics with prdp")
+        self.refuse("prdp has no separate KL; beta sets its pull to the reference", "kl_weight")
         self.refuse("prdp regresses on rewards and has no advantages", "advantage", "advantage_std", "advantage_clip")
 
 
@@ -74,19 +81,19 @@ class PRDP(Algorithm):
 
     @property
     def keep(self) -> frozenset[Keep]:
-        """Log-probabilities in float64."""
+        """The trajectory, with log-probabilities in float64."""
         return frozenset({"trajectory", "float64"})
 
     def batches(self, weighted: Weighted, turn: Turn) -> Transitions:
-        """A group with all its steps is never parted."""
+        """The trained steps; a group with all its steps is never split between micro-batches."""
         return Transitions(weighted, turn, "path")
 
     def cost(self, current: frozenset[str] | set[str]) -> Cost:
-        """The reference's pass."""
+        """One forward pass of the reference."""
         return Cost(references=1)
 
     def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Figures]:
-        """See the module; figures: how far the log-ratios stand from the reference and moved since the rollout."""
+        """The loss in the module's formula; metrics: the log-ratios and their change since the rollout."""
         dimensions = batch.latents[0].numel()
         own = replay(policy, batch, batch.guidance, exact=True).log_prob
         with torch.no_grad(), policy.reference():
@@ -100,9 +107,9 @@ class PRDP(Algorithm):
             now, then = ratio[rows].view(members, -1), old_ratio[rows].view(members, -1)
             rewards = batch.rewards[rows].view(members, -1)[:, 0]
             losses.append(pair_loss(now, then, rewards, beta=self.settings.beta, proximity=self.settings.proximity))
-        figures = {
+        metrics = {
             "ratio_distance": (own.detach() - batch.log_prob).expm1().abs(),
             "log_ratio": ratio.detach(),
             "clipped": ((ratio - old_ratio).detach().abs() > self.settings.proximity).float(),
         }
-        return torch.stack(losses).mean(), figures
+        return torch.stack(losses).mean(), metrics

@@ -1,7 +1,7 @@
-"""Rectified-flow sampling: schedules, ODE and SDE steps, counted noise. Pure functions on tensors.
+"""Rectified-flow sampling: ODE and SDE steps, solvers, guidance and counted noise, as pure functions on tensors.
 
-Shape legend: B rows, ... a latent's own dimensions; sigma in [0, 1] with 1 = noise, x = (1 - sigma) x0 + sigma eps,
-velocity v = eps - x0.
+Shapes: B rows; "..." stands for a latent's own dimensions. Conventions: sigma in [0, 1] with 1 = noise,
+x = (1 - sigma) x0 + sigma eps, velocity v = eps - x0.
 """
 
 from flowalign.sampling.guidance import GuidanceForm, guided

@@ -12,10 +12,10 @@ GuidanceForm = Literal["plain", "rescaled"]
 def guided(
     positive: torch.Tensor, negative: torch.Tensor, guidance: float, form: GuidanceForm = "plain"
 ) -> torch.Tensor:
-    """v_negative + guidance (v_positive - v_negative), (B, ...), of velocities (B, ...).
+    """The guided velocity v_negative + guidance (v_positive - v_negative), (B, ...), from velocities (B, ...).
 
-    "rescaled" gives it the norm of v_positive along the last dimension, a token's channels, as Qwen-Image's pipeline
-    does; where the guided velocity is 0 it stays 0.
+    The form "rescaled" gives it the norm of v_positive along the last dimension, the channels of a token, as
+    Qwen-Image's pipeline does; a guided velocity of 0 stays 0.
     """
     velocity = negative + guidance * (positive - negative)
     if form == "plain":

@@ -1,4 +1,4 @@
-"""Counted noise: what a number depends on is named, never what was drawn before it."""
+"""Counted noise: each number depends on a key that names its use and place, and not on earlier draws."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 from flowalign.lazy import torch
 
-# The first part of every key says what the numbers are for, so that no two uses share a stream.
+# The first part of every key says what the numbers are used for, so that no two uses share a stream.
 ROLLOUT, EVALUATION, PROMPTS, ITEMS, FORWARD, WINDOW, DATASET = range(7)
 
 
 def _seed(key: Sequence[int]) -> int:
     digest = hashlib.blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1  # torch takes 63 bits
+    return int.from_bytes(digest, "little") >> 1  # torch's seeds have 63 bits
 
 
 def counted_generator(*key: int) -> torch.Generator:
@@ -23,9 +23,9 @@ def counted_generator(*key: int) -> torch.Generator:
 
 
 def counted_noise(keys: Sequence[Sequence[int]], shape: Sequence[int], device: torch.device | str) -> torch.Tensor:
-    """Standard normal noise (B, *shape), float32; row i depends on keys[i] alone, whatever the batch or device.
+    """Standard normal noise (B, *shape), float32; row i depends on keys[i] alone, not on the batch or the device.
 
-    Keys are (use, seed, training step, prompt index, member, denoising step) in rollouts.
+    In rollouts a key is (use, seed, training step, prompt index, member, denoising step).
     """
     rows = [torch.randn(tuple(shape), generator=counted_generator(*key)) for key in keys]
     return torch.stack(rows).to(device)

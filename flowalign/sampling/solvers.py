@@ -1,4 +1,4 @@
-"""Solvers of the sampling ODE over a schedule: Euler, and DPM-Solver++ through diffusers."""
+"""Solvers of the sampling ODE over a sigma schedule: Euler, and DPM-Solver++ through diffusers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Solver = Literal["euler", "dpm++"]
 
 
 def ode_solver(name: Solver, sigmas: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
-    """A function (velocity (B, ...), sample (B, ...), step) -> the next sample, for the schedule `sigmas` (steps + 1,).
+    """A function (velocity (B, ...), sample (B, ...), step) -> next sample, for the sigma schedule (steps + 1,).
 
-    "dpm++" is DPM-Solver++ (2M) in sigma (Lu et al. 2022), the solver of DiffusionNFT's rollouts; it remembers the step
-    before, so it is called once for each step, in order.
+    "dpm++" is DPM-Solver++ (2M) in sigma (Lu et al. 2022), the solver of DiffusionNFT's rollouts. It uses the previous
+    step, so it must be called once for each step, in order.
     """
     if name == "euler":
         return lambda velocity, sample, step: ode_step(velocity, sample, sigmas[step].item(), sigmas[step + 1].item())
-    from diffusers import DPMSolverMultistepScheduler  # the slowest import of all, and few need it
+    from diffusers import DPMSolverMultistepScheduler  # imported here, since it is slow and rarely needed
 
     scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2, final_sigmas_type="zero"

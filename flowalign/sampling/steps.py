@@ -1,4 +1,4 @@
-"""One denoising step from sigma to sigma_next < sigma: the ODE's, and four stochastic ones with log-probabilities.
+"""One denoising step from sigma to sigma_next < sigma: the ODE step, and four stochastic steps with log-probabilities.
 
 With D = sigma_next - sigma < 0, x0_hat = x - sigma v and eps_hat = x + (1 - sigma) v:
 
@@ -9,15 +9,15 @@ dance_sde  DanceGRPO (Xue et al. 2025): constant eta = a, std = eta sqrt(-D),
            mean = x + D v + eta^2 D (x - (1 - sigma) x0_hat) / (2 sigma^2).
 cps        Flow-CPS (coefficients-preserving sampling): std = sigma_next sin(a pi / 2),
            mean = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - std^2) eps_hat.
-memoryless The SDE of flow_sde with a = sqrt(2), whose finished samples do not remember the first noise, so that the
+memoryless The SDE of flow_sde with a = sqrt(2). Its finished samples are independent of the first noise, so that the
            optimum of reward - kl KL(path) is the reference tilted by exp(reward / kl) (Domingo-Enrich et al. 2025);
-           what a per-step KL loss finds of it is said in algorithms/flow_grpo.py. Flow-SDE's
-           formula is far off at this noise in few steps and needs sigma_max at 1; so the step is the posterior of its
-           noising process at x0_hat, the same in the limit: c = (1 - sigma) sigma_next / ((1 - sigma_next) sigma),
+           algorithms/flow_grpo.py says how near a per-step KL loss comes to it. With few steps flow_sde's formula is
+           inaccurate at this noise, and it needs sigma_max at sigma = 1. The step is therefore the posterior of the
+           noising process at x0_hat, which has the same limit: c = (1 - sigma) sigma_next / ((1 - sigma_next) sigma),
            mean = (1 - sigma_next) x0_hat + c sigma_next eps_hat, std = sigma_next sqrt(1 - c^2). It has no noise level.
 
-Log-probabilities are means over a row's dimensions. All are the Gaussian's but that of cps, which is
-the published -(x' - mean)^2, without the Gaussian's constants and its 1 / (2 std^2), since its clip ranges assume that.
+Log-probabilities are means over a row's dimensions. They are the Gaussian's, except for cps, where the published
+-(x' - mean)^2 has neither the Gaussian's constants nor its 1 / (2 std^2); the published clip ranges assume this form.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)
 
 
 class SdeStep(NamedTuple):
-    """A stochastic step of B rows: where it went, its Gaussian (mean and standard deviation), its log-probability."""
+    """A stochastic step of B rows: the next sample, its Gaussian (mean and standard deviation) and log-probability."""
 
     next_sample: torch.Tensor  # (B, ...)
     mean: torch.Tensor  # (B, ...)
@@ -45,7 +45,7 @@ def _precise(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def column(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
-    """A scalar or (B,) tensor in the shape and precision that broadcasts over (B, ...)."""
+    """A scalar or a tensor (B,), in the dtype of `like` (B, ...) and in a shape that broadcasts over it."""
     column = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return column.reshape(-1, *[1] * (like.ndim - 1)) if column.ndim else column
 
@@ -53,7 +53,7 @@ def column(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:
 def ode_step(
     velocity: torch.Tensor, sample: torch.Tensor, sigma: torch.Tensor | float, sigma_next: torch.Tensor | float
 ) -> torch.Tensor:
-    """Euler's step of the flow, (B, ...), in float32 or better."""
+    """Euler's step of the flow from sigma to sigma_next, (B, ...), computed in float32 or better."""
     sample = _precise(sample)
     return sample + (column(sigma_next, sample) - column(sigma, sample)) * velocity.to(sample.dtype)
 
@@ -72,12 +72,13 @@ def sde_step(
     noise: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> SdeStep:
-    """A stochastic step and the log-probability of `next_sample`, which is drawn where it is not given.
+    """A stochastic step, and the log-probability of `next_sample`; None draws the next sample.
 
-    velocity, sample, next_sample, noise: (B, ...); sigma, sigma_next, sigma_max: scalars or (B,). `sigma_max` stands in
-    for sigma = 1 in flow_sde's denominator. `mask`, bool and broadcastable to the sample, is true where that
-    is not given: the log-probability is the mean over that part. Computed in float32 or better; see the module for the
-    formulas.
+    velocity, sample, next_sample, noise: (B, ...); sigma, sigma_next, sigma_max: scalars or (B,). `sigma_max` replaces
+    sigma = 1 in flow_sde's denominator. `noise` or `generator` decides the draw. `mask`, bool and broadcastable to the
+    sample, is true for the part of a latent that is sampled and not given; the log-probability is the mean over that
+    part. Computed in float32 or better; see the module for the formulas. Raises ValueError for unknown dynamics and for
+    a `noise_level` or `sigma_max` that is missing or not allowed.
     """
     if dynamics not in DYNAMICS:
         raise ValueError(f"unknown dynamics {dynamics!r}; choose one of {', '.join(DYNAMICS)}")
@@ -121,9 +122,9 @@ def sde_step(
 
 
 def row_mean(values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The mean (B,) over a row's dimensions of values (B, ...), or over those where `mask` is true.
+    """The mean (B,) of values (B, ...) over each row's dimensions, or over those where `mask` is true.
 
-    mask: bool, broadcastable to the values; a row where it is true nowhere has the mean 0.
+    mask: bool, broadcastable to the values; a row in which it is nowhere true has the mean 0.
     """
     if mask is None:
         return values.flatten(1).mean(1)
@@ -144,5 +145,5 @@ def _log_prob(residual: torch.Tensor, std: torch.Tensor, dynamics: Dynamics, mas
 def gaussian_kl(
     mean: torch.Tensor, other_mean: torch.Tensor, std: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """KL divergence (B,) of two Gaussians of the same `std`, as a mean over a row's dimensions where `mask` is true."""
+    """KL divergence (B,) of two Gaussians with the same `std`, as a mean over each row's dimensions in the mask."""
     return row_mean((mean - other_mean) ** 2 / (2 * std**2), mask)

@@ -1,1 +1,1 @@
-"""The embedded world: 64 x 64 pictures of coloured shapes and of signs with words, judged exactly."""
+"""The embedded world: 64 x 64 images of coloured shapes and of signs with words, with exact judges."""

@@ -1,7 +1,7 @@
-"""The exact judge of the embedded world: boxes, classes and colours of the shapes in any picture.
+"""The exact judge of the embedded world: it finds the boxes, classes and colours of the shapes in any image.
 
-Ink is what differs from the border's median colour; a component of ink is an object when its silhouette agrees with
-one class's template and its inner colour is near one of the palette.
+Pixels that differ from the border's median colour are ink. A connected part of ink is an object if its silhouette
+agrees with the template of a class and its inner colour is near one of the palette.
 """
 
 import functools
@@ -15,23 +15,23 @@ from scipy import ndimage
 from flowalign.toyworld.render import PALETTE, SHAPES, coverage
 from rewards.media import as_levels
 
-INK_DIFFERENCE = 45.0  # 8-bit levels, largest channel
+INK_DIFFERENCE = 45.0  # 8-bit levels of the largest channel's difference
 MIN_AREA = 28  # pixels
 MIN_IOU = 0.72
-MAX_COLOR_DISTANCE = 80.0
-MAX_STRETCH = 1.3  # of a silhouette against its template's proportions
-_TEMPLATE = 24
+MAX_COLOR_DISTANCE = 80.0  # 8-bit levels, Euclidean over the channels
+MAX_STRETCH = 1.3  # a silhouette's proportions relative to its template's
+_TEMPLATE = 24  # pixels of a template's side
 
 
 def _silhouette(mask: np.ndarray) -> np.ndarray:
-    """Soft mask (h, w) in [0, 1], resized to the template's side."""
+    """A soft mask (h, w) in [0, 1], resized to the template's side."""
     image = Image.fromarray(mask.astype(np.float32))
     return np.asarray(image.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BOX), dtype=np.float32)
 
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Silhouettes (7, 24, 24) cropped to their ink, and their width / height (7,)."""
+    """The classes' silhouettes (7, 24, 24), cropped to their ink, and their width / height (7,)."""
     silhouettes, aspects = [], []
     for shape in SHAPES:
         mask = coverage(shape, 96)
@@ -43,10 +43,10 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def detect(image: np.ndarray) -> list[dict[str, Any]]:
-    """Detections of one picture (H, W, 3), 8-bit levels: class, box in pixels, score 1.0, colour."""
-    picture = image.astype(np.float32)
-    border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
-    difference = np.abs(picture - np.median(border, axis=0)).max(axis=-1)
+    """Detections in one image (H, W, 3) of 8-bit levels: class, box in pixels, score 1.0, colour."""
+    levels = image.astype(np.float32)
+    border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
+    difference = np.abs(levels - np.median(border, axis=0)).max(axis=-1)
     labels, _ = ndimage.label(difference > INK_DIFFERENCE)
     found = []
     for index, region in enumerate(ndimage.find_objects(labels), start=1):
@@ -54,7 +54,7 @@ def detect(image: np.ndarray) -> list[dict[str, Any]]:
         if mask.sum() < MIN_AREA:
             continue
         name = _shape_of(difference[region] * mask)
-        color = _color_of(picture[region], mask)
+        color = _color_of(levels[region], mask)
         if name and color:
             rows, columns = region
             box = [float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)]
@@ -65,7 +65,7 @@ def detect(image: np.ndarray) -> list[dict[str, Any]]:
 def _shape_of(difference: np.ndarray) -> str | None:
     silhouettes, aspects = _templates()
     soft = np.clip(difference / max(float(np.percentile(difference[difference > 0], 80)), 1.0), 0, 1)
-    rows, columns = np.nonzero(soft > 0.5)  # as the templates are cropped: without the half-covered rim
+    rows, columns = np.nonzero(soft > 0.5)  # the half-covered rim is left out, as in the templates
     soft = soft[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
     own = _silhouette(soft)
     shared = np.minimum(silhouettes, own).sum(axis=(1, 2))
@@ -76,9 +76,9 @@ def _shape_of(difference: np.ndarray) -> str | None:
     return SHAPES[best] if iou[best] >= MIN_IOU else None
 
 
-def _color_of(picture: np.ndarray, mask: np.ndarray) -> str | None:
+def _color_of(levels: np.ndarray, mask: np.ndarray) -> str | None:
     inner = ndimage.binary_erosion(mask, structure=np.ones((3, 3)))
-    color = np.median(picture[inner if inner.sum() >= 6 else mask], axis=0)
+    color = np.median(levels[inner if inner.sum() >= 6 else mask], axis=0)
     distances = {name: float(np.linalg.norm(color - np.asarray(rgb))) for name, rgb in PALETTE.items()}
     name = min(distances, key=lambda n: distances[n])
     return name if distances[name] < MAX_COLOR_DISTANCE else None
@@ -90,10 +90,10 @@ class ExactDetector:
     names = SHAPES
 
     def identity(self) -> dict[str, str]:
-        """What results say of it: it has no weights to check."""
+        """The detector's name in results; there are no weights to check."""
         return {"detector": f"{type(self).__module__}:{type(self).__name__}", "checksum": "exact"}
 
     def __call__(self, images: torch.Tensor) -> list[list[dict[str, Any]]]:
         """One list of detections per image."""
-        pictures = as_levels(images).permute(0, 2, 3, 1).float().cpu().numpy()
-        return [detect(picture) for picture in pictures]
+        levels = as_levels(images).permute(0, 2, 3, 1).float().cpu().numpy()
+        return [detect(image) for image in levels]

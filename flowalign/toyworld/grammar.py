@@ -1,4 +1,4 @@
-"""The embedded world's prompts, in GenEval's six tasks and metadata format, and scenes that are true to them."""
+"""The embedded world's prompts, in GenEval's six tasks and metadata format, and scenes that fulfil them."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ _MARGIN = 2
 
 
 def task_prompts(task: str) -> list[Metadata]:
-    """Every prompt of one of GenEval's tasks as a metadata row with its `prompt`, in a fixed order."""
+    """All prompts of one of GenEval's tasks, as metadata rows with the key `prompt`, in a fixed order."""
     axes, make = grammar(task, SHAPES, COLORS)
     return [make(*choice) for choice in itertools.product(*axes)]
 
 
 def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]:
-    """A task-balanced list of `per_task` rows a task; the held-out prompts never occur in the other list.
+    """A list with `per_task` rows of each task; no prompt of the held-out list is in the other list.
 
-    Tasks with fewer prompts than rows repeat them; rows with the same prompt still get noise of their own.
+    A task with fewer prompts than rows repeats them; rows with the same prompt still get different noise.
     """
     rows: list[Metadata] = []
     for index, task in enumerate(TASKS):
@@ -40,9 +40,9 @@ def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]
 
 
 def words(held_out: bool) -> list[str]:
-    """The sign words of 3 to 5 capital letters; the held-out ones are in no prompt that a model trains on.
+    """The sign words of 3 to 5 capital letters; no training prompt has a held-out word.
 
-    Held out are every fifth word of the alphabetical list, and a second list; random letters may still spell one.
+    Every fifth word of the alphabetical list and all of a second list are held out. Random letters may still spell one.
     """
     first, second = (_word_file(name) for name in ("words.txt", "words_held_out.txt"))
     chosen = [word for index, word in enumerate(first) if (index % 5 == 2) == held_out]
@@ -55,12 +55,12 @@ def _word_file(name: str) -> list[str]:
 
 
 def sign_prompt(lines: Sequence[str]) -> str:
-    """The prompt of a sign whose lines are these."""
+    """The prompt of a sign with these lines."""
     return f'a sign that says "{" ".join(lines)}"'
 
 
 def split_signs(count: int, held_out: bool, seed: int = 0) -> list[str]:
-    """`count` different sign prompts of one word, from one side of the word lists."""
+    """`count` different sign prompts of one word, held out or not."""
     pool = words(held_out)
     order = np.random.default_rng([seed, int(held_out)]).permutation(len(pool))
     return [sign_prompt([pool[i]]) for i in order[:count]]
@@ -73,7 +73,7 @@ def _background(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def _apart(a: Item, b: Item) -> bool:
-    """At least _GAP clear pixels between two shapes' boxes, across or down."""
+    """Whether at least _GAP pixels lie between two shapes' boxes, horizontally or vertically."""
     return (
         max(a.x, b.x) - min(a.x + a.size, b.x + b.size) >= _GAP
         or max(a.y, b.y) - min(a.y + a.size, b.y + b.size) >= _GAP
@@ -81,7 +81,7 @@ def _apart(a: Item, b: Item) -> bool:
 
 
 def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
-    """A random scene that is true to a prompt of `task_prompts`."""
+    """A random scene that fulfils a prompt of `task_prompts`."""
     wanted = [(clause, color) for clause in metadata["include"] for color in [clause.get("color")] * clause["count"]]
     largest = 30 if len(wanted) <= 2 else 22
     while True:
@@ -102,7 +102,7 @@ def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def sign_scene(lines: Sequence[str], rng: np.random.Generator) -> Scene:
-    """A random sign with these lines of at most 5 capital letters."""
+    """A random sign with these lines, each of at most 5 capital letters."""
     red, green, blue = (int(v) for v in rng.uniform(0, 75, size=3))
     slack = (SIZE - 12 * max(len(line) for line in lines)) // 2
     dx = int(rng.integers(-min(slack, 3), min(slack, 3) + 1))
@@ -111,7 +111,7 @@ def sign_scene(lines: Sequence[str], rng: np.random.Generator) -> Scene:
 
 
 def random_lines(rng: np.random.Generator, pool: Sequence[str]) -> list[str]:
-    """One or two lines of a sign, each a word of the pool or, as often, 2 to 5 random letters."""
+    """One or two lines of a sign; each is a word of the pool or, equally often, 2 to 5 random letters."""
     lines = []
     for _ in range(int(rng.integers(1, 3))):
         if rng.random() < 0.5:
@@ -122,7 +122,7 @@ def random_lines(rng: np.random.Generator, pool: Sequence[str]) -> list[str]:
 
 
 def random_example(rng: np.random.Generator, pool: Sequence[str], shapes: float) -> tuple[str, Scene]:
-    """A prompt and a true scene: with probability `shapes` one of the six tasks, else a sign."""
+    """A prompt and a scene that fulfils it: with probability `shapes` one of the six tasks, else a sign."""
     if rng.random() >= shapes:
         lines = random_lines(rng, pool)
         return sign_prompt(lines), sign_scene(lines, rng)
@@ -133,4 +133,4 @@ def random_example(rng: np.random.Generator, pool: Sequence[str], shapes: float)
 
 
 _PROMPTS = {task: task_prompts(task) for task in TASKS}
-_TASK_MIX = (0.08, 0.14, 0.2, 0.12, 0.22, 0.24)  # of TASKS: the harder tasks are seen more often
+_TASK_MIX = (0.08, 0.14, 0.2, 0.12, 0.22, 0.24)  # probabilities of TASKS: the harder tasks are drawn more often

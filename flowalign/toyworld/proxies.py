@@ -1,8 +1,8 @@
-"""Imperfect judges of the embedded world, for a policy to hack: each sees something of quality and misses the rest.
+"""Imperfect judges of the embedded world, for a policy to hack: each measures a part of the quality only.
 
-`Learned` is what a reward model is: fitted to the gold scores of few pictures of the base model. It has never seen what
-a policy may come to draw, and it does not read prompts. `Legible` rates signs as an OCR reward does, and takes strong
-contrast for legibility.
+`Learned` stands for a reward model: it is fitted to the gold scores of a few images of the base model. It has never
+seen the images that a trained policy may draw, and it does not read prompts. `Legible` rates signs as an OCR reward
+does, and takes strong contrast for legibility.
 """
 
 import math
@@ -25,7 +25,7 @@ _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def fit_learned(images: torch.Tensor, scores: torch.Tensor, *, seed: int, steps: int = 150) -> Head:
-    """A head for `Learned`, fitted by cross entropy to scores (N,) in [0, 1] of images (N, 3, H, W)."""
+    """A head for `Learned`, fitted by cross entropy to the scores (N,) in [0, 1] of images (N, 3, H, W)."""
     features = _described(VisionBackbone(BACKBONE), images)
     head = Head(features.shape[1], _HIDDEN, seed)
     optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3, weight_decay=0.1)
@@ -39,15 +39,15 @@ def fit_learned(images: torch.Tensor, scores: torch.Tensor, *, seed: int, steps:
 
 
 def _described(backbone: VisionBackbone, images: torch.Tensor) -> torch.Tensor:
-    """(B, 2 D): the class token and the mean of the patches."""
+    """Features (B, 2 D): the class token and the mean of the patches."""
     own, patches = backbone.features(images)
     return torch.cat([own, patches.mean(1)], dim=1)
 
 
 class Learned(FrameReward):
-    """The logit of a head made by `fit_learned` and written by `rewards.artifact.save_head`; without bounds.
+    """The logit, without bounds, of a head that `fit_learned` fitted and `rewards.artifact.save_head` wrote.
 
-    head: its file. device: the accelerator unless it is named.
+    head: the head's file. device: where the model runs (default: the accelerator, if there is one).
     """
 
     name = "learned"
@@ -65,9 +65,9 @@ class Learned(FrameReward):
 
 
 class Legible(Reward):
-    """How much of the quoted text can be read, whatever stands around it, plus `contrast` times the picture's own.
+    """The share of the quoted text that can be read, whatever surrounds it, plus `contrast` times the image's contrast.
 
-    Contrast is the standard deviation of grey levels in [0, 1].
+    An image's contrast is the standard deviation of its grey levels in [0, 1].
     """
 
     name = "legible"

@@ -1,4 +1,4 @@
-"""Draw the embedded world's pictures: coloured shapes or dark words on a light, tinted gradient."""
+"""Draws the embedded world's images: coloured shapes or dark words on a light, tinted gradient."""
 
 import functools
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ PALETTE = {
     "black": (28, 28, 32),
 }
 LINE_LENGTH = 5  # letters that fit on one line of a sign
-CELL_WIDTH = 12  # pixels a letter takes
-LINE_HEIGHT = 22
+CELL_WIDTH = 12  # pixels of a letter's width
+LINE_HEIGHT = 22  # pixels
 _SUPERSAMPLING = 4
 
 
@@ -37,13 +37,13 @@ class Item:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """[x0, y0, x1, y1] in pixels."""
+        """The box (x0, y0, x1, y1) in pixels."""
         return (self.x, self.y, self.x + self.size, self.y + self.size)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture to draw: shapes or lines of text, over a gradient from `background[0]` to `background[1]` (RGB)."""
+    """An image to draw: shapes or lines of text, over a gradient from `background[0]` to `background[1]` (RGB)."""
 
     items: tuple[Item, ...] = ()
     lines: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ class Scene:
 
 
 def _polygon(shape: str) -> list[tuple[float, float]]:
-    """Corners in the unit box [0, 1] x [0, 1], y downwards."""
+    """The shape's corners in the unit box [0, 1] x [0, 1], with y pointing down."""
     if shape == "square":
         return [(0, 0), (1, 0), (1, 1), (0, 1)]
     if shape == "diamond":
@@ -73,7 +73,7 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
 
 @functools.cache
 def coverage(shape: str, size: int) -> np.ndarray:
-    """How much of each pixel of a (size, size) box the shape covers, float32 in [0, 1]."""
+    """The share of each pixel of a (size, size) box that the shape covers, float32 in [0, 1]."""
     full = size * _SUPERSAMPLING
     mask = Image.new("L", (full, full))
     draw = ImageDraw.Draw(mask)
@@ -89,7 +89,7 @@ def coverage(shape: str, size: int) -> np.ndarray:
 
 @functools.cache
 def _glyph(letter: str) -> np.ndarray:
-    """Coverage of one letter, (LINE_HEIGHT, CELL_WIDTH), condensed where it is wider than its cell."""
+    """The coverage (LINE_HEIGHT, CELL_WIDTH) of one letter, which is condensed if it is wider than its cell."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
     font = ImageFont.truetype(str(path), 16 * _SUPERSAMPLING)
     left, _, right, _ = (int(v) for v in font.getbbox(letter, anchor="ls"))
@@ -115,7 +115,7 @@ def _text_coverage(lines: tuple[str, ...], offset: tuple[int, int]) -> np.ndarra
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 (64, 64, 3)."""
+    """The image of a scene, uint8 (64, 64, 3)."""
     grid = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
     slope = 0.5 + (np.cos(scene.angle) * grid[None, :] + np.sin(scene.angle) * grid[:, None]) / 2**0.5
     first, second = (np.asarray(color, dtype=np.float32) for color in scene.background)

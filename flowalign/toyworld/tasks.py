@@ -1,4 +1,4 @@
-"""GenEval's six tasks as a grammar: prompts with their metadata, of any objects and colours.
+"""GenEval's six tasks as a grammar: prompts with their metadata, for any objects and colours.
 
 Source: Ghosh et al., "GenEval: An object-focused framework for evaluating text-to-image alignment" (2023).
 """
@@ -18,9 +18,9 @@ Metadata = dict[str, Any]
 def grammar(
     task: str, names: Sequence[str], colors: Sequence[str]
 ) -> tuple[tuple[Sequence[Any], ...], Callable[..., Metadata]]:
-    """What a task's rows are made of, one list for each free choice, and the row of one choice of each.
+    """The free choices of a task, one list for each, and the function that builds a row from one choice of each.
 
-    `names` are the objects, `colors` what they may be painted. ValueError for a task that is none of TASKS.
+    `names` are the objects, `colors` their possible colours. Raises ValueError for a task that is not in TASKS.
     """
     pairs = list(itertools.permutations(names, 2))
     colored = [name for name in names if name != NEVER_COLORED]
@@ -72,5 +72,5 @@ def _a(noun: str) -> str:
 
 
 def plural(name: str) -> str:
-    """The plural by the benchmark's own rule, on which models are tested: "wine glasses", but also "benchs"."""
+    """The plural by the benchmark's own rule, which models are tested with: "wine glasses", but also "benchs"."""
     return name + ("es" if name.endswith("s") else "s")

@@ -1,1 +1,1 @@
-"""Frozen networks that rewards build on, how pictures are prepared for them, and where their weights come from."""
+"""The frozen networks that rewards build on, the preprocessing of their images, and the loading of their weights."""

@@ -1,4 +1,4 @@
-"""CLIP models (Radford et al., 2021) from transformers or open_clip, as the backbone that several rewards share."""
+"""CLIP models (Radford et al., 2021) from transformers or open_clip; rewards with the same model share it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from rewards.media import as_levels
 
 
 class TransformersClip(nn.Module):
-    """A `CLIPModel` folder or hub id; tokenizer and image processor come from `processor`, by default the same."""
+    """A `CLIPModel` from a folder or hub id; `processor` has its tokenizer and image processor (default: `model`)."""
 
     def __init__(self, model: str, processor: str | None):
         super().__init__()
@@ -35,14 +35,14 @@ class TransformersClip(nn.Module):
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embeddings (B, D), not normalised, of texts, each cut to the model's length."""
+        """Embeddings (B, D), not normalised, of B texts, each cut to the model's maximum length."""
         limits = {"padding": "max_length", "truncation": True, "max_length": self.length}
         tokens = self.tokenizer(list(texts), **limits, return_tensors="pt")
         return self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
 
 
 class OpenClip(nn.Module):
-    """An open_clip folder, "hf-hub:..." id, or architecture with its `pretrained` tag or weights file."""
+    """An open_clip model: a folder, an "hf-hub:..." id, or an architecture with a `pretrained` tag or weights file."""
 
     def __init__(self, model: str, pretrained: str | None, resize_mode: str | None):
         super().__init__()
@@ -52,16 +52,16 @@ class OpenClip(nn.Module):
         self.tokenizer = open_clip.get_tokenizer(name)
         config = self.model.visual.preprocess_cfg
         size = config["size"] if isinstance(config["size"], tuple | list) else (config["size"],) * 2
-        fill = [config["fill_color"]] * 3  # one level
-        looks = config["mean"], config["std"], config["interpolation"], config["resize_mode"]
-        self.preprocessing = Preprocessing(tuple(size), tuple(size), *looks, fill)
+        fill = [config["fill_color"]] * 3  # one level for the three channels
+        steps = config["mean"], config["std"], config["interpolation"], config["resize_mode"]
+        self.preprocessing = Preprocessing(tuple(size), tuple(size), *steps, fill)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, D), not normalised, of images (B, 3, H, W) in [0, 1]."""
         return self.model.encode_image(self.preprocessing(images))
 
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embeddings (B, D), not normalised, of texts, each cut to the model's length."""
+        """Embeddings (B, D), not normalised, of B texts, each cut to the model's maximum length."""
         return self.model.encode_text(self.tokenizer(list(texts)).to(self.model.logit_scale.device))
 
 
@@ -69,10 +69,11 @@ Clip = TransformersClip | OpenClip
 
 
 def load_clip(model: str, reward: str, device: str | torch.device, **options: str | None) -> Clip:
-    """A frozen CLIP model in float32; RewardError, in the name of `reward`, if it cannot be loaded.
+    """A frozen CLIP model in float32; RewardError that names `reward` if it cannot be loaded.
 
-    open_clip loads it when it has an option `pretrained`, begins with "hf-hub:" or is a folder of open_clip's. Options:
-    `pretrained` and `resize_mode` for open_clip, `processor` for transformers.
+    open_clip loads the model if the option `pretrained` is given, the name begins with "hf-hub:" or the folder is in
+    open_clip's format; otherwise transformers does. Options: `pretrained` and `resize_mode` for open_clip, `processor`
+    for transformers.
     """
     found = located(model)
     pretrained, processor = options.get("pretrained"), options.get("processor")
@@ -90,16 +91,16 @@ _loaded: WeakValueDictionary[tuple[Any, ...], Clip] = WeakValueDictionary()
 
 
 def shared_clip(model: str, reward: str, device: str | torch.device, **options: str | None) -> Clip:
-    """`load_clip` on a device, loaded once however many rewards ask for it, for as long as one of them lives."""
+    """As `load_clip`, but equal requests share one model for as long as one of its users lives."""
     key = (located(model), str(chosen_device(device)), *sorted(item for item in options.items() if item[1]))
     _loaded[key] = clip = _loaded.get(key) or load_clip(model, reward, device, **options)
     return clip
 
 
 class ClipFeatures:
-    """Embeddings of length 1 from a CLIP model, `batch_size` images or texts at once.
+    """Embeddings of length 1 from a CLIP model, computed for `batch_size` images or texts at once.
 
-    own: a model that nobody else uses, for who changes its weights.
+    own: True loads a model of its own, for a user that changes the weights; False shares the model.
     """
 
     def __init__(
@@ -118,13 +119,13 @@ class ClipFeatures:
 
     @torch.no_grad()
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, D) of images (B, 3, H, W) in [0, 1]."""
+        """Embeddings (B, D) of images (B, 3, H, W) in [0, 1]."""
         batches = [self.clip.encode_images(part.to(self.device)) for part in images.split(self.batch_size)]
         return F.normalize(torch.cat(batches).float(), dim=-1)
 
     @torch.no_grad()
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
-        """(B, D) of B texts; equal ones are encoded once."""
+        """Embeddings (B, D) of B texts; equal texts are encoded once."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         unique, size = list(rows), self.batch_size
         batches = [self.clip.encode_texts(unique[i : i + size]) for i in range(0, len(unique), size)]
@@ -132,15 +133,16 @@ class ClipFeatures:
 
 
 class ClipReward(ClipFeatures, FrameReward):
-    """What the rewards on a CLIP model have in common.
+    """The common part of the rewards on a CLIP model.
 
-    model: a transformers folder or hub id, an open_clip folder or "hf-hub:..." id, or with `pretrained` (a tag or a
-        weights file) an open_clip architecture; "toyworld/judges/clip" is the embedded world's.
-    batch_size: how many images or texts the model takes at once. frames: how many of a video's frames are judged, the
-    middles of as many equal spans; the score is their mean. device: the accelerator if there is one.
+    model: a transformers folder or hub id, an open_clip folder or "hf-hub:..." id, or, with `pretrained` (a tag or a
+        weights file), an open_clip architecture; "toyworld/judges/clip" is the embedded world's.
+    batch_size: images or texts that the model takes at once; lower it if the device's memory is too small.
+    frames: frames of a video that are judged, the middles of equal spans; the score is their mean.
+    device: where the model runs (default: the accelerator, if there is one).
 
-    A picture that is not square is cut to its middle where the model's own preprocessing does so, as OpenAI's and most
-    others do: the published scores are made like that.
+    An image that is not square is cropped to its middle if the model's own preprocessing crops, as OpenAI's and most
+    others do; the published scores were computed in this way.
     """
 
     changes_weights: ClassVar[bool] = False
@@ -151,5 +153,5 @@ class ClipReward(ClipFeatures, FrameReward):
         self.frames = frames
 
     def cosines(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Cosine similarity (N,) of each image and its prompt."""
+        """The cosine similarity (N,) of each image and its prompt."""
         return (self.image_features(images) * self.text_features(prompts)).sum(-1).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Features of pictures by a vision transformer or a CLIP model, to compare pictures by."""
+"""Image features from a vision transformer or a CLIP model, for comparing images."""
 
 from collections.abc import Callable
 
@@ -15,9 +15,9 @@ def unit_features(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The function from images (B, 3, H, W) in [0, 1] to their features (B, D) of length 1.
 
-    `backbone` "timm" takes the class token of a timm vision transformer, "clip" the embedding of a CLIP model as the
-    reward `clipscore` takes it; of pictures that are not square both see what the model's own pipeline shows, often the
-    middle. RewardError, in the name of `reward`, for another one or a model that does not load.
+    backbone: "timm" gives the class token of a timm vision transformer, "clip" the embedding of a CLIP model as the
+    reward `clipscore` takes it. Of an image that is not square, both see what the model's own preprocessing shows,
+    often the middle. Raises RewardError that names `reward` for any other backbone and for a model that does not load.
     """
     if backbone == "clip":
         return ClipFeatures(model, reward, batch_size, device).image_features

@@ -1,6 +1,6 @@
-"""Images as open_clip and timm models want them: 8-bit levels, antialiased resize, centre crop, normalisation.
+"""The preprocessing of open_clip and timm models: 8-bit levels, antialiased resize, centre crop, normalisation.
 
-The same as the libraries' own transforms of PIL images, for batches of tensors on any device.
+It gives the same pixels as the libraries' own transforms of PIL images, for batches of tensors on any device.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ Mode = Literal["shortest", "longest", "squash"]
 class Preprocessing(NamedTuple):
     """From images (B, 3, H, W) in [0, 1] to a model's input (B, 3, *crop).
 
-    resize: height and width to which `mode` refers: "shortest" makes the image cover them, "longest" makes it fit in,
-        both keeping its proportions; "squash" takes them as they are.
-    fill: level of what is added where the resized image is smaller than the crop.
+    resize: a height and a width. mode: "shortest" scales the image to cover them, "longest" scales it to fit into them,
+        and both keep its proportions; "squash" resizes it to exactly them.
+    fill: the levels, 0 to 255, of the padding where the resized image is smaller than the crop.
     """
 
     resize: tuple[int, int]
@@ -32,11 +32,11 @@ class Preprocessing(NamedTuple):
     fill: Sequence[float] = (0.0, 0.0, 0.0)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Model input (B, 3, *crop), float32, on the images' device: the middle of pictures of another shape."""
+        """Model input (B, 3, *crop), float32, on the images' device; of an image of another shape, the middle."""
         return self._normalised(transforms.center_crop(self._padded(images), list(self.crop)))
 
     def tiles(self, images: torch.Tensor) -> torch.Tensor:
-        """Model inputs (B, T, 3, *crop) that show the whole of images of any shape; T and places are `corners`'."""
+        """Model inputs (B, T, 3, *crop) that show images of any shape whole, in T tiles at the places of `corners`."""
         corners = self.corners(*images.shape[-2:])
         if len(corners) == 1:
             return self(images)[:, None]
@@ -46,10 +46,10 @@ class Preprocessing(NamedTuple):
         return self._normalised(torch.stack(crops, 1))
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
-        """The upper left corners of the tiles of a picture, in pixels of the resized one, below 0 where it is padded.
+        """The upper left corners of an image's tiles, in pixels of the resized image; below 0 where it is padded.
 
-        A picture of the crop's shape is one tile, the middle, as the model's own pipeline shows it; another one is
-        covered by as few tiles as can be, evenly spaced.
+        An image of the crop's shape has one tile, the middle, as in the model's own preprocessing. Any other image is
+        covered by the fewest possible tiles, evenly spaced.
         """
         sizes = self.resized(height, width)
         if height * self.crop[1] == width * self.crop[0]:
@@ -61,7 +61,7 @@ class Preprocessing(NamedTuple):
         """8-bit levels of the resized images, float32, at least as large as the crop."""
         levels = as_levels(images).float()
         height, width = self.resized(*levels.shape[-2:])
-        for size in ((levels.shape[-2], width), (height, width)):  # PIL rounds after each of the two directions
+        for size in ((levels.shape[-2], width), (height, width)):  # PIL resizes one axis, rounds, then the other
             if size != tuple(levels.shape[-2:]):
                 levels = F.interpolate(levels, size, mode=self.interpolation, antialias=True).round().clamp(0, 255)
         width, height = (max(self.crop[axis] - levels.shape[axis - 2], 0) for axis in (1, 0))
@@ -72,7 +72,7 @@ class Preprocessing(NamedTuple):
         return transforms.normalize(levels / 255, list(self.mean), list(self.std))
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """The height and width to which a picture of this size is brought."""
+        """The height and width to which an image of this size is resized."""
         if self.mode == "squash":
             return self.resize
         if self.mode == "shortest" and self.resize[0] == self.resize[1]:  # rounded down, as torchvision does
@@ -84,7 +84,7 @@ class Preprocessing(NamedTuple):
 
 
 def _starts(size: int, crop: int) -> list[int]:
-    """Where crops begin that cover a length, as few as can be."""
+    """Where the fewest crops that cover a length begin."""
     if size <= crop:
         return [-((crop - size) // 2)]
     count = -(-size // crop)

@@ -1,6 +1,6 @@
-"""A timm vision transformer as a frozen extractor of features: the backbone of DINO and artefact rewards.
+"""A frozen timm vision transformer that extracts features: the backbone of the DINO and artifact rewards.
 
-The input is made as the model's own config says (size, crop, interpolation, mean and standard deviation).
+The model's own config defines its input (size, crop, interpolation, mean and standard deviation).
 """
 
 import math
@@ -26,9 +26,9 @@ _MODES: dict[str, Mode] = {"center": "shortest", "squash": "squash", "border": "
 def load_vit(model: str, reward: str = "vit") -> tuple[Any, Preprocessing]:
     """A timm vision transformer without its classifier, in float32 for inference, and its preprocessing.
 
-    model: a timm name ("vit_base_patch14_dinov2.lvd142m"), a hub id ("hf-hub:timm/..."), a folder as
-        `timm.models.save_for_hf` writes it (config.json, model.safetensors), or a bundled one ("toyworld/judges/vit").
-    reward: whose error it is if that fails.
+    model: a timm name ("vit_base_patch14_dinov2.lvd142m"), a hub id ("hf-hub:timm/..."), a bundled model
+        ("toyworld/judges/vit"), or a folder as `timm.models.save_for_hf` writes it (config.json, model.safetensors).
+    reward: the name in the error if the loading fails.
     """
     found = located(model)
     try:
@@ -37,7 +37,7 @@ def load_vit(model: str, reward: str = "vit") -> tuple[Any, Preprocessing]:
     except Exception as error:
         raise RewardError(f"reward {reward!r}: model {model!r} cannot be loaded with timm: {reason(error)}") from error
     if getattr(module, "cls_token", None) is None or not hasattr(module, "patch_embed"):
-        raise RewardError(f"reward {reward!r}: model {model!r} is no vision transformer with a class token")
+        raise RewardError(f"reward {reward!r}: model {model!r} is not a vision transformer with a class token")
     return module.eval().requires_grad_(False), _preprocessing(module)
 
 
@@ -57,10 +57,11 @@ _loaded: WeakValueDictionary[tuple[str, str], torch.nn.Module] = WeakValueDictio
 class VisionBackbone:
     """Features of images (B, 3, H, W) in [0, 1] of any size.
 
-    The model is loaded once for a device, however many rewards use it, and kept while one of them lives.
+    Rewards with the same model on the same device share it for as long as one of them lives.
 
-    model: as `load_vit` takes it. device: the accelerator if there is one, unless it is named.
-    `dim` is the width D of the features, `size` the model's input (height, width), `grid` its patches.
+    model: as in `load_vit`. device: where the model runs (default: the accelerator, if there is one).
+    `dim` is the width D of the features, `size` the input's (height, width) in pixels, `grid` the patches' (rows,
+    columns).
     """
 
     def __init__(self, model: str, device: str | torch.device | None = None, batch_size: int = 64, reward: str = "vit"):
@@ -81,7 +82,7 @@ class VisionBackbone:
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The class token (B, D) and the patches (B, P, D), row by row, after the final norm; float32, not scaled.
 
-        As the model's own pipeline has it, which sees the middle of pictures that are not square; `tiles` sees all.
+        The model's own preprocessing may show only the middle of an image that is not square; `tiles` shows all of it.
         """
         prefix = self.module.num_prefix_tokens
         batches = [
@@ -92,10 +93,10 @@ class VisionBackbone:
 
     @torch.no_grad()
     def tiles(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`features` of the T tiles that cover a picture: class tokens (B, T, D) and patches (B, T, P, D).
+        """`features` of the T tiles that cover an image: class tokens (B, T, D) and patches (B, T, P, D).
 
-        A square picture is one tile and has its `features`. Tiles keep proportions and size, and with them what a head
-        has learnt on square pictures; resizing to a square would show a discriminator the shape and not the picture.
+        A square image is one tile and has its `features`. Tiles keep the image's proportions and scale, so that a head
+        trained on square images still fits; an image squeezed to a square would show a discriminator its shape instead.
         """
         count = len(self.preprocessing.corners(*images.shape[-2:]))
         batches = []
@@ -106,15 +107,15 @@ class VisionBackbone:
         return tokens[:, :, 0], tokens[:, :, self.module.num_prefix_tokens :]
 
     def tiles_of_files(self, files: Sequence[Path]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """`tiles` of picture files of any sizes, (T, D) and (T, P, D) each."""
+        """`tiles` of image files of any sizes, (T, D) and (T, P, D) for each file."""
         parts = [self.tiles(read_picture(file)[None]) for file in files]
         return [(own[0], patches[0]) for own, patches in parts]
 
     def maps(self, values: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Values (B, T, P) >= 0 of the tiles' patches, laid over pictures of that size: (B, height, width).
+        """Values (B, T, P) >= 0 of the tiles' patches as maps (B, height, width) over the images.
 
-        The highest where tiles overlap; 0 where the model does not look, at the rim of square pictures of which its
-        pipeline takes the middle.
+        Where tiles overlap, the highest value counts. The map is 0 where the model sees nothing: at the rim of a square
+        image, if its preprocessing crops the middle.
         """
         crop, resized = self.size, self.preprocessing.resized(height, width)
         scales = height / resized[0], width / resized[1]
@@ -126,7 +127,7 @@ class VisionBackbone:
             )
             tile = values[:, number].view(-1, 1, *self.grid)
             tile = F.interpolate(tile, size=(bottom - top, right - left), mode="bilinear", align_corners=False)[:, 0]
-            tile = tile[:, max(-top, 0) :, max(-left, 0) :]  # without what lies over padding
+            tile = tile[:, max(-top, 0) :, max(-left, 0) :]  # without the part over padding
             place = maps[:, max(top, 0) : bottom, max(left, 0) : right]
             place.copy_(torch.maximum(place, tile[:, : place.shape[1], : place.shape[2]]))
         return maps

@@ -1,4 +1,4 @@
-"""Where a reward's weights come from: a folder or file of one's own, the hub, or the package itself."""
+"""The weights of rewards: from a local folder or file, from the hub, or from the package itself."""
 
 import re
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 from rewards.base import RewardError, reason
 
-# In a checkout beside the package, in an installation inside its sister package.
+# A checkout has the assets beside the package, an installation inside the package flowalign.
 _PLACES = tuple(Path(__file__).parents[2] / place for place in ("assets", "flowalign/assets"))
 BUNDLED = "toyworld/"
 
 
 def bundled(name: str) -> Path:
-    """The path of a file or folder that comes with the package; RewardError when the installation lacks it."""
+    """The path of a file or folder that is shipped with the package; RewardError when the installation lacks it."""
     for place in _PLACES:
         if (place / name).exists():
             return place / name
@@ -25,18 +25,17 @@ def bundled(name: str) -> Path:
 
 
 def located(model: str) -> str:
-    """A bundled name ("toyworld/judges/clip") as its path; any other path or hub id as it is."""
+    """The path of a bundled name ("toyworld/judges/clip"); any other path or hub id unchanged."""
     return str(bundled(model)) if model.startswith(BUNDLED) and not Path(model).exists() else model
 
 
 def whole(load: Callable[..., Any], *place: Any, **options: Any) -> Any:
-    """The network that `load`, a `from_pretrained`, makes of a folder or hub id; ValueError if it made up a weight.
+    """The network that `load`, a `from_pretrained`, loads from a folder or hub id; ValueError unless it is complete.
 
-    A weight that the files lack, or have in another shape, is drawn at random, and a layer beyond those that the
-    configuration counts is left out: each with no more than a warning. Tied weights and buffers that are computed are
-    rightly absent.
+    `from_pretrained` only warns when it draws a weight at random that the files lack or have in another shape, and when
+    it leaves out layers beyond those that the configuration counts. Tied weights and computed buffers may be absent.
     """
-    # A shape that differs is reported below, where the libraries would raise without its name.
+    # With `ignore_mismatched_sizes` the error below can name the weight; the libraries' own error does not.
     network, found = load(*place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     own = {name for name, _ in network.named_parameters()}
     own |= {name for name, _ in network.named_buffers() if name.endswith(("running_mean", "running_var"))}
@@ -55,9 +54,9 @@ def whole(load: Callable[..., Any], *place: Any, **options: Any) -> Any:
 
 
 def checkpoint(file: str, reward: str) -> Path:
-    """The path of a weights file: a path, a bundled name, or "organisation/repository/file" on the hub.
+    """The path of a weights file, given as a path, a bundled name or "organisation/repository/file" on the hub.
 
-    Raises RewardError, in the name of `reward`, when there is no such file.
+    Raises RewardError that names `reward` when there is no such file.
     """
     path = Path(located(file)).expanduser()
     if path.is_file():
@@ -65,18 +64,18 @@ def checkpoint(file: str, reward: str) -> Path:
     parts = file.split("/")
     if len(parts) < 3 or not all(parts):
         raise RewardError(
-            f"reward {reward!r}: there is no file {file}, and a file on the hub is ORGANISATION/REPO/FILE"
+            f"reward {reward!r}: there is no file {file}; a file on the hub is written ORGANISATION/REPO/FILE"
         )
     try:
         return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
     except Exception as error:
         raise RewardError(
-            f"reward {reward!r}: {file} is neither a file nor to be had from the hub: {reason(error)}"
+            f"reward {reward!r}: {file} is no local file and cannot be fetched from the hub: {reason(error)}"
         ) from error
 
 
 def read_weights(file: str, reward: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors or torch file that `checkpoint` finds, in float32; also those under "state_dict"."""
+    """The tensors, in float32, of the safetensors or torch file that `checkpoint` finds; "state_dict" is unwrapped."""
     path = checkpoint(file, reward)
     try:
         if path.suffix == ".safetensors":
@@ -88,5 +87,5 @@ def read_weights(file: str, reward: str) -> dict[str, torch.Tensor]:
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
-        raise RewardError(f"reward {reward!r}: {path} holds no tensors by name")
+        raise RewardError(f"reward {reward!r}: {path} holds no named tensors")
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}

@@ -1,1 +1,1 @@
-"""What finds objects, colours and text in pictures."""
+"""Detectors of objects, colours and text in images."""

@@ -1,7 +1,7 @@
-"""The colour of detected objects, by CLIP on each one's masked crop, as GenEval finds it.
+"""The colour of detected objects, found by CLIP on each object's masked crop, as in GenEval.
 
-Source: Ghosh et al., "GenEval" (2023), `evaluate_images.py`: the object alone on a grey ground, cut out at its box,
-against ten colours in three templates each.
+Source: Ghosh et al., "GenEval" (2023), `evaluate_images.py`: the object is laid on a grey ground and cropped to its
+box, and CLIP compares the crop with ten colours, each in three templates.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from rewards.backbones.clip import ClipFeatures
 from rewards.detectors.base import COLORS
 
 OPENAI = "ViT-L-14-quickgelu/openai"
-"""GenEval's ViT-L-14 of OpenAI, which open_clip 3 computes with the right activation under this name alone."""
+"""OpenAI's ViT-L-14, as in GenEval; open_clip 3 uses the right activation under this name only."""
 BACKGROUND = 0x99 / 255
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
@@ -22,8 +22,8 @@ TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}
 class ColorClassifier:
     """Which of GenEval's ten colours an object has.
 
-    clip: an open_clip ARCHITECTURE/TAG, or a CLIP model: a folder, a hub id, "hf-hub:...".
-    owner: in whose name errors are raised. device: the accelerator if there is one.
+    clip: an open_clip ARCHITECTURE/TAG, or a CLIP model's folder, hub id or "hf-hub:..." id.
+    owner: the name in error sentences. device: where the model runs (default: the accelerator, if there is one).
     """
 
     def __init__(self, clip: str, owner: str, device: str | torch.device | None = None):
@@ -34,7 +34,7 @@ class ColorClassifier:
         self.texts: dict[str, torch.Tensor] = {}
 
     def directions(self, name: str) -> torch.Tensor:
-        """(10, D) of length 1 for objects of the class `name`: a colour's templates, averaged."""
+        """Embeddings (10, D) of length 1, one per colour of an object of class `name`: the mean over its templates."""
         if name not in self.texts:
             texts = [template.format(color=color, name=name) for color in COLORS for template in TEMPLATES]
             means = self.clip.text_features(texts).unflatten(0, (len(COLORS), len(TEMPLATES))).mean(1)
@@ -46,7 +46,7 @@ class ColorClassifier:
     ) -> list[str]:
         """The colours of N objects of an image (3, H, W) in [0, 1].
 
-        masks: (N, H, W), bool. boxes: [x0, y0, x1, y1] in pixels, the ends not included. names: their classes.
+        masks: (N, H, W), bool. boxes: [x0, y0, x1, y1] in pixels, x1 and y1 exclusive. names: the objects' classes.
         """
         found = []
         for mask, (x0, y0, x1, y1), name in zip(masks, boxes, names, strict=True):

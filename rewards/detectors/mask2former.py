@@ -1,7 +1,7 @@
-"""GenEval's detector without mmdet: Mask2Former (Cheng et al., 2112.01527) through transformers, colours by CLIP.
+"""GenEval's detector without mmdet: Mask2Former (Cheng et al., 2112.01527) from transformers, with colours by CLIP.
 
-What differs from the published script: the weights are Facebook's own, not those that mmdet trained anew, so that
-scores near a threshold differ.
+What differs from the published script: the weights are Facebook's, while mmdet trained its own; detections whose score
+is near a threshold may therefore differ.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ from rewards.media import as_levels
 PUBLISHED = "facebook/mask2former-swin-small-coco-instance"
 NAME = "mask2former"
 OBJECT_NAMES = "geneval/object_names.txt"
-_GRID = (384, 384)  # on which transformers thresholds masks, whatever the image's size
-_ASPECT = 1333 / 800  # the longest side over the shorter one, where these models were evaluated
+_GRID = (384, 384)  # transformers thresholds masks at this size, whatever the image's size
+_ASPECT = 1333 / 800  # the limit of the longer side over the shorter side in these models' own evaluation
 _WEIGHTS = (("*.json", "*.safetensors"), ("*.json", "*.bin"))
 
 
 class Instances(NamedTuple):
-    """What is seen in one image, best first: N classes by index, scores in (0, 1], boxes and masks.
+    """The N instances found in one image, best first: class indices, scores in (0, 1], boxes and masks.
 
-    boxes (N, 4), [x0, y0, x1, y1] in pixels: the mask's extent with ends not included, x1 being its last column + 1, as
-    mmdet has it. masks (N, H, W), bool.
+    boxes: N of [x0, y0, x1, y1] in pixels, the mask's extent as in mmdet, where x1 is the last column + 1 and y1 the
+    last row + 1. masks: (N, H, W), bool.
     """
 
     labels: list[int]
@@ -43,11 +43,11 @@ class Instances(NamedTuple):
 
 
 def instances(class_logits: torch.Tensor, mask_logits: torch.Tensor, size: tuple[int, int]) -> Instances:
-    """The instances that a model's queries see in one image of `size` (height, width) pixels.
+    """The instances that a model's queries find in one image of `size` (height, width) pixels.
 
-    Equals `Mask2FormerImageProcessor.post_process_instance_segmentation` at threshold 0, but stays on its device: of Q
-    queries and C classes the Q likeliest pairs, each scored with the class's probability times the mean probability
-    inside its mask. Instances of score 0 or without a pixel are left out.
+    It equals `Mask2FormerImageProcessor.post_process_instance_segmentation` at threshold 0, but stays on the device.
+    From all pairs of Q queries and C classes it takes the Q likeliest. A pair's score is the class's probability times
+    the mean probability inside its mask. Instances with score 0 or without a pixel are left out.
 
     class_logits: (Q, C + 1), the last of them "no object". mask_logits: (Q, h, w).
     """
@@ -68,11 +68,11 @@ def instances(class_logits: torch.Tensor, mask_logits: torch.Tensor, size: tuple
 
 
 def extents(masks: torch.Tensor) -> list[list[int]]:
-    """Boxes [x0, y0, x1, y1] in pixels, ends not included, of masks (N, H, W) that have a pixel each."""
+    """Boxes [x0, y0, x1, y1] in pixels, x1 and y1 exclusive, of masks (N, H, W), none of which may be empty."""
     sides = []
-    for axis in (1, 2):  # columns in which there is ink, then rows
-        ink = masks.any(axis).int()
-        sides.append((ink.argmax(1), ink.shape[1] - ink.flip(1).argmax(1)))
+    for axis in (1, 2):  # the columns, then the rows, in which the mask has a pixel
+        filled = masks.any(axis).int()
+        sides.append((filled.argmax(1), filled.shape[1] - filled.flip(1).argmax(1)))
     (x0, x1), (y0, y1) = sides
     return torch.stack([x0, y0, x1, y1], 1).tolist()
 
@@ -80,15 +80,15 @@ def extents(masks: torch.Tensor) -> list[list[int]]:
 class Mask2Former:
     """A detector for `rewards.geneval`: objects of COCO's 80 classes under GenEval's names, with their colours.
 
-    Detections are all that the model sees, at most as many as it has queries; only those above GenEval's 0.3 get a
-    colour, the others, which no verdict can use, "".
+    It returns every instance that the model finds, at most one per query. Those above GenEval's score of 0.3 get a
+    colour; the others, which no verdict uses, get "".
 
-    model: a hub id or a folder of transformers'. clip: finds the colours, as `ColorClassifier` takes it. names: a file
-        with a class a line, in the order of the model's classes; by default GenEval's where the model has COCO's 80,
-        else the model's own.
-    shortest_edge: what an image's shorter side is resized to, 800 in GenEval's script as in the models' own evaluation;
-        None as the model's image processor says, which is 384 x 384 for the published one.
-    batch_size: how many images the model takes at once. device: the accelerator if there is one.
+    model: a hub id or a transformers folder. clip: the model that finds the colours, as in `ColorClassifier`.
+    names: a file with one class a line, in the order of the model's classes (default: GenEval's names if the model has
+        COCO's 80 classes, else the model's own).
+    shortest_edge: pixels to which an image's shorter side is resized: 800 in GenEval's script and in the models' own
+        evaluation. None takes the size of the model's image processor, 384 x 384 for the published model.
+    batch_size: images that the model takes at once. device: where it runs (default: the accelerator, if there is one).
     """
 
     def __init__(
@@ -114,9 +114,9 @@ class Mask2Former:
         self.about = f"{model} at {scale}, colors by {clip}"
 
     def identity(self) -> dict[str, str]:
-        """What decides its detections: model, size and CLIP by name, and the SHA-256 of the model's weights.
+        """What its detections depend on: the names of model, size and CLIP, and the SHA-256 of the model's weights.
 
-        Of several files, the SHA-256 of one after the other in the order of their names.
+        Several weights files are hashed one after another, in the order of their names.
         """
         digest = hashlib.sha256()
         for file in _weights(self.folder):
@@ -127,7 +127,7 @@ class Mask2Former:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> list[list[dict[str, Any]]]:
-        """Detections of each of images (B, 3, H, W) in [0, 1], best first; an image's do not depend on the others."""
+        """The detections, best first, in each image of (B, 3, H, W) in [0, 1]; the other images do not change them."""
         return [found for part in images.split(self.batch_size) for found in self._detect(part.to(self.device))]
 
     def _detect(self, images: torch.Tensor) -> list[list[dict[str, Any]]]:
@@ -150,9 +150,9 @@ class Mask2Former:
 
 
 def class_names(labels: Sequence[str]) -> tuple[str, ...]:
-    """A model's classes in GenEval's words, which differ from COCO's for a few ("tv remote"); else `labels` themselves.
+    """GenEval's names for COCO's classes, which differ in a few ("tv remote"); for other classes, `labels` themselves.
 
-    Taken as COCO's are 80 labels without names, or of which most are GenEval's at the same index.
+    Labels count as COCO's if there are 80, and they are nameless or most equal GenEval's at the same index.
     """
     wanted = tuple(bundled(OBJECT_NAMES).read_text(encoding="utf-8").splitlines())
     unnamed = [f"LABEL_{index}" for index in range(len(wanted))]
@@ -169,13 +169,13 @@ def _read_names(file: str, count: int) -> tuple[str, ...]:
         raise RewardError(f"detector {NAME!r}: names {file} cannot be read: {reason(error)}") from error
     if len(names) != count or not all(names):
         raise RewardError(
-            f"detector {NAME!r}: {file} has {len(names)} lines; it needs a name for each of {count} classes"
+            f"detector {NAME!r}: {file} must have {count} lines, a name for each class; it has {len(names)}"
         )
     return names
 
 
 def _folder(model: str) -> Path:
-    """Where a model's files are; they come from the hub unless `model` is a folder."""
+    """The folder of a model's files; they are fetched from the hub unless `model` is a folder."""
     if Path(model).is_dir():
         return Path(model)
     try:
@@ -185,18 +185,18 @@ def _folder(model: str) -> Path:
                 break
     except Exception as error:
         raise RewardError(
-            f"detector {NAME!r}: {model!r} is neither a folder nor to be had from the hub: {reason(error)}"
+            f"detector {NAME!r}: {model!r} is no local folder and cannot be fetched from the hub: {reason(error)}"
         ) from error
     return folder
 
 
 def _weights(folder: Path) -> list[Path]:
-    """The files that transformers loads a folder's weights from."""
+    """The weights files that transformers loads from a folder."""
     return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _load(folder: Path, model: str) -> tuple[Any, Any]:
-    """The model in float32 for inference and its image processor."""
+    """The model, in float32 for inference, and its image processor."""
     try:
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind != NAME:

@@ -1,6 +1,6 @@
-"""Two ways to read images with RapidOCR: whole pages, or small pictures that are nothing but lines of text.
+"""Two ways to read images with RapidOCR: as whole pages, or as small images that show only lines of text.
 
-Images are uint8 arrays (N, H, W, 3), blue, green, red.
+Images are uint8 arrays (N, H, W, 3) with the channels blue, green, red.
 """
 
 import logging
@@ -24,25 +24,25 @@ from rewards.base import RewardError, nearest, reason
 from rewards.detectors.quotes import plain
 from rewards.detectors.reading_order import reading_order
 
-INK = 45  # levels of 255 in any channel by which ink differs from the background
+INK = 45  # a pixel is ink if a channel differs from the background by more than this, of 255 levels
 MARGIN = 3  # pixels of background kept around a line
-HEIGHT = 48  # of a line, as the recogniser was trained
-# A line is narrowed to 0.6 of its natural width: spaced or tight, it is read as well, in 0.6 of the time.
+HEIGHT = 48  # pixels of a line's height in the recogniser's training
+# A line is narrowed to 0.6 of its natural width: it is read equally well, spaced or tight, in 0.6 of the time.
 NARROWING = 0.6
-# Widths go up in steps, so that lines share batches while none's width depends on its neighbours in the batch.
+# Widths are rounded up in steps: lines of one width share a batch, and a line's width never depends on the others.
 WIDTH_STEP, LEAST_WIDTH, MOST_WIDTH = 32, 96, 1280
 
-# Shares of a small picture's border and of all its pixels that differ from its background: words on a plain one stay
-# far below both, photographs do not.
+# The largest shares of a small image's border, and of all its pixels, that may differ from its background: words on a
+# plain background stay far below both, photographs do not.
 BUSY_BORDER, BUSY_PICTURE = 0.25, 0.5
 
-MOST_ENGINES = 8  # each holds the models once more, about 100 MB
+MOST_ENGINES = 8  # each engine holds its own models, about 100 MB
 
-Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels, as of a slice
+Box = tuple[int, int, int, int]  # top, bottom, left, right in pixels; bottom and right are exclusive
 
 
 class Settings(NamedTuple):
-    """How an engine reads; see `rewards.ocr.OCR`."""
+    """The settings of an engine; see `rewards.ocr.OCR`."""
 
     batch_size: int
     threads: int | None
@@ -51,36 +51,36 @@ class Settings(NamedTuple):
 
 
 def languages() -> dict[str, OCRVersion]:
-    """The languages for which RapidOCR has recognisers of their own, by the newest models that know them."""
+    """The languages for which RapidOCR has a recogniser, each with the newest version of models that has one."""
     versions = (OCRVersion.PPOCRV4, OCRVersion.PPOCRV5)
     return {name: one for one in versions for name in list_supported_langs(TaskType.REC, one, ModelType.MOBILE)}
 
 
 def _engine(settings: Settings, threads: int | None) -> Any:
-    """A RapidOCR with its recogniser loaded; untyped, since it declares its results as a union over its modes."""
+    """A RapidOCR engine with its recogniser loaded; untyped, since RapidOCR's results are a union over its modes."""
     params: dict[str, Any] = {
-        "Global.log_level": "error",  # it would warn of every image without text
+        "Global.log_level": "error",  # at a lower level RapidOCR warns of every image without text
         "Global.use_cls": False,  # text is upright, as in the published reward
         "Rec.rec_batch_num": settings.batch_size,
-        # As PaddleOCR, with which the published reward reads: pictures are never enlarged for the detector. The
-        # engine's own default brings the shorter side to 736, at twice the time for 512 pixels.
+        # Images are never enlarged for the detector, as in PaddleOCR, which the published reward uses. RapidOCR's
+        # default enlarges the shorter side to 736 pixels, which takes twice the time for images of 512 pixels.
         "Det.limit_type": "max",
         "Det.limit_side_len": 960,
         **_recogniser(settings),
     }
-    if threads is not None:  # RapidOCR ignores a number above the cores there are
+    if threads is not None:  # RapidOCR ignores a number above the number of cores
         params["EngineConfig.onnxruntime.intra_op_num_threads"] = min(threads, os.cpu_count() or 1)
     try:
         engine: Any = RapidOCR(params=params)
-        # One blank line makes the engine load its recogniser, which its call would feed at width 320 at least.
+        # A blank line makes the engine load its recogniser.
         engine(np.full((HEIGHT, LEAST_WIDTH, 3), 255, np.uint8), use_det=False)
         if settings.keys is not None:
             engine.text_rec.postprocess_op = CTCLabelDecode(character_path=Path(settings.keys).expanduser())
             known, count = len(engine.text_rec.postprocess_op.character), _classes(engine.text_rec)
             if known != count:
                 raise RewardError(
-                    f"reward 'ocr': keys {settings.keys} has {known - 2} lines; its recogniser tells {count - 2} "
-                    "characters apart, and each needs a line"
+                    f"reward 'ocr': keys {settings.keys} has {known - 2} lines, but the recogniser knows {count - 2} "
+                    "characters, and each needs a line"
                 )
     except RewardError:
         raise
@@ -91,7 +91,7 @@ def _engine(settings: Settings, threads: int | None) -> Any:
 
 
 def _recogniser(settings: Settings) -> dict[str, Any]:
-    """RapidOCR's parameters for a recogniser of one's own."""
+    """RapidOCR's parameters for the recogniser that the settings name; none for RapidOCR's own."""
     name = settings.recogniser
     if name is None:
         return {}
@@ -109,7 +109,7 @@ def _recogniser(settings: Settings) -> dict[str, Any]:
 
 
 def _classes(recogniser: Any) -> int:
-    """How many characters, the blank and the space among them, a recogniser tells apart."""
+    """The number of characters that a recogniser knows, the blank and the space included."""
     return int(recogniser.session(np.zeros((1, 3, HEIGHT, LEAST_WIDTH), np.float32)).shape[-1])
 
 
@@ -119,16 +119,16 @@ def alphabet(recogniser: Any) -> frozenset[str]:
 
 
 class PageReader:
-    """Detector and recogniser, an image for each core at a time; lines under a confidence of 0.5 are left out.
+    """Detector and recogniser, with one image per core at a time; lines with a confidence under 0.5 are left out.
 
-    One core an image reads nearly twice as fast as all cores on one image after the other. The engine's own order is
-    not kept: it takes boxes for one row whose upper left corners lie within 10 pixels, at any size and tilt.
+    One image per core is nearly twice as fast as all cores on one image after another. Lines are put in `reading_order`
+    because the engine takes boxes for one row if their upper left corners lie within 10 pixels, at any size and tilt.
     """
 
     def __init__(self, settings: Settings):
         count = min(settings.threads or MOST_ENGINES, os.cpu_count() or 1, MOST_ENGINES)
         self.pool = ThreadPoolExecutor(count, "ocr")
-        first = _engine(settings, 1)  # alone, since it may download its model
+        first = _engine(settings, 1)  # built before the others, since it may download the model
         self.engines = [first, *self.pool.map(lambda _: _engine(settings, 1), range(count - 1))]
         self.free: SimpleQueue[Any] = SimpleQueue()
         for engine in self.engines:
@@ -150,7 +150,7 @@ class PageReader:
 
 
 class LineReader:
-    """The recogniser alone, on the lines that `ink_lines` finds, those of all images together in batches."""
+    """The recogniser alone, on the lines that `ink_lines` finds; the lines of all images share batches."""
 
     def __init__(self, settings: Settings):
         self.recogniser = _engine(settings, settings.threads).text_rec
@@ -162,8 +162,8 @@ class LineReader:
         if busy.mean() > 0.5 and not self.warned:
             self.warned = True
             logging.getLogger(__name__).warning(
-                "reward 'ocr': mode lines reads words on a plain background and nothing else; %d of %d pictures have "
-                "no such background, as photographs have none, and what is read in them is chance: use mode page",
+                "reward 'ocr': mode lines reads only words on a plain background, which %d of %d images do not have; "
+                "what it reads in them is chance: use mode page",
                 busy.sum(),
                 len(busy),
             )
@@ -189,17 +189,18 @@ class LineReader:
 
     def _recognise(self, crops: np.ndarray) -> list[str]:
         """Texts of N crops (N, HEIGHT, W, 3)."""
+        # The session is called itself, since the engine's call would pad to a width of at least 320.
         inputs = np.ascontiguousarray(crops.transpose(0, 3, 1, 2), dtype=np.float32) / 127.5 - 1
         best = self.recogniser.session(inputs).argmax(-1)
-        # Without the probabilities, whose maximum over 18,710 characters nobody asks for.
+        # The probabilities are left out: their maximum over 18,710 characters takes time and is not used.
         return [text for text, _ in self.recogniser.postprocess_op.decode(best, remove_duplicate=True)[0]]
 
 
 def line_crops(images: np.ndarray) -> tuple[list[int], list[np.ndarray], np.ndarray]:
-    """Every line of text in images (N, H, W, 3): the image it is from, and its pixels ready for the recogniser.
+    """All lines of text in images (N, H, W, 3): for each line, its image's index and its pixels for the recogniser.
 
-    An image's background is the median of its outermost pixels; what differs from it is ink. Third are the images
-    (N,), bool, that are no text on a plain background.
+    An image's background is the median of its outermost pixels; pixels that differ from it are ink. The third result,
+    (N,), bool, is True for images that are not text on a plain background.
     """
     edges = [images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]]
     colours = np.median(np.concatenate(edges, axis=1), axis=1).astype(np.uint8)
@@ -224,8 +225,8 @@ def line_crops(images: np.ndarray) -> tuple[list[int], list[np.ndarray], np.ndar
 def ink_lines(ink: np.ndarray) -> list[Box]:
     """The boxes of the lines of text in an ink mask (H, W), bool, from top to bottom, with MARGIN where there is room.
 
-    Lines are parted by rows without ink. What is at most a third as tall as the tallest line is no line but the dots
-    or accents of the one next to it, within a third of that height; else a speck if under 3 px.
+    Rows without ink separate bands. A band at most a third as tall as the tallest is taken for dots or accents, and
+    joins a neighbour within a third of the tallest band's height. A band under 3 pixels that is left is a speck.
     """
     edges = np.flatnonzero(np.diff(ink.any(1).astype(np.int8), prepend=0, append=0))
     bands = [(int(top), int(bottom)) for top, bottom in edges.reshape(-1, 2)]
@@ -252,7 +253,7 @@ def ink_lines(ink: np.ndarray) -> list[Box]:
 
 
 def line_crop(crop: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """A line's pixels (h, w, 3) made HEIGHT tall, in the middle of a background of a stepped width."""
+    """A line's pixels (h, w, 3), resized to HEIGHT and centred on a background; its width is a multiple of the step."""
     width = min(max(round(NARROWING * HEIGHT * crop.shape[1] / crop.shape[0]), 1), MOST_WIDTH)
     crop = cv2.resize(crop, (width, HEIGHT), interpolation=cv2.INTER_CUBIC)
     spare = max(LEAST_WIDTH, -(-width // WIDTH_STEP) * WIDTH_STEP) - width
@@ -265,7 +266,7 @@ def _failure(where: str, error: Exception) -> RewardError:
 
 
 def _cause(error: Exception) -> str:
-    # RapidOCR puts a whole traceback into its message; the exception it came from says what happened.
+    # RapidOCR's message is a whole traceback; the exception that caused it says what happened.
     return reason(error.__cause__ or error)
 
 

@@ -1,7 +1,7 @@
-"""Which texts a prompt quotes, and how two spellings of one text are made equal.
+"""The texts that a prompt quotes, and one plain form for all spellings of a text.
 
-Published code takes what stands between the first two straight double quotes and drops spaces and case; prompts that
-people write hold curly quotes, several texts, inches and letters in more than one encoding.
+Published code takes the text between the first two straight double quotes and drops spaces and case. Prompts that
+people write contain curly quotes, several texts, inch marks and letters in more than one encoding.
 """
 
 import re
@@ -9,13 +9,13 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-# What ends a quotation, the likelier first, by what opens it.
+# The marks that end a quotation, the likelier first, by the mark that opens it.
 _CLOSERS = {"“": "”“", "„": "“”", "‟": "”", "〝": "〞〟", "«": "»", "»": "«»", "「": "」", "『": "』"}
-_EITHER = '"”＂'  # begin and end quotations, and stand for inches
+_EITHER = '"”＂'  # marks that begin or end a quotation, or stand for inches
 _OPENS_AFTER = "([{<:=-–—/"
 _CLOSES_BEFORE = ".,;:!?)]}>'’…-–—/。，、；：！？）】》」』"
 
-# An apostrophe begins no quotation inside a word or where it stands for what is cut off, and ends none before a letter.
+# An apostrophe begins no quotation inside a word or in place of cut-off letters, and ends none before a letter.
 _CUT = re.compile(r"(?<!\w)['‘’](?=(?i:em|til|tis|twas|cause|bout|\d\ds)\b)|(?<!\w)['‘’]n['‘’](?!\w)")
 _SINGLE = re.compile(
     r"(?<!\w)['‘](?!\s)(?P<a>(?:(?!\s['‘]\S).)+?)(?<!\s)['’](?!\w)|‚(?P<b>[^‘’]+)[‘’]|‹(?P<c>[^›]+)›", re.DOTALL
@@ -31,7 +31,7 @@ _ALIKE = str.maketrans(
         "ı": "i",
     }
 )
-# Other characters than their plain twins, in a sign as in the engine's dictionary: x² is not x2.
+# Forms that stay apart from their plain twins, both on a sign and in the engine's dictionary: x² is not x2.
 _OWN_FORMS = ("<super>", "<sub>", "<circle>", "<fraction>")
 _INVISIBLE = ("Cf", "Zs", "Zl", "Zp")
 _VARIANTS = {chr(code) for code in range(0xFE00, 0xFE10)}
@@ -39,11 +39,11 @@ _VARIANTS = {chr(code) for code in range(0xFE00, 0xFE10)}
 
 @lru_cache(4096)
 def plain(text: str) -> str:
-    """The text without spaces, case, invisible characters and ways to write one character: NFC and the like.
+    """The text without spaces, case and invisible characters, and with one form for each character (NFC).
 
-    Full-width forms, ligatures and other compatibility forms (NFKC) count as their plain twins, except raised, lowered
-    and circled ones and fractions; curly quotes, primes and all dashes as straight ones; ß as ss and the Turkish
-    dotted and dotless i as i.
+    Full-width forms, ligatures and other compatibility forms (NFKC) become their plain twins, except superscripts,
+    subscripts, circled characters and fractions. Curly quotes, primes and all dashes become straight ones, ß becomes
+    ss, and the Turkish dotted and dotless i become i.
     """
     folded = "".join(_folded(character) for character in unicodedata.normalize("NFC", text).translate(_ALIKE))
     cased = unicodedata.normalize("NFC", folded).casefold().replace("i\u0307", "i")
@@ -60,11 +60,11 @@ def _folded(character: str) -> str:
 
 @lru_cache(4096)
 def quoted_texts(prompt: str) -> tuple[str, ...]:
-    """The different texts that the prompt quotes, in their order; blank ones are none.
+    """The distinct texts that the prompt quotes, in their order; a blank text does not count.
 
-    They stand in double quotes, straight or of any language; where there are none of these, in single ones as far as
-    those are no apostrophes. A mark after a number is an inch unless it ends a quotation, and a mark without its
-    partner is nothing. A prompt that is quoted as a whole, as tables export it, is looked into.
+    Quotations stand in double quotes, straight or of any language. Only without any of these do single quotes count,
+    where they are no apostrophes. A mark after a number is an inch unless it ends a quotation, and a mark without a
+    partner is ignored. If the whole prompt is quoted, as tables export it, the texts are those quoted inside.
     """
     if prompt.count('\\"') > 1:
         prompt = prompt.replace('\\"', '"')
@@ -79,13 +79,13 @@ def quoted_texts(prompt: str) -> tuple[str, ...]:
 
 
 def unwrapped(prompt: str) -> str | None:
-    """What stands inside the quotes around a whole prompt; None if there are none."""
+    """The prompt without the quotes around all of it; None if it has no such quotes."""
     text = prompt.strip().rstrip(".,;")
     if len(text) < 3:
         return None
     inner, closers = text[1:-1], _CLOSERS.get(text[0], text[0])
     if text[0] in _EITHER and text[-1] == text[0]:
-        first = inner.find(text[0])  # "SALE" and "OFF" ends as it begins too, but its second mark closes
+        first = inner.find(text[0])  # "SALE" and "OFF" begins and ends alike too, but its second mark closes
         whole = first < 0 or inner[first : first + 2] == 2 * text[0] or _opens(inner, first)
         return inner.replace(2 * text[0], text[0]) if whole else None
     if text[0] in _CLOSERS:
@@ -102,7 +102,7 @@ def _double(prompt: str) -> Iterator[str]:
         elif mark in _CLOSERS:
             ends = (prompt.find(closer, place + 1) for closer in (*_CLOSERS[mark], '"'))
             end = next((one for one in ends if one > place), -1)
-            place = max(place, prompt.rfind(mark, place, end))  # one that never ends is none
+            place = max(place, prompt.rfind(mark, place, end))  # an opening mark without an end is skipped
         if end > place:
             yield prompt[place + 1 : end]
             place = end
@@ -110,7 +110,7 @@ def _double(prompt: str) -> Iterator[str]:
 
 
 def _partner(prompt: str, place: int) -> int:
-    """Where the quotation ends that the mark at `place` begins; -1 if it begins none."""
+    """Where the quotation that begins at `place` ends; -1 if none begins there."""
     if _after_number(prompt, place) or _closes(prompt, place):
         return -1
     marks = [at for at in range(place + 1, len(prompt)) if prompt[at] == prompt[place]]
@@ -123,7 +123,7 @@ def _partner(prompt: str, place: int) -> int:
 
 
 def _inside(prompt: str, at: int, later: Sequence[int]) -> bool:
-    """Whether the mark after a number, inside a quotation, is an inch: a later one ends the quotation."""
+    """Whether the mark at `at`, after a number in a quotation, is an inch: it then leaves the end to a later mark."""
     following = prompt[at + 1 : at + 2]
     if following.isascii() and following.isalnum():
         return True
@@ -152,7 +152,7 @@ def _closes(prompt: str, place: int) -> bool:
 
 
 def _single(prompt: str) -> Iterator[str]:
-    cut = _CUT.sub(lambda found: re.sub("['‘’]", "ʼ", found[0]), prompt)  # of equal length
+    cut = _CUT.sub(lambda found: re.sub("['‘’]", "ʼ", found[0]), prompt)  # as long as the prompt
     for found in _SINGLE.finditer(cut):
         group = found.lastgroup
         assert group is not None  # every branch has a group

@@ -1,18 +1,19 @@
-"""The order in which boxes of text are read, upright or tilted, large or small."""
+"""The reading order of boxes of text, which may be upright or tilted, large or small."""
 
 import numpy as np
 from scipy.sparse.csgraph import connected_components
 
-LEAST_OVERLAP = 0.5  # of the lower of two boxes of one row, or of the narrower of two of one column
-WIDE = 1.5  # widths per height from which a box's own direction can be trusted
+LEAST_OVERLAP = 0.5  # two boxes share a row (column) if they overlap by this part of the lower (narrower) one
+WIDE = 1.5  # width over height from which a box's own direction can be trusted
 
 
 def reading_order(boxes: np.ndarray) -> list[int]:
-    """The places of boxes in their reading order, row by row, from left to right.
+    """The indices of the boxes in their reading order: row by row, from left to right.
 
     boxes (N, 4, 2): corners x, y in pixels, clockwise from the upper left, of text tilted by less than 45 degrees.
-    All lengths are compared with the boxes' own. Rows are found along the common direction of the wide boxes, and each
-    box is followed along its own slope; what stands in one row in several columns is read column by column.
+    Distances are compared with the boxes' own sizes, so that the scale does not matter. Rows are found along the common
+    direction of the wide boxes, and each box is followed along its own slope. A row that holds several columns is read
+    column by column.
     """
     if len(boxes) < 2:
         return list(range(len(boxes)))
@@ -45,13 +46,13 @@ def reading_order(boxes: np.ndarray) -> list[int]:
 
 
 def _overlap(distances: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Whether intervals of these lengths (N,), their middles so far apart (N, N), share enough of the shorter one."""
+    """Whether two intervals overlap by LEAST_OVERLAP of the shorter, from the distances (N, N) of their middles."""
     shared = (lengths[:, None] + lengths) / 2 - distances
     return shared > LEAST_OVERLAP * np.minimum(lengths[:, None], lengths)
 
 
 def _parts(linked: np.ndarray, places: np.ndarray, middles: np.ndarray) -> list[np.ndarray]:
-    """The places in parts that are linked within, by the mean of their middles."""
+    """The places in linked parts, ordered by the mean of each part's middles."""
     count, labels = connected_components(linked[np.ix_(places, places)], directed=False)
     parts = [places[labels == label] for label in range(count)]
     return sorted(parts, key=lambda part: float(middles[part].mean()))

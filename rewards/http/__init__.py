@@ -1,1 +1,1 @@
-"""Rewards over HTTP: the server, the reward that asks one, and what passes between them."""
+"""Rewards over HTTP: the server, the reward that asks a server, and the format of their messages."""

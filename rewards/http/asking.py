@@ -1,4 +1,4 @@
-"""Questions to an HTTP server, with patience: a client, and how long to wait before another try."""
+"""Requests to an HTTP server with retries: the client, and the wait before another try."""
 
 import email.utils
 import ipaddress
@@ -14,12 +14,12 @@ from tenacity.wait import wait_random_exponential
 
 from rewards.base import RewardError, reason
 
-PASSING = (408, 429, 502, 503, 504)  # statuses that another try may change
-FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # seconds before another try at most, doubled from first to longest
+PASSING = (408, 429, 502, 503, 504)  # statuses after which another try may succeed
+FIRST_WAIT, LONGEST_WAIT = 0.25, 10.0  # the longest wait in seconds before the first further try, and before any
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, without brackets, is this machine itself."""
+    """Whether a host, written without brackets, is this machine itself."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -28,9 +28,9 @@ def is_loopback(host: str) -> bool:
 
 
 def client_of(url: str, **options: Any) -> httpx2.Client:
-    """A client for an address; one of this machine is reached past the proxies that the environment names.
+    """A client for an address; an address of this machine is reached without the proxies of the environment.
 
-    RewardError for an address or a proxy that is none.
+    Raises RewardError for an invalid address or proxy.
     """
     try:
         parsed = httpx2.URL(url)
@@ -42,7 +42,7 @@ def client_of(url: str, **options: Any) -> httpx2.Client:
 
 
 def asked_wait(error: BaseException | None) -> float:
-    """Seconds that a server asks to be left alone for: Retry-After, a number or a date; else 0."""
+    """The seconds that a server asks to wait, by its Retry-After (a number or a date); 0 if it does not ask."""
     text = error.response.headers.get("retry-after", "") if isinstance(error, httpx2.HTTPStatusError) else ""
     try:
         return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
@@ -51,7 +51,7 @@ def asked_wait(error: BaseException | None) -> float:
 
 
 class GrowingWait(wait_random_exponential):
-    """Ever longer waits, at random between 0 and a limit that doubles, and at least as long as the server asks."""
+    """Random waits between 0 and a limit that doubles with each try, but at least as long as the server asks."""
 
     def __call__(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -59,7 +59,7 @@ class GrowingWait(wait_random_exponential):
 
 
 class Server:
-    """The server at an address, for many threads at once. token: sent along as "Authorization: Bearer"."""
+    """The server at an address, for use by many threads. token: sent as "Authorization: Bearer" with each request."""
 
     def __init__(self, url: str, token: str | None):
         self.url = url
@@ -77,16 +77,16 @@ class Server:
         kind: str | None = None,
         over: threading.Event | None = None,
     ) -> Any:
-        """The JSON that the server answers; `content` is of content type `kind`.
+        """The JSON that the server answers; `content` is the request's body, of content type `kind`.
 
-        While the server cannot be reached, has no room or does not answer within `timeout` seconds it is asked again,
-        ever more seldom, for `patience` seconds or until `over` is set. RewardError when that has passed, and at once
-        when the server answers anything else than 200.
+        While the server cannot be reached, has no room or does not answer within `timeout` seconds, it is asked again
+        after longer and longer waits, for `patience` seconds or until `over` is set. Raises RewardError after that, and
+        at once when the server answers with any other status than 200.
         """
         over = over or threading.Event()
         growing = GrowingWait(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
 
-        def wait(state: RetryCallState) -> float:  # the last try is made when patience ends
+        def wait(state: RetryCallState) -> float:  # the last try begins when patience ends
             return max(0.0, min(growing(state), patience - (state.seconds_since_start or 0.0)))
 
         def post() -> httpx2.Response:
@@ -121,18 +121,18 @@ class Server:
             return response.json()
         except ValueError as error:
             answered = f"{self.url} answered {response.status_code} to {method} {path}"
-            raise RewardError(f"{answered} without JSON; is it a server of rewards?") from error
+            raise RewardError(f"{answered} without JSON; is it a reward server?") from error
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same question may be answered a little later."""
+    """Whether the same request may succeed a little later."""
     if isinstance(error, httpx2.HTTPStatusError):
         return error.response.status_code in PASSING
     return isinstance(error, httpx2.TransportError)
 
 
 def _error_in(response: httpx2.Response) -> str:
-    """The server's sentence, or what HTTP calls the status."""
+    """The server's error sentence, or HTTP's name of the status."""
     try:
         return str(response.json()["error"])
     except (ValueError, TypeError, KeyError):

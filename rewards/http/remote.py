@@ -1,8 +1,7 @@
-"""A reward that a server scores: `rewards.load("http://host:8000/ocr")`.
+"""A reward that a server computes: `rewards.load("http://host:8000/ocr")`.
 
-A load balancer in front of several servers of one reward is one address too.
-`rewards.http.wire` loses nothing, so that scores are those of the reward in this process, bit for bit where both
-machines compute alike.
+The address may be that of a load balancer in front of several servers of the reward. `rewards.http.wire` sends media
+without loss, so that the scores equal those of the reward in this process, bit for bit if both machines compute alike.
 """
 
 import math
@@ -22,15 +21,15 @@ from rewards.http.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secre
 
 
 class RemoteReward(Reward):
-    """The reward of a server.
+    """A reward on a server.
 
-    url: "http://host:8000/ocr"; the last part is the reward's name there, unless `reward` gives it or the server has
-        only one.
-    timeout: seconds to wait for one answer, which includes the server's queue.
+    url: "http://host:8000/ocr"; the last part is the reward's name on the server. It may be left out if the server has
+        only one reward, or if `reward` gives the name.
+    timeout: seconds to wait for one answer, the time in the server's queue included; raise it for slow rewards.
     patience: seconds to go on asking while the server cannot be reached or has no room, before the scoring fails.
-    batch: items in one request; a group reward gets whole groups, the items of one prompt, whatever their number.
-    concurrency: requests that the server has at once, so that it never waits for the next.
-    start_timeout: seconds to wait for the server when this is made.
+    batch: items in one request. A group reward gets whole groups (all items of a prompt), whatever their number.
+    concurrency: requests sent at once, so that the server need not wait for the next one.
+    start_timeout: seconds to wait for the server when the reward is loaded.
     """
 
     def __init__(
@@ -65,28 +64,28 @@ class RemoteReward(Reward):
         self._ask_whether_once = lru_cache(maxsize=2**16)(self._ask_whether)
 
     def _found(self, wanted: str | None, seconds: float) -> tuple[dict[str, Any], Limits]:
-        """What the server says of the reward, and its limits; RewardError when it has no such reward."""
+        """The server's description of the reward, and its limits; RewardError when it has no such reward."""
         url = self._server.url
         spec = self._server.ask("GET", "/spec", timeout=min(seconds, self.timeout), patience=seconds)
         if not isinstance(spec, dict) or "protocol" not in spec:
-            raise RewardError(f"{url} is no server of rewards")
+            raise RewardError(f"{url} is not a reward server")
         if spec["protocol"] != PROTOCOL:
             raise RewardError(
-                f"{url} runs flowalign {spec.get('version')}, which speaks protocol {spec['protocol']} and not "
-                f"{PROTOCOL} as here; install the same version on both"
+                f"{url} runs flowalign {spec.get('version')} with protocol {spec['protocol']}, but this machine has "
+                f"protocol {PROTOCOL}; install the same version on both"
             )
         entries: dict[str, dict[str, Any]] = spec["rewards"]
         name = next(iter(entries)) if wanted is None and len(entries) == 1 else wanted
         if name is None:
             some = f"{url}/{next(iter(entries))}"
-            raise RewardError(f"{url} serves {', '.join(entries)}; say which, as in {some!r}")
+            raise RewardError(f"{url} serves {', '.join(entries)}; name one of them, as in {some!r}")
         if name not in entries:
             hint = f"did you mean {nearest(name, entries)!r}? (it serves {', '.join(entries)})"
             raise RewardError(f"{url} serves no reward {name!r}; {hint}")
         return {"name": name, **entries[name]}, Limits(**spec["limits"])
 
     def applies_to(self, row: Mapping[str, Any]) -> bool:
-        """What the reward on the server says; it is asked about a row once."""
+        """The answer of the reward on the server; the server is asked about each row once."""
         return self._applies_to_all or self._ask_whether_once(to_json(dict(row), "a row of metadata"))
 
     def tally(self) -> dict[str, int]:
@@ -100,7 +99,7 @@ class RemoteReward(Reward):
     def __call__(
         self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        """Scores (B,) from the server; RewardError, naming it, when it refuses or patience is over."""
+        """Scores (B,) from the server; RewardError that names it when it refuses or patience is over."""
         scores = torch.empty(len(prompts))
         over = threading.Event()
 
@@ -117,12 +116,12 @@ class RemoteReward(Reward):
             for done in as_completed(parts):
                 scores[parts[done]] = done.result()
         finally:
-            over.set()  # so that after a failure no other request goes on being patient
+            over.set()  # after a failure, no other request tries again
             pool.shutdown(wait=False, cancel_futures=True)
         return scores
 
     def _parts(self, media: torch.Tensor, prompts: Sequence[str]) -> list[list[int]]:
-        """Which items go together in a request, never a part of a group."""
+        """The items of each request; the items of a group are never split between requests."""
         groups: dict[str | int, list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(prompt if self.scope == "group" else index, []).append(index)
@@ -133,8 +132,8 @@ class RemoteReward(Reward):
             if len(group) > most:
                 shape, limits = tuple(media.shape[1:]), f"max_items {self.limits.items}, max_bytes {self.limits.bytes}"
                 raise RewardError(
-                    f"reward {self.name!r}: {len(group)} items of shape {shape} must go to a server at once, "
-                    f"which takes {most} of them ({limits})"
+                    f"reward {self.name!r}: {len(group)} items of shape {shape} must be sent in one request, but the "
+                    f"server takes at most {most} of them ({limits})"
                 )
             if not parts or len(parts[-1]) + len(group) > wanted:
                 parts.append([])
@@ -142,27 +141,27 @@ class RemoteReward(Reward):
         return parts
 
     def _values(self, key: str, body: bytes, kind: str, count: int, over: threading.Event) -> list[Any]:
-        """The list that the server answers under "scores" or "applies" about `count` items."""
+        """The `count` values of the server's answer under the key "scores" or "applies"."""
         path = f"/{'score' if key == 'scores' else key}/{self.name}"
         answer = self._server.ask(
             "POST", path, timeout=self.timeout, patience=self.patience, content=body, kind=kind, over=over
         )
         values = answer.get(key) if isinstance(answer, dict) else None
         if not isinstance(values, list) or len(values) != count:
-            raise RewardError(f"a server of reward {self.name!r} answered {path} without {count} {key}")
+            raise RewardError(f"the server of reward {self.name!r} answered {path} without {count} {key}")
         with self._counting:
             self._counted.update(answer.get("counted", {}))
         return values
 
 
 def _place(url: str, reward: str | None) -> tuple[str, str | None]:
-    """A server's address, and the reward: `reward`, else the last part of `url`, else None."""
+    """The server's address and the reward's name: `reward`, else the last part of `url`, else None."""
     if "," in url:
-        raise RewardError(f"{url!r} is several addresses; give one, of a load balancer where there are several servers")
+        raise RewardError(f"{url!r} is several addresses; give one, and for several servers that of a load balancer")
     try:
         parsed = httpx2.URL(url)
     except httpx2.InvalidURL as error:
-        raise RewardError(f"{url!r} is no address: {reason(error)}") from error
+        raise RewardError(f"{url!r} is not an address: {reason(error)}") from error
     if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
         raise RewardError(f"{url!r} must be written 'http://host:port/reward'")
     base = url.rstrip("/")

@@ -1,10 +1,15 @@
-"""Rewards behind HTTP: `serve({"ocr": rewards.load("ocr")})`, for `rewards.load("http://host:8000/ocr")`.
+"""The reward server: `serve({"ocr": rewards.load("ocr")})`, for `rewards.load("http://host:8000/ocr")`.
 
-GET /health, GET /spec, POST /score/NAME with a request of `rewards.http.wire` -> {"scores": [B numbers, null where the
-reward left an item out], "counted": {what: number}}, and
-POST /applies/NAME with {"rows": [metadata with its "prompt"]} -> {"applies": [B booleans]}. Every failure answers
-{"error": sentence}: 400 the request is wrong, 401 the token, 404 no such reward, 408 it stopped coming, 413 it is too
-large, 503 too many wait (with Retry-After), 500 the reward failed.
+It answers four requests:
+
+- GET /health and GET /spec.
+- POST /score/NAME, whose body is a request of `rewards.http.wire`, gives {"scores": [B numbers, null where the reward
+  left an item out], "counted": {name: number}}.
+- POST /applies/NAME, whose body is {"rows": [metadata with its "prompt"]}, gives {"applies": [B booleans]}.
+
+A failure gives {"error": sentence} with one of the statuses 400 (the request is wrong), 401 (the token is wrong), 404
+(there is no such reward), 408 (the body stopped coming), 413 (the request is too large), 500 (the reward failed) and
+503 (too many requests wait; with Retry-After).
 """
 
 import asyncio
@@ -39,9 +44,9 @@ except ImportError as error:
     raise RewardError("serving rewards needs FastAPI and uvicorn: pip install 'flowalign[serve]'") from error
 
 MAX_ITEMS, MAX_BYTES, QUEUE = 256, 2**28, 8
-IDLE_SECONDS = 30.0  # a body that stops coming for so long is given up
-STOP_SECONDS = 30  # what is being scored when the server is told to stop has this long to end
-SENTENCE = 1000  # characters; what an error quotes may be as long as the request
+IDLE_SECONDS = 30.0  # a request whose body stops coming for this time is refused
+STOP_SECONDS = 30  # a stopping server gives the requests being scored this time to end
+SENTENCE = 1000  # the most characters of an error, which may quote the whole request
 ENDPOINTS = "GET /health, GET /spec, POST /score/NAME, POST /applies/NAME"
 logger = logging.getLogger(__name__)
 
@@ -51,14 +56,15 @@ class Refused(HTTPException):
 
 
 class _Desk:
-    """One served reward: its thread, whose turn it is, and how many requests are in the house, read or scored."""
+    """One served reward: its thread, a lock that scores one request at a time, and the number of open requests."""
 
     def __init__(self, name: str, reward: Reward, queue: int):
         if isinstance(reward, TrainableReward) and reward.learns:
             raise RewardError(f"reward {name!r} learns during training and cannot be served; load it where you train")
         if not re.fullmatch(r"[\w.-]+", name):
             raise RewardError(
-                f"a served name is part of an address, of letters, digits, '_', '-' and '.', not {name!r}"
+                f"a served name may have letters, digits, '_', '-' and '.' only, since it is part of an address; "
+                f"it is {name!r}"
             )
         self.name, self.reward, self.queue = name, reward, queue
         self.worker = ThreadPoolExecutor(1, name, make_current, (chosen_device(),))
@@ -67,7 +73,7 @@ class _Desk:
 
     @contextmanager
     def place(self) -> Iterator[None]:
-        """A place in the queue, taken before the body is read so that waiting bodies are bounded too."""
+        """A place in the queue; it is taken before the body is read, so that the bodies held in memory are bounded."""
         if self.inside > self.queue:
             raise Refused(503, f"reward {self.name!r} is busy and {self.queue} requests wait", {"Retry-After": "1"})
         self.inside += 1
@@ -88,21 +94,19 @@ class _Desk:
         }
 
     def scores(self, body: bytearray, kind: str, limits: Limits) -> dict[str, Any]:
-        """The answer to a request; Refused with 400 or 413 when the request is at fault, 500 when the reward is."""
+        """The answer to a request; Refused with 400 or 413 if the request is at fault, with 500 if the reward is."""
         try:
             media, prompts, metadata = decode(body, kind, limits)
             metadata = check_inputs(self.reward.name, media, prompts, metadata)
         except RewardError as error:
             raise Refused(413 if isinstance(error, TooLarge) else 400, str(error)) from error
         judge: Callable[..., Any] = self.reward
-        if isinstance(
-            self.reward, FunctionReward
-        ):  # it checks what is returned, which would look like the items' fault
+        if isinstance(self.reward, FunctionReward):  # its own check of a wrong result would look like a wrong request
             judge = partial(self.reward.function, **self.reward.options)
         try:
             with torch.no_grad():
                 result = judge(media, prompts, metadata)
-        except RewardError as error:  # one without a cause is about the items
+        except RewardError as error:  # an error without a cause is about the items
             raise Refused(400 if error.__cause__ is None else 500, str(error)) from error
         except Exception as error:
             raise self._failed(error) from error
@@ -114,7 +118,7 @@ class _Desk:
         return {"scores": [None if math.isnan(one) else one for one in scores], "counted": self.reward.tally()}
 
     def applies(self, rows: list[dict[str, Any]]) -> list[bool]:
-        """What `applies_to` says of each row."""
+        """The reward's `applies_to` for each row; Refused as in `scores`."""
         try:
             return [bool(self.reward.applies_to(row)) for row in rows]
         except RewardError as error:
@@ -131,10 +135,10 @@ def _answer(content: Any, status: int = 200, headers: Mapping[str, str] | None =
 
 
 async def _body(request: Request, most: int) -> bytearray:
-    """The request's body; Refused when it is longer than `most` bytes, says so, or stops coming."""
+    """The request's body; Refused when it is longer than `most` bytes, is announced so, or stops coming."""
     too_large = Refused(413, f"the request is larger than {most} bytes")
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refused(400, "the body is compressed; send it as it is")
+        raise Refused(400, "the body is compressed; send it uncompressed")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > most:
         raise too_large
@@ -158,19 +162,19 @@ def _rows(body: bytearray) -> list[dict[str, Any]]:
         raise Refused(413 if isinstance(error, TooLarge) else 400, str(error)) from error
     rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in rows):
-        raise Refused(400, "the body must be {'rows': [...]}, each row an object with a text under 'prompt'")
+        raise Refused(400, "the body must be {'rows': [...]}, where each row is an object with a text under 'prompt'")
     return rows
 
 
 def _token_check(token: str | None) -> Callable[[Request], Awaitable[None]]:
-    """What refuses a request that does not bear the token, if there is one."""
+    """The check that refuses requests without the token; without a token it refuses none."""
 
     async def check_token(request: Request) -> None:
         given = request.headers.get("authorization", "").encode("latin-1")
         if token is not None and not hmac.compare_digest(given, f"Bearer {token}".encode()):
             raise Refused(
                 401,
-                f"the token is missing or wrong; set {TOKEN_VARIABLE} to the server's",
+                f"the token is missing or wrong; set {TOKEN_VARIABLE} to the server's token",
                 {"WWW-Authenticate": "Bearer"},
             )
 
@@ -185,7 +189,7 @@ def app(
     max_bytes: int = MAX_BYTES,
     queue: int = QUEUE,
 ) -> FastAPI:
-    """The service, an ASGI application; arguments as for `serve`, and the token that requests must bear, if any."""
+    """The service, an ASGI application; arguments as for `serve`. token: the one requests must bear, or None."""
     if not rewards:
         raise RewardError("there is no reward to serve; name at least one")
     for option, value, least in (("max_items", max_items, 1), ("max_bytes", max_bytes, 1), ("queue", queue, 0)):
@@ -219,7 +223,7 @@ def app(
             body = await _body(request, max_bytes + TEXT_BYTES)
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             async with desk.turn:
-                if await request.is_disconnected():  # it gave up waiting, and may have asked again
+                if await request.is_disconnected():  # the client gave up waiting, and may have asked again
                     raise ClientDisconnect
                 loop = asyncio.get_running_loop()
                 return _answer(await loop.run_in_executor(desk.worker, desk.scores, body, kind, limits))
@@ -235,12 +239,12 @@ def app(
 
 
 def _explain_failures(service: FastAPI) -> None:
-    """Has every failure answered with a sentence as JSON."""
+    """Makes the service answer every failure with a sentence as JSON."""
 
     @service.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         sentence = str(error.detail)
-        if not isinstance(error, Refused):  # the router's
+        if not isinstance(error, Refused):  # raised by the router
             sentence = f"there is no {request.method} {request.url.path}; there are {ENDPOINTS}"
         elif error.status_code == 500:
             logger.error("%s", sentence, exc_info=error.__cause__)
@@ -265,24 +269,27 @@ def serve(
     max_bytes: int = MAX_BYTES,
     queue: int = QUEUE,
 ) -> None:
-    """Serve rewards under their names until SIGTERM or Ctrl-C, when what is being scored still gets its answer.
+    """Serves rewards under their names until SIGTERM or Ctrl-C; requests that are being scored are still answered.
 
-    port: 0 takes a free one; the line printed first says where. max_items, max_bytes: of one request, media counted as
-    float32. queue: requests that may wait for each reward, which scores one after the other in a thread of its own.
-    Requests must bear the token in $FLOWALIGN_TOKEN, if set. RewardError when the host is beyond this machine and
-    there is no token, or when the address cannot be had.
+    port: 0 takes a free port; the line printed at the start names it.
+    max_items, max_bytes: limits of one request, with media counted as float32. Lower them to bound the memory.
+    queue: requests that may wait for each reward; a reward scores one request at a time in a thread of its own.
+    If $FLOWALIGN_TOKEN is set, requests must bear that token. Raises RewardError when `host` is open to other machines
+    and there is no token, and when the address cannot be listened at.
     """
     token = secret()
     if token is None and not is_loopback(host):
-        raise RewardError(f"serving at {host} lets other machines in; set {TOKEN_VARIABLE} to a secret they must give")
+        raise RewardError(
+            f"serving at {host} lets other machines in; set {TOKEN_VARIABLE} to a secret that they must send"
+        )
     service = app(rewards, token=token, max_items=max_items, max_bytes=max_bytes, queue=queue)
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise RewardError(f"cannot listen at {host}, port {port}: {reason(error)}") from error
     where = f"[{host}]" if ":" in host else host
-    # Head and body of an answer are written apart, and the second would wait 40 ms for the first's receipt. Connections
-    # inherit this; asyncio sets it only on sockets made with the protocol's number.
+    # An answer's head and body are written separately, and without TCP_NODELAY the body would wait 40 ms until the head
+    # is acknowledged. Connections inherit the option; asyncio sets it only on sockets with an explicit protocol number.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     print(f"serving {', '.join(rewards)} at http://{where}:{listener.getsockname()[1]}; Ctrl-C stops", flush=True)
     config = uvicorn.Config(service, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)

@@ -1,11 +1,11 @@
-"""What passes between `remote` and `server`: media as safetensors or PNG, the rest as JSON, no pickle.
+"""The messages between `remote` and `server`: media as safetensors or PNG, the rest as JSON, no pickle.
 
 A request for scores is one of
 
-- `application/safetensors`: one tensor "media", (B, 3, H, W) or (B, F, 3, H, W), of F16, BF16 or F32 in [0, 1] or of
-  U8 (which counts levels of 255); the file's metadata holds "prompts" and "metadata", each a JSON list of B entries.
-- `application/json`: a list of {"png": base64, "prompt": text, "metadata": {}}, the pictures all of one size, read as
-  `rewards.media` reads files.
+- `application/safetensors`: one tensor "media", (B, 3, H, W) or (B, F, 3, H, W), of F16, BF16 or F32 in [0, 1], or of
+  U8 (levels of 255); the file's metadata holds "prompts" and "metadata", each a JSON list of B entries.
+- `application/json`: a list of {"png": base64, "prompt": text, "metadata": {}}; all images have one size, and they are
+  read as `rewards.media` reads files.
 
 The format of safetensors: https://github.com/huggingface/safetensors#format.
 """
@@ -30,8 +30,8 @@ from rewards.media import as_levels, as_viewed
 PROTOCOL = 1
 SAFETENSORS, JSON = "application/safetensors", "application/json"
 TOKEN_VARIABLE = "FLOWALIGN_TOKEN"
-TEXT_BYTES = 2**22  # of the prompts and metadata of one request
-# A parsed list takes twenty times the bytes of its text, so what is parsed is bounded by its number of values too.
+TEXT_BYTES = 2**22  # the most bytes of the prompts and metadata of one request
+# A parsed list takes twenty times the bytes of its text, so that the number of values needs a bound of its own.
 JSON_VALUES = 10**6
 DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
@@ -48,7 +48,7 @@ class Limits(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Float media (B, ...), B prompts and B metadata rows; prompts and metadata as they came, for `check_inputs`."""
+    """Float media (B, ...), B prompts and B metadata rows; prompts and metadata are not yet checked."""
 
     media: torch.Tensor
     prompts: Any
@@ -56,12 +56,12 @@ class Request(NamedTuple):
 
 
 def secret() -> str | None:
-    """The token that servers ask for and clients give, from the environment; None if it is unset or blank."""
+    """The token that clients send and servers require, from the environment; None if it is unset or blank."""
     return os.environ.get(TOKEN_VARIABLE, "").strip() or None
 
 
 def to_json(value: Any, what: str) -> str:
-    """JSON that reads back as the same value; RewardError for what is not plain JSON."""
+    """The value as JSON that reads back equal; RewardError for a value that JSON cannot hold."""
     try:
         text = json.dumps(value, allow_nan=False)
         same = bool(json.loads(text) == value)
@@ -79,15 +79,15 @@ def from_json(text: bytes | bytearray, what: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise RewardError(f"{what} is no JSON: {reason(error)}") from error
+        raise RewardError(f"{what} is not JSON: {reason(error)}") from error
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def encode(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> bytes:
-    """The safetensors form of a request, without loss: as 8-bit levels only where these give the very same float32."""
+    """The safetensors form of a request; media are sent as 8-bit levels only if these give exactly the same float32."""
     if media.dtype not in DTYPES.values():
         known = ", ".join(str(dtype) for dtype in DTYPES.values())
         raise RewardError(f"media of {media.dtype} cannot be sent to a server; it takes {known}")
@@ -100,11 +100,11 @@ def encode(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mappi
 
 
 def decode(body: bytearray, kind: str, limits: Limits) -> Request:
-    """What a body of content type `kind` asks; RewardError if it is malformed, TooLarge beyond the limits."""
+    """The request in a body of content type `kind`; RewardError if it is malformed, TooLarge beyond the limits."""
     if kind == SAFETENSORS:
         request = _from_safetensors(body, limits)
     elif kind == JSON:
-        request = _from_pictures(body, limits)
+        request = _from_images(body, limits)
     else:
         raise RewardError(f"the content type is {kind or 'missing'}; it must be {SAFETENSORS} or {JSON}")
     try:
@@ -117,22 +117,22 @@ def decode(body: bytearray, kind: str, limits: Limits) -> Request:
 def _from_safetensors(body: bytearray, limits: Limits) -> Request:
     length = struct.unpack_from("<Q", body)[0] if len(body) >= 8 else 0
     if not 0 < length <= len(body) - 8:
-        raise RewardError("the body is no safetensors file: its header is cut off")
+        raise RewardError("the body is not a safetensors file: its header is cut off")
     if length > TEXT_BYTES:
-        raise TooLarge(f"the prompts and metadata take {length} bytes; this server takes {TEXT_BYTES}")
+        raise TooLarge(f"the prompts and metadata take {length} bytes; this server takes at most {TEXT_BYTES}")
     header = from_json(body[8 : 8 + length], "the header of the safetensors file")
     if not isinstance(header, dict) or set(header) != {"media", "__metadata__"}:
-        raise RewardError("the safetensors file must hold the tensor 'media' and metadata, nothing else")
+        raise RewardError("the safetensors file must hold the tensor 'media' and metadata, and nothing else")
     about, texts, content = header["media"], header["__metadata__"], body[8 + length :]
     about = about if isinstance(about, dict) else {}
     dtype, shape = about.get("dtype"), about.get("shape")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise RewardError(f"the dtype of 'media' must be one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not 1 < len(shape) < 6 or not all(type(n) is int and n > 0 for n in shape):
-        raise RewardError("the shape of 'media' must be (B, 3, H, W) or (B, F, 3, H, W), none of them 0")
+        raise RewardError("the shape of 'media' must be (B, 3, H, W) or (B, F, 3, H, W) without a 0")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if about.get("data_offsets") != [0, len(content)] or size != len(content):
-        raise RewardError(f"'media' of {dtype} and shape {shape} needs {size} bytes, the file has {len(content)}")
+        raise RewardError(f"'media' of {dtype} and shape {shape} needs {size} bytes, but the file has {len(content)}")
     _check_size(shape, limits)
     if not isinstance(texts, dict) or not all(isinstance(texts.get(key), str) for key in ("prompts", "metadata")):
         raise RewardError("the safetensors file's metadata must hold 'prompts' and 'metadata', each a JSON list")
@@ -142,33 +142,34 @@ def _from_safetensors(body: bytearray, limits: Limits) -> Request:
 
 
 def _bytes(text: str) -> bytes:
-    return text.encode(errors="surrogatepass")  # refused as JSON, with its reason
+    return text.encode(errors="surrogatepass")  # so that `from_json` refuses a bad text and gives the reason
 
 
 def _check_size(shape: Sequence[int], limits: Limits) -> None:
-    """TooLarge unless media of this shape lie within the limits."""
+    """Raises TooLarge unless media of this shape lie within the limits."""
     if shape[0] > limits.items:
-        raise TooLarge(f"the request has {shape[0]} items; this server takes {limits.items}")
+        raise TooLarge(f"the request has {shape[0]} items; this server takes at most {limits.items}")
     if 4 * math.prod(shape) > limits.bytes:
         raise TooLarge(f"media of shape {list(shape)} take more than the {limits.bytes} bytes that this server takes")
 
 
-def _from_pictures(body: bytearray, limits: Limits) -> Request:
+def _from_images(body: bytearray, limits: Limits) -> Request:
     rows = from_json(body, "the body")
     if not isinstance(rows, list) or not rows:
-        raise RewardError("the body must be a JSON list of objects with 'png', 'prompt' and, if wanted, 'metadata'")
+        raise RewardError("the body must be a JSON list of objects with 'png', 'prompt' and optionally 'metadata'")
     levels: list[torch.Tensor] = []
     for index, row in enumerate(rows):
         if not isinstance(row, dict) or not {"png", "prompt"} <= set(row) <= {"png", "prompt", "metadata"}:
-            raise RewardError(f"item {index} must be an object with 'png', 'prompt' and, if wanted, 'metadata'")
-        picture = _opened(row["png"], index)
-        stated = (3, picture.height, picture.width)
-        _check_size((len(rows), *stated), limits)  # before anything is decoded
-        levels.append(_decoded(picture, index))
+            raise RewardError(f"item {index} must be an object with 'png', 'prompt' and optionally 'metadata'")
+        image = _opened(row["png"], index)
+        stated = (3, image.height, image.width)
+        _check_size((len(rows), *stated), limits)  # before the image is decoded
+        levels.append(_decoded(image, index))
         (_, height, width), first = levels[-1].shape, levels[0].shape
         if (3, height, width) != first:
             raise RewardError(
-                f"item {index} is {width} x {height}, the first {first[2]} x {first[1]}; one request has one size"
+                f"item {index} is {width} x {height}, but the first item is {first[2]} x {first[1]}; "
+                "all images of a request must have one size"
             )
     media = torch.stack(levels).float() / 255
     return Request(media, [row["prompt"] for row in rows], [row.get("metadata", {}) for row in rows])
@@ -178,17 +179,17 @@ def _opened(text: Any, index: int) -> Image.Image:
     if not isinstance(text, str):
         raise RewardError(f"item {index}: 'png' must be the file in base64")
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+        image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
     except Image.DecompressionBombError as error:
-        raise TooLarge(f"item {index}: its png is refused for its size: {reason(error)}") from error
-    except Exception as error:  # damaged files end in many ways, and none of them is a picture
+        raise TooLarge(f"item {index}: its png is too large: {reason(error)}") from error
+    except Exception as error:  # Pillow answers damaged files with many kinds of exceptions
         raise RewardError(f"item {index}: its png cannot be read: {reason(error)}") from error
-    return picture
+    return image
 
 
-def _decoded(picture: Image.Image, index: int) -> torch.Tensor:
+def _decoded(image: Image.Image, index: int) -> torch.Tensor:
     try:
-        pixels = np.array(as_viewed(picture))
-    except Exception as error:  # as above
+        pixels = np.array(as_viewed(image))
+    except Exception as error:  # as in `_opened`
         raise RewardError(f"item {index}: its png cannot be read: {reason(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -1,1 +1,1 @@
-"""Vision-language models as judges: of one's own or behind a server, and how their answers are read."""
+"""Vision-language models as judges: local models, models behind a server, and the reading of their answers."""

@@ -1,7 +1,7 @@
-"""Vision-language models as judges: one interface, a model of one's own or an OpenAI-compatible server behind it.
+"""Vision-language models as judges: one interface to a local model or to an OpenAI-compatible server.
 
-Every picture is shown in 8-bit RGB. A video is judged frame by frame, with the published question about one picture,
-and scores the mean of its frames. Shapes: N questions, each with one or more pictures and one text; C choices.
+Every image is shown in 8-bit RGB. A video is judged frame by frame, with the published question about one image, and
+its score is the mean over its frames. Shapes: N questions, each with one or more images and one text; C choices.
 """
 
 import re
@@ -14,15 +14,15 @@ from PIL import Image
 
 from rewards.base import RewardError
 
-Pictures = Sequence[Sequence[Image.Image]]  # of N questions, those that each is about
+Pictures = Sequence[Sequence[Image.Image]]  # the images of each of N questions
 UNPARSABLE = ("error", "tie", "mask")
 CUT_OFF = "was cut off before its verdict; raise max_tokens, now {}, or switch its reasoning off with `thinking: false`"
-# How models mark what they think before they answer: <think>, [THINK], and others of the kind.
+# The marks around a model's reasoning before its answer: <think>, [THINK] and similar ones.
 REASONING = re.compile(r"[<\[◁](/?)(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning|reflection)[>\]▷]", re.IGNORECASE)
 
 
 class VLMError(RewardError):
-    """What went wrong with a judge, in one sentence, and the number of the question where only one is concerned."""
+    """A judge's failure, in one sentence; `row` is the number of the question, if it concerns only one."""
 
     def __init__(self, message: str, row: int | None = None):
         super().__init__(message)
@@ -30,7 +30,7 @@ class VLMError(RewardError):
 
 
 class Unparsable(VLMError):
-    """Answers that do not begin with any of the choices: `problems` says why, by row; `found` has NaN in their rows."""
+    """Some answers begin with none of the choices: `problems` says why, by row; `found` has NaN in these rows."""
 
     def __init__(self, problems: Mapping[int, str], found: torch.Tensor):
         row = min(problems)
@@ -39,15 +39,15 @@ class Unparsable(VLMError):
 
 
 class Unfinished(str):
-    """What a model had written of an answer that was cut off; no judge reads a verdict in it."""
+    """The text of an answer that was cut off; no verdict is read from it."""
 
 
 class VLM(ABC):
-    """A judge that sees pictures; what it answers to a question depends on that question alone."""
+    """A judge that sees images; its answer to a question depends on that question alone."""
 
     @abstractmethod
     def answer(self, images: Pictures, texts: Sequence[str], max_tokens: int) -> list[str]:
-        """The N greedy answers, of at most `max_tokens` tokens; those that were cut off are `Unfinished`."""
+        """The N greedy answers, of at most `max_tokens` tokens; answers that were cut off are `Unfinished`."""
 
     @abstractmethod
     def choice_log_probs(self, images: Pictures, texts: Sequence[str], choices: Sequence[str]) -> torch.Tensor:
@@ -63,7 +63,7 @@ class VLM(ABC):
 
 
 def switches(thinking: bool | None, name: str, further: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The further keys that the option `name` gives a judge; VLMError unless it and `thinking` are of their kind."""
+    """The keys and values in the option `name`; VLMError if it or `thinking` has the wrong type."""
     if thinking is not None and not isinstance(thinking, bool):
         raise VLMError(f"thinking must be true or false, not {thinking!r}")
     if further is not None and not isinstance(further, Mapping):
@@ -72,13 +72,13 @@ def switches(thinking: bool | None, name: str, further: Mapping[str, Any] | None
 
 
 def at_least(option: str, value: int, lowest: int) -> None:
-    """VLMError unless the option's value is a whole number of at least `lowest`."""
+    """Raises VLMError unless the option's value is a whole number of at least `lowest`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
         raise VLMError(f"{option} must be a whole number of at least {lowest}, not {value!r}")
 
 
 def final(answer: str) -> str | None:
-    """What an answer says after its reasoning; None where it, or its reasoning, was cut off."""
+    """The answer after its reasoning; None if the answer or its reasoning was cut off."""
     marks = list(REASONING.finditer(answer))
     if isinstance(answer, Unfinished) or (marks and not marks[-1][1]):
         return None
@@ -86,11 +86,11 @@ def final(answer: str) -> str | None:
 
 
 def plain(text: str) -> str:
-    """A short answer without what does not count: its case and the spaces around it."""
+    """A short answer in lower case, without the spaces around it."""
     return text.strip().lower()
 
 
 def first_line(text: str) -> str:
-    """What an error shows of a text."""
+    """The first line of a text, cut to 200 characters, for an error sentence."""
     line = (text.strip().splitlines() or [""])[0]
     return line if len(line) <= 200 else line[:197] + "..."

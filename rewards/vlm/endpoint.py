@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible server as a judge; pictures travel as PNG."""
+"""A vision-language model behind an OpenAI-compatible server as a judge; images are sent as PNG."""
 
 import base64
 import io
@@ -31,25 +31,29 @@ from rewards.vlm.base import (
 )
 
 Answer = TypeVar("Answer")
-LONGEST_WAIT = 120.0  # seconds that a server may ask to be left alone for
-OWN_KEYS = ("model", "messages", "max_tokens", "logprobs", "top_logprobs", "n", "stream")  # of a request's body
+LONGEST_WAIT = 120.0  # a server that asks for a longer wait, in seconds, is not asked again
+OWN_KEYS = ("model", "messages", "max_tokens", "logprobs", "top_logprobs", "n", "stream")  # keys that the judge sets
 
 
 class Passing(Exception):
-    """What went wrong with an answer of status 200 that another try may mend."""
+    """A failure inside an answer of status 200, after which another try may succeed."""
 
 
 class EndpointVLM(VLM):
     """A server with OpenAI's chat completions.
 
-    url: up to and with the version, as in "http://localhost:8000/v1"; proxies of the environment are not asked for one
-    of this machine. model: its name there. api_key_env: the environment variable that holds the key, if one is needed.
-    timeout: seconds for one try. retries: further tries after a timeout, a lost connection, an answer cut short, status
-    429 or 5xx. backoff: the first wait before a further try is at most this many seconds, each later one at most twice
-    as long, and none shorter than the server's Retry-After. concurrency: requests at once. top_logprobs: how many first
-    tokens the server is asked for; a choice that is not among them has probability 0, as in ArtifactReward. thinking:
-    whether the model reasons first, as `enable_thinking` for the chat template of vLLM and SGLang; by default what the
-    server does. body: further keys of the request, such as {"reasoning_effort": "none"}.
+    url: the address up to the version, as in "http://localhost:8000/v1"; an address of this machine is reached without
+        the proxies of the environment. model: the model's name on the server.
+    api_key_env: name of the environment variable that holds the key, if the server needs one.
+    timeout: seconds for one try; raise it if the model is slow to answer.
+    retries: further tries after a timeout, a lost connection, a truncated answer, or status 408, 429 or 5xx.
+    backoff: longest wait in seconds before the first further try; the limit doubles with each try, and no wait is
+        shorter than the server's Retry-After.
+    concurrency: requests at once; raise it until the server is busy.
+    top_logprobs: number of likeliest first tokens that the server sends; a choice that is not among them gets
+        probability 0, as in ArtifactReward.
+    thinking: whether the model reasons first, sent as `enable_thinking` for the chat template of vLLM and SGLang; None
+        leaves it to the server. body: further keys of the request, such as {"reasoning_effort": "none"}.
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class EndpointVLM(VLM):
             raise VLMError(f"timeout must be positive and backoff not negative, not {timeout} and {backoff}")
         self.body = {"temperature": 0, **given_body}
         if taken := [key for key in OWN_KEYS if key in self.body]:
-            raise VLMError(f"body: {taken[0]!r} is given by the judge itself; leave it out")
+            raise VLMError(f"body: the judge sets {taken[0]!r} itself; leave it out")
         if thinking is not None:
             kwargs = dict(self.body.get("chat_template_kwargs") or {})
             self.body["chat_template_kwargs"] = {**kwargs, "enable_thinking": thinking}
@@ -111,19 +115,19 @@ class EndpointVLM(VLM):
     def _said(self, choice: dict[str, Any]) -> str:
         message = choice["message"]
         content = message.get("content")
-        if isinstance(content, list):  # parts, of which some servers make even one text
+        if isinstance(content, list):  # some servers send even a single text as a list of parts
             content = "".join(part["text"] for part in content if part.get("type") == "text")
         text = str(content or message.get("refusal") or "")
         marks = list(REASONING.finditer(text))
         thoughts = text[: marks[-1].end() if marks[-1][1] else None] if marks else ""
         if self.thinking is False and (_reasoning(message) or REASONING.sub("", thoughts).strip()):
-            raise VLMError(f"{self.url} reasons in spite of `thinking: false`; its server or model has no such switch")
+            raise VLMError(f"{self.url} reasons in spite of `thinking: false`; the server or model has no such switch")
         return Unfinished(text) if choice.get("finish_reason") == "length" else text
 
     def choice_log_probs(self, images: Pictures, texts: Sequence[str], choices: Sequence[str]) -> torch.Tensor:
         def log_probs_of(choice: dict[str, Any]) -> list[float] | str:
             if not choice.get("logprobs"):
-                raise VLMError(f"{self.url} sent no logprobs; its server must be able to give top_logprobs")
+                raise VLMError(f"{self.url} sent no logprobs; the server must support top_logprobs")
             token = choice["logprobs"]["content"][0]
             first = token["top_logprobs"]
             if _reasoning(choice["message"]) or REASONING.fullmatch(token.get("token", "").strip()):
@@ -132,7 +136,7 @@ class EndpointVLM(VLM):
             if not any(found):
                 seen = ", ".join(repr(top["token"]) for top in first[:5])
                 return f"none of {', '.join(choices)} is among the likely answers of {self.url}, such as {seen}"
-            # The sum of probabilities; that of none is 0.
+            # The logarithm of the sum of probabilities; a choice without tokens has probability 0.
             return [torch.tensor(values or [-math.inf]).logsumexp(0).item() for values in found]
 
         extra = {"max_tokens": 1, "logprobs": True, "top_logprobs": self.top_logprobs}
@@ -144,9 +148,7 @@ class EndpointVLM(VLM):
         return values
 
     def continuation_log_prob(self, images: Pictures, question: str, continuations: Sequence[str]) -> torch.Tensor:
-        raise VLMError(
-            f"{self.url} can only answer, not tell how likely a given text is; give a local `model` without `url`"
-        )
+        raise VLMError(f"{self.url} cannot tell how likely a given text is; give a local `model` without `url`")
 
     def _ask_all(
         self,
@@ -155,7 +157,7 @@ class EndpointVLM(VLM):
         read: Callable[[dict[str, Any]], Answer],
         extra: dict[str, Any],
     ) -> list[Answer]:
-        """What `read` makes of the server's answers, in the questions' order; the first failure ends the others."""
+        """What `read` returns for each of the server's answers, in order; the first failure ends the other requests."""
         links = {id(image): _data_link(image) for row in images for image in row}
         over = threading.Event()
         stop = tenacity.stop_any(self.stop, tenacity.stop_when_event_set(over))
@@ -174,7 +176,7 @@ class EndpointVLM(VLM):
                 raise VLMError(str(error), row) from error
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise VLMError(
-                    f"{self.url} sent something else than a chat completion: {reason(error)}", row
+                    f"{self.url} sent an answer that is not a chat completion: {reason(error)}", row
                 ) from error
 
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -182,7 +184,7 @@ class EndpointVLM(VLM):
             try:
                 return [future.result() for future in futures]
             finally:
-                over.set()  # so that after a failure no other request waits for its next try
+                over.set()  # after a failure, no other request tries again
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _choice(self, body: dict[str, Any], retrying: tenacity.Retrying) -> dict[str, Any]:
@@ -201,7 +203,7 @@ class EndpointVLM(VLM):
             raise VLMError(f"{self.url} {error}{_tries(retrying)}") from error
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The first choice of the answer; errors that come with status 200 too are raised."""
+        """The first choice of the answer; an error inside an answer of status 200 is raised too."""
         response = self.client.post(f"{self.url}/chat/completions", json=body).raise_for_status()
         try:
             answer = response.json()
@@ -226,12 +228,12 @@ def _data_link(image: Image.Image) -> str:
 
 
 def _tries(retrying: tenacity.Retrying) -> str:
-    count = retrying.statistics["attempt_number"]  # of this thread's last call
+    count = retrying.statistics["attempt_number"]  # the statistics of this thread's last call
     return f", {count} times in a row" if count > 1 else ""
 
 
 def _reasoning(message: Mapping[str, Any]) -> bool:
-    """Whether a server sent the model's reasoning apart from the answer."""
+    """Whether the server sent the model's reasoning in a field of its own."""
     return any(message.get(key) for key in ("reasoning_content", "reasoning"))
 
 

@@ -1,4 +1,4 @@
-"""A vision-language model of one's own as a judge, through transformers' processor and chat template."""
+"""A local vision-language model as a judge, through transformers' processor and chat template."""
 
 import functools
 import inspect
@@ -16,21 +16,23 @@ from rewards.base import reason
 from rewards.devices import chosen_device
 from rewards.vlm.base import REASONING, VLM, Pictures, Unfinished, Unparsable, VLMError, at_least, plain, switches
 
-# Model types whose padded questions were measured to be judged as each alone. Those of any other type are judged
-# together only where they are of one length and their pictures of one size, so that nothing is padded.
+# Model types that were measured to judge a padded question as they judge it alone. With any other type, questions share
+# a batch only if they have one length and their images have one size, so that nothing is padded.
 PADDED = {"aya_vision", "gemma3", "glm4v", "idefics2", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next"}
 PADDED |= {"llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl"}
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # one value for each token
-SWITCHES = ("enable_thinking", "thinking")  # what chat templates call it
+SWITCHES = ("enable_thinking", "thinking")  # names of the switch for reasoning in chat templates
 
 
 class LocalVLM(VLM):
     """A chat model that transformers can load, such as Qwen2.5-VL, Qwen3-VL or InternVL.
 
-    model: folder or hub id. device: the accelerator if there is one. dtype: "bfloat16", "float32" ..., or "auto",
-    the checkpoint's own. batch_size: questions at once; where the model's type is not one of `PADDED`, only questions
-    of one length about pictures of one size go together. thinking: whether the model reasons first, where its chat
-    template has a switch for it; by default what the template does. template: further values for the chat template.
+    model: folder or hub id. device: where the model runs (default: the accelerator, if there is one).
+    dtype: type of the weights, such as "bfloat16" or "float32"; "auto" takes the checkpoint's.
+    batch_size: questions at once; lower it if the device's memory is too small. With a model type that is not in
+        `PADDED`, only questions of one length about images of one size share a batch.
+    thinking: whether the model reasons first, if its chat template has a switch for it; None leaves it to the template.
+    template: further values for the chat template.
     """
 
     def __init__(
@@ -53,22 +55,22 @@ class LocalVLM(VLM):
             raise VLMError(f"the model {model!r} cannot be loaded: {reason(error)}") from error
         tokenizer = getattr(self.processor, "tokenizer", None)
         if tokenizer is None or not getattr(self.processor, "chat_template", None):
-            raise VLMError(f"the model {model!r} has no processor of pictures with a chat template")
+            raise VLMError(f"the model {model!r} has no processor of images with a chat template")
         if getattr(self.model.config, "is_encoder_decoder", False):
-            raise VLMError(f"the model {model!r} has an encoder and a decoder; a judge is a decoder alone")
+            raise VLMError(f"the model {model!r} has an encoder and a decoder; a judge must have a decoder only")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.template = {**given, **self._switch(model, thinking)}
         for name in self.template:
             if name not in str(self.processor.chat_template):
-                raise VLMError(f"the chat template of the model {model!r} knows no {name!r}")
+                raise VLMError(f"the chat template of the model {model!r} does not know {name!r}")
         self.batch_size = batch_size
         self.path = model
         self.pads = self.model.config.model_type in PADDED
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def _switch(self, model: str, thinking: bool | None) -> dict[str, bool]:
-        """What tells the chat template whether to have the model reason."""
+        """The chat template's switch for reasoning, set to `thinking`; empty for None."""
         if thinking is None:
             return {}
         for name in SWITCHES:
@@ -89,7 +91,7 @@ class LocalVLM(VLM):
             pad = self.processor.tokenizer.pad_token_id
             tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad)
             for row, new in zip(rows, tokens[:, width:].cpu(), strict=True):
-                # A template may open the reasoning itself.
+                # The chat template itself may open the reasoning.
                 said = (self._reasons(chats[row]) or "") + self._text(new)
                 answers[row] = said if torch.isin(new, ends).any() else Unfinished(said)
         return [answers[row] for row in range(len(texts))]
@@ -158,7 +160,7 @@ class LocalVLM(VLM):
                 raise VLMError(f"the chat template of the model {self.path!r} {why}", row)
 
     def _text(self, tokens: torch.Tensor) -> str:
-        """What tokens read, without the special ones; but a reasoning mark must be seen."""
+        """The text of the tokens without special tokens; reasoning marks stay, even where they are special tokens."""
         tokenizer = self.processor.tokenizer
         dropped = {i for i in tokenizer.all_special_ids if not REASONING.fullmatch(tokenizer.decode([i]).strip())}
         return tokenizer.decode([token for token in tokens.tolist() if token not in dropped])
@@ -166,7 +168,7 @@ class LocalVLM(VLM):
     def _batches(
         self, images: Pictures, chats: Sequence[str], tails: Sequence[Sequence[int]] | None = None
     ) -> list[list[int]]:
-        """Which questions go together: any, or where padding might change what the model says, those of one size."""
+        """The rows of each batch: any questions, or only those of one size if padding might change the answers."""
         alike: dict[Any, list[int]] = {}
         for row, chat in enumerate(chats):
             key: Any = None
@@ -178,7 +180,7 @@ class LocalVLM(VLM):
         return [rows[start : start + count] for rows in alike.values() for start in range(0, len(rows), count)]
 
     def _inputs(self, images: Pictures, chats: Sequence[str], side: str) -> Any:
-        """What the model's forward takes; "right" padding needs no care for positions, `generate` needs "left"."""
+        """The inputs of a forward pass; `generate` needs "left" padding, and "right" padding keeps all positions."""
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = side
         inputs = self.processor(
@@ -186,7 +188,7 @@ class LocalVLM(VLM):
             images=[list(row) for row in images],
             return_tensors="pt",
             add_special_tokens=not (tokenizer.bos_token and chats[0].startswith(tokenizer.bos_token)),
-            # Some processors have a side of their own, which is not the tokenizer's.
+            # Some processors pad on a side of their own, whatever the tokenizer's is.
             **({"padding": True, "padding_side": side} if len(chats) > 1 else {}),
         )
         steps = inputs["attention_mask"].diff(dim=1)
@@ -195,16 +197,14 @@ class LocalVLM(VLM):
         return inputs.to(self.model.device, self.model.dtype)
 
     def _append(self, inputs: Any, starts: list[int], tails: list[list[int]]) -> None:
-        """Write each row's tail behind its own last token, in place."""
+        """Writes each row's tail after the row's last token, in place."""
         width = inputs["input_ids"].shape[1]
         more = max(start + len(tail) for start, tail in zip(starts, tails, strict=True)) - width
         for key in TEXT_INPUTS:
             if key in inputs:  # token types: 0 is text
                 fill = self.processor.tokenizer.pad_token_id if key == "input_ids" else 0
                 inputs[key] = F.pad(inputs[key], (0, more), value=fill)
-        if (
-            "cross_attention_mask" in inputs
-        ):  # of Mllama, which pictures a token sees: those that the question's last does
+        if "cross_attention_mask" in inputs:  # Mllama's: a tail sees the images that the question's last token sees
             seen = inputs["cross_attention_mask"]
             inputs["cross_attention_mask"] = torch.cat([seen, seen[:, -1:].expand(-1, more, *seen.shape[2:])], 1)
         for row, (start, tail) in enumerate(zip(starts, tails, strict=True)):
@@ -212,14 +212,14 @@ class LocalVLM(VLM):
             inputs["attention_mask"][row, start : start + len(tail)] = 1
 
     def _logits(self, inputs: Any, first: int) -> torch.Tensor:
-        """Logits (N, positions from `first` on, vocabulary); the others are never made where the model allows."""
+        """Logits (N, positions from `first` on, vocabulary); a model that can skips the other positions."""
         wanted = inputs["input_ids"].shape[1] - first
         options = {"logits_to_keep": wanted} if self.keeps_logits else {}
         return self.model(**inputs, **options).logits[:, -wanted:]
 
     @functools.cached_property
     def _tokens(self) -> dict[str, list[int]]:
-        """The tokens of the vocabulary by what they read as, whatever their case and spaces."""
+        """The vocabulary's tokens by their text in lower case, without the spaces around it."""
         tokenizer = self.processor.tokenizer
         tokens: dict[str, list[int]] = {}
         for index, text in enumerate(tokenizer.batch_decode([[index] for index in range(len(tokenizer))])):
@@ -231,7 +231,7 @@ _loaded: weakref.WeakValueDictionary[tuple[str, str, str], Any] = weakref.WeakVa
 
 
 def _shared(model: str, device: torch.device, dtype: str) -> Any:
-    """The frozen model on its device, loaded once however many rewards ask for it, while one of them lives."""
+    """The frozen model on its device; rewards with the same model share it for as long as one of them lives."""
     key = (model, str(device), dtype)
     network = _loaded.get(key)
     if network is None:

@@ -1,4 +1,4 @@
-"""What every reward with a vision-language model behind it shares: its pictures, questions and unreadable answers."""
+"""The common part of the rewards that ask a vision-language model: images, questions and unreadable answers."""
 
 import inspect
 import math
@@ -16,13 +16,14 @@ from rewards.vlm.base import CUT_OFF, UNPARSABLE, VLM, Pictures, Unparsable, VLM
 
 
 class VLMReward(Reward):
-    """A reward that asks a VLM about pictures.
+    """A reward that asks a VLM about images.
 
-    frames: how many of a video's frames are judged, the middles of as many equal spans; its score is their mean.
-    options: those of the `LocalVLM` (model, ...) or the `EndpointVLM` (url, model, ...) to ask, by name; or instead
-    backend: a VLM object. unparsable: what becomes of an answer that cannot be read: "error" ends the scoring, "tie"
-    gives it the middle of the scale, "mask" leaves its item out (NaN), also where the answer is about one frame of
-    several. max_tokens: the longest answer, its reasoning included, where the reward reads one.
+    frames: frames of a video that are judged, the middles of equal spans; the video's score is their mean.
+    backend: a VLM object to ask; None builds one from `options`, which are those of `LocalVLM` (model, ...) or of
+        `EndpointVLM` (url, model, ...), by name.
+    unparsable: the treatment of an answer that cannot be read: "error" ends the scoring, "tie" counts it as the middle
+        of the scale, "mask" leaves the item out (NaN), even if the answer concerns one of several frames.
+    max_tokens: the longest answer in tokens, its reasoning included; raise it if answers are cut off.
     """
 
     middle = 0.5
@@ -56,7 +57,7 @@ class VLMReward(Reward):
         return counts
 
     def pictures(self, media: torch.Tensor) -> tuple[list[Image.Image], list[int]]:
-        """The frames of media (B, ...) that are judged, in the items' order, and the item of each."""
+        """The frames of media (B, ...) to be judged, in the items' order, and the item of each frame."""
         frames, count = chosen_frames(media, self.frames)
         images = [Image.fromarray(level) for level in as_levels(frames).permute(0, 2, 3, 1).cpu().numpy()]
         return images, [index // count for index in range(len(images))]
@@ -64,7 +65,7 @@ class VLMReward(Reward):
     def of_frames(
         self, media: torch.Tensor, prompts: Sequence[str], judge: Callable[[Pictures, list[str]], torch.Tensor]
     ) -> torch.Tensor:
-        """Scores (B,) from what `judge` says of each frame alone and its prompt, (N,)."""
+        """Scores (B,): for each item, the mean of the scores (N,) that `judge` gives its frames with its prompt."""
         images, items = self.pictures(media)
         with self.naming(prompts, items):
             scores = judge([[image] for image in images], [prompts[item] for item in items])
@@ -72,7 +73,7 @@ class VLMReward(Reward):
 
     @contextmanager
     def naming(self, prompts: Sequence[str], items: Sequence[int]) -> Iterator[None]:
-        """Makes a VLMError inside a sentence about this reward and the item that the question concerned."""
+        """Turns a VLMError into a RewardError that names this reward and the item of the question."""
         try:
             yield
         except VLMError as error:
@@ -80,7 +81,10 @@ class VLMReward(Reward):
             raise RewardError(f"reward {self.name!r}: {where}{error}") from error
 
     def answered(self, images: Pictures, texts: Sequence[str], value: Callable[[str], float | str]) -> torch.Tensor:
-        """(N,) float64: what `value` reads in each answer, after its reasoning; a text says why it reads nothing."""
+        """Values (N,), float64, that `value` reads in the answers after their reasoning.
+
+        `value` returns a number, or the reason why it reads none.
+        """
         found: list[float | str] = []
         for answer in self.vlm.answer(images, texts, self.max_tokens):
             said = final(answer)
@@ -92,7 +96,7 @@ class VLMReward(Reward):
         return self.settled(torch.tensor(values, dtype=torch.float64), problems)
 
     def yes(self, images: Pictures, texts: Sequence[str]) -> torch.Tensor:
-        """P(yes) / (P(yes) + P(no)), (N,), as the first token of the answers."""
+        """P(yes) / (P(yes) + P(no)), (N,), for the first token of each answer."""
         problems: Mapping[int, str] = {}
         try:
             log_probs = self.vlm.choice_log_probs(images, texts, ("Yes", "No"))
@@ -101,11 +105,11 @@ class VLMReward(Reward):
         return self.settled(log_probs.softmax(1)[:, 0], problems)
 
     def settled(self, values: torch.Tensor, problems: Mapping[int, str]) -> torch.Tensor:
-        """The values (N,), and what `unparsable` makes of the rows with problems; counts both."""
+        """The values (N,), with the rows with problems treated as `unparsable` says; both kinds of rows are counted."""
         broken = [row for row in values.isnan().nonzero().flatten().tolist() if row not in problems]
         if broken:
             raise VLMError(
-                "the judge's probabilities are not numbers (NaN); its weights or its type are at fault", broken[0]
+                "the judge's probabilities are not numbers (NaN); check its weights and its dtype", broken[0]
             )
         self._counts["answers"] += len(values)
         self._counts["unparsable"] += len(problems)
@@ -117,12 +121,12 @@ class VLMReward(Reward):
 
 
 def opened(options: Mapping[str, Any]) -> VLM:
-    """The EndpointVLM of options with a `url`, else the LocalVLM of options with a `model`.
+    """The judge that the options describe: an EndpointVLM if they have a `url`, else a LocalVLM.
 
-    Raises VLMError for an option that the one or the other does not have.
+    Raises VLMError for an option that the judge does not have, and for a missing `model`.
     """
     kind: type[VLM]
-    if options.get("url"):  # imported here: each is heavy, and one is enough
+    if options.get("url"):  # imported here, since both modules are heavy and only one is needed
         from rewards.vlm.endpoint import EndpointVLM as kind  # noqa: N813
     else:
         from rewards.vlm.local import LocalVLM as kind  # noqa: N813

@@ -1,23 +1,23 @@
-"""What a vision-language model's answer says: a mark on a scale, or which of two pictures is better.
+"""Reads a vision-language model's answer: a mark on a scale, or which of two images is better.
 
-Of several statements the last counts. A mark outside its scale, a range ("3-4") and a verdict for both sides say
-nothing, and a number that is not stated as a mark ("2 dogs") is none.
+The last of several statements counts. A mark outside its scale, a range ("3-4") and a verdict for both sides count as
+no statement, and a number that is not stated as a mark ("2 dogs") is no mark.
 """
 
 import re
 import unicodedata
 
-# A mark, what it is out of, and what must follow so that it does not count something.
+# A mark, the highest mark it is out of, and the end that shows that the number does not count something.
 _NUMBER = r"(?P<mark>[-+\u2212]?\d+(?:\.\d+|,\d{1,2})?)(?![\d.,]*\d)"
 _OUT_OF = r"\s*\(?(?:/|out\s+of)\s*(?P<most>\d+)|\s*(?P<percent>%)"
 _RANGE = r"(?P<range>\s*(?:[-\u2013\u2014~]|\bto\b|\bor\b)\s*\d)"
 _END = r"(?=[*_\"'`)\]}]*[ \t]*(?:$|[^\w\s%]|(?:because|since|as|due|for|but|and|with|points?|stars?|marks?)\b))"
 _MARK = rf"{_NUMBER}(?:{_RANGE}|{_OUT_OF})?{_END}"
-# Between its name and the mark: emphasis and quotes, a bracket such as "(1-5)", and what states it.
+# Between the name and the mark: emphasis and quotes, a bracket such as "(1-5)", and a sign or verb such as ":" or "is".
 _GAP = r"[\s*_\"'`{]*"
 _STATES = rf"{_GAP}(?:[(\[](?P<scale>[^)\]\n]*)[)\]])?{_GAP}(?:[:=>\u2013\u2014]|-(?=\s)|\bis\b|\bof\b){_GAP}"
 _NOUN = r"(?:score|rating|grade|mark)"
-_WHOLE = (  # names of the one mark for everything, the surest first
+_WHOLE = (  # names of the one mark for everything, the clearest first
     rf"(?<![\w-])(?:(?:final|overall|total)[\s_-]+{_NOUN}|final|overall)",
     rf"(?<![\w-])(?:(?:the|an?|my|this|its|your|image|picture|numerical)[ _]|(?<!\w[ _-])(?<!\w[*_][ _-])){_NOUN}",
     r"\b(?:rate|give)\s+(?:(?:it|this|the|an?|image|picture)\s+)*",
@@ -26,17 +26,17 @@ _BOXED = re.compile(r"\\boxed\{\s*(?:\\text\{)?([^{}]*)\}")
 
 
 def mark(answer: str, name: str, low: float, high: float) -> float | None:
-    """The last mark that the answer states under `name`, "final" being that of the whole; None if not in [low, high].
+    """The last mark that the answer states under `name` ("final": for everything); None if not in [low, high].
 
     It reads "Style Score (1-5): 4", "**style** = 4/5", '{"style": 4}' and "<style>4</style>"; for "final" also
-    "Score: 4", "Rating \u2013 4", "4 out of 5", "\\boxed{4}" and an answer that is a number alone.
+    "Score: 4", "Rating \u2013 4", "4 out of 5", "\\boxed{4}" and an answer that is only a number.
     """
     said = statement(answer, name)
     return None if said is None else _in_scale(said, low, high)
 
 
 def statement(answer: str, name: str) -> dict[str, str | None] | None:
-    """The last statement of a mark under `name`, in the scale or not, by its parts; None if there is none."""
+    """The parts of the last statement of a mark under `name`, inside the scale or not; None if there is none."""
     text = unicodedata.normalize("NFKC", answer).strip()
     if name == "final":
         text = _BOXED.sub(r" final: \1\n", text)
@@ -83,11 +83,11 @@ _LABELLED = re.compile(
 
 
 def preferred(answer: str) -> float | None:
-    """1 if the answer prefers image 1, 0 for image 2, 1/2 for neither; None if it does not say which.
+    """1 if the answer prefers image 1, 0 for image 2, 1/2 for a tie; None if it names no winner.
 
-    The last <answer>, \\boxed{} or [[ ]] counts, else the last "Answer: ..." or '"winner": "..."' that names a side,
-    else the whole answer, which must name exactly one: "Image 1 is better", "the second image", "A", "a tie". [[C]] is
-    the tie of MT-Bench.
+    The last <answer>, \\boxed{} or [[ ]] counts; without one, the last "Answer: ..." or '"winner": "..."' that names a
+    side; without that, the whole answer, which must name exactly one side: "Image 1 is better", "the second image",
+    "A", "a tie". [[C]] is MT-Bench's tie.
     """
     text = unicodedata.normalize("NFKC", answer).replace("\u2019", "'").replace("[[C]]", "[[tie]]").strip()
     for pattern in _DECISIVE:

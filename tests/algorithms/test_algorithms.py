@@ -140,7 +140,7 @@ def kept(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
-def test_one_step_and_two_resumed_equal_three(run: str, make: Callable[..., Recipe]) -> None:
+def test_one_step_and_two_resumed_steps_equal_three(run: str, make: Callable[..., Recipe]) -> None:
     whole = quiet_train(make(run, "whole", train={"steps": 3}))
     quiet_train(make(run, "parts", train={"steps": 1}))
     parts = quiet_train(make(run, "parts", train={"steps": 3}), resume=True)
@@ -185,7 +185,7 @@ def test_micro_batches_do_not_change_the_update(run: str, make: Callable[..., Re
 
 
 @pytest.mark.parametrize("run", ["gdro", "prdp", "guard"])
-def test_groups_without_spread_teach_nothing_and_break_nothing(
+def test_groups_without_spread_teach_nothing_and_cause_no_error(
     run: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     rewards = {"constant": {"load": f"{tmp_path / 'judge.py'}:constant"}}
@@ -196,7 +196,7 @@ def test_groups_without_spread_teach_nothing_and_break_nothing(
 
 @pytest.mark.parametrize("run", ["nft", "crd", "marble", "gdro", "prdp", "guard", "dense", "sliding_window"])
 @pytest.mark.parametrize("equal_groups", ["skip", "keep"])
-def test_the_spread_is_said_of_what_differs_whoever_is_kept(
+def test_the_reported_spread_counts_differing_groups_whichever_groups_are_kept(
     run: str, equal_groups: str, make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     judge = "def half(media, prompts, metadata):\n"
@@ -221,7 +221,7 @@ def batches(trainer: Trainer, weighted: Weighted, step: int = 0, turn: int = 0) 
 
 
 @pytest.mark.parametrize("run", ["gdro", "prdp", "nft"])
-def test_a_process_without_units_has_a_finite_loss_to_wait_with(run: str, make: Callable[..., Recipe]) -> None:
+def test_a_process_without_units_takes_part_with_a_finite_loss(run: str, make: Callable[..., Recipe]) -> None:
     """Its gradient counts for nothing, but 0 times NaN would not."""
     trainer = Trainer.from_recipe(make(run), display=Display(quiet=True))
     weighted = weighed(trainer)
@@ -234,7 +234,7 @@ def test_a_process_without_units_has_a_finite_loss_to_wait_with(run: str, make: 
     assert loss.isfinite() and all(gradient is None or gradient.isfinite().all() for gradient in gradients)
 
 
-def test_an_idle_process_waits_with_a_finite_loss_where_a_reward_teaches_nobody(
+def test_an_idle_process_takes_part_with_a_finite_loss_where_a_reward_teaches_no_sample(
     make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     """Its own groups are those to which the reward applies and that do not teach: infinity times 0 is NaN."""
@@ -254,13 +254,13 @@ def test_an_idle_process_waits_with_a_finite_loss_where_a_reward_teaches_nobody(
 
 def test_dense_values_of_negative_rewards_are_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
     rewards = {"negative": {"load": f"{tmp_path / 'judge.py'}:negative"}}
-    with pytest.raises(UserError, match="step 1: VGPO weighs steps by their values, so its rewards must be at least 0"):
+    with pytest.raises(UserError, match="step 1: VGPO weighs steps by their values, so rewards must be at least 0"):
         quiet_train(make("dense", rewards=rewards))
 
 
 def test_a_range_with_too_few_sigmas_is_found_before_the_first_step(make: Callable[..., Recipe]) -> None:
     recipe = make("nft", algorithm={"timestep_range": [0.0, 0.9]})
-    with pytest.raises(UserError, match=r"holds 1 sigmas of the rollout's grid; algorithm.timesteps asks for 2"):
+    with pytest.raises(UserError, match=r"holds 1 of the rollout's sigmas; algorithm.timesteps needs 2"):
         Trainer.from_recipe(recipe, display=Display(quiet=True))
     assert not recipe.folder.exists()
 
@@ -272,7 +272,7 @@ def test_moving_windows_train_one_step_at_a_time(make: Callable[..., Recipe]) ->
 
 
 @pytest.mark.parametrize("run", ["nft", "crd"])
-def test_the_noise_of_an_item_is_that_of_its_prompt_whichever_groups_a_process_holds(
+def test_the_noise_of_an_item_depends_on_its_prompt_and_not_on_the_groups_of_the_process(
     run: str, make: Callable[..., Recipe]
 ) -> None:
     trainer = Trainer.from_recipe(make(run, algorithm={"timestep_sampling": "uniform"}), display=Display(quiet=True))
@@ -313,7 +313,7 @@ def forwards_of_items(lines: list[dict[str, Any]], rollout: int) -> list[int]:
 
 
 @pytest.mark.parametrize("run", ["nft", "crd", "marble"])
-def test_the_snapshots_forward_is_saved_while_it_equals_the_weights(
+def test_the_snapshots_forward_pass_is_skipped_while_it_equals_the_weights(
     run: str, make: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 pictures in 2 denoising steps; 16 items in 2 updates, the first of which starts at the snapshot."""
@@ -388,7 +388,7 @@ WEIGHTS = {"weight/brightness", "weight/redness"}
 
 
 @pytest.mark.parametrize(("run", "figures"), [("marble", BALANCE | WEIGHTS), ("marble_fixed", BALANCE)])
-def test_balancing_updates_log_how_the_rewards_pull(run: str, figures: set[str], make: Callable[..., Recipe]) -> None:
+def test_balancing_updates_log_the_rewards_conflicts(run: str, figures: set[str], make: Callable[..., Recipe]) -> None:
     """2 updates a step, of which every 4th balances: those of the first and the third step."""
     lines = metrics(quiet_train(make(run, train={"steps": 3}, algorithm={"every": 4})))
     seen = [set(line["figures"]) & (BALANCE | WEIGHTS) for line in lines]
@@ -414,7 +414,7 @@ SUMMED = {"name": "flow_grpo", "advantage": "summed", "clip_range": 1e-2}
 
 
 @pytest.mark.parametrize("algorithm", [{}, {"balance": "raco"}, {"balance": "fixed"}, SUMMED])
-def test_a_reward_of_weight_0_is_watched_and_changes_nothing(
+def test_a_reward_of_weight_0_is_logged_and_changes_nothing(
     algorithm: dict[str, Any], make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     judge = tmp_path / "judge.py"
@@ -431,7 +431,7 @@ def test_a_reward_of_weight_0_is_watched_and_changes_nothing(
 
 
 @pytest.mark.parametrize("balance", ["min_norm", "raco", "fixed"])
-def test_weights_are_felt_by_every_balance(balance: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_the_rewards_weights_matter_in_every_balance(balance: str, make: Callable[..., Recipe], tmp_path: Path) -> None:
     judge = tmp_path / "judge.py"
     steps = []
     for weight in (1.0, 100.0):
@@ -452,7 +452,7 @@ def test_weights_are_felt_by_every_balance(balance: str, make: Callable[..., Rec
         assert uneven["worst_cosine"] > 0
 
 
-def test_a_weight_that_no_prompt_weighs_is_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_a_weight_that_applies_to_no_prompt_is_refused(make: Callable[..., Recipe], tmp_path: Path) -> None:
     """Each prompt has one reward: its total is that reward, whatever it weighs."""
     judge = tmp_path / "judge.py"
     rewards = {"others": {"load": f"{judge}:OthersBrightness"}, "redness": {"load": f"{judge}:Redness", "weight": 2}}
@@ -473,7 +473,7 @@ def test_prompts_that_only_a_monitor_judges_are_refused_before_a_model_loads(
         Trainer.from_recipe(recipe, display=Display(quiet=True))
 
 
-def test_a_reward_that_applies_to_some_prompts_is_reported_over_those(make: Callable[..., Recipe]) -> None:
+def test_a_reward_that_applies_to_some_prompts_is_averaged_over_those(make: Callable[..., Recipe]) -> None:
     """4 prompts in a step, 2 of which have a redness."""
     recipe = make("marble", train={"steps": 1, "prompts_per_step": 4})
     trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))

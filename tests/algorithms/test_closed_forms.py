@@ -290,7 +290,7 @@ def moved_steps(steps, reward, kl, *, kl_to_go):
     ("size", "kind", "dynamics"),
     [(*case, "memoryless") for case in REWARDS] + [(1, "linear", "flow_sde"), (2, "quadratic", "flow_sde")],
 )
-def test_flow_grpo_finds_the_steps_where_the_rewards_pull_equals_the_kls(size, kind, dynamics, tmp_path):
+def test_flow_grpos_fixed_point_balances_the_pulls_of_reward_and_kl(size, kind, dynamics, tmp_path):
     """Of a stochastic step, mean m(x) = A x + c of the reference and deviation s, the policy moves the mean by u(x).
 
     With advantages A = r - (group's mean) and ratio 1, the expected gradient of the loss at a state x is, by u(x) and
@@ -417,7 +417,7 @@ def consistent_steps(reference, reward, beta):
 
 
 @every_case
-def test_prdp_finds_the_tilted_paths_or_those_of_least_variance(size, kind, tmp_path):
+def test_prdps_fixed_point_is_the_tilted_path_distribution_or_that_of_least_variance(size, kind, tmp_path):
     """Over pairs of paths of the policy itself the loss is (but for a factor) Var(R - r / beta), with
 
         R = log p_theta(path) / p_reference(path) = sum_k (|x' - m_reference(x)|^2 - |x' - m_theta(x)|^2) / (2 s_k^2).
@@ -532,7 +532,9 @@ def datasets(tmp_path_factory):
 
 
 @every_case
-def test_gdro_finds_the_least_listwise_loss_on_stored_samples_of_the_reference(size, kind, datasets, tmp_path):
+def test_gdros_fixed_point_is_the_least_listwise_loss_on_stored_samples_of_the_reference(
+    size, kind, datasets, tmp_path
+):
     """A group's samples x0_1 ... x0_k, in falling order of r, share eps and sigma. With e the reference's error
     v - (eps - x0) and l = bias + gain z what was learnt, s = -beta (mean (e + l)^2 - mean e^2) and the objective is
 
@@ -579,7 +581,7 @@ def test_gdro_finds_the_least_listwise_loss_on_stored_samples_of_the_reference(s
 
 
 @every_case
-def test_crd_finds_the_least_centred_error(size, kind, tmp_path):
+def test_crds_fixed_point_is_the_least_centred_error(size, kind, tmp_path):
     """With the old policy held at the reference, s = D(e) - D(e + l) of its error e and the learnt part l, while the
     level is q = 1/2 + (r - group's mean) / (2 clip). Within a group, which shares eps and sigma, the mean squared
     centred residual is on average (1 - 1/G) times the variance over x0, half the mean square of the difference of
@@ -657,7 +659,7 @@ def vanishing(gradient, size):
 
 
 @every_case
-def test_nft_finds_where_its_weighted_least_squares_balance(size, kind, tmp_path):
+def test_nfts_fixed_point_balances_its_two_weighted_errors(size, kind, tmp_path):
     """An old policy that follows leaves nothing to find, since each step would improve on the last. Held at the
     reference, of error e, the two predictions miss x0 by sigma |e +- beta l|, and with the level
     q = 1/2 + (1 - 1/G) (r - E r) / (2 clip std r), cut to [0, 1], the objective is
@@ -698,7 +700,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("size", "kind"), PAIRS)
-def test_marble_finds_where_the_balanced_gradients_and_the_kls_cancel(size, kind, tmp_path):
+def test_marbles_fixed_point_is_where_the_balanced_gradient_and_the_kls_cancel(size, kind, tmp_path):
     """Each reward has NFT's loss of the test above with its own level q_k, of gradient g_k. The shortest combination of
     two unit vectors is their mean, so alpha = (1/2, 1/2), and with a balancing every second update the step is
 
@@ -826,7 +828,7 @@ PARTLY = torch.tensor([[True] * 8, [True] * 4 + [False] * 4, [False] * 4 + [True
 
 @pytest.mark.parametrize("applies", [None, PARTLY], ids=["everywhere", "partly"])
 @pytest.mark.parametrize("clip", [5.0, 1.0])
-def test_marbles_amortised_step_is_the_full_one_with_the_same_weights(applies, clip):
+def test_marbles_single_backward_pass_gives_the_balanced_step_of_the_same_weights(applies, clip):
     """Levels q_k are affine in A_k where no advantage is clipped, so that with c_k = share_k w_k of an item
 
         sum_k c_k (q_k l+ + (1 - q_k) l-) = c (q l+ + (1 - q) l-),  c = sum_k c_k, q the level of sum_k c_k A_k / c.

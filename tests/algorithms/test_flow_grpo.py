@@ -141,7 +141,7 @@ def test_at_ratio_one_the_clip_is_inactive_and_the_gradient_is_minus_the_advanta
         (2.0, 0.1, -2.0 * 1.1051709181, True),  # within the clip
     ],
 )
-def test_an_item_stops_teaching_once_it_moved_far_enough_the_right_way(advantage, moved, expected, teaches):
+def test_an_item_has_no_gradient_once_it_moved_far_enough_in_the_right_direction(advantage, moved, expected, teaches):
     log_prob = torch.tensor([moved], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([advantage], dtype=torch.float64)
     loss, ratio = clipped_ratio_loss(log_prob, torch.zeros(1), advantages, 0.2)
@@ -163,7 +163,7 @@ def test_the_clipped_loss_is_never_below_the_plain_one(advantage, moved, clip_ra
 @pytest.mark.parametrize("dynamics", DYNAMICS)
 @pytest.mark.parametrize("step", range(4))
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_on_the_first_pass_the_ratio_is_exactly_one(dynamics, step, guidance):
+def test_in_the_first_inner_epoch_the_ratio_is_exactly_one(dynamics, step, guidance):
     policy = TinyPolicy()
     settings = Rollout(steps=6, window=(0, 4), dynamics=dynamics)
     batch = rolled_batch(policy, step=step, settings=settings, guidance=guidance)
@@ -173,7 +173,7 @@ def test_on_the_first_pass_the_ratio_is_exactly_one(dynamics, step, guidance):
     assert loss.item() == pytest.approx(-batch.advantages.mean().item())
 
 
-def test_the_first_gradient_is_that_of_reinforce():
+def test_the_first_gradient_equals_reinforces():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
     loss, _ = flow_grpo().loss(policy, batch)
@@ -248,7 +248,7 @@ def still_batch(policy, **more):
     return rolled_batch(policy, advantages=torch.zeros(6), **more)
 
 
-def test_the_divergence_is_zero_at_the_reference_and_grows_beside_it():
+def test_the_divergence_is_zero_at_the_reference_and_grows_away_from_it():
     policy = TinyPolicy()
     batch = still_batch(policy)
     loss, figures = flow_grpo(kl_weight=1.0).loss(policy, batch)
@@ -319,7 +319,7 @@ def test_the_kl_weight_scales_the_divergence():
     assert losses[1] == pytest.approx(0.04 * losses[2])
 
 
-def test_without_a_kl_weight_no_forward_is_spent_on_the_reference():
+def test_without_a_kl_weight_the_reference_needs_no_forward_pass():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
     policy.forwards = 0
@@ -330,7 +330,7 @@ def test_without_a_kl_weight_no_forward_is_spent_on_the_reference():
     assert (policy.forwards, policy.reference_visits) == (6 + 12, 1)
 
 
-def test_the_reference_learns_nothing_and_leaves_the_weights_as_they_are():
+def test_the_reference_gets_no_gradient_and_leaves_the_weights_unchanged():
     policy = TinyPolicy()
     batch = rolled_batch(policy)
     policy.move(0.1)

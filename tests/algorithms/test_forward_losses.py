@@ -52,7 +52,7 @@ def test_nft_agrees_with_the_published_code(shared):
         torch.testing.assert_close(grad, expected["grad"], rtol=1e-5, atol=1e-9)
 
 
-def test_nft_at_the_old_policy_pulls_along_the_advantage():
+def test_nfts_gradient_at_the_old_policy_points_along_the_advantage():
     """At v = v_old the gradient is 2 A / n times that of the adaptive error's numerator: better samples attract."""
     x0, noise, velocity = drawn(6, 4), drawn(6, 4, seed=1), drawn(6, 4, seed=2)
     sigma = torch.linspace(0.2, 0.9, 6, dtype=torch.float64)
@@ -107,8 +107,8 @@ def test_decays_follow_the_published_schedules(decay, expected):
 
 
 @pytest.mark.parametrize("settings", [{"first": 1.0}, {"first": 0.5, "last": 0.2}])
-def test_a_schedule_that_cannot_be_meant_is_refused(settings):
-    with pytest.raises(ValueError, match=r"never moves|must not lie below"):
+def test_a_decay_without_meaning_is_refused(settings):
+    with pytest.raises(ValueError, match=r"never moves|must not be below"):
         Decay(**settings)
 
 
@@ -119,7 +119,7 @@ GRID = torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 
 
 @given(st.integers(0, 2**31), st.integers(1, 5))
-def test_levels_of_the_grid_do_not_repeat_and_leave_out_zero(seed, timesteps):
+def test_levels_drawn_from_the_schedule_do_not_repeat_and_are_never_zero(seed, timesteps):
     levels = NFTSettings(timesteps=timesteps).levels(GRID, torch.Generator().manual_seed(seed)).tolist()
     assert len(set(levels)) == timesteps and set(levels) <= set(GRID[:-1].tolist())
 
@@ -138,7 +138,7 @@ def test_levels_of_a_density_lie_in_its_range_one_in_each_stratum(seed, sampling
 
 
 def test_a_range_with_too_few_sigmas_is_refused():
-    with pytest.raises(ValueError, match=r"holds 2 sigmas of the rollout's grid; algorithm.timesteps asks for 3"):
+    with pytest.raises(ValueError, match=r"holds 2 of the rollout's sigmas; algorithm.timesteps needs 3"):
         NFTSettings(timesteps=3, timestep_range=(0.5, 0.9)).levels(GRID, torch.Generator())
 
 
@@ -178,7 +178,7 @@ def test_crd_centres_within_each_prompt(temperature, kind):
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.sampled_from([None, 0.5]))
-def test_crd_does_not_see_a_constant_of_a_prompt(first, second, temperature):
+def test_a_constant_added_to_a_prompt_does_not_change_crds_loss(first, second, temperature):
     implicit, reward, groups = drawn(8), drawn(8, seed=1), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     shift = torch.tensor([first] * 4 + [second] * 4, dtype=torch.float64)
     settings = {"beta": 0.5, "weight_temperature": temperature}
@@ -190,7 +190,7 @@ def test_crd_does_not_see_a_constant_of_a_prompt(first, second, temperature):
 @pytest.mark.parametrize("kind", ["mse", "bce"])
 @pytest.mark.parametrize("level", [-0.3, 0.0, 0.4])
 @pytest.mark.parametrize("constant", [2.0, -7.0])
-def test_crd_has_nothing_to_say_of_equal_rewards_and_equal_implicit_rewards(level, constant, kind):
+def test_crds_loss_is_zero_at_equal_rewards_and_equal_implicit_rewards(level, constant, kind):
     """One pool of temperature 0 is empty, or both are: its centre is the mean, since log Z cancels with no other."""
     implicit = torch.full((6,), constant, dtype=torch.float64, requires_grad=True)
     groups = torch.tensor([0, 0, 0, 4, 4, 4])
@@ -202,7 +202,9 @@ def test_crd_has_nothing_to_say_of_equal_rewards_and_equal_implicit_rewards(leve
 
 
 @given(st.floats(-5, 5), st.lists(st.floats(-0.5, 0.5), min_size=4, max_size=4), st.integers(0, 99))
-def test_crd_with_hard_pools_does_not_see_a_constant_of_a_prompt_whichever_pools_are_empty(shift, rewards, seed):
+def test_a_constant_added_to_a_prompt_does_not_change_crds_loss_at_temperature_zero_with_empty_pools(
+    shift, rewards, seed
+):
     implicit, reward, groups = drawn(8, seed=seed), drawn(8, seed=1), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     reward[:4] = torch.tensor(rewards, dtype=torch.float64)
     moved = implicit + torch.tensor([shift] * 4 + [0.0] * 4, dtype=torch.float64)
@@ -215,7 +217,7 @@ def test_crd_with_hard_pools_does_not_see_a_constant_of_a_prompt_whichever_pools
 # GDRO
 
 
-def test_gdro_of_three_samples_by_hand():
+def test_gdros_loss_of_three_samples_equals_the_one_by_hand():
     """s = (1, 0, -1), r = (2, 1, 0), temperature 1: the two terms of the paper's sum written out."""
     s, r = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([2.0, 1.0, 0.0])
     e = np.exp
@@ -227,14 +229,14 @@ def test_gdro_of_three_samples_by_hand():
 
 
 @given(st.permutations(range(4)), st.sampled_from([0.0, 0.05, 1.0]))
-def test_gdro_does_not_see_the_order_of_the_samples(order, temperature):
+def test_the_order_of_the_samples_does_not_change_gdros_loss(order, temperature):
     s, r, groups = drawn(4), drawn(4, seed=1), torch.zeros(4)
     plain = group_loss(s, r, groups, temperature=temperature)
     torch.testing.assert_close(group_loss(s[list(order)], r[list(order)], groups, temperature=temperature), plain)
 
 
 @given(st.floats(-5, 5), st.floats(-5, 5), st.sampled_from([0.0, 0.05, 1.0]))
-def test_gdro_does_not_see_a_constant_of_a_prompt(first, second, temperature):
+def test_a_constant_added_to_a_prompt_does_not_change_gdros_loss(first, second, temperature):
     s, r, groups = drawn(6), drawn(6, seed=1), torch.tensor([0, 0, 0, 1, 1, 1])
     shift = torch.tensor([first] * 3 + [second] * 3, dtype=torch.float64)
     plain = group_loss(s, r, groups, temperature=temperature)
@@ -260,7 +262,7 @@ def test_gdro_tends_to_the_hard_rank_as_the_temperature_falls():
     torch.testing.assert_close(hard, by_hand)
 
 
-def test_equal_rewards_share_the_rank():
+def test_samples_of_equal_reward_share_a_rank():
     """With all rewards equal every order is as good: equal scores are the minimum, at log k! over the terms."""
     groups = torch.zeros(3)
     equal = group_loss(torch.zeros(3), torch.ones(3), groups, temperature=0.0)
@@ -268,7 +270,7 @@ def test_equal_rewards_share_the_rank():
     assert group_loss(torch.tensor([1.0, 0.0, 0.0]), torch.ones(3), groups, temperature=0.0) > equal
 
 
-def test_gdro_is_least_where_implicit_rewards_differ_as_the_rewards_do_by_temperature():
+def test_gdros_loss_is_least_where_implicit_rewards_equal_rewards_over_temperature_up_to_a_constant():
     r, groups = torch.tensor([0.3, 0.0, 0.2, 0.1], dtype=torch.float64), torch.zeros(4)
     found = minimize(
         lambda s: group_loss(torch.from_numpy(s), r, groups, temperature=0.2).item(), np.zeros(4), tol=1e-12
@@ -276,14 +278,14 @@ def test_gdro_is_least_where_implicit_rewards_differ_as_the_rewards_do_by_temper
     np.testing.assert_allclose(found - found.mean(), (r - r.mean()).numpy() / 0.2, atol=1e-4)
 
 
-def test_the_best_of_each_group_is_one():
+def test_each_group_has_exactly_one_best_sample():
     reward = torch.tensor([0.1, 0.9, 0.9, 0.5, 0.2, 0.1])
     groups = torch.tensor([4, 4, 4, 2, 2, 2])
     assert best_of_each(reward, groups).tolist() == [False, True, False, True, False, False]
 
 
-def test_gdro_says_that_its_beta_is_its_kl():
-    with pytest.raises(ValueError, match="beta is its pull"):
+def test_gdro_refuses_a_kl_weight_and_names_beta():
+    with pytest.raises(ValueError, match="beta sets its pull"):
         GDROSettings(kl_weight=0.1).check(Rollout(steps=4), Train(group_size=4, micro_batch=8), 1)
 
 
@@ -323,7 +325,7 @@ def test_the_min_norm_step_helps_every_reward():
 
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (100, 1), (1, 3), (2.5, 2.5), (1e4, 1)])
 @given(cosine=st.floats(-0.95, 0.95))
-def test_two_weighted_gradients_share_the_step_as_in_closed_form(first, second, cosine):
+def test_the_weights_of_two_gradients_are_those_of_the_closed_form(first, second, cosine):
     """alpha ~ (w1 - c w2, w2 - c w1), at least 0: at a right angle the weights themselves."""
     gram = torch.tensor([[1.0, cosine], [cosine, 1.0]], dtype=torch.float64)
     expected = torch.tensor([first - cosine * second, second - cosine * first], dtype=torch.float64).clamp(min=0)
@@ -397,7 +399,7 @@ def test_prdp_is_zero_at_the_tilted_density_and_twice_the_centred_errors_elsewhe
     torch.testing.assert_close(pair_loss(ratio, ratio, reward, **wide), centred)
 
 
-def test_prdp_stops_where_a_step_has_moved_far_enough():
+def test_prdp_has_no_gradient_where_a_step_has_moved_beyond_the_proximity():
     """Both samples' ratios moved the right way past the clip: the larger, clipped error teaches nothing."""
     reward, old = torch.tensor([1.0, 0.0]), torch.zeros(2, 1)
     ratio = torch.tensor([[0.3], [-0.3]], requires_grad=True)
@@ -428,7 +430,7 @@ def test_a_setting_that_would_be_ignored_is_refused(algorithm, words):
         algorithm.check(Rollout(steps=4), Train(group_size=4, micro_batch=32), 2)
 
 
-def test_marbles_last_stage_weighs_all_rewards_alike_and_takes_no_gradient_apart():
+def test_marbles_last_stage_uses_the_recipes_weights_and_one_backward_pass():
     marble = Marble(MarbleSettings(every=2, uniform_from=5))
     assert [marble._balances(update) for update in range(8)] == [True, False, True, False, True, False, False, False]
     marble._names, marble._fixed = ("a", "b"), (0.5, 0.5)

@@ -136,7 +136,7 @@ def test_log_ratios_are_those_of_float64_at_the_size_of_a_latent():
 
 @pytest.mark.parametrize(("name", "unit"), [("prdp", 9), ("crd", 3), ("gdro", 3)])
 @pytest.mark.parametrize("micro_batch", [1, 2])
-def test_a_unit_larger_than_a_micro_batch_is_learnt_in_parts_with_the_same_gradient(name, unit, micro_batch):
+def test_a_unit_larger_than_a_micro_batch_is_split_into_passes_with_the_same_gradient(name, unit, micro_batch):
     found = []
     for size in (1000, micro_batch):
         policy, recipe = Wide(), recipe_of(name, size)
@@ -155,7 +155,7 @@ def test_a_unit_larger_than_a_micro_batch_is_learnt_in_parts_with_the_same_gradi
 
 
 @pytest.mark.parametrize(("micro_batch", "passes"), [(9, 1), (8, 2)])
-def test_a_plan_counts_the_second_pass_of_a_unit_in_parts(micro_batch, passes):
+def test_a_plan_counts_the_second_forward_pass_of_a_split_unit(micro_batch, passes):
     recipe = recipe_of("prdp", micro_batch)
     (first,) = step_forwards(recipe)
     assert (first.rollout, first.trained, first.fixed) == (6 * 4, 18, 18 * passes)

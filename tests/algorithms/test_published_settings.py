@@ -25,12 +25,12 @@ TABLES = {
 }
 
 
-def test_every_recipe_that_says_published_is_on_the_page():
+def test_every_recipe_called_published_is_on_the_page():
     assert set(TABLES) == {name for name in bundled_recipes() if not name.startswith("toyworld")}
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_page_says_what_the_recipe_holds_and_why_it_differs(name):
+def test_the_page_gives_the_recipes_values_and_the_reasons_for_differences(name):
     values = json.loads(load_recipe(name).model_dump_json())
     assert len(TABLES[name]) > 10
     for setting, ours, published, why in TABLES[name]:
@@ -42,7 +42,7 @@ def test_the_page_says_what_the_recipe_holds_and_why_it_differs(name):
         assert published == "=" or yaml.safe_load(published) != held, setting
 
 
-def test_the_published_numbers_that_were_once_missed():
+def test_recipes_hold_the_published_numbers_that_they_once_missed():
     """Read in the publications' code, not in the page."""
     ocr, crd, marble = (load_recipe(f"sd35_medium_{name}") for name in ("ocr", "ocr_crd", "marble"))
     assert (ocr.train.ema_decay, ocr.train.ema_interval, ocr.train.ema_warmup) == (0.9, 8, True)
@@ -52,7 +52,7 @@ def test_the_published_numbers_that_were_once_missed():
     assert load_recipe("sd35_medium_geneval_nft").train.ema_interval == 1
 
 
-def test_guided_rollouts_of_bundled_recipes_say_what_the_loss_is_guided_by():
+def test_bundled_recipes_with_guided_rollouts_set_the_guidance_of_the_loss():
     for name in bundled_recipes():
         recipe = load_recipe(name)
         if recipe.algorithm.needs == "final" and recipe.rollout.guidance > 1:
@@ -85,14 +85,14 @@ def test_the_average_follows_flow_grpos_schedule(shared):
         ({"ema_decay": 0.9, "ema_interval": 2, "ema_warmup": True}, [None, 2 / 11, None, 4 / 13]),
     ],
 )
-def test_the_average_moves_every_so_many_updates(settings, decays):
+def test_the_average_moves_at_every_ema_interval(settings, decays):
     assert [Train(**settings).ema_decay_at(update) for update in range(4)] == decays
 
 
 # Draws with repetition
 
 
-def test_more_draws_than_levels_take_every_level_alike_with_noise_of_their_own():
+def test_more_draws_than_levels_use_every_level_equally_often_with_different_noise():
     recipe = load_recipe("sd35_medium_ocr_crd", ["train.prompts_per_step=1", "train.group_size=2"])
     grid = torch.linspace(1, 0, 11)
     levels = recipe.algorithm.levels(grid, torch.Generator().manual_seed(0))
@@ -119,7 +119,7 @@ def test_more_draws_than_levels_take_every_level_alike_with_noise_of_their_own()
     assert len(torch.unique(noised.noise, dim=0)) == 20  # and no two draws do
 
 
-def test_draws_from_as_many_parts_of_the_grid_differ_and_a_range_without_one_is_refused():
+def test_stratified_draws_from_the_schedule_differ_and_a_range_without_a_sigma_is_refused():
     values = {"name": "a", "prompts": "a.txt", "rewards": {"ocr": 1}, "rollout": {"steps": 10}}
     algorithm = {"name": "nft", "timesteps": 5, "timestep_sampling": "schedule_strata"}
     recipe = recipe_from_dict({**values, "algorithm": algorithm})
@@ -127,5 +127,5 @@ def test_draws_from_as_many_parts_of_the_grid_differ_and_a_range_without_one_is_
         levels = recipe.algorithm.levels(torch.linspace(1, 0, 11), torch.Generator().manual_seed(seed))
         assert len(levels.unique()) == 5
     narrow = recipe_from_dict({**values, "algorithm": {**algorithm, "timestep_range": [0.42, 0.48]}})
-    with pytest.raises(ValueError, match=re.escape("timestep_range [0.42, 0.48] holds no sigma of the rollout's grid")):
+    with pytest.raises(ValueError, match=re.escape("timestep_range [0.42, 0.48] holds none of the rollout's sigmas")):
         narrow.algorithm.levels(torch.linspace(1, 0, 11), torch.Generator())

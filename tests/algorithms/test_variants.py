@@ -33,13 +33,13 @@ def test_a_window_lies_within_its_range_and_is_counted(steps, data, moves, seed,
     assert rollout.model_copy().window_at(seed, step) == (begin, stop)
 
 
-def test_a_window_without_a_size_stays():
+def test_a_window_without_a_size_does_not_move():
     assert {Rollout(steps=8).window_at(0, step) for step in range(20)} == {(0, 7)}
     assert {Rollout(steps=8, window=(2, 5)).window_at(seed, 3) for seed in range(20)} == {(2, 5)}
     assert Rollout(steps=8, dynamics="ode").window_at(0, 3) == (0, 0)
 
 
-def test_a_random_window_comes_to_every_place_about_as_often():
+def test_a_random_window_takes_every_place_about_equally_often():
     rollout = Rollout(steps=10, window=(1, 7), window_size=2)
     places = [rollout.window_at(3, step)[0] for step in range(1000)]
     assert set(places) == {1, 2, 3, 4, 5}
@@ -123,40 +123,43 @@ def merged(sections: dict[str, Any]) -> dict[str, Any]:
         # The variants of Flow-GRPO
         (
             {"algorithm": {"ratio": "guard"}, "rollout": {"dynamics": "cps"}},
-            "algorithm.ratio guard needs true log-probabilities, which rollout.dynamics cps has not",
+            "algorithm.ratio guard needs true log-probabilities; rollout.dynamics cps has none",
         ),
         (
             {"algorithm": {"values": "dense", "advantage": "summed"}},
-            "algorithm.advantage: dense values are of the weighted total, within groups; leave it out",
+            "algorithm.advantage: dense values use the weighted total, within groups; leave it out",
         ),
         ({"algorithm": {"discount": 0.5}}, "algorithm.discount: belongs to values: dense"),
         ({"algorithm": {"absolute": 0.5}}, "algorithm.absolute: belongs to values: dense"),
         # Algorithms of the forward process
         (
             {"algorithm": {"name": "nft", "timesteps": 7}},
-            "algorithm.timesteps (7) exceeds the 6 sigmas of the rollout's grid",
+            "algorithm.timesteps (7) exceeds the 6 sigmas of the rollout's schedule",
         ),
         ({"algorithm": {"name": "nft", "timestep_range": [0.8, 0.2]}}, "algorithm: timestep_range [0.8, 0.2] is empty"),
         (
             {"algorithm": {"name": "nft", "old_decay": {"first": 1.0}}},
-            "algorithm.old_decay: a decay that begins at 1 never moves the snapshot; begin below 1",
+            "algorithm.old_decay: a decay that begins at 1 never moves the snapshot; set first below 1",
         ),
         (
             {"algorithm": {"name": "crd", "old_decay": {"first": 0.5, "last": 0.2}}},
-            "algorithm.old_decay: last (0.2) must not lie below first (0.5)",
+            "algorithm.old_decay: last (0.2) must not be below first (0.5)",
         ),
-        ({"algorithm": {"name": "marble"}}, "marble balances two rewards or more; with one, use nft"),
+        (
+            {"algorithm": {"name": "marble"}},
+            "marble balances two rewards or more, those of weight 0 not counted; with one, use nft",
+        ),
         (
             {"algorithm": {"name": "gdro", "kl_weight": 0.1}},
-            "algorithm.kl_weight: gdro has no KL of its own, beta is its pull to the reference",
+            "algorithm.kl_weight: gdro has no separate KL; beta sets its pull to the reference",
         ),
         (
             {"algorithm": {"name": "prdp", "kl_weight": 0.1}, "train": {"micro_batch": 20}},
-            "algorithm.kl_weight: prdp has no KL of its own, beta is its pull to the reference",
+            "algorithm.kl_weight: prdp has no separate KL; beta sets its pull to the reference",
         ),
         (
             {"algorithm": {"name": "prdp"}, "rollout": {"dynamics": "cps"}, "train": {"micro_batch": 20}},
-            "rollout.dynamics cps has no true log-probabilities; use another one with prdp",
+            "rollout.dynamics cps has no true log-probabilities; use other dynamics with prdp",
         ),
         ({"train": {"group_size": 1}}, "train.group_size should be greater than or equal to 2, not 1"),
         ({"collect": {"group_size": 1}}, "collect.group_size should be greater than or equal to 2, not 1"),
@@ -165,7 +168,7 @@ def merged(sections: dict[str, Any]) -> dict[str, Any]:
         ({"algorithm": {"name": "nft"}, "dataset": "here"}, "dataset: nft learns from its own rollouts"),
     ],
 )
-def test_what_does_not_go_together_is_one_sentence(sections, sentence, tmp_path: Path):
+def test_settings_that_do_not_fit_together_are_an_error_of_one_sentence(sections, sentence, tmp_path: Path):
     values = merged(sections)
     if "name" in sections.get("algorithm", {}):
         values["algorithm"] = sections["algorithm"]
@@ -187,7 +190,7 @@ def test_a_setting_of_another_algorithm_is_an_unknown_key():
 
 
 @pytest.mark.parametrize(("name", "unit"), [("flow_grpo", 1), ("nft", 1), ("crd", 4), ("gdro", 4), ("prdp", 4 * 5)])
-def test_a_micro_batch_may_be_smaller_than_what_a_loss_never_parts(name: str, unit: int):
+def test_a_micro_batch_may_be_smaller_than_a_unit(name: str, unit: int):
     values = {**merged({"train": {"micro_batch": 1}}), "algorithm": name}
     recipe = recipe_from_dict(values)
     assert (recipe.unit_items, recipe.in_parts) == (unit, unit > 1)
@@ -252,5 +255,5 @@ def test_rollouts_follow_the_ode_where_no_trajectory_is_needed(name: str):
 
 
 @pytest.mark.parametrize(("name", "draws"), [("nft", 2), ("crd", 2), ("gdro", 2), ("marble", 2), ("prdp", 5)])
-def test_an_item_is_a_picture_at_a_noise_level_or_a_stochastic_step(name: str, draws: int):
+def test_an_item_is_a_sample_at_a_noise_level_or_a_stochastic_step(name: str, draws: int):
     assert of(name).items_per_step == 8 * draws

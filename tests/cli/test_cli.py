@@ -317,7 +317,7 @@ def test_a_recipe_whose_copy_does_not_fit_leaves_nothing(failing, tmp_path: Path
 def test_rewards_are_listed_with_what_they_judge(capsys: pytest.CaptureFixture[str]) -> None:
     succeed("rewards")
     output = capsys.readouterr().out
-    assert "compressibility" in output and "How small a picture is as a JPEG file" in " ".join(output.split())
+    assert "compressibility" in output and "How small an image is as a JPEG file" in " ".join(output.split())
 
 
 def test_a_reward_is_checked_on_drawn_and_on_own_pictures(

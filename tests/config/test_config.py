@@ -500,9 +500,12 @@ def test_no_number_is_infinite_or_a_truth_and_no_truth_a_number(name):
         ({"train": {"ema_warmup": True}}, "train: ema_warmup: without ema_decay no average is kept"),
         (
             {"algorithm": {"name": "nft", "old_decay": {"first": 0.5, "last": 0.9}}},
-            "algorithm.old_decay: last belongs to a decay that rises; give a slope or leave it out",
+            "algorithm.old_decay: last has no effect on a decay without a slope; set slope or leave last out",
         ),
-        ({"algorithm": {"name": "crd", "old_decay": {"start": 3}}}, "algorithm.old_decay: start belongs to a decay"),
+        (
+            {"algorithm": {"name": "crd", "old_decay": {"start": 3}}},
+            "algorithm.old_decay: start has no effect on a decay",
+        ),
         (
             {"rewards": {"a": 1, "b": 1}, "algorithm": {"name": "marble", "uniform_from": 0, "every": 3}},
             "algorithm.every: nothing is balanced with uniform_from 0; leave it out",
@@ -520,7 +523,7 @@ def test_no_number_is_infinite_or_a_truth_and_no_truth_a_number(name):
         *(
             (
                 {"algorithm": {"name": name}, "rollout": {"guidance": 4.5}},
-                f"train.guidance must be said where rollouts are guided (rollout.guidance 4.5): 1 trains the model's "
+                f"train.guidance must be set where rollouts are guided (rollout.guidance 4.5): 1 trains the model's "
                 f"own velocity, as published for {name}, more than 1 the guided one",
             )
             for name in ("nft", "crd", "gdro")
@@ -538,7 +541,7 @@ def test_objects_of_a_script_are_checked_as_a_file_is():
     values = {"name": "demo", "prompts": "a.txt", "rewards": {"ocr": RewardSettings()}}
     with pytest.raises(UserError, match=r"algorithm\.kl: there is no KL"):
         recipe_from_dict({**values, "algorithm": FlowGRPOSettings(kl="flow_grpo")})
-    with pytest.raises(UserError, match=r"train\.guidance must be said"):
+    with pytest.raises(UserError, match=r"train\.guidance must be set"):
         recipe_from_dict({**values, "algorithm": ALGORITHMS["nft"](), "rollout": Rollout(guidance=2, dynamics="ode")})
     for wrong in ({"learning_rate": math.inf}, {"steps": True}, {"betas": (0.9, math.nan)}):
         with pytest.raises(ValueError, match="number"):

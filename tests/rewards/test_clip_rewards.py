@@ -170,7 +170,7 @@ def test_hpsv2_pads_and_reads_the_published_layout(open_clip_folder, tmp_path, s
     torch.testing.assert_close(score(reward, tensor(pictures)), (images * texts).sum(-1), atol=1e-4, rtol=0)
 
 
-def test_rewards_on_one_model_load_it_once_and_let_go_of_it(clip_folder):
+def test_rewards_on_one_model_load_it_once_and_free_it_with_the_last(clip_folder):
     first = rewards.load("clipscore", model=str(clip_folder))
     second = rewards.load("pickscore", model=str(clip_folder))
     assert first.clip is second.clip
@@ -198,7 +198,7 @@ def test_a_video_scores_as_the_mean_of_its_frames(clip_folder):
 
 
 @pytest.mark.parametrize("name", ["clipscore", "pickscore", "hpsv2", "aesthetic", "imagereward"])
-def test_a_model_that_is_not_there_is_one_sentence(name, tmp_path):
+def test_a_missing_model_is_an_error_of_one_sentence(name, tmp_path):
     missing = str(tmp_path / "none.pt")
     option = {"hpsv2": "weights", "aesthetic": "head"}.get(name, "model")
     with pytest.raises(rewards.RewardError, match=f"reward '{name}'.*none.pt") as caught:
@@ -225,7 +225,7 @@ def test_an_aesthetic_head_is_a_chain_of_linear_layers_on_the_embedding(clip_fol
     torch.testing.assert_close(score(reward, media), expected)
 
 
-def test_an_aesthetic_head_of_another_model_is_one_sentence(clip_folder, tmp_path):
+def test_an_aesthetic_head_of_another_model_is_an_error_of_one_sentence(clip_folder, tmp_path):
     save_file({"layers.0.weight": torch.zeros(1, 768), "layers.0.bias": torch.zeros(1)}, tmp_path / "head.safetensors")
     wanted = r"does not fit CLIP model .*: layers\.0\.weight is \(1, 768\) and must be \(1, 16\)"
     with pytest.raises(rewards.RewardError, match=wanted):
@@ -251,9 +251,9 @@ def test_vision_features_are_those_of_timms_own_pipeline(vit_folder, size):
     assert F.cosine_similarity(patches, expected[:, 1:], dim=-1).min() > 0.9999
 
 
-def test_a_network_without_a_class_token_is_no_backbone(tmp_path):
+def test_a_network_without_a_class_token_is_refused_as_a_backbone(tmp_path):
     save_for_hf(timm.create_model("test_resnet", pretrained=False), tmp_path, safe_serialization=True)
-    with pytest.raises(rewards.RewardError, match="is no vision transformer with a class token"):
+    with pytest.raises(rewards.RewardError, match="is not a vision transformer with a class token"):
         VisionBackbone(str(tmp_path))
 
 
@@ -283,12 +283,12 @@ def test_references_by_prompt_come_from_a_jsonl_file(vit_folder, tmp_path):
         score(reward, tensor(pictures[:1]), PROMPTS[1:2])
 
 
-def test_a_reference_that_is_not_there_is_one_sentence(vit_folder, tmp_path):
+def test_a_missing_reference_is_an_error_of_one_sentence(vit_folder, tmp_path):
     reward = rewards.load("similarity", references=str(tmp_path), model=str(vit_folder))
     with pytest.raises(rewards.RewardError, match=r"none\.png"):
         score(reward, tensor(levels(32, 32))[:1], PROMPTS[:1], [{"reference": "none.png"}])
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "reference": "none.png"}\n{"prompt": "a"}\n')
-    with pytest.raises(rewards.RewardError, match=r"rows\.jsonl line 2 is no"):
+    with pytest.raises(rewards.RewardError, match=r"rows\.jsonl line 2 is not"):
         rewards.load("similarity", references=str(tmp_path / "rows.jsonl"), model=str(vit_folder))
 
 
@@ -352,13 +352,13 @@ def test_imagereward_is_blip_with_the_published_weights(published):
     torch.testing.assert_close(score(reward, media, prompts), expected, atol=1e-4, rtol=0)
 
 
-def test_weights_that_are_not_imagerewards_are_one_sentence(published, tmp_path):
+def test_weights_that_are_not_imagerewards_are_an_error_of_one_sentence(published, tmp_path):
     torch.save({"layers.0.weight": torch.zeros(1, 2)}, tmp_path / "other.pt")
     with pytest.raises(rewards.RewardError, match=r"other\.pt with tokenizer .* cannot be loaded"):
         rewards.load("imagereward", model=str(tmp_path / "other.pt"), tokenizer=str(published[0] / "tokenizer"))
 
 
-def test_the_worlds_clip_tells_the_true_prompt_among_64():
+def test_the_worlds_clip_finds_the_true_prompt_among_64():
     reward, hits = rewards.load("clipscore", model=JUDGE), []
     for seed in range(4):
         prompts, scenes = examples.held_out_examples(seed, count=64)
@@ -368,7 +368,7 @@ def test_the_worlds_clip_tells_the_true_prompt_among_64():
     assert torch.stack(hits).float().mean() >= 0.9  # 0.927 over 1,024 pictures
 
 
-def test_the_worlds_aesthetic_head_prefers_clean_pictures():
+def test_the_worlds_aesthetic_head_prefers_clean_images():
     images, rating = quality_examples(seed=7, step=0, count=64)
     reward = rewards.load("aesthetic", model=JUDGE, head="toyworld/judges/aesthetic.safetensors")
     found = score(reward, images, [""] * 64)

@@ -115,7 +115,7 @@ class Learner(Brightness, TrainableReward):
         self.offset = state.get("offset", self.offset)
 
 
-def test_what_a_reward_learns_must_be_in_its_state() -> None:
+def test_the_state_must_hold_all_that_a_reward_learns() -> None:
     assert failed(Learner()) == []
     forgetful = Learner()
     forgetful.forgets = True

@@ -105,7 +105,7 @@ def test_detections_count_above_the_tasks_threshold(tag, threshold):
     assert kept_detections(found, tag) == {"cat": [found[1]]}
 
 
-def test_at_most_sixteen_of_a_class_count_the_best_ones():
+def test_only_the_sixteen_best_detections_of_a_class_count():
     found = [seen("cat", (20 * i, 0, 20 * i + 9, 9), score=0.5 + 0.01 * i) for i in range(20)]
     kept = kept_detections(found, "colors")["cat"]
     assert kept == found[:3:-1]
@@ -120,7 +120,7 @@ def test_overlapping_boxes_of_a_class_count_once_below_the_nms_threshold():
     assert len(kept_detections(found, "colors", 0.1)["dog"]) == 1
 
 
-def test_an_object_too_many_fails_an_exclude_clause():
+def test_one_object_too_many_fails_an_exclude_clause():
     metadata = {
         "tag": "counting",
         "include": [{"class": "cat", "count": 2}],
@@ -152,14 +152,14 @@ def test_a_box_stands_to_another_as_its_centre_does(box, expected):
     assert relations(box, (50, 50, 60, 60)) == expected
 
 
-def test_a_direction_holds_when_what_passes_the_margin_is_over_half_of_the_offset():
+def test_a_direction_holds_when_the_part_beyond_the_margin_is_over_half_of_the_offset():
     """Offset 4 of boxes 10 wide: a margin of 2 leaves 2 of 4, not over a half; offset 5 leaves 3 of 5."""
     assert relations((4, 0, 14, 10), (0, 0, 10, 10)) == set()
     assert relations((5, 0, 15, 10), (0, 0, 10, 10)) == {"right of"}
 
 
 @given(boxes, boxes)
-def test_relations_turn_round_with_the_boxes(box, target):
+def test_swapping_the_boxes_reverses_their_relations(box, target):
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     assert {opposite[relation] for relation in relations(box, target)} == relations(target, box)
 
@@ -185,7 +185,7 @@ def test_the_graded_score_lies_in_zero_to_one(detections, metadata, nms_threshol
 
 
 @given(detections_of_anything, metadata_of_anything())
-def test_a_full_score_is_a_correct_picture(detections, metadata):
+def test_a_full_score_means_a_correct_image(detections, metadata):
     if soft_score(detections, metadata) == 1:
         assert judge(detections, metadata).correct
 
@@ -246,7 +246,7 @@ def test_a_plain_function_detects_and_the_verdict_is_mixed_in(strict_weight, exp
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float32))
 
 
-def test_a_detector_is_found_by_its_name_and_a_class_is_made(monkeypatch):
+def test_a_detector_is_found_by_its_name_and_a_class_is_built(monkeypatch):
     class Detector:
         def __call__(self, media):
             return by_brightness(media)
@@ -273,7 +273,7 @@ def test_a_strict_weight_outside_zero_to_one_is_refused(strict_weight):
         GenEval(by_brightness, strict_weight=strict_weight)
 
 
-def test_a_detector_that_forgets_a_picture_is_an_error():
+def test_a_detector_that_skips_an_image_is_an_error():
     with pytest.raises(RewardError, match="'geneval' failed"):
         rewards.score(GenEval(lambda media: []), images(2), ["a", "b"], [LEFT_OF, LEFT_OF])
 

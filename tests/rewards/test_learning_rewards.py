@@ -75,12 +75,12 @@ def all_pass(reward: Reward, items: rewards.Items | None = None) -> None:
     assert [finding for finding in rewards.check(reward, items) if finding.passed is False] == []
 
 
-def test_the_hinge_loss_is_the_paper_s() -> None:
+def test_the_hinge_loss_is_the_one_of_the_paper() -> None:
     real, generated = torch.tensor([2.0, 0.5]), torch.tensor([-2.0, 0.25])
     assert hinge_loss(real, generated).item() == pytest.approx((0.25 + 0.625) / 2)
 
 
-def test_an_untrained_discriminator_scores_nothing_and_a_trained_one_prefers_the_references(
+def test_an_untrained_discriminator_scores_zero_and_a_trained_one_prefers_the_references(
     vit: Path, references: Path
 ) -> None:
     reward, bad, good = dino(vit, references), spotted(12, seed=5), smooth(4, seed=9)
@@ -96,7 +96,7 @@ def test_the_discriminator_keeps_the_contract(vit: Path, references: Path) -> No
     all_pass(reward)
 
 
-def test_a_discriminator_goes_on_exactly_from_its_state(vit: Path, references: Path) -> None:
+def test_a_discriminator_resumes_exactly_from_its_state(vit: Path, references: Path) -> None:
     whole, half = dino(vit, references), dino(vit, references)
     for step in range(4):
         whole.update(spotted(6, seed=step), ["any"] * 6, [{}] * 6, step)
@@ -110,7 +110,7 @@ def test_a_discriminator_goes_on_exactly_from_its_state(vit: Path, references: P
 
 
 @pytest.mark.slow
-def test_a_saturated_discriminator_raises_an_alarm_and_a_collapsed_one_another(vit: Path, references: Path) -> None:
+def test_a_saturated_and_a_collapsed_discriminator_raise_different_alarms(vit: Path, references: Path) -> None:
     keen, lame = dino(vit, references, updates=150, learning_rate=2e-2), dino(vit, references, learning_rate=1e-9)
     for step in range(5):
         for reward in (keen, lame):
@@ -143,7 +143,7 @@ def spoilt(pictures: torch.Tensor, rows: slice, columns: slice, seed: int = 3) -
     return result
 
 
-def test_the_discriminator_sees_all_of_pictures_that_are_not_square(vit: Path, tmp_path: Path) -> None:
+def test_the_discriminator_sees_images_that_are_not_square_whole(vit: Path, tmp_path: Path) -> None:
     folder = save_pictures(tmp_path / "square", smooth(8, seed=1))
     for number, other in enumerate(SHAPES):  # references of several shapes, in one folder
         (picture,) = save_pictures(tmp_path / f"shape{number}", wide(1, number, other)).iterdir()
@@ -173,7 +173,7 @@ def head(vit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_artifact_head_tells_new_pictures_apart_and_shows_where(head: Path) -> None:
+def test_the_artifact_head_recognises_artifacts_in_new_images_and_shows_where(head: Path) -> None:
     reward = rewards.load("artifact", head=str(head))
     clean, bad = smooth(8, seed=31), spotted(8, seed=32)
     assert rewards.score(reward, clean, ["any"] * 8).mean() > rewards.score(reward, bad, ["any"] * 8).mean() + 0.4
@@ -184,7 +184,7 @@ def test_the_artifact_head_tells_new_pictures_apart_and_shows_where(head: Path) 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_artifact_is_seen_where_it_is_in_pictures_that_are_not_square(head: Path, shape: tuple[int, int]) -> None:
+def test_an_artifact_is_located_in_images_that_are_not_square(head: Path, shape: tuple[int, int]) -> None:
     reward, clean = rewards.load("artifact", head=str(head)), wide(6, 31, shape)
     for rows, columns in CORNERS:
         bad = spoilt(clean, rows, columns)
@@ -205,7 +205,7 @@ def test_the_frames_of_a_wide_video_are_seen_whole(head: Path) -> None:
     assert (scores < each[0] - 0.1).all()
 
 
-def test_square_pictures_are_scored_and_mapped_as_the_models_own_pipeline_shows_them(head: Path) -> None:
+def test_square_images_are_scored_and_mapped_as_the_models_own_preprocessing_shows_them(head: Path) -> None:
     reward, pictures = rewards.load("artifact", head=str(head)), spotted(5, seed=32)
     assert isinstance(reward, Artifact)
     reward.backbone.preprocessing = reward.backbone.preprocessing._replace(resize=(32, 32))
@@ -218,7 +218,7 @@ def test_square_pictures_are_scored_and_mapped_as_the_models_own_pipeline_shows_
         assert torch.equal(reward.maps(images), expected[:, 0])
 
 
-def test_a_map_lies_where_a_model_looks_that_sees_the_middle_of_square_pictures(vit: Path) -> None:
+def test_a_map_covers_only_the_middle_if_the_model_sees_only_the_middle(vit: Path) -> None:
     backbone = VisionBackbone(str(vit))
     backbone.preprocessing = backbone.preprocessing._replace(resize=(40, 40))
     found = backbone.maps(torch.ones(1, 1, 16), 80, 80)[0]
@@ -233,7 +233,7 @@ def test_a_map_lies_where_a_model_looks_that_sees_the_middle_of_square_pictures(
 
 
 @given(st.integers(8, 400), st.integers(8, 400), st.sampled_from([32, 36]), st.sampled_from(["shortest", "longest"]))
-def test_tiles_cover_every_pixel_of_pictures_that_are_not_square(height: int, width: int, side: int, mode: Any) -> None:
+def test_tiles_cover_every_pixel_of_images_that_are_not_square(height: int, width: int, side: int, mode: Any) -> None:
     preprocessing = Preprocessing((side, side), (32, 32), (0.5,) * 3, (0.5,) * 3, mode=mode)
     rows, columns = preprocessing.resized(height, width)
     seen = torch.zeros(rows, columns)
@@ -242,14 +242,14 @@ def test_tiles_cover_every_pixel_of_pictures_that_are_not_square(height: int, wi
     assert height == width or seen.all()
 
 
-def test_one_bad_patch_in_many_counts() -> None:
+def test_one_bad_patch_among_many_lowers_the_score() -> None:
     logits = torch.full((2, 64), -5.0)
     logits[1, 7] = 5.0
     clean, bad = picture_logits(logits)
     assert clean.item() == pytest.approx(-5) and bad.item() > 3.9
 
 
-def test_the_unlabelled_risk_is_kiryo_s() -> None:
+def test_the_unlabelled_risk_is_the_one_of_kiryo() -> None:
     clean, unlabelled = torch.tensor([-2.0, 1.0]), torch.tensor([0.5])
     softplus = torch.nn.functional.softplus
     rest = softplus(-unlabelled).mean() - 0.3 * softplus(-clean).mean()
@@ -257,7 +257,7 @@ def test_the_unlabelled_risk_is_kiryo_s() -> None:
     assert unlabelled_loss(clean, unlabelled, 0.3).item() == pytest.approx(wanted.item())
 
 
-def test_refreshing_learns_an_artifact_that_the_head_had_not_seen(head: Path, tmp_path: Path) -> None:
+def test_a_refresh_learns_an_artifact_that_the_head_had_not_seen(head: Path, tmp_path: Path) -> None:
     (other,) = save_pictures(tmp_path / "wide", wide(1, 5, (32, 80))).iterdir()
     clean = save_pictures(tmp_path / "clean", smooth(24, 3))
     other.rename(clean / "wide.png")
@@ -345,7 +345,7 @@ def test_pickscore_is_tuned_until_the_references_win_and_no_further(
     assert figures[wins]["reference"] - figures[wins]["generated"] > figures[0]["reference"] - figures[0]["generated"]
 
 
-def test_pickscore_tunes_its_last_blocks_and_nobody_else_s_model(clip: Path, beaten: tuple[Path, torch.Tensor]) -> None:
+def test_pickscore_tunes_only_its_own_last_blocks(clip: Path, beaten: tuple[Path, torch.Tensor]) -> None:
     table, media = beaten
     plain, reward = rewards.load("pickscore", model=str(clip)), tuned(clip, table, learning_rate=1e-2)
     before = rewards.score(plain, media, PROMPTS)
@@ -357,7 +357,7 @@ def test_pickscore_tunes_its_last_blocks_and_nobody_else_s_model(clip: Path, bea
     assert torch.equal(rewards.score(plain, media, PROMPTS), before)
 
 
-def test_references_that_go_on_losing_raise_an_alarm_and_one_win_ends_it(
+def test_references_that_keep_losing_raise_an_alarm_and_one_win_ends_it(
     clip: Path, beaten: tuple[Path, torch.Tensor]
 ) -> None:
     table, best = beaten
@@ -368,14 +368,14 @@ def test_references_that_go_on_losing_raise_an_alarm_and_one_win_ends_it(
         alarms.append(reward.alarm)
     assert alarms[:-1] == [None] * (PATIENCE - 1)
     assert alarms[-1] is not None and alarms[-1].startswith(
-        f"overrun: generated pictures beat the references for {PATIENCE}"
+        f"overrun: generated images beat the references for {PATIENCE}"
     )
     worse = torch.stack([reward.references[prompt][0] for prompt in PROMPTS])
     reward.update(worse, PROMPTS, [{}] * 2, PATIENCE)  # as good as the references, which is no defeat
     assert reward.alarm is None
 
 
-def test_scoring_all_pictures_alike_raises_an_alarm(clip: Path, beaten: tuple[Path, torch.Tensor]) -> None:
+def test_scoring_all_images_alike_raises_an_alarm(clip: Path, beaten: tuple[Path, torch.Tensor]) -> None:
     table, best = beaten
     reward = tuned(clip, table)
     reward.update(best[:1].expand(4, -1, -1, -1), PROMPTS[:1] * 4, [{}] * 4, 0)
@@ -416,10 +416,14 @@ def test_tuned_pickscore_keeps_the_contract(clip: Path, table: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("adversarial_dino", {"references": "nowhere"}, "references nowhere is no folder with pictures"),
+        ("adversarial_dino", {"references": "nowhere"}, "references nowhere is no folder with images"),
         ("adversarial_dino", {"references": "x", "updates": 0}, "updates must be at least 1, not 0"),
         ("adversarial_dino", {"references": "x", "learning_rate": 0}, "learning_rate must be above 0"),
-        ("artifact", {"head": "nowhere.safetensors"}, "head nowhere.safetensors is no file of scripts/train_artifact"),
+        (
+            "artifact",
+            {"head": "nowhere.safetensors"},
+            "head nowhere.safetensors was not written by scripts/train_artifact",
+        ),
         ("adversarial_pickscore", {"references": "nowhere.json"}, "references nowhere.json cannot be read as JSON"),
         ("adversarial_pickscore", {"references": "x.json", "layers": 0}, "layers must be at least 1, not 0"),
     ],
@@ -432,7 +436,7 @@ def test_a_mistake_is_one_sentence_that_names_reward_and_option(
     assert "\n" not in str(caught.value)
 
 
-def test_rewards_on_one_vision_transformer_share_it(vit: Path, references: Path, head: Path) -> None:
+def test_rewards_with_the_same_vision_transformer_share_it(vit: Path, references: Path, head: Path) -> None:
     first, second = dino(vit, references), rewards.load("artifact", head=str(head))
     assert isinstance(second, Artifact)
     assert first.backbone.module is second.backbone.module

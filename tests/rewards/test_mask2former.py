@@ -140,7 +140,7 @@ def test_instances_are_those_of_the_librarys_own_post_processing(size):
         assert torch.equal(found.masks, expected["segmentation"][order].bool())
 
 
-def test_a_box_is_its_masks_extent_with_ends_not_included():
+def test_a_box_is_its_masks_extent_with_exclusive_ends():
     classes, masks = logits_of((CAT, 9.0, slice(10, 20), slice(30, 60)), (DOG, 3.0, slice(0, 96), slice(95, 96)))
     found = instances(classes, masks, (384, 384))
     assert found.labels[:2] == [CAT, DOG]
@@ -158,7 +158,7 @@ def test_extents_cover_exactly_the_masks_pixels(rows, columns):
     assert extents(mask) == [[columns.start, rows.start, columns.stop, rows.stop]]
 
 
-def test_a_picture_in_which_nothing_is_seen_has_no_instances():
+def test_an_image_in_which_nothing_is_found_has_no_instances():
     classes, masks = logits_of()
     found = instances(classes, masks, (50, 60))
     assert (found.labels, found.scores, found.boxes, found.masks.shape) == ([], [], [], (0, 50, 60))
@@ -199,7 +199,7 @@ def test_detections_are_those_of_the_librarys_pipeline(model_folder, detector, p
         assert [detection["score"] for detection in found] == pytest.approx([score for _, score in pairs], abs=1e-4)
 
 
-def test_a_pictures_detections_do_not_depend_on_the_others(detector, pictures, seen):
+def test_the_detections_of_an_image_do_not_depend_on_the_others(detector, pictures, seen):
     detector.batch_size = 1
     try:
         for picture, expected in zip(pictures, seen, strict=True):
@@ -212,7 +212,7 @@ def test_a_pictures_detections_do_not_depend_on_the_others(detector, pictures, s
         detector.batch_size = 8
 
 
-def test_geneval_takes_it_by_name_with_options(model_folder, clip_folder, pictures):
+def test_geneval_takes_the_detector_by_name_with_options(model_folder, clip_folder, pictures):
     options = {"model": str(model_folder), "clip": str(clip_folder), "shortest_edge": 96, "device": "cpu"}
     reward = rewards.load("geneval", detector=SPEC, detector_options=options)
     found = [detection for detection in reward.detector(pictures[:1])[0] if detection["score"] > 0.3]
@@ -225,7 +225,7 @@ def test_geneval_takes_it_by_name_with_options(model_folder, clip_folder, pictur
     assert scores.tolist() == pytest.approx([1, same / (same + 1), 1 / 3])
 
 
-def test_without_a_size_the_processors_own_is_taken(model_folder, clip_folder, pictures):
+def test_without_a_size_the_processors_size_is_used(model_folder, clip_folder, pictures):
     own = Mask2Former(str(model_folder), str(clip_folder), shortest_edge=None, device="cpu")
     sizes = []
     own.network.register_forward_pre_hook(
@@ -235,7 +235,7 @@ def test_without_a_size_the_processors_own_is_taken(model_folder, clip_folder, p
     assert sizes == [(1, 3, 64, 64)]
 
 
-def test_its_identity_names_model_size_and_clip_and_changes_with_the_weights(
+def test_the_detectors_identity_names_model_size_and_clip_and_changes_with_the_weights(
     model_folder, clip_folder, detector, tmp_path
 ):
     identity = detector.identity()
@@ -253,7 +253,7 @@ def test_its_identity_names_model_size_and_clip_and_changes_with_the_weights(
 # Names
 
 
-def test_its_names_are_genevals_and_serve_every_official_prompt(detector):
+def test_the_detectors_names_are_genevals_and_cover_every_official_prompt(detector):
     assert list(detector.names) == COCO
     refuse_unknown_classes(detector, [row.metadata for row in load_prompts("geneval")])
 
@@ -337,13 +337,13 @@ def test_what_surrounds_an_object_does_not_change_its_color(colors, pictures):
 @pytest.mark.parametrize(
     ("prepare", "options", "sentence"),
     [
-        (lambda folder: shutil.rmtree(folder), {}, "is neither a folder nor to be had from the hub"),
+        (lambda folder: shutil.rmtree(folder), {}, "is no local folder and cannot be fetched from the hub"),
         (lambda folder: (folder / "model.safetensors").unlink(), {}, "cannot be loaded: OSError"),
         (lambda folder: (folder / "config.json").unlink(), {}, "cannot be loaded"),
         (lambda folder: relabel(folder, model_type="clip"), {}, "cannot be loaded: ValueError: it is a clip, not a"),
         (lambda folder: forget(folder), {}, "cannot be loaded: ValueError: the weights lack class_predictor.bias"),
         (lambda folder: None, {"names": "absent.txt"}, "names absent.txt cannot be read"),
-        (lambda folder: None, {"names": __file__}, r"\d+ lines; it needs a name for each of 80 classes"),
+        (lambda folder: None, {"names": __file__}, r"must have 80 lines, a name for each class; it has \d+"),
         (lambda folder: None, {"clip": "absent/clip"}, "CLIP model 'absent/clip' cannot be loaded"),
         (lambda folder: None, {"batch_size": 0}, "batch_size must be at least 1, not 0"),
         (lambda folder: None, {"shortest_edge": 0}, "shortest_edge must be at least 1, not 0"),
@@ -371,12 +371,12 @@ def forget(folder):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def test_a_detector_that_is_no_class_takes_no_options():
-    with pytest.raises(RewardError, match="is no class and takes no detector_options"):
+def test_a_detector_that_is_not_a_class_takes_no_options():
+    with pytest.raises(RewardError, match="is not a class and takes no detector_options"):
         rewards.load("geneval", detector="flowalign.toyworld.detector:detect", detector_options={"model": "x"})
 
 
-def test_a_class_that_the_detector_lacks_is_refused_before_anything_is_judged(detector, pictures):
+def test_a_class_that_the_detector_does_not_know_is_refused_before_any_image_is_judged(detector, pictures):
     reward = rewards.load("geneval", detector=lambda media: pytest.fail("it was asked"))
     reward.detector.names = detector.names
     row = {"tag": "single_object", "include": [{"class": "computer mous", "count": 1}]}

@@ -61,6 +61,6 @@ def test_a_video_scores_as_the_mean_of_its_frames(name):
     torch.testing.assert_close(scores(name, frames[None])[0], scores(name, frames).mean())
 
 
-def test_a_quality_that_jpeg_does_not_know_is_refused():
+def test_a_quality_outside_jpegs_range_is_refused():
     with pytest.raises(rewards.RewardError, match="quality must lie in 1 to 100, not 0"):
         rewards.load("compressibility", quality=0)

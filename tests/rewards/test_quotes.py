@@ -50,7 +50,7 @@ def test_double_quotes_of_many_languages_are_quotes(prompt, texts):
         ("an empty \"\" sign that says 'OPEN'", ["OPEN"]),
     ],
 )
-def test_single_quotes_are_told_from_apostrophes_and_count_where_no_double_ones_stand(prompt, texts):
+def test_single_quotes_are_told_from_apostrophes_and_count_only_without_double_quotes(prompt, texts):
     assert list(quoted_texts(prompt)) == texts
 
 
@@ -68,7 +68,7 @@ def test_single_quotes_are_told_from_apostrophes_and_count_where_no_double_ones_
         ('the number "7" beside "ELEVEN"', ["7", "ELEVEN"]),
     ],
 )
-def test_inches_are_no_quotes(prompt, texts):
+def test_inch_marks_are_not_quotes(prompt, texts):
     assert list(quoted_texts(prompt)) == texts
 
 
@@ -89,20 +89,20 @@ def test_inches_are_no_quotes(prompt, texts):
         ("“SALE”, “OFF”", ["SALE", "OFF"]),
     ],
 )
-def test_quotes_around_a_whole_prompt_are_looked_into(prompt, texts):
+def test_quotes_around_a_whole_prompt_are_removed(prompt, texts):
     assert list(quoted_texts(prompt)) == texts
 
 
 @pytest.mark.parametrize("prompt", ["", '"', '""', 'an empty "" sign', 'a " " sign', 'a "\u200b\u00a0" sign', 'a "CAT'])
-def test_blank_texts_and_lonely_marks_are_nothing(prompt):
+def test_blank_texts_and_marks_without_a_partner_are_ignored(prompt):
     assert quoted_texts(prompt) == ()
 
 
-def test_several_texts_stand_in_their_order_and_once():
+def test_several_texts_keep_their_order_and_count_once():
     assert quoted_texts('"OFF", then "SALE" and "off" again; "24/7"') == ("OFF", "SALE", "24/7")
 
 
-def test_published_prompts_quote_what_the_published_code_takes(shared):
+def test_published_prompts_give_the_text_that_the_published_code_takes(shared):
     for prompt in (shared / "data" / "ocr_prompts.txt").read_text().splitlines():
         assert quoted_texts(prompt) == (prompt.split('"')[1].strip(),)
 
@@ -131,17 +131,17 @@ def test_spellings_that_look_alike_are_one_text(one, other):
 
 
 @pytest.mark.parametrize(("one", "other"), [("x²", "x2"), ("①", "1"), ("½", "1/2"), ("café", "cafe"), ("O", "0")])
-def test_spellings_that_look_different_are_not(one, other):
+def test_spellings_that_look_different_are_different_texts(one, other):
     assert plain(one) != plain(other)
 
 
 @given(st.text(max_size=12))
-def test_plain_text_stays_as_it_is_and_forms_of_unicode_do_not_matter(text):
+def test_plain_text_stays_unchanged_and_unicode_forms_do_not_matter(text):
     assert plain(plain(text)) == plain(text)
     assert plain(unicodedata.normalize("NFD", text)) == plain(unicodedata.normalize("NFC", text))
 
 
 @given(st.text(max_size=30))
-def test_any_prompt_is_read_and_what_it_quotes_stands_in_it(prompt):
+def test_any_prompt_can_be_parsed_and_contains_the_texts_it_quotes(prompt):
     for text in quoted_texts(prompt):
         assert plain(text) in plain(prompt)

@@ -71,6 +71,6 @@ def test_letters_that_stand_alone_are_read_in_order():
     assert reading_order(boxes[::-1]) == [4, 3, 2, 1, 0]
 
 
-def test_nothing_and_one_box_have_an_order():
+def test_no_box_and_one_box_have_an_order():
     assert reading_order(np.zeros((0, 4, 2))) == []
     assert reading_order(page([[3]])) == [0]

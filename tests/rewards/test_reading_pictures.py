@@ -1,4 +1,4 @@
-"""The reader of pictures shows what a viewer shows, or refuses in a sentence that names the file."""
+"""The reader of image files gives what a viewer shows, or an error sentence that names the file."""
 
 import base64
 import io
@@ -97,13 +97,13 @@ def transparent(mode):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
-def test_what_is_transparent_is_laid_on_white_and_that_is_said_once(tmp_path, caplog, mode):
-    rewards.media._say_white.cache_clear()
+def test_transparent_parts_are_laid_on_white_with_one_warning(tmp_path, caplog, mode):
+    rewards.media._warn_of_white.cache_clear()
     image, options = transparent(mode)
     image.save(tmp_path / "a.png", **options)
     for _ in range(2):
         assert levels(tmp_path / "a.png") == [[[255, 255, 255], [9, 9, 9]]]
-    assert [record.getMessage() for record in caplog.records] == ["pictures with transparent parts are laid on white"]
+    assert [record.getMessage() for record in caplog.records] == ["images with transparent parts are laid on white"]
 
 
 def png(colour, bits, row, **chunks):
@@ -127,11 +127,11 @@ def test_a_transparent_colour_is_found_among_pixels_of_any_bits(tmp_path):
         warnings.simplefilter("error")
         assert levels(path) == [[[255, 255, 255], [0, 0, 255]]]
     path.write_bytes(png(2, 16, bytes(6), tRNS=bytes(6)))
-    with pytest.raises(RewardError, match=r"a\.png cannot be read as an image: its transparent colour is one of 16"):
+    with pytest.raises(RewardError, match=r"a\.png cannot be read as an image: its transparent colour has 16 bits"):
         read_picture(path)
 
 
-def test_a_pngs_own_gamma_is_followed_where_nothing_better_says_its_colours(tmp_path):
+def test_a_pngs_gamma_is_applied_only_if_it_has_no_better_colour_data(tmp_path):
     path, linear = tmp_path / "a.png", struct.pack(">I", 100_000)
     for chunks, shown in (
         ({"gAMA": linear}, 186),  # 255 (128 / 255)^(1 / 2.2)
@@ -142,16 +142,16 @@ def test_a_pngs_own_gamma_is_followed_where_nothing_better_says_its_colours(tmp_
         assert levels(path) == [[[shown] * 3]]
 
 
-def test_half_transparent_pixels_are_mixed_and_opaque_ones_say_nothing(tmp_path, caplog):
+def test_half_transparent_pixels_are_mixed_and_opaque_ones_give_no_warning(tmp_path, caplog):
     Image.new("RGBA", (1, 1), (255, 0, 0, 51)).save(tmp_path / "a.png")
     assert levels(tmp_path / "a.png") == [[[255, 204, 204]]]
-    rewards.media._say_white.cache_clear()
+    rewards.media._warn_of_white.cache_clear()
     caplog.clear()
     Image.new("RGBA", (1, 1), (255, 0, 0, 255)).save(tmp_path / "b.png")
     assert levels(tmp_path / "b.png") == [[[255, 0, 0]]] and not caplog.records
 
 
-def test_colours_of_another_profile_are_brought_to_srgb(tmp_path):
+def test_colours_of_another_profile_are_converted_to_srgb(tmp_path):
     red, mine = Image.new("RGB", (1, 1), (255, 0, 0)), other_primaries()
     for name, profile in (("mine", mine), ("srgb", SRGB), ("damaged", b"no profile")):
         red.save(tmp_path / f"{name}.png", icc_profile=profile)
@@ -179,7 +179,7 @@ def test_colours_of_another_profile_are_brought_to_srgb(tmp_path):
         ("RGB", "jfif", (255, 0, 0)),
     ],
 )
-def test_every_kind_of_file_is_shown(tmp_path, mode, kind, colour):
+def test_every_kind_of_file_is_read(tmp_path, mode, kind, colour):
     image = Image.new(mode, (8, 8), colour)
     if mode == "P":
         image.putpalette([255, 0, 0])
@@ -203,7 +203,7 @@ def test_an_animation_and_several_pages_are_refused_by_name(tmp_path, kind):
     assert levels(tmp_path / f"b.{kind}")[0][0] == pytest.approx([255, 0, 0], abs=2)
 
 
-def test_a_photograph_with_its_preview_beside_it_is_the_photograph(tmp_path):
+def test_of_a_photograph_with_a_preview_the_photograph_is_read(tmp_path):
     photo, preview = Image.new("RGB", (16, 16), (0, 0, 255)), Image.new("RGB", (4, 4))
     photo.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview])
     assert read_picture(tmp_path / "a.jpg").shape == (3, 16, 16)
@@ -219,16 +219,16 @@ def noise(kind):
     ("contents", "why"),
     [
         (b"", "it is empty"),
-        (b"a text", "what it holds is none of PNG, JPEG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "what it holds is none of PNG, JPEG"),
+        (b"a text", "its content is none of PNG, JPEG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "its content is none of PNG, JPEG"),
         (noise("PNG")[:2000], "truncated"),
         (noise("JPEG")[:2000], "truncated"),
         (noise("BMP")[:2000], "truncated"),
-        (Image.new("I", (2, 2)), "its pixels are integers of 32 bits; save it with 8"),
-        (Image.new("F", (2, 2)), "its pixels are floats of 32 bits; save it with 8"),
+        (Image.new("I", (2, 2)), "its pixels are integers of 32 bits; save it with 8 bits"),
+        (Image.new("F", (2, 2)), "its pixels are floats of 32 bits; save it with 8 bits"),
     ],
 )
-def test_what_is_no_picture_is_refused_by_name(tmp_path, contents, why):
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, contents, why):
     file = tmp_path / "a.png"
     if isinstance(contents, Image.Image):
         contents.save(file, "TIFF")
@@ -244,11 +244,11 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
     for name, why in (("a.png", "Is a directory"), ("b.png", "No such file")):
         with pytest.raises(RewardError, match=rf"{name} cannot be read as an image: {why}"):
             read_picture(tmp_path / name)
-    with pytest.raises(RewardError, match="no_folder cannot be read as a folder of pictures: No such file"):
+    with pytest.raises(RewardError, match="no_folder cannot be read as a folder of images: No such file"):
         pictures_in(tmp_path / "no_folder")
 
 
-def test_the_server_shows_a_png_as_the_reader_does():
+def test_the_server_reads_a_png_as_the_reader_does():
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     image = Image.new("RGBA", (3, 2), (9, 9, 9, 0))
@@ -274,7 +274,7 @@ def test_the_server_shows_a_png_as_the_reader_does():
 # Folders
 
 
-def test_a_folders_pictures_come_as_people_count(tmp_path):
+def test_a_folders_images_come_in_natural_order(tmp_path):
     names = ["2.png", "10.JPG", "1 (2).tiff", "1 (10).webp", "01.bmp", "img2_1.png", "img2_10.png", "IMG10_1.png"]
     for name in (*names, "._2.png", ".hidden.png", "Thumbs.db", "notes.txt"):
         (tmp_path / name).write_bytes(b"")
@@ -283,7 +283,7 @@ def test_a_folders_pictures_come_as_people_count(tmp_path):
     assert [path.name for path in pictures_in(tmp_path)] == expected
     assert folder_pictures(str(tmp_path), "similarity", "references") == pictures_in(tmp_path)
     (tmp_path / "3.HEIC").write_bytes(b"")
-    with pytest.raises(RewardError, match=r"3\.HEIC is a picture of a kind that is not read; save it as PNG"):
+    with pytest.raises(RewardError, match=r"3\.HEIC is an image of a kind that is not read; save it as PNG"):
         pictures_in(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_numbers_in_names_are_sorted_by_value(numbers, form):
     assert sorted(names, key=natural) == [form.format(number) + ".png" for number in sorted(numbers)]
 
 
-def test_names_of_any_letters_can_be_compared():
+def test_file_names_of_any_letters_can_be_compared():
     names = ["a.png", "1.png", "", ".png", "1", "a1.png", "²3.png", "٣.png", "img.png", "img2.png", "01.png", "1.jpg"]
     assert names.index(max(names, key=natural)) == 6  # parts of one kind meet at each place, "²" being no digit
     assert sorted(["img2.png", "img.png", "img10.png"], key=natural) == ["img.png", "img2.png", "img10.png"]

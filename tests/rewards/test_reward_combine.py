@@ -85,7 +85,7 @@ SPOILERS = {
 
 
 @pytest.mark.parametrize("spoil", SPOILERS.values(), ids=SPOILERS)
-def test_a_reward_that_writes_into_what_it_gets_spoils_nothing_for_the_next(spoil):
+def test_a_reward_that_writes_into_its_inputs_does_not_change_those_of_the_next(spoil):
     media = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     prompts, rows = [*PROMPTS], [{"tag": "shape", "include": [{"class": "cat"}]} for _ in PROMPTS]
     seen = []
@@ -111,7 +111,7 @@ def test_a_total_is_the_weighted_mean_of_the_scores_that_apply():
     assert total.dtype == torch.float32
 
 
-def test_a_reward_alone_is_asked_about_every_item():
+def test_a_single_reward_is_asked_about_every_item():
     with pytest.raises(RewardError, match="item 1 quotes nothing"):
         score_all({"text": Quotes()}, MEDIA, PROMPTS, ROWS)
     scores = score_all({"text": Quotes()}, MEDIA[::2], PROMPTS[::2])
@@ -124,7 +124,7 @@ def test_a_reward_that_applies_to_nothing_is_not_called():
     assert scores["text"].values.tolist() == [0, 0] and not scores["text"].applies.any() and not quotes.asked
 
 
-def test_the_prompt_given_is_the_prompt_asked_about():
+def test_applies_to_gets_the_given_prompt_not_the_one_in_the_metadata():
     rows = [{"prompt": "something else"}] * 4
     scores = score_all({"light": Brightness(), "text": Quotes()}, MEDIA, PROMPTS, rows)
     assert scores["text"].applies.tolist() == [True, False, True, False]
@@ -135,7 +135,7 @@ def test_an_item_to_which_no_reward_applies_is_named():
         score_all({"text": Quotes(), "shape": Shapes()}, MEDIA, PROMPTS, [{"tag": "text"}] * 4)
 
 
-def test_a_failure_on_a_part_of_the_batch_says_so():
+def test_a_failure_on_a_part_of_the_batch_names_the_part():
     quotes = Quotes()
     quotes.applies_to = lambda row: row["prompt"] != PROMPTS[0]
     with pytest.raises(RewardError, match=r"item 0 quotes nothing \(counting only the 3 items to which it applies\)"):
@@ -156,7 +156,7 @@ def test_a_nan_from_one_of_several_rewards_is_an_error():
 
 
 @pytest.mark.parametrize("weight", [-1, math.nan, math.inf])
-def test_a_weight_that_is_no_weight_is_refused(weight):
+def test_an_invalid_weight_is_refused(weight):
     scores = score_all({"light": Brightness(), "text": Quotes()}, MEDIA, PROMPTS)
     with pytest.raises(RewardError, match="weight of reward 'text'"):
         weighted_sum(scores, {"light": 1, "text": weight})
@@ -168,7 +168,7 @@ def test_weights_must_name_the_same_rewards():
         weighted_sum(scores, {"light": 1, "txt": 1})
 
 
-def test_an_item_with_no_weight_left_is_named():
+def test_an_item_whose_rewards_all_have_weight_zero_is_named():
     scores = score_all({"light": Brightness(), "text": Quotes()}, MEDIA, PROMPTS)
     with pytest.raises(RewardError, match="item 1 has no reward of positive weight"):
         weighted_sum(scores, {"light": 0, "text": 1})
@@ -207,7 +207,7 @@ def test_par_is_the_mean_sigmoid_of_the_difference_to_the_references():
 
 
 @given(shift=st.floats(-5, 5))
-def test_par_sees_differences_only_and_stays_between_0_and_1(shift):
+def test_par_depends_on_differences_only_and_stays_between_0_and_1(shift):
     values, references = torch.tensor([-40.0, 0.3, 40.0]), torch.tensor([[0.0, 0.5]] * 3)
     shaped = centred_sigmoid(values, references)
     torch.testing.assert_close(centred_sigmoid(values + shift, references + shift), shaped, atol=1e-4, rtol=0)
@@ -236,19 +236,19 @@ def test_standardised_references_have_mean_0_and_deviation_1():
         standardised(references, torch.ones(3))
 
 
-def test_the_worst_case_is_the_lowest_member_that_applies():
+def test_the_worst_case_is_the_lowest_score_that_applies():
     scores = scores_of(a=[0.9, 0.1], b=[0.2, 0.8])
     scores["b"] = Scores(scores["b"].values, torch.tensor([True, False]))
     torch.testing.assert_close(worst_case(scores, {"a": 1.0, "b": 3.0}), torch.tensor([0.2, 0.1]))
 
 
-def test_uncertainty_takes_the_variance_of_the_members_off():
+def test_uncertainty_weighting_subtracts_the_variance_between_the_rewards():
     scores = scores_of(a=[1.0, 0.5], b=[0.0, 0.5])
     found = uncertainty_weighted(scores, {"a": 1.0, "b": 1.0}, penalty=2.0)
     torch.testing.assert_close(found, torch.tensor([0.5 - 2 * 0.25, 0.5]))
 
 
-def test_firm_s_forms_give_the_paper_s_numbers():
+def test_the_forms_of_firm_give_the_numbers_of_the_paper():
     # CME: execution (0.6 + 0.4 consistency); QMA: instruction (0.4 + 0.6 quality).
     scores = scores_of(base=[1.0, 0.5, 0.0], bonus=[0.0, 0.5, 1.0])
     torch.testing.assert_close(base_and_bonus(scores, "base", "bonus", 0.6), torch.tensor([0.6, 0.4, 0.0]))
@@ -260,7 +260,7 @@ def test_a_bonus_outside_0_to_1_is_refused_with_its_item():
         base_and_bonus(scores_of(base=[1.0, 1.0], bonus=[0.0, 1.5]), "base", "bonus", 0.4)
 
 
-def test_rewards_that_agree_are_trusted_and_others_less():
+def test_items_on_which_the_rewards_agree_get_more_trust():
     scores = scores_of(a=[0.5, 1.0], b=[0.5, 0.0])
     found = agreement(scores, {"a": 1.0, "b": 1.0}, scale=2.0)
     torch.testing.assert_close(found, torch.tensor([1.0, math.exp(-1.0)]))

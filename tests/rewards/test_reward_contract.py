@@ -113,7 +113,7 @@ def test_an_exception_in_a_reward_names_the_reward_and_stays_as_the_cause():
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_rewards_own_error_passes_unchanged():
+def test_a_rewards_own_error_is_raised_unchanged():
     own = RewardError("item 3 has no clause")
 
     def strict(media, prompts, metadata):
@@ -197,6 +197,6 @@ def test_a_function_may_say_that_it_needs_whole_groups():
 
 
 @pytest.mark.parametrize("target", [0.5, "ocr", Fixed])
-def test_what_is_no_function_is_no_reward(target):
+def test_an_object_that_is_no_function_is_refused_as_a_reward(target):
     with pytest.raises(RewardError, match="neither a Reward nor a function"):
         rewards.as_reward(target)

@@ -145,7 +145,7 @@ def test_an_installed_entry_point_is_a_name(source, monkeypatch):
         (":OCR", "must be written"),
     ],
 )
-def test_a_name_that_leads_nowhere_gets_one_sentence(name, words):
+def test_a_name_that_leads_nowhere_is_an_error_of_one_sentence(name, words):
     with pytest.raises(RewardError, match=words) as caught:
         rewards.load(name)
     assert "\n" not in str(caught.value)
@@ -166,7 +166,7 @@ def test_a_name_that_leads_nowhere_gets_one_sentence(name, words):
         ("LIMIT", {}, "'LIMIT' is neither a Reward nor a function"),
     ],
 )
-def test_a_wrong_name_or_option_in_a_file_gets_one_sentence(source, name, options, words):
+def test_a_wrong_name_or_option_in_a_file_is_an_error_of_one_sentence(source, name, options, words):
     with pytest.raises(RewardError, match=words) as caught:
         rewards.load(f"{source}:{name}", **options)
     assert "\n" not in str(caught.value)
@@ -208,6 +208,6 @@ def test_loading_one_reward_imports_no_other_and_nothing_of_flowalign(source):
         ("rewards.vlm_local:LocalVLM", "rewards.vlm.local"),
     ],
 )
-def test_the_spellings_of_earlier_recipes_go_on_working(spelling: str, module: str) -> None:
+def test_module_names_of_earlier_recipes_still_work(spelling: str, module: str) -> None:
     found = import_object(spelling)
     assert found.__module__ == module and found is import_object(f"{module}:{spelling.partition(':')[2]}")

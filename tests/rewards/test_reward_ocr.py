@@ -69,14 +69,14 @@ def test_a_score_lies_between_zero_and_one(target, lines, strict):
 
 
 @given(quotable, st.lists(st.integers(0, 12), max_size=3), st.booleans())
-def test_the_exact_text_scores_one_however_it_is_broken_into_lines(target, breaks, strict):
+def test_the_exact_text_scores_one_in_any_division_into_lines(target, breaks, strict):
     cuts = sorted({0, len(target), *(min(cut, len(target)) for cut in breaks)})
     lines = [target[start:end] for start, end in pairwise(cuts)]
     assert text_score(f'"{target}" on a wall', lines, strict=strict) == 1
 
 
 @given(quotable, texts, texts)
-def test_text_around_the_wanted_text_costs_only_when_strict(target, before, after):
+def test_text_around_the_wanted_text_lowers_only_the_strict_score(target, before, after):
     prompt, lines = f'a sign that says "{target}"', [before, target, after]
     assert text_score(prompt, lines) == 1
     wanted, extra = (len(plain(text)) for text in (target, before + after))
@@ -96,7 +96,7 @@ def test_text_around_the_wanted_text_costs_only_when_strict(target, before, afte
         ("a “Cafe\u0301\u00a0Noir”", ["Café\u3000noir"], 1),
     ],
 )
-def test_the_quoted_text_is_compared_as_it_is_read(prompt, lines, score):
+def test_the_quoted_text_is_compared_in_its_plain_form(prompt, lines, score):
     assert text_score(prompt, lines) == score
 
 
@@ -125,7 +125,7 @@ def test_a_letter_counts_for_one_text_only():
 
 @pytest.mark.parametrize("prompt", ["a sign", "", 'a sign that says "CAT', '""', 'a sign that says "  "', 'a 12" disc'])
 def test_a_prompt_that_quotes_no_text_is_an_error_that_names_it(prompt):
-    with pytest.raises(RewardError, match=r"'ocr': no text stands in quotes") as caught:
+    with pytest.raises(RewardError, match=r"'ocr': the prompt .* has no text in quotes") as caught:
         text_score(prompt, ["CAT"])
     assert repr(prompt) in str(caught.value)
 
@@ -154,13 +154,13 @@ def test_dots_and_accents_belong_to_their_line():
     assert [(top, bottom) for top, bottom, _, _ in found] == [(5, 20), (17, 34)]
 
 
-def test_a_speck_is_no_line_and_neither_is_nothing():
+def test_a_speck_and_an_empty_mask_give_no_line():
     assert ink_lines(mask((8, 17, 10, 30), (36, 38, 2, 4))) == ink_lines(mask((8, 17, 10, 30)))
     assert ink_lines(mask()) == []
 
 
 @given(st.lists(st.tuples(st.integers(6, 9), st.integers(4, 8)), min_size=1, max_size=5), st.integers(0, 30))
-def test_every_line_of_like_height_is_found(lines, left):
+def test_every_line_of_similar_height_is_found(lines, left):
     ink, top, tops = np.zeros((100, 40), dtype=bool), 3, []
     for height, gap in lines:
         ink[top : top + height, left : left + 10] = True
@@ -212,7 +212,7 @@ def test_ink_may_be_lighter_than_the_background_and_touch_the_edge(lines_reward,
     assert [line.replace(" ", "").upper() for line in lines_reward.read(cut[None])[0]] == ["MOON"]
 
 
-def test_a_picture_without_ink_has_no_lines_and_scores_zero(lines_reward, sign):
+def test_an_image_without_ink_has_no_lines_and_scores_zero(lines_reward, sign):
     media = torch.stack([sign([]), torch.zeros(3, 64, 64), sign(["CAT"])])
     assert lines_reward.read(media)[:2] == [[], []]
     assert rewards.score(lines_reward, media, ['"CAT"'] * 3).tolist() == [0, 0, 1]
@@ -249,7 +249,7 @@ def test_tilted_words_are_read_in_order(page_reward, side, tilt):
     assert page_reward.read(media) == [["LEFT", "RIGHT", "UP", "DOWN"]]
 
 
-def test_lines_mode_says_once_that_it_cannot_read_photographs(lines_reward, sign, caplog):
+def test_lines_mode_warns_once_that_it_cannot_read_photographs(lines_reward, sign, caplog):
     noisy = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     lines_reward.reader.warned = False
     lines_reward.read(torch.stack([sign(["CAT", "APPLE"]), sign([]), 1 - sign(["WATER"])]))
@@ -257,12 +257,12 @@ def test_lines_mode_says_once_that_it_cannot_read_photographs(lines_reward, sign
     lines_reward.read(noisy)
     lines_reward.read(noisy)
     assert [record.getMessage() for record in caplog.records] == [
-        "reward 'ocr': mode lines reads words on a plain background and nothing else; 3 of 3 pictures have no such "
-        "background, as photographs have none, and what is read in them is chance: use mode page"
+        "reward 'ocr': mode lines reads only words on a plain background, which 3 of 3 images do not have; "
+        "what it reads in them is chance: use mode page"
     ]
 
 
-def test_strict_makes_extra_text_cost(sign):
+def test_strict_lowers_the_score_for_extra_text(sign):
     media = torch.stack([sign(["OPEN", "SALE"])])
     loose, strict = (rewards.load("ocr", mode="lines", strict=strict) for strict in (False, True))
     assert rewards.score(loose, media, ['"SALE"']).item() == 1
@@ -287,7 +287,7 @@ CYRILLIC = str.maketrans("STOP", "\u0421\u0422\u041e\u041f")
 
 @pytest.fixture(scope="module")
 def cyrillic_reward(tmp_path_factory):
-    """A recogniser of one's own: a model and a list of its characters, in which four letters are Cyrillic ones."""
+    """A custom recogniser: a model and a list of its characters, four of which are Cyrillic."""
     folder = tmp_path_factory.mktemp("recogniser")
     model = next((Path(rapidocr.__file__).parent / "models").glob("*rec*.onnx"))
     (folder / "mine.onnx").symlink_to(model)
@@ -296,9 +296,9 @@ def cyrillic_reward(tmp_path_factory):
     return rewards.load("ocr", mode="lines", recogniser=str(folder / "mine.onnx"), keys=str(folder / "keys.txt"))
 
 
-def test_a_text_that_could_never_be_read_is_refused_by_name_before_anything_is_read(lines_reward, sign):
+def test_a_text_with_unknown_letters_is_refused_by_name_before_any_image_is_read(lines_reward, sign):
     prompt = f'a sign that says "{"STOP".translate(CYRILLIC)}"'
-    words = r"has no \u0441 \u0442 \u043e \u043f in its dictionary.*option recogniser"
+    words = r"does not know \u0441 \u0442 \u043e \u043f and cannot read.*option recogniser"
     for ask in (
         lambda: lines_reward.applies_to({"prompt": prompt}),
         lambda: rewards.score(lines_reward, sign(["STOP"])[None], [prompt]),
@@ -309,13 +309,13 @@ def test_a_text_that_could_never_be_read_is_refused_by_name_before_anything_is_r
         assert repr(prompt) in str(caught.value)
 
 
-def test_another_recogniser_reads_what_its_characters_are(cyrillic_reward, sign):
+def test_another_recogniser_reads_its_own_characters(cyrillic_reward, sign):
     prompt = f'a sign that says "{"STOP".translate(CYRILLIC)}"'
     assert cyrillic_reward.applies_to({"prompt": prompt})
     assert rewards.score(cyrillic_reward, sign(["STOP"])[None], [prompt]).item() == 1
 
 
-def test_whole_quoted_prompts_have_no_text_to_be_read(lines_reward):
+def test_whole_quoted_prompts_quote_no_text(lines_reward):
     assert not lines_reward.applies_to({"prompt": '"a cat on a mat"'})
     assert lines_reward.applies_to({"prompt": '"a sign that says ""OPEN"""'})
 
@@ -323,7 +323,7 @@ def test_whole_quoted_prompts_have_no_text_to_be_read(lines_reward):
 # What goes wrong
 
 
-def test_a_prompt_without_quotes_is_an_error_for_ocr_alone_and_left_out_beside_others(lines_reward, sign):
+def test_a_prompt_without_quotes_is_an_error_for_ocr_alone_and_is_left_to_other_rewards(lines_reward, sign):
     media, prompts = torch.stack([sign(["CAT"]), sign(["DOG"])]), ['a "CAT"', "a dog"]
     with pytest.raises(RewardError, match="'a dog'"):
         rewards.score(lines_reward, media, prompts)
@@ -363,7 +363,7 @@ def test_a_failing_engine_is_an_error_that_names_the_image(sign, monkeypatch):
         ({"recogniser": "none.onnx"}, r"'none.onnx' is neither .*; there is no such file"),
         ({"recogniser": __file__}, r"recogniser .*test_reward_ocr.py cannot be loaded: "),
         ({"keys": "none.txt"}, "keys none.txt cannot be loaded: FileNotFoundError"),
-        ({"keys": __file__}, r"keys .* has \d+ lines; its recogniser tells 18708 characters apart"),
+        ({"keys": __file__}, r"keys .* has \d+ lines, but the recogniser knows 18708 characters"),
     ],
 )
 def test_a_wrong_setting_is_named(options, words):
@@ -376,7 +376,7 @@ def test_only_images_can_be_read(lines_reward):
         lines_reward.read(torch.zeros(1, 2, 3, 64, 64))
 
 
-def test_the_engine_says_nothing_and_leaves_the_root_logger_alone(page, capfd):
+def test_the_engine_logs_nothing_and_leaves_the_root_logger_unchanged(page, capfd):
     root = logging.getLogger()
     before = root.level, list(root.handlers)
     reward = rewards.load("ocr", threads=1)

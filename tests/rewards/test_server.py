@@ -215,7 +215,9 @@ def test_a_group_is_never_split_between_requests():
 def test_a_group_beyond_the_servers_limits_is_refused_before_it_is_sent():
     with running({"above": AboveGroup()}, max_items=3) as url:
         remote = RemoteReward(f"{url}/above")
-        with pytest.raises(RewardError, match=r"4 items of shape \(3, 6, 5\) must go .* takes 3 of them \(max_items 3"):
+        with pytest.raises(
+            RewardError, match=r"4 items of shape \(3, 6, 5\) must be sent .* takes at most 3 of them \(max_items 3"
+        ):
             rewards.score(remote, pictures(4), ["p"] * 4)
         assert len(rewards.score(remote, pictures(4), ["p"] * 3 + ["q"])) == 4
 
@@ -227,7 +229,7 @@ def test_requests_keep_within_a_servers_bytes():
     assert sorted(size for size, _ in local.batches) == [1, 2, 2]
 
 
-def test_to_what_a_remote_reward_applies_is_asked_once_for_each_row():
+def test_a_server_is_asked_once_for_each_row_whether_its_reward_applies():
     local, asked = Contrast(), []
     local.applies_to = lambda row: (asked.append(row), Contrast.applies_to(local, row))[1]
     with running({"contrast": local, "brightness": Brightness()}) as url:
@@ -244,7 +246,7 @@ def test_a_reward_that_judges_everything_is_not_asked_whether_it_applies():
     assert remote.applies_to({"prompt": "x"})  # the server is gone
 
 
-def test_when_patience_is_over_the_error_names_the_server_and_its_trouble():
+def test_after_patience_is_over_the_error_names_the_server_and_its_failure():
     with running({"brightness": Brightness()}) as url:
         remote = RemoteReward(url, patience=0.4)
     begun = time.monotonic()
@@ -266,9 +268,9 @@ def test_a_server_that_is_too_slow_is_named_with_the_timeout():
     ("make", "message"),
     [
         (lambda url: RemoteReward(f"{url}/brihtness"), "serves no reward 'brihtness'; did you mean 'brightness'"),
-        (lambda url: RemoteReward(url), "serves brightness, contrast; say which, as in 'http.*/brightness'"),
+        (lambda url: RemoteReward(url), "serves brightness, contrast; name one of them, as in 'http.*/brightness'"),
         (lambda url: RemoteReward(f"127.0.0.1:{url}"), "must be written 'http://host:port/reward'"),
-        (lambda url: RemoteReward(f"{url}/contrast,{url}/contrast"), "is several addresses; give one, of a"),
+        (lambda url: RemoteReward(f"{url}/contrast,{url}/contrast"), "is several addresses; give one, and"),
         (lambda url: RemoteReward(f"{url}/contrast", batch=0), "batch must be a whole number of at least 1, not 0"),
         (lambda url: RemoteReward(f"{url}/contrast", timeout=0), "timeout must be a positive number of seconds"),
         (lambda url: RemoteReward(f"{url}/contrast", patience=-1), "patience must be at least 0 seconds, not -1"),
@@ -289,7 +291,7 @@ def test_a_wrong_address_fails_before_anything_is_scored(make, message):
 
 @pytest.mark.parametrize(
     ("protocol", "message"),
-    [({"protocol": 0, "version": "0"}, "flowalign 0, which speaks"), ({}, "no server of rewards")],
+    [({"protocol": 0, "version": "0"}, "flowalign 0 with protocol 0, but this"), ({}, "is not a reward server")],
 )
 def test_another_version_and_another_kind_of_server_are_refused(monkeypatch, protocol, message):
     def answer(self, *asked, **_):
@@ -300,7 +302,7 @@ def test_another_version_and_another_kind_of_server_are_refused(monkeypatch, pro
         RemoteReward("http://judge:8000/ocr")
 
 
-def test_the_token_of_the_environment_opens_a_server_and_no_other_does(monkeypatch):
+def test_only_the_token_of_the_environment_opens_a_server(monkeypatch):
     with running({"brightness": Brightness()}, token="s3cret") as url:
         monkeypatch.setenv("FLOWALIGN_TOKEN", "s3cret\n")
         assert len(rewards.score(RemoteReward(url), pictures(1), ["x"])) == 1
@@ -322,7 +324,7 @@ def test_nothing_is_served_beyond_this_machine_without_a_token(monkeypatch):
             serve({"brightness": Brightness()}, host)
 
 
-def test_a_port_in_use_is_one_sentence():
+def test_a_port_in_use_is_an_error_of_one_sentence():
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(RewardError, match="cannot listen at 127"),
@@ -330,13 +332,13 @@ def test_a_port_in_use_is_one_sentence():
         serve({"brightness": Brightness()}, port=taken.getsockname()[1])
 
 
-def test_what_cannot_be_served_is_refused():
+def test_rewards_and_names_that_cannot_be_served_are_refused():
     class Learner(TrainableReward):
         update = state_dict = load_state_dict = __call__ = lambda *_: None
 
     with pytest.raises(RewardError, match="'learner' learns during training and cannot be served"):
         app({"learner": Learner()})
-    with pytest.raises(RewardError, match=r"letters, digits, '_', '-' and '.', not 'a/b'"):
+    with pytest.raises(RewardError, match=r"letters, digits, '_', '-' and '.' only, .*; it is 'a/b'"):
         app({"a/b": Brightness()})
     with pytest.raises(RewardError, match="max_items must be at least 1, not 0"):
         app({"brightness": Brightness()}, max_items=0)
@@ -363,7 +365,7 @@ def test_health_and_errors_are_json_and_name_what_is_right():
     assert answer.status_code == 400 and "a text under 'prompt'" in answer.json()["error"]
 
 
-def test_pictures_may_come_as_png_for_people_with_curl():
+def test_images_may_be_sent_as_png_with_curl():
     file = io.BytesIO()
     Image.fromarray((pictures(1)[0] * 255).byte().permute(1, 2, 0).numpy()).save(file, format="PNG")
     body = json.dumps([{"png": base64_of(file.getvalue()), "prompt": "é", "metadata": {"a": 1}}]).encode()
@@ -409,10 +411,10 @@ def test_a_png_is_refused_by_its_stated_size_before_it_is_decoded(size, status):
     assert ("cannot be read" in sentence) == (status == 400)
 
 
-def test_what_is_too_large_is_refused_by_its_header_and_while_it_comes():
+def test_a_request_that_is_too_large_is_refused_by_its_header_and_while_it_arrives():
     service = client(max_items=2, max_bytes=1000)
     body = encode(pictures(3), ["x"] * 3, [{}] * 3)
-    assert "3 items; this server takes 2" in post(service, body).json()["error"]
+    assert "3 items; this server takes at most 2" in post(service, body).json()["error"]
     assert post(service, encode(pictures(3)[:, :, :1], ["x"] * 3, [{}] * 3)).status_code == 413
     assert post(service, encode(torch.zeros(1, 3, 9, 10), ["x"], [{}])).status_code == 413  # 1080 bytes as float32
     text = encode(pictures(1), ["x" * 2**22], [{}])
@@ -462,7 +464,7 @@ def test_a_full_queue_is_refused_with_a_time_and_a_patient_client_gets_its_turn(
         (Failing(RewardError("the engine failed"), OSError("gone")), 500, "the engine failed"),
     ],
 )
-def test_a_reward_that_fails_says_why_and_whose_fault_it_is(function, status, message):
+def test_a_failing_reward_answers_the_reason_and_whose_fault_it_is(function, status, message):
     with running({"judge": rewards.as_reward(function, "judge")}) as url:
         answer = post(httpx2, encode(pictures(1), ["x"], [{}]), path=f"{url}/score/judge")
         assert answer.status_code == status and "Traceback" not in answer.text
@@ -531,7 +533,7 @@ def test_no_malformed_request_gets_anything_but_an_explanation(service, sent):
         assert 10 < len(answer.json()["error"]) <= 1000 and "Traceback" not in answer.text
 
 
-def test_what_python_cannot_parse_is_refused_too(service):
+def test_requests_that_python_cannot_parse_are_refused_too(service):
     deep = b"[" * 10**5
     for body in (deep, b"1" * 5000, b'[{"png": "", "prompt": "\\ud800"}]', b"\xff\xfe", save({"other": pictures(1)})):
         for kind in (JSON, SAFETENSORS):
@@ -541,7 +543,7 @@ def test_what_python_cannot_parse_is_refused_too(service):
     assert service.post("/score/brightness", content=VALID, headers={"Content-Encoding": "gzip"}).status_code == 400
 
 
-def test_a_server_killed_and_restarted_in_mid_call_still_answers_the_call(processes):
+def test_a_server_killed_and_restarted_during_a_call_still_answers_it(processes):
     process = processes["killed"]
     url = process.url()
     remote = RemoteReward(f"{url}/slow", patience=20)
@@ -585,7 +587,7 @@ class Masking(Reward):
         return counts
 
 
-def test_what_a_served_reward_leaves_out_and_counts_reaches_the_client():
+def test_masked_items_and_counts_of_a_served_reward_reach_the_client():
     expected = rewards.score(Masking(), pictures(9), ["x"] * 9)
     assert 0 < expected.isnan().sum() < 9
     with running({"masking": Masking()}) as url:
@@ -597,7 +599,7 @@ def test_what_a_served_reward_leaves_out_and_counts_reaches_the_client():
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "all_proxy", "ALL_PROXY"])
-def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch, variable):
+def test_no_proxy_is_used_for_a_server_of_this_machine(monkeypatch, variable):
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")

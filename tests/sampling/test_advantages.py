@@ -156,7 +156,7 @@ def test_a_reward_that_applies_nowhere_has_no_advantages():
     assert reward_advantages(both, GROUPS, "global")[:, 1].tolist() == [0] * 4
 
 
-def test_summed_advantages_weigh_a_reward_of_little_spread_as_one_of_large_spread():
+def test_summed_advantages_weigh_a_reward_of_small_spread_like_one_of_large_spread():
     """By hand: group advantages (-1, 1, -1, 1) and (-1, 1, 1, -1), weights 3 and 1: (-4, 4, -2, 2) / sqrt(10)."""
     both = scored([[0.0, 100.0, 0.0, 100.0], [0.1, 0.2, 0.2, 0.1]], EVERYWHERE, [3.0, 1.0])
     expected = torch.tensor([-4.0, 4.0, -2.0, 2.0]) / 10**0.5
@@ -166,7 +166,7 @@ def test_summed_advantages_weigh_a_reward_of_little_spread_as_one_of_large_sprea
 
 
 @given(st.floats(0.01, 100), st.floats(-10, 10))
-def test_summed_advantages_do_not_see_the_scale_of_a_reward(scale, shift):
+def test_the_scale_of_a_reward_does_not_change_summed_advantages(scale, shift):
     values = torch.randn(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     moved = torch.stack([values[0] * scale + shift, values[1]])
     before, after = (scored(v.tolist(), EVERYWHERE, [1.0, 2.0]) for v in (values, moved))
@@ -191,13 +191,13 @@ def test_a_share_is_never_infinite():
     assert both.shares(torch.zeros(4, dtype=torch.bool)).tolist() == [[0] * 4, [0] * 4]
 
 
-def test_monitors_are_no_part_of_what_is_trained_on():
+def test_the_trained_table_has_no_monitors():
     both = scored([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]], [[True, True]] * 3, [1.0, 0.0, 2.0]).trained()
     assert both.names == ("a", "c") and both.weights.tolist() == [1, 2]
     assert both.values.tolist() == [[1, 2], [5, 7]] and both.applies.shape == (2, 2)
 
 
-def test_the_share_of_a_reward_that_applies_to_no_teaching_sample_is_zero_there():
+def test_the_share_of_a_reward_that_applies_to_no_teaching_sample_is_zero():
     both = scored([[1.0] * 4, [2.0] * 4], [[True] * 4, [False, False, True, True]], [1.0, 1.0])
     teaches = torch.tensor([True, True, False, False])
     assert both.shares(teaches)[1, teaches].tolist() == [0, 0]
@@ -240,7 +240,7 @@ def test_with_the_absolute_term_a_group_of_equal_rewards_teaches():
 
 
 def test_values_of_negative_rewards_are_refused():
-    with pytest.raises(ValueError, match="VGPO weighs steps by their values, so its rewards must be at least 0"):
+    with pytest.raises(ValueError, match="VGPO weighs steps by their values, so rewards must be at least 0"):
         value_advantages(torch.tensor([[0.1, -0.1], [0.2, 0.3]]), torch.zeros(2), discount=0.9, absolute=0.0)
 
 

@@ -16,7 +16,7 @@ def velocities() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
 
 
-def test_plain_guidance_goes_on_from_the_negative_through_the_positive_velocity() -> None:
+def test_plain_guidance_extrapolates_from_the_negative_through_the_positive_velocity() -> None:
     positive, negative = velocities()
     assert torch.equal(guided(positive, negative, 3.0), negative + 3.0 * (positive - negative))
     assert torch.equal(guided(positive, negative, 0.0), negative)

@@ -33,7 +33,7 @@ REDUCTIONS = [kl, squared_error, adaptive_error, *map(log_prob, DYNAMICS)]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_what_is_given_counts_for_nothing(reduction: Callable[..., torch.Tensor]) -> None:
+def test_the_given_part_of_a_latent_does_not_count(reduction: Callable[..., torch.Tensor]) -> None:
     """The first of 4 frames is given: its values change nothing, and the mean is that of the other frames alone."""
     a, b = drawn(0), drawn(1)
     mask = torch.ones(1, 1, 4, 1, 1, dtype=torch.bool)
@@ -47,14 +47,14 @@ def test_what_is_given_counts_for_nothing(reduction: Callable[..., torch.Tensor]
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_mask_that_is_true_everywhere_is_none(reduction: Callable[..., torch.Tensor]) -> None:
+def test_a_mask_that_is_true_everywhere_changes_nothing(reduction: Callable[..., torch.Tensor]) -> None:
     a, b = drawn(0), drawn(1)
     torch.testing.assert_close(
         reduction(a, b, mask=torch.ones(1, dtype=torch.bool)), reduction(a, b), rtol=1e-6, atol=0
     )
 
 
-def test_rows_may_have_masks_of_their_own_and_one_that_is_all_given_has_no_gradient() -> None:
+def test_rows_may_have_different_masks_and_a_fully_given_row_has_no_gradient() -> None:
     values = drawn(0).requires_grad_(True)
     mask = torch.zeros(3, 2, 4, 5, 5, dtype=torch.bool)
     mask[0] = True

@@ -32,11 +32,11 @@ def test_different_keys_have_different_noise(rows):
 
 
 @pytest.mark.parametrize("other", [(1, 2, 0), (0, 1, 2), (2, 1)])
-def test_a_key_is_its_numbers_in_their_order(other):
+def test_the_order_of_a_keys_numbers_matters(other):
     assert not torch.equal(noise([(1, 2)]), noise([other]))
 
 
-def test_drawing_leaves_the_global_generator_alone():
+def test_drawing_leaves_the_global_generator_unchanged():
     torch.manual_seed(0)
     expected = torch.randn(3)
     torch.manual_seed(0)
@@ -56,7 +56,7 @@ def test_noise_of_many_keys_is_standard_normal():
     assert products.mean().abs() < 5 / len(products) ** 0.5
 
 
-def test_generators_of_one_key_draw_the_same_numbers():
+def test_generators_with_the_same_key_draw_the_same_numbers():
     first, second = (torch.randperm(50, generator=counted_generator(2, 0, 5)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.randperm(50, generator=counted_generator(2, 0, 6)))

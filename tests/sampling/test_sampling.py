@@ -164,9 +164,7 @@ means, spreads = st.floats(-3, 3), st.floats(0.4, 2)
 @pytest.mark.parametrize("dynamics", GAUSSIAN)
 @settings(max_examples=15)
 @given(mu=means, s=spreads, noise_level=st.floats(0.05, 1), start=st.floats(0.3, 0.9))
-def test_marginals_tend_to_the_flows_at_every_step_like_one_over_the_number_of_steps(
-    dynamics, mu, s, noise_level, start
-):
+def test_the_error_of_the_marginals_falls_like_one_over_the_number_of_steps(dynamics, mu, s, noise_level, start):
     worst = []
     for steps in (100, 400):
         mean_error, error = marginal_errors(dynamics, noise_level, grid(start, steps), *one_dimension(mu, s))
@@ -178,7 +176,7 @@ def test_marginals_tend_to_the_flows_at_every_step_like_one_over_the_number_of_s
 
 @pytest.mark.parametrize("dynamics", GAUSSIAN)
 @pytest.mark.parametrize("noise_level", [0.2, 0.7, 1.0])
-def test_marginals_of_correlated_data_tend_to_the_flows_too(dynamics, noise_level):
+def test_marginals_of_correlated_data_converge_to_the_flows_too(dynamics, noise_level):
     mu = torch.tensor([1.0, -2.0], dtype=torch.float64)
     covariance = torch.tensor([[1.5, -0.8], [-0.8, 0.7]], dtype=torch.float64)
     worst = []
@@ -198,7 +196,7 @@ def test_dance_sde_keeps_the_marginals_from_pure_noise_on():
 
 
 @pytest.mark.parametrize("noise_level", [0.5, 0.7])
-def test_flow_sde_starts_from_pure_noise_with_an_excess_that_fades_as_the_grid_is_refined(noise_level):
+def test_flow_sdes_excess_variance_from_pure_noise_fades_with_more_steps(noise_level):
     first, later = [], []
     for steps in (800, 1600):
         _, error = marginal_errors("flow_sde", noise_level, grid(1.0, steps), *one_dimension(1.5, 1.0))
@@ -209,7 +207,7 @@ def test_flow_sde_starts_from_pure_noise_with_an_excess_that_fades_as_the_grid_i
 
 
 @given(mu=means, s=st.floats(0, 2), noise_level=st.floats(0, 1), sigma=st.floats(0.05, 0.95))
-def test_a_cps_step_that_stays_loses_variance_in_closed_form(mu, s, noise_level, sigma):
+def test_a_cps_step_with_equal_sigmas_loses_variance_as_in_closed_form(mu, s, noise_level, sigma):
     mean_error, error = marginal_errors("cps", noise_level, grid(sigma, 1, end=sigma), *one_dimension(mu, s))
     a, c = (1 - sigma) ** 2 * s**2, math.cos(noise_level * math.pi / 2)
     assert mean_error.abs().max() < 1e-10
@@ -217,7 +215,7 @@ def test_a_cps_step_that_stays_loses_variance_in_closed_form(mu, s, noise_level,
 
 
 @given(mu=means, noise_level=st.floats(0, 1), sigmas=st.lists(st.floats(0.01, 1), min_size=2, max_size=8, unique=True))
-def test_cps_keeps_the_marginals_of_a_single_picture_at_any_step_size(mu, noise_level, sigmas):
+def test_cps_keeps_the_marginals_of_a_single_image_at_any_step_size(mu, noise_level, sigmas):
     schedule = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64)
     mean_error, error = marginal_errors("cps", noise_level, schedule, *one_dimension(mu, 0.0))
     assert mean_error.abs().max() < 1e-10
@@ -225,7 +223,7 @@ def test_cps_keeps_the_marginals_of_a_single_picture_at_any_step_size(mu, noise_
 
 
 @pytest.mark.parametrize("noise_level", [0.3, 0.7, 0.9])
-def test_cps_at_a_fixed_noise_level_tends_to_narrower_marginals(noise_level):
+def test_cps_at_a_fixed_noise_level_converges_to_narrower_marginals(noise_level):
     s, c, gaps = 1.2, math.cos(noise_level * math.pi / 2), []
     for steps in (500, 2000):
         schedule = grid(1.0, steps)
@@ -266,7 +264,7 @@ def test_a_memoryless_step_is_the_posterior_of_the_noising_process(sigma, fracti
 
 @pytest.mark.parametrize("start", [1.0, 0.8])
 @pytest.mark.parametrize("s", [0.5, 1.2])
-def test_memoryless_dynamics_keep_the_marginals_as_the_grid_is_refined(start, s):
+def test_memoryless_dynamics_keep_the_marginals_in_the_limit_of_many_steps(start, s):
     worst = []
     for steps in (100, 400):
         mean_error, error = marginal_errors("memoryless", None, grid(start, steps), *one_dimension(1.5, s))
@@ -277,7 +275,7 @@ def test_memoryless_dynamics_keep_the_marginals_as_the_grid_is_refined(start, s)
 
 
 @pytest.mark.parametrize("start", [1.0, 0.9, 0.5])
-def test_finished_samples_remember_of_the_first_noise_what_the_noising_process_leaves(start):
+def test_finished_samples_depend_on_the_first_noise_as_in_the_noising_process(start):
     """Cov(x0, x_sigma) / Var(x_sigma) = (1 - sigma) s^2 / V: nothing at sigma = 1, where Flow-SDE's still do."""
     s, ends = 1.2, {}
     for dynamics, level in (("memoryless", None), ("flow_sde", 0.7)):
@@ -330,7 +328,7 @@ def test_dpm_solver_needs_fewer_steps_from_pure_noise_than_euler():
     assert solved("dpm++", grid(1.0, 5).float()) < 0.6 * solved("euler", grid(1.0, 5).float())
 
 
-def test_the_first_step_of_dpm_solver_is_ddims_and_its_last_the_predicted_picture():
+def test_dpm_solvers_first_step_is_ddims_and_its_last_gives_the_predicted_image():
     sigmas = torch.tensor([1.0, 0.7, 0.3, 0.0])
     solve = ode_solver("dpm++", sigmas)
     x, v = numbers(3, 2, 5, dtype=torch.float32), numbers(3, 2, 5, seed=1, dtype=torch.float32)
@@ -351,7 +349,7 @@ def test_a_solver_of_lower_precision_gives_float32():
 
 
 @pytest.mark.parametrize("dynamics", NOISY)
-def test_without_noise_a_step_is_the_odes_and_says_nothing_of_probability(dynamics):
+def test_without_noise_a_step_is_the_odes_and_has_log_probability_zero(dynamics):
     step = any_step(dynamics, noise_level=0.0)
     expected = ode_step(numbers(3, 2, 5, seed=1), numbers(3, 2, 5), 0.6, 0.5)
     torch.testing.assert_close(step.mean, expected)
@@ -376,7 +374,7 @@ def test_ode_steps_are_exact_for_a_constant_velocity(start, end, steps):
     torch.testing.assert_close(state, x + (end - start) * velocity, atol=1e-12, rtol=0)
 
 
-def test_sigma_max_stands_in_at_sigma_one_and_matters_nowhere_else():
+def test_sigma_max_replaces_sigma_one_and_matters_nowhere_else():
     a, sigma_max, sigma_next = 0.7, 0.9, 0.8
     step = any_step(
         "flow_sde",
@@ -394,7 +392,7 @@ def test_sigma_max_stands_in_at_sigma_one_and_matters_nowhere_else():
             torch.testing.assert_close(ours[1:], theirs[1:], rtol=0, atol=0)
 
 
-def test_flow_sde_at_sigma_one_asks_for_sigma_max():
+def test_flow_sde_at_sigma_one_needs_sigma_max():
     with pytest.raises(ValueError, match="sigma_max, the schedule's second value"):
         any_step("flow_sde", sigma=torch.tensor([0.5, 1.0, 0.5]), sigma_next=0.4)
 
@@ -409,7 +407,7 @@ def test_the_last_step_of_flow_sde_is_finite():
 
 
 @pytest.mark.parametrize("dynamics", ["cps", "memoryless"])
-def test_a_step_to_zero_gives_the_predicted_picture_without_noise(dynamics):
+def test_a_step_to_sigma_zero_gives_the_predicted_image_without_noise(dynamics):
     step = any_step(dynamics, sigma=0.3, sigma_next=0.0)
     torch.testing.assert_close(step.next_sample, numbers(3, 2, 5) - 0.3 * numbers(3, 2, 5, seed=1))
     assert step.log_prob.tolist() == [0, 0, 0]
@@ -434,7 +432,7 @@ def test_float64_stays_and_lower_precision_is_computed_in_float32(dynamics):
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_rows_with_sigmas_of_their_own_equal_separate_calls(dynamics):
+def test_rows_with_different_sigmas_equal_separate_calls(dynamics):
     sigma, sigma_next = torch.tensor([1.0, 0.7, 0.2]), torch.tensor([0.9, 0.4, 0.1])
     noise = numbers(3, 2, 5, seed=9)
     together = any_step(dynamics, sigma=sigma, sigma_next=sigma_next, sigma_max=0.9, noise=noise)
@@ -484,7 +482,7 @@ def test_a_generator_decides_the_draw(dynamics):
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS)
-def test_the_log_probability_teaches_the_velocity(dynamics):
+def test_the_log_probability_has_a_gradient_for_the_velocity(dynamics):
     """Its gradient is that of the residual: a step drawn above its mean pulls the mean up."""
     velocity = numbers(3, 2, 5, seed=1).requires_grad_()
     drawn = any_step(dynamics)

@@ -39,7 +39,7 @@ def exact_detections(scene):
 # The judge
 
 
-def test_the_detector_sees_the_classes_and_colours_of_nearly_all_pictures():
+def test_the_detector_finds_the_classes_and_colours_in_nearly_all_images():
     wrong, total = [], 0
     for task in TASKS:
         for metadata, scene in scenes_of(task, 100):
@@ -50,21 +50,21 @@ def test_the_detector_sees_the_classes_and_colours_of_nearly_all_pictures():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_nearly_all_pictures_of_a_prompt_are_judged_correct(task):
+def test_nearly_all_images_of_a_prompt_are_judged_correct(task):
     verdicts = [judge(detect(render(scene)), metadata).correct for metadata, scene in scenes_of(task, 60, seed=1)]
     assert verdicts.count(False) <= 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("color", PALETTE)
-def test_a_box_is_found_to_two_pixels(shape, color):
+def test_a_box_is_found_within_two_pixels(shape, color):
     item = Item(shape, color, 20, 13, 24)
     (found,) = detect(render(Scene(items=(item,))))
     assert (found["class"], found["color"]) == (shape, color)
     assert np.abs(np.subtract(found["box"], item.box)).max() <= 2
 
 
-def test_an_empty_picture_and_a_sign_hold_no_shapes_of_the_palette():
+def test_an_empty_image_and_a_sign_hold_no_shapes_of_the_palette():
     assert detect(render(Scene())) == []
     signs = [grammar.sign_scene(["CAT", "MOON"], np.random.default_rng(seed)) for seed in range(20)]
     assert sum(len(detect(render(scene))) for scene in signs) <= 10  # an O is nearly a black ring
@@ -81,7 +81,7 @@ def test_the_detector_takes_batches_of_tensors():
 
 
 @given(st.sampled_from(TASKS), st.integers(0, 2**32))
-def test_the_same_scene_is_drawn_the_same_and_a_seed_decides_the_scene(task, seed):
+def test_a_scene_is_always_drawn_the_same_and_the_seed_decides_the_scene(task, seed):
     metadata = grammar.task_prompts(task)[seed % len(grammar.task_prompts(task))]
     first, second = (grammar.shape_scene(metadata, np.random.default_rng(seed)) for _ in range(2))
     assert first == second
@@ -138,7 +138,7 @@ def test_an_unknown_task_is_answered_with_the_known_ones():
         grammar.task_prompts("colour")
 
 
-def test_the_bundled_lists_are_those_that_the_code_makes(tmp_path):
+def test_the_bundled_lists_are_those_that_the_code_writes(tmp_path):
     write_prompts(tmp_path)
     for name in (name for name in BUNDLED.values() if name.startswith("toyworld/")):
         bundled = asset(name)
@@ -154,14 +154,14 @@ def test_training_and_held_out_prompts_are_disjoint(kind):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_lists_of_shapes_hold_as_many_rows_of_every_task(held_out):
+def test_lists_of_shapes_hold_equally_many_rows_of_every_task(held_out):
     rows = load_prompts(f"toyworld/shapes_{'test' if held_out else 'train'}")
     counts = Counter(row.metadata["tag"] for row in rows)
     assert set(counts) == set(TASKS)
     assert len(set(counts.values())) == 1
 
 
-def test_the_held_out_words_are_on_no_sign_to_train_on():
+def test_no_training_sign_has_a_held_out_word():
     train, test = (
         {word for row in load_prompts(f"toyworld/words_{side}") for word in quoted_text(row.prompt).split()}
         for side in ("train", "test")
@@ -201,7 +201,7 @@ def test_different_signs_have_different_tokens_that_spell_them(tokenizer, lines)
     assert "".join(tokens[5:-1]) == " ".join(lines)
 
 
-def test_no_prompt_of_the_grammar_is_unknown_or_too_long(tokenizer):
+def test_the_tokenizer_knows_every_prompt_of_the_grammar_and_none_is_too_long(tokenizer):
     for prompt in all_prompts():
         ids = tokenizer(prompt).input_ids
         assert tokenizer.unk_token_id not in ids, prompt
@@ -221,7 +221,7 @@ def cached_latents(tokenizer):
 
 
 @pytest.mark.slow
-def test_a_killed_pretraining_goes_on_to_the_same_weights(tmp_path, tokenizer):
+def test_a_killed_pretraining_resumes_to_the_same_weights(tmp_path, tokenizer):
     data = cached_latents(tokenizer)
 
     def train(folder, steps):

@@ -36,7 +36,7 @@ def clean_and_damaged(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-def test_the_artifact_judge_finds_damage_of_kinds_it_never_saw() -> None:
+def test_the_artifact_judge_finds_kinds_of_damage_that_it_never_saw() -> None:
     assert not set(KINDS) & set(HELD_OUT)
     clean, bad = clean_and_damaged(100)
     judge = rewards.load("artifact", head=HEAD)
@@ -45,7 +45,7 @@ def test_the_artifact_judge_finds_damage_of_kinds_it_never_saw() -> None:
     assert (ranks.sum() - 100 * 101 / 2) / 100**2 >= 0.95
 
 
-def test_the_map_is_redder_where_the_damage_is() -> None:
+def test_the_map_is_higher_where_the_damage_is() -> None:
     clean, _ = clean_and_damaged(40)
     bad = clean.clone()
     bad[:, :, 36:56, 36:56] = torch.rand(40, 3, 20, 20, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def test_the_judge_keeps_the_contract() -> None:
     assert [finding for finding in rewards.check(rewards.load("artifact", head=HEAD)) if finding.passed is False] == []
 
 
-def test_alike_prompts_differ_in_little_are_true_to_their_scenes_and_not_held_out() -> None:
+def test_similar_prompts_differ_little_fit_their_scenes_and_are_not_held_out() -> None:
     found = alike_examples(0, 6, 0, 32, shapes=0.8)
     assert len(found) == len({prompt for prompt, _ in found}) == 32
     assert not {prompt for prompt, _ in found} & held_out_prompts()
@@ -68,7 +68,7 @@ def test_alike_prompts_differ_in_little_are_true_to_their_scenes_and_not_held_ou
         assert prompt == sign_prompt(scene.lines) if scene.lines else also_true([prompt], [scene]).all()
 
 
-def test_the_better_picture_of_a_pair_is_true_and_the_other_is_not_or_is_damaged() -> None:
+def test_the_preferred_image_of_a_pair_fits_the_prompt_and_the_other_does_not_or_is_damaged() -> None:
     found = list(pairs(alike_examples(0, 6, 1, 32, shapes=1.0), list(KINDS.values()), np.random.default_rng(0)))
     rows = shape_rows()
     for (prompt, better, worse), damage in found:
@@ -78,7 +78,7 @@ def test_the_better_picture_of_a_pair_is_true_and_the_other_is_not_or_is_damaged
 
 
 @pytest.mark.slow
-def test_the_world_s_preference_chooses_the_better_picture_of_held_out_prompts_and_kinds_of_damage() -> None:
+def test_the_worlds_preference_prefers_the_better_image_for_held_out_prompts_and_damage() -> None:
     found = held_out_pairs(3, 256, list(HELD_OUT.values()))
     reward = rewards.load("pickscore", model="toyworld/judges/preference")
     right, damage = right_choices(reward, [pair for pair, _ in found]), torch.tensor([bad for _, bad in found])
@@ -90,7 +90,7 @@ def test_the_world_s_preference_chooses_the_better_picture_of_held_out_prompts_a
 
 
 @pytest.mark.slow
-def test_the_judges_script_makes_each_stage_from_the_one_before(tmp_path: Path) -> None:
+def test_the_judges_script_builds_each_stage_from_the_one_before(tmp_path: Path) -> None:
     few = [f"--{stage}-steps=2" for stage in ("vit", "clip", "damage", "alike", "preference")]
     for stages in ("vit,clip,damage", "alike,aesthetic,preference"):
         done = script("pretrain_judges", "--output", str(tmp_path), "--stages", stages, "--rounds=1", *few)

@@ -1,4 +1,4 @@
-"""The CLIP on the vision transformer, and the taste on its embeddings."""
+"""The CLIP on the vision transformer, and the aesthetic head on its embeddings."""
 
 import copy
 import re
@@ -30,7 +30,7 @@ from flowalign.toyworld.making.training import (
 )
 from flowalign.toyworld.render import SIZE
 
-SHARE_OF_SHAPES = 0.75  # whose prompts take longer to tell apart than signs
+SHARE_OF_SHAPES = 0.75  # more than signs, since prompts of shapes take longer to tell apart
 
 
 def clip_tower_state(vit: nn.Module) -> dict[str, torch.Tensor]:
@@ -88,25 +88,26 @@ def new_clip(vit: nn.Module) -> CLIPModel:
 
 
 def train_clip(vit: nn.Module, seed: int, steps: int, batch: int, log: Log) -> CLIPModel:
-    """A CLIPModel whose image tower starts as `vit` and keeps the first half of it."""
+    """A CLIPModel whose image tower starts as `vit`; the tower's first half stays frozen."""
     torch.manual_seed(seed + 1)
     clip = new_clip(vit)
     for part in (clip.vision_model.embeddings, clip.vision_model.encoder.layers[: DEPTH // 2]):
-        part.requires_grad_(False)  # what covers a patch is known; what it means together is learnt
+        part.requires_grad_(False)  # it knows what covers a patch; the rest learns what the patches mean together
     _contrast("clip", clip, lambda step: examples(seed, 1, step, batch), (seed, 1), steps, 1.5e-3, log)
     return clip
 
 
 def sharpen_clip(clip: CLIPModel, seed: int, steps: int, batch: int, log: Log) -> CLIPModel:
-    """Go on with `train_clip`'s model on batches in which each second prompt differs in a word or two from another.
+    """`train_clip`'s model, trained further on batches in which every second prompt differs in a word or two from
+    another.
 
-    Which shapes there are tells most prompts of a random batch apart; these ask for colours, numbers, places as well.
+    In a random batch the shapes alone tell most prompts apart; in these batches colours, numbers and places count too.
     """
     torch.manual_seed(seed + 3)
     clip.requires_grad_(True)
     clip.vision_model.embeddings.requires_grad_(False)
     _contrast(
-        "clip's eye for a word",
+        "clip on similar prompts",
         clip,
         lambda step: alike_examples(seed, 6, step, batch, SHARE_OF_SHAPES),
         (seed, 6),
@@ -126,9 +127,9 @@ def _contrast(
     rate: float,
     log: Log,
 ) -> None:
-    """Train on `draw(step)` with CLIP's loss, noise of (seed, stage) `key`.
+    """Trains on `draw(step)` with CLIP's loss; the noise depends on `key`, which is (seed, stage).
 
-    A quarter of the pictures are spoilt, and a linear layer must tell how much, so that embeddings show it.
+    A quarter of the images are spoilt, and a linear layer must predict how much, so that the embeddings show it.
     """
     tokenizer, taste = make_tokenizer(), nn.Linear(WIDTH, 1)
 
@@ -147,13 +148,13 @@ def _contrast(
 
 @torch.no_grad()
 def image_features(clip: CLIPModel, images: torch.Tensor) -> torch.Tensor:
-    """Embeddings (B, D) of length 1 of images (B, 3, 64, 64) in [0, 1]."""
+    """Embeddings (B, D), of length 1, of images (B, 3, 64, 64) in [0, 1]."""
     pixels = (images - MEAN[0]) / STD[0]
     return F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
 
 
 def fit_aesthetic(clip: CLIPModel, seed: int, batches: int, log: Log) -> dict[str, torch.Tensor]:
-    """Ridge regression of the rating on the embedding, in the layout of the published head, one layer."""
+    """A ridge regression of the rating on the embedding, as a head of one layer in the published layout."""
     found = [
         (image_features(clip, images), rating)
         for images, rating in (quality_examples(seed, i, 256) for i in range(batches))
@@ -162,12 +163,12 @@ def fit_aesthetic(clip: CLIPModel, seed: int, batches: int, log: Log) -> dict[st
     inputs = F.pad(features, (0, 1), value=1.0)
     solution = torch.linalg.solve(inputs.T @ inputs + 1e-3 * torch.eye(WIDTH + 1).double(), inputs.T @ ratings)
     error = (inputs @ solution - ratings).square().mean().sqrt().item()
-    log(f"aesthetic: {len(ratings)} pictures, error {error:.2f} of a spread of {ratings.std().item():.2f}")
+    log(f"aesthetic: {len(ratings)} images, error {error:.2f} of a spread of {ratings.std().item():.2f}")
     return {"layers.0.weight": solution[None, :-1].float().contiguous(), "layers.0.bias": solution[-1:].float()}
 
 
 def save_clip(clip: CLIPModel, folder: Path) -> None:
-    """Write the CLIP in half precision with its tokenizer and image processor as a transformers folder."""
+    """Writes the CLIP in half precision, with its tokenizer and image processor, as a transformers folder."""
     copy.deepcopy(clip).half().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
@@ -175,5 +176,5 @@ def save_clip(clip: CLIPModel, folder: Path) -> None:
 
 
 def save_aesthetic(head: dict[str, torch.Tensor], file: Path) -> None:
-    """Write the head as safetensors."""
+    """Writes the head as safetensors."""
     save_tensors(file, head)

@@ -1,4 +1,4 @@
-"""Prompts with true scenes for training the judges, prompts that differ little, and prompts that are held out."""
+"""Prompts with scenes that fulfil them, for training the judges: random, similar and held-out ones."""
 
 import functools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from flowalign.toyworld.tasks import Metadata
 from rewards.geneval import TASKS, judge
 
 SHARE_OF_SHAPES = 0.6
-_LOOKED_AT = 64  # how many prompts of a task are looked at for the one most like another
+_LOOKED_AT = 64  # random prompts of a task among which the most similar one is chosen
 
 Example = tuple[str, Scene]
 
@@ -27,7 +27,7 @@ def held_out_prompts() -> frozenset[str]:
 
 
 def examples(seed: int, stage: int, step: int, count: int, shapes: float = SHARE_OF_SHAPES) -> list[Example]:
-    """`count` different prompts, a share `shapes` of them of shapes and none held out, and true scenes."""
+    """`count` different prompts, none of them held out, with scenes; a share `shapes` is of shapes, the rest signs."""
     rng = np.random.default_rng([seed, stage, step])
     pool, held_out = grammar.words(held_out=False), held_out_prompts()
     found: dict[str, Scene] = {}
@@ -40,7 +40,7 @@ def examples(seed: int, stage: int, step: int, count: int, shapes: float = SHARE
 
 @functools.cache
 def shape_rows() -> dict[str, Metadata]:
-    """The metadata row of every shape prompt, by prompt, held out or not."""
+    """The metadata rows of all shape prompts, held out or not, by prompt."""
     return {row["prompt"]: row for task in TASKS for row in grammar.task_prompts(task)}
 
 
@@ -50,9 +50,9 @@ def _trained_rows(task: str) -> list[Metadata]:
 
 
 def sibling(prompt: str, scene: Scene, rng: np.random.Generator) -> Example:
-    """A prompt that differs in a word or two, or in one letter of a sign, and a scene true to it; none is held out.
+    """A similar prompt that is not held out, with a scene; it differs in a word or two, or in one letter of a sign.
 
-    "a star and a ring" and "a ring and a star" are the same choice, so neither is the other's sibling.
+    "a star and a ring" and "a ring and a star" mean the same, so neither is the other's sibling.
     """
     if scene.lines:
         return _respelt(scene.lines, rng)
@@ -82,12 +82,12 @@ def _respelt(lines: Sequence[str], rng: np.random.Generator) -> Example:
 
 
 def alike_examples(seed: int, stage: int, step: int, count: int, shapes: float) -> list[Example]:
-    """At most `count` examples with different prompts, nearly each second one the sibling of the one before it."""
+    """At most `count` examples with different prompts; nearly every second one is the sibling of the one before it."""
     rng = np.random.default_rng([seed, stage, step, 1])
     found: dict[str, Scene] = {}
     for prompt, scene in examples(seed, stage, step, 5 * count // 8, shapes):  # siblings may be there already
-        for text, picture in ((prompt, scene), sibling(prompt, scene, rng)):
-            found.setdefault(text, picture)
+        for text, drawn in ((prompt, scene), sibling(prompt, scene, rng)):
+            found.setdefault(text, drawn)
     return list(found.items())[:count]
 
 
@@ -97,7 +97,7 @@ def held_out_shapes() -> dict[str, Metadata]:
 
 
 def held_out_examples(seed: int, count: int) -> tuple[list[str], list[Scene]]:
-    """`count` different held-out prompts, half of them of shapes and half signs, and true scenes."""
+    """`count` different held-out prompts, half of shapes and half of signs, with scenes that fulfil them."""
     rng = np.random.default_rng([seed, 9])
     shapes = held_out_shapes()
     chosen = [str(prompt) for prompt in rng.permutation(list(shapes))[: count // 2]]
@@ -108,7 +108,7 @@ def held_out_examples(seed: int, count: int) -> tuple[list[str], list[Scene]]:
 
 
 def also_true(prompts: Sequence[str], scenes: Sequence[Scene]) -> torch.Tensor:
-    """Whether scene i, drawn from some prompt of shapes or a sign, is true to prompt j by the exact judge: (B, P)."""
+    """(B, P) bool: whether scene i fulfils prompt j by the exact judge; a scene of a sign fulfils none here."""
     shapes = shape_rows()
     found = torch.zeros(len(scenes), len(prompts), dtype=torch.bool)
     for i, scene in enumerate(scenes):
@@ -119,10 +119,10 @@ def also_true(prompts: Sequence[str], scenes: Sequence[Scene]) -> torch.Tensor:
 
 
 def pictures(scenes: Sequence[Scene]) -> torch.Tensor:
-    """(B, 3, 64, 64) in [0, 1]."""
+    """The scenes' images (B, 3, 64, 64) in [0, 1]."""
     return as_pictures([render(scene) for scene in scenes])
 
 
 def as_pictures(drawn: Sequence[np.ndarray]) -> torch.Tensor:
-    """(B, 3, H, W) in [0, 1] of B pictures (H, W, 3), uint8."""
+    """A tensor (B, 3, H, W) in [0, 1] of B images (H, W, 3), uint8."""
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255

@@ -1,4 +1,4 @@
-"""How well a folder's judges judge held-out prompts, through the rewards that use them."""
+"""Measures how well a folder's judges judge held-out prompts, through the rewards that use them."""
 
 from pathlib import Path
 
@@ -22,9 +22,9 @@ from rewards.backbones.clip import ClipFeatures
 
 
 def measure(folder: Path, log: Log, rounds: int) -> None:
-    """Log how well those of the CLIP, the aesthetic head and the preference judge that are in a folder.
+    """Logs how well the CLIP, the aesthetic head and the preference judge, where the folder has them.
 
-    The CLIP is tried on `rounds` times 64 pictures, the preference on as many pairs.
+    The CLIP is measured on `rounds` times 64 images, the preference on at most as many pairs.
     """
     if (folder / "clip").is_dir():
         measure_clip(folder, log, rounds)
@@ -35,10 +35,11 @@ def measure(folder: Path, log: Log, rounds: int) -> None:
 
 
 def measure_clip(folder: Path, log: Log, rounds: int) -> None:
-    """Log how often a picture's own prompt is first among 64, over `rounds` times 64 pictures.
+    """Logs how often an image's own prompt is first among 64, over `rounds` times 64 images.
 
-    A picture of a star above a ring is also one "of a star and a ring": the choice among 64 prompts at random is
-    counted with and without the others that are true, that among the 64 most alike in spelling without them.
+    An image of a star above a ring also fulfils "a star and a ring". The choice among 64 random prompts is therefore
+    counted both with and without other prompts that the image fulfils, and that among the 64 prompts of the most
+    similar spelling without them.
     """
     clip = ClipFeatures(str(folder / "clip"), "clipscore", batch_size=64, device="cpu")
     known = [*held_out_shapes(), *(grammar.sign_prompt([word]) for word in grammar.words(held_out=True))]
@@ -63,26 +64,24 @@ def measure_clip(folder: Path, log: Log, rounds: int) -> None:
 
 
 def measure_aesthetic(folder: Path, log: Log) -> None:
-    """Log how the aesthetic head's scores go with the made-up rating."""
+    """Logs how well the aesthetic head's scores agree with the synthetic rating."""
     taste = load("aesthetic", model=str(folder / "clip"), head=str(folder / "aesthetic.safetensors"), device="cpu")
     images, rating = quality_examples(1000, 0, 512)
     scores = score(taste, images, [""] * len(images))
     better = (scores[rating == 10][:, None] > scores[rating < 10][None]).float().mean().item()
     fit = torch.corrcoef(torch.stack([scores, rating]))[0, 1].item()
-    log(
-        f"aesthetic: correlation {fit:.3f} with the rating; a clean picture above a spoilt one in {better:.1%} of pairs"
-    )
+    log(f"aesthetic: correlation {fit:.3f} with the rating; a clean image above a spoilt one in {better:.1%} of pairs")
 
 
 def right_choices(reward: Reward, found: list[Pair]) -> torch.Tensor:
-    """Whether the reward scores the preferred picture of each pair higher: (B,), bool."""
+    """(B,) bool: whether the reward scores the preferred image of each pair higher."""
     prompts, better, worse = zip(*found, strict=True)
     scores = [score(reward, as_pictures(drawn), list(prompts)) for drawn in (better, worse)]
     return scores[0] > scores[1]
 
 
 def measure_preference(folder: Path, log: Log, rounds: int) -> None:
-    """Log how often PickScore on the preference, and on the CLIP it began as, prefers the better of two pictures."""
+    """Logs how often PickScore prefers the better of two images, with the preference and with the CLIP it began as."""
     for name in ("preference", "clip"):
         reward = load("pickscore", model=str(folder / name), device="cpu")
         for title, kinds in (("known", KINDS), ("held-out", HELD_OUT)):
@@ -91,5 +90,5 @@ def measure_preference(folder: Path, log: Log, rounds: int) -> None:
             shares = [right[part].float().mean().item() for part in (damaged, ~damaged)]
             log(
                 f"{name}: of {len(found)} pairs {right.float().mean().item():.1%} right; {title} kinds of damage "
-                f"{shares[0]:.1%}, untrue pictures {shares[1]:.1%}"
+                f"{shares[0]:.1%}, images of another prompt {shares[1]:.1%}"
             )

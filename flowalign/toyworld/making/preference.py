@@ -1,8 +1,8 @@
-"""A preference: the embedded world's CLIP tuned on choices between two pictures for one prompt.
+"""The preference judge: the embedded world's CLIP, tuned on choices between two images for one prompt.
 
-Source: PickScore (Kirstain et al., 2023), section 4: cross-entropy between the choice and softmax of the two pictures'
-scaled cosines with the prompt. Nobody chose here: a true, clean picture is preferred to a damaged one and to a clean
-one that is not true. Where both are true or neither is clean there is no choice to learn from; such pairs are left out.
+Source: PickScore (Kirstain et al., 2023), section 4: cross entropy between the choice and the softmax of the two
+images' scaled cosines with the prompt. The choices follow a rule: a clean image that fulfils the prompt is preferred to
+a damaged image, and to a clean one that does not fulfil it. Pairs that the rule does not decide are left out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,26 +29,27 @@ from flowalign.toyworld.render import Scene, render
 from rewards.geneval import judge
 
 SHARE_OF_SHAPES = 0.7
-Pair = tuple[str, np.ndarray, np.ndarray]  # a prompt, the preferred picture and the other one, (64, 64, 3), uint8
+Pair = tuple[str, np.ndarray, np.ndarray]  # a prompt, the preferred image and the other image, (64, 64, 3), uint8
 
 
-def _true(prompt: str, picture: np.ndarray) -> bool:
+def _true(prompt: str, image: np.ndarray) -> bool:
     rows = shape_rows()
-    return prompt in rows and judge(detect(picture), rows[prompt]).correct
+    return prompt in rows and judge(detect(image), rows[prompt]).correct
 
 
 def another(prompt: str, scene: Scene, rng: np.random.Generator) -> Scene:
-    """A new scene that is true to the prompt of `scene`."""
+    """Another random scene that fulfils the prompt of `scene`."""
     if scene.lines:
         return grammar.sign_scene(scene.lines, rng)
     return grammar.shape_scene(shape_rows()[prompt], rng)
 
 
 def pairs(found: Sequence[Example], kinds: Sequence[Damage], rng: np.random.Generator) -> Iterator[tuple[Pair, bool]]:
-    """A pair for each prompt, and whether the other picture is damaged; else it is a clean one of a like prompt.
+    """A pair for each prompt, and whether its second image is damaged; otherwise that is a clean one of a similar
+    prompt.
 
-    Half of the others are damaged, every second one of those a new picture of the prompt. A clean other that is true to
-    the prompt as well is left out.
+    Half of the second images are damaged, and every second one of these shows a new scene of the prompt. A pair whose
+    second image is clean and fulfils the prompt too is left out.
     """
     for number, (prompt, scene) in enumerate(found):
         better = render(scene)
@@ -62,14 +63,14 @@ def pairs(found: Sequence[Example], kinds: Sequence[Damage], rng: np.random.Gene
 
 
 def held_out_pairs(seed: int, count: int, kinds: Sequence[Damage]) -> list[tuple[Pair, bool]]:
-    """At most `count` pairs of held-out prompts, half of shapes and half signs, in an order of no meaning."""
+    """At most `count` pairs of held-out prompts, half of shapes and half of signs, in random order."""
     found = list(zip(*held_out_examples(seed, count), strict=True))
     rng = np.random.default_rng([seed, 10])
     return list(pairs([found[i] for i in rng.permutation(len(found))], kinds, rng))
 
 
 def train_preference(clip: CLIPModel, seed: int, steps: int, batch: int, log: Log) -> CLIPModel:
-    """`clip` tuned on `batch` pairs a step; its scale is kept, so that scores stay comparable with the CLIP's."""
+    """`clip`, tuned on `batch` pairs in each step; its logit scale is kept, so that scores compare with the CLIP's."""
     tokenizer, kinds = make_tokenizer(), list(KINDS.values())
     clip.requires_grad_(True)
     clip.logit_scale.requires_grad_(False)

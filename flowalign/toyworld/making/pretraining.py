@@ -1,7 +1,7 @@
-"""Make the embedded world's model from nothing: a StableDiffusion3Pipeline folder, on two CPU cores in about an hour.
+"""Trains the embedded world's model from nothing: a StableDiffusion3Pipeline folder, on two CPU cores in about an hour.
 
-Three stages, each resumable from the work folder: the autoencoder, a cache of latents, the transformer with its two
-CLIP text encoders. Randomness is counted: batch and noise of a step depend on (seed, step) alone.
+There are three stages, each resumable from the work folder: the autoencoder, a cache of latents, and the transformer
+with its two CLIP text encoders. Randomness is counted: the batch and noise of a step depend on (seed, step) alone.
 """
 
 import time
@@ -36,7 +36,7 @@ Log = Callable[[str], None]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of the grammar's words; capital letters, quotes and the gap between two sign words are tokens."""
+    """The tokenizer of the grammar; words, capital letters, quotes and the gap between two sign words are tokens."""
     shapes = [row["prompt"] for task in TASKS for row in grammar.task_prompts(task)]
     pattern = r'[A-Z]|"|[a-z]+|(?<=[A-Z]) (?=[A-Z])'
     splitter = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
@@ -53,7 +53,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_autoencoder() -> AutoencoderKL:
-    """64 x 64 x 3 to 16 x 16 x 4."""
+    """An untrained autoencoder from 64 x 64 x 3 pixels to 16 x 16 x 4 latents."""
     blocks = 3
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * blocks,
@@ -70,7 +70,7 @@ def make_autoencoder() -> AutoencoderKL:
 
 
 def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModelWithProjection:
-    """Three layers: the pipeline reads the last but one."""
+    """An untrained text encoder of three layers; the pipeline reads the second to last."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -87,7 +87,7 @@ def make_text_encoder(tokenizer: PreTrainedTokenizerFast) -> CLIPTextModelWithPr
 
 
 def make_transformer() -> SD3Transformer2DModel:
-    """3.5 M parameters: 64 image tokens, adaLN-zero."""
+    """An untrained transformer of 3.5 M parameters, with 64 image tokens and adaLN-zero."""
     model = SD3Transformer2DModel(
         sample_size=SIZE // 4,
         patch_size=2,
@@ -112,7 +112,7 @@ def make_transformer() -> SD3Transformer2DModel:
 
 
 class TextTower(nn.Module):
-    """Both text encoders as StableDiffusion3Pipeline combines them."""
+    """Both text encoders, combined as in StableDiffusion3Pipeline."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         super().__init__()
@@ -125,9 +125,9 @@ class TextTower(nn.Module):
         return hidden, torch.cat([output.text_embeds for output in outputs], dim=-1)
 
 
-def _pixels(pictures: Iterable[np.ndarray]) -> torch.Tensor:
-    """uint8 pictures -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(list(pictures))).permute(0, 3, 1, 2).float() / 127.5 - 1
+def _pixels(images: Iterable[np.ndarray]) -> torch.Tensor:
+    """Pixels (B, 3, H, W) in [-1, 1] of B images (H, W, 3), uint8."""
+    return torch.from_numpy(np.stack(list(images))).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _examples(seed: int, stage: int, step: int, count: int, shapes: float) -> tuple[list[str], torch.Tensor]:
@@ -142,7 +142,7 @@ def _save_state(path: Path, step: int, parts: Mapping[str, Any]) -> None:
 
 
 def _resumed(path: Path, parts: Mapping[str, Any]) -> int:
-    """Give the parts the state that was saved last; returns the step to go on with."""
+    """Loads the last saved state into the parts; returns the step to continue with, 0 if nothing was saved."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
@@ -152,7 +152,7 @@ def _resumed(path: Path, parts: Mapping[str, Any]) -> int:
 
 
 def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -> AutoencoderKL:
-    """L1 + 2 MSE + a small KL; sets the scaling and shift of the latents from their statistics."""
+    """Trains the autoencoder on L1 + 2 MSE + a small KL; the latents' scaling and shift come from their statistics."""
     finished = work / "vae"
     if finished.exists():
         return whole(AutoencoderKL.from_pretrained, finished)
@@ -191,7 +191,7 @@ def train_autoencoder(work: Path, seed: int, steps: int, batch: int, log: Log) -
 def cache_latents(
     work: Path, vae: AutoencoderKL, tokenizer: PreTrainedTokenizerFast, seed: int, shards: int, shapes: float, log: Log
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (N, 4, 16, 16) half precision and token ids (N, 20) uint8 of `shards` times 8,192 true pictures."""
+    """Latents (N, 4, 16, 16), half precision, and token ids (N, 20), uint8, of N = 8,192 `shards` drawn images."""
     folder = make_folder(work / "latents")
     vae.eval()
     parts = []
@@ -221,12 +221,12 @@ def _optimizers(transformer: nn.Module, text: nn.Module) -> list[torch.optim.Opt
 
 
 def _learning_rate(step: int, steps: int, decay: float) -> float:
-    """Warm-up over 100 steps, constant, then linear to zero over the last part."""
+    """Factor on the learning rate: warm-up over 100 steps, then 1, then linear to 0 over the last share `decay`."""
     return min(1.0, (step + 1) / 100, (steps - step) / (decay * steps))
 
 
 def _sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Half logit-normal, half uniform."""
+    """Sigmas (count,), half of them logit-normal and half uniform."""
     normal = torch.randn(count, generator=generator).sigmoid()
     uniform = torch.rand(count, generator=generator)
     return torch.where(torch.arange(count) % 2 == 0, normal, uniform)
@@ -243,11 +243,11 @@ def train_transformer(
     log: Log,
     start: Path | None = None,
 ) -> tuple[SD3Transformer2DModel, TextTower]:
-    """Flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2.
+    """Trains the transformer by flow matching on the cached latents: || v(x_sigma, sigma, prompt) - (noise - x0) ||^2.
 
-    Until the rate decays, the pooled text is dropped from half of the examples: without that the model reads the
-    pooled text alone and draws the right number of letters but not the right ones. `start` is a pipeline folder whose
-    weights are gone on from.
+    Until the learning rate decays, the pooled text is dropped from half of the examples. Without this the model reads
+    only the pooled text, and draws the right number of letters but not the right letters. start: a pipeline folder
+    whose weights the training begins with.
     """
     torch.manual_seed(seed)
     transformer, text = make_transformer(), TextTower(tokenizer)
@@ -293,7 +293,7 @@ def _flow_matching(
     silence: float,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """The loss of a batch that the generator draws, its pooled text dropped from a share `silence` of the examples."""
+    """The loss of a batch that the generator draws; a share `silence` of the examples has no pooled text."""
     latents, ids = data
     rows = torch.randint(len(latents), (batch,), generator=generator)
     x0, tokens = latents[rows].float(), ids[rows].long()
@@ -319,7 +319,7 @@ def assemble(
     text: TextTower,
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    """Write the pipeline folder in half precision, without a T5."""
+    """Writes the pipeline folder in half precision, without a T5."""
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
@@ -335,7 +335,7 @@ def assemble(
 
 
 def write_prompts(folder: Path) -> None:
-    """The bundled prompt lists: train and held-out, of shapes (GenEval's .jsonl) and of signs (.txt)."""
+    """Writes the bundled prompt lists, for training and held out, of shapes (GenEval's .jsonl) and of signs (.txt)."""
     make_folder(folder)
     for held_out, name in ((False, "train"), (True, "test")):
         shapes = grammar.split_shapes(per_task=86 if held_out else 200, held_out=held_out)

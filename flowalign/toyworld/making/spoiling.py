@@ -1,4 +1,4 @@
-"""Pictures made worse, for the judges that tell: spoilt all over with a rating, or altered in a box."""
+"""Worse images for training the judges: spoilt as a whole, with a rating, or altered in a box."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from flowalign.toyworld.render import SIZE
 
 
 def spoil(images: torch.Tensor, amount: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Images (B, 3, H, W) made worse by `amount` (B,) in [0, 1]: in turn noise, blur, blotches, or washed out."""
+    """Images (B, 3, H, W), made worse by `amount` (B,) in [0, 1]: in turn by noise, blur, blotches or washing out."""
     spoilt = []
     for index, (image, much) in enumerate(zip(images, amount.tolist(), strict=True)):
         kind = index % 4
@@ -29,24 +29,24 @@ def spoil(images: torch.Tensor, amount: torch.Tensor, generator: torch.Generator
 
 
 def rated(images: torch.Tensor, seed: int, stage: int, step: int, spoilt: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images, the first `spoilt` of them spoilt, and a made-up rating (B,): 10 for a clean one, down to 1."""
+    """The images, the first `spoilt` of them spoilt, and a synthetic rating (B,): 10 for a clean image, down to 1."""
     generator = torch.Generator().manual_seed(1_000_003 * (10 * seed + stage) + step)
     amount = torch.rand(len(images), generator=generator).where(torch.arange(len(images)) < spoilt, 0.0)
     return torch.cat([spoil(images[:spoilt], amount[:spoilt], generator), images[spoilt:]]), 10 - 9 * amount
 
 
 def quality_examples(seed: int, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures, the first half of them spoilt, and their rating."""
+    """`count` images, the first half of them spoilt, and their rating."""
     images = pictures([scene for _, scene in examples(seed, 2, step, count)])
     return rated(images, seed, 2, step, spoilt=count // 2)
 
 
-def altered(picture: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A copy of a picture (64, 64, 3), uint8, with a box that does not belong: damage, or a piece of another one."""
+def altered(image: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A copy of an image (64, 64, 3), uint8, with a box that does not belong: damage, or a piece of the other image."""
     kind = int(rng.integers(len(KINDS) + 3))
     if kind < len(KINDS):
-        return damaged(picture, list(KINDS.values())[kind], rng)
-    copy = picture.copy()
+        return damaged(image, list(KINDS.values())[kind], rng)
+    copy = image.copy()
     height, width = rng.integers(8, 28, 2)
     top, left = int(rng.integers(0, SIZE - height)), int(rng.integers(0, SIZE - width))
     box = copy[top : top + height, left : left + width]

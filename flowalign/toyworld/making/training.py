@@ -12,9 +12,9 @@ DEPTH = 4
 HEADS = 4
 PATCH = 8
 MLP_RATIO = 3
-EPSILON = 1e-6  # of layer norms
+EPSILON = 1e-6  # added in layer norms
 MEAN = STD = (0.5, 0.5, 0.5)
-PICTURE_NOISE = 0.02  # the judges see a policy's pictures, which are never quite clean
+PICTURE_NOISE = 0.02  # the judges will see a policy's images, which are never quite clean
 
 Log = Callable[[str], None]
 
@@ -22,7 +22,7 @@ Log = Callable[[str], None]
 def train(
     name: str, module: nn.Module, loss_of: Callable[[int], torch.Tensor], steps: int, rate: float, log: Log
 ) -> None:
-    """AdamW on `loss_of(step)`, with the gradient's norm held to 1; 50 steps of warm-up, then a cosine to zero."""
+    """Trains with AdamW on `loss_of(step)`; the gradient's norm is at most 1, the rate warms up, then falls to 0."""
     learnt = [weight for weight in module.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learnt, lr=rate, weight_decay=0.02, betas=(0.9, 0.98))
     started, total = time.process_time(), 0.0
@@ -46,7 +46,7 @@ def _share_of_rate(step: int, steps: int) -> float:
 
 
 def seen(clean: torch.Tensor, seed: int, stage: int, step: int) -> torch.Tensor:
-    """Pictures (B, 3, 64, 64) in [0, 1] with a little noise, in [-1, 1], as an image tower gets them."""
+    """The input (B, 3, 64, 64) in [-1, 1] of an image tower: clean images in [0, 1] with a little noise."""
     generator = torch.Generator().manual_seed(1_000_003 * (10 * seed + stage + 5) + step)
     noisy = (clean + PICTURE_NOISE * torch.randn(clean.shape, generator=generator)).clamp(0, 1)
     return (noisy - MEAN[0]) / STD[0]

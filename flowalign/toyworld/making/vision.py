@@ -1,4 +1,4 @@
-"""The vision transformer: what covers each patch, what is in the picture, and which patches have been altered."""
+"""The vision transformer: it learns what covers each patch, what the image shows, and which patches were altered."""
 
 import copy
 from collections.abc import Iterator
@@ -18,12 +18,12 @@ from flowalign.toyworld.making.spoiling import altered
 from flowalign.toyworld.making.training import DEPTH, HEADS, MEAN, MLP_RATIO, PATCH, STD, WIDTH, Log, seen, train
 from flowalign.toyworld.render import CELL_WIDTH, LINE_HEIGHT, PALETTE, SHAPES, SIZE, Scene, render
 
-# What can cover a patch: nothing, a shape of a colour, a letter.
+# What can cover a patch: nothing, a shape with its colour, or a letter.
 CLASSES = ("", *(f"{color} {shape}" for shape in SHAPES for color in PALETTE), *grammar.LETTERS)
 
 
 def _letters(scene: Scene) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """Each letter of a sign with its box in pixels."""
+    """Each letter of a sign, with its box in pixels."""
     top = (SIZE - LINE_HEIGHT * len(scene.lines)) // 2 + scene.offset[1]
     for row, line in enumerate(scene.lines):
         left = (SIZE - CELL_WIDTH * len(line)) // 2 + scene.offset[0]
@@ -33,7 +33,7 @@ def _letters(scene: Scene) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
 
 
 def patch_classes(scene: Scene) -> np.ndarray:
-    """Index in CLASSES of what covers most of each patch, (64,), row by row."""
+    """For each patch, row by row, the index in CLASSES of what covers most of it: (64,)."""
     side = SIZE // PATCH
     things = [(f"{item.color} {item.shape}", item.box) for item in scene.items]
     best, area = np.zeros((side, side), dtype=np.int64), np.full((side, side), 0.2 * PATCH**2)
@@ -48,7 +48,7 @@ def patch_classes(scene: Scene) -> np.ndarray:
 
 
 def train_vit(seed: int, steps: int, batch: int, log: Log) -> nn.Module:
-    """A timm vision transformer that tells of every patch what covers it, and of the picture what is in it."""
+    """A timm vision transformer, trained to say what covers each patch and what the image shows."""
     torch.manual_seed(seed)
     vit = timm.create_model(
         "vit_tiny_patch16_224",
@@ -78,10 +78,10 @@ def train_vit(seed: int, steps: int, batch: int, log: Log) -> nn.Module:
 
 
 def sharpen_vit(vit: Any, seed: int, steps: int, batch: int, log: Log) -> nn.Module:
-    """Go on with `train_vit`'s transformer so that its patches also tell what has been altered.
+    """`train_vit`'s transformer, trained further so that its patches also show what was altered.
 
-    Telling things apart needs no eye for damage, and the pictures with noise of `train_vit` teach to overlook it. No
-    kind of damage that the artifact judge is tested on is used.
+    To recognise things the transformer need not see damage, and the noisy images of `train_vit` teach it to ignore
+    damage. The kinds of damage that the artifact judge is tested on are not used.
     """
     torch.manual_seed(seed + 2)
     vit.requires_grad_(True)
@@ -98,14 +98,14 @@ def sharpen_vit(vit: Any, seed: int, steps: int, batch: int, log: Log) -> nn.Mod
         spoilt = torch.from_numpy(differing.reshape(batch, side, PATCH, side, PATCH).sum((2, 4)).reshape(batch, -1) > 2)
         patches = vit.forward_features((as_pictures(shown) - MEAN[0]) / STD[0])[:, 1:]
         covers = torch.from_numpy(np.stack([patch_classes(scene) for scene in scenes]))
-        known = torch.where(spoilt, -100, covers)  # what is under the damage is not asked
+        known = torch.where(spoilt, -100, covers)  # what the damage covers is not asked
         things = F.cross_entropy(heads[0](patches).flatten(0, 1), known.flatten(), weight)
         return things + 5 * F.binary_cross_entropy_with_logits(heads[1](patches).squeeze(-1), spoilt.float())
 
-    train("vit's eye for damage", nn.ModuleList([vit, heads]), loss_of, steps, 1e-3, log)
+    train("vit on damage", nn.ModuleList([vit, heads]), loss_of, steps, 1e-3, log)
     return vit
 
 
 def save_vit(vit: nn.Module, folder: Path) -> None:
-    """Write the vision transformer in half precision as a timm folder."""
+    """Writes the vision transformer in half precision as a timm folder."""
     save_for_hf(copy.deepcopy(vit).half(), folder, safe_serialization=True)

@@ -102,7 +102,7 @@ def test_a_batch_of_different_sizes_and_lengths_is_judged_as_each_alone(tiny):
     assert len(set(answers)) > 1
 
 
-def test_questions_of_an_unknown_type_go_together_only_where_nothing_is_padded(tiny_judge, monkeypatch):
+def test_questions_to_an_unknown_model_type_share_a_batch_only_without_padding(tiny_judge, monkeypatch):
     vlm = LocalVLM(str(tiny_judge("llava")), batch_size=3)
     vlm.pads = False
     seen, inputs_of = [], vlm._inputs
@@ -116,7 +116,7 @@ def test_questions_of_an_unknown_type_go_together_only_where_nothing_is_padded(t
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-4, rtol=0)
 
 
-def test_an_answer_is_the_likeliest_token_at_every_step(qwen):
+def test_an_answer_takes_the_likeliest_token_at_every_step(qwen):
     image = picture(24, 32, 0)
     answer = LocalVLM(qwen).answer([[image]], ["Is it?"], 4)[0]
     inputs, model, tokenizer = by_hand(qwen, image, "Is it?")
@@ -140,7 +140,7 @@ def test_an_answer_that_reaches_its_limit_is_unfinished(qwen):
     assert whole == cut and final(whole) == whole.strip()
 
 
-def test_thinking_is_switched_in_the_chat_template(qwen):
+def test_thinking_sets_the_switch_in_the_chat_template(qwen):
     image, text = [[picture(16, 16, 0)]], ["Is it?"]
     plain, without, reasoning = (LocalVLM(qwen, thinking=thinking) for thinking in (None, False, True))
     assert without._chats(image, text)[0].endswith("</think>\n\n")
@@ -160,7 +160,7 @@ def test_a_switch_that_the_chat_template_lacks_is_refused(qwen, tmp_path):
     file.write_text(file.read_text().replace("enable_thinking", "other"))
     with pytest.raises(VLMError, match="has no switch 'enable_thinking' or 'thinking'; leave it out"):
         LocalVLM(str(tmp_path / "model"), thinking=False)
-    with pytest.raises(VLMError, match="knows no 'budget'"):
+    with pytest.raises(VLMError, match="does not know 'budget'"):
         LocalVLM(qwen, template={"budget": 0})
     with pytest.raises(VLMError, match="thinking must be true or false, not 'off'"):
         LocalVLM(qwen, thinking="off")
@@ -190,7 +190,7 @@ def test_weights_that_are_not_the_whole_model_are_refused_by_name(qwen, tmp_path
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_is_loaded_once_however_many_rewards_ask_it(qwen):
+def test_rewards_with_the_same_model_load_it_once(qwen):
     first = rewards.load("yes_no", model=qwen, batch_size=2)
     second = rewards.load("artifact_vlm", model=qwen)
     assert first.vlm.model is second.vlm.model

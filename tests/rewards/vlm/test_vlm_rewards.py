@@ -69,7 +69,7 @@ def test_win_rates_count_wins_and_half_the_ties_within_a_prompt():
     assert {text.splitlines()[-1] for _, text in judge.shown} == {"Caption: a", "Caption: b"}
 
 
-def test_a_pair_is_shown_in_an_order_that_the_pictures_and_the_seed_decide():
+def test_the_images_and_the_seed_decide_the_order_in_which_a_pair_is_shown():
     media = greys(*range(10, 100, 10))
     prompts = ["a"] * 4 + ["b"] * 5
     judge = Judge(lambda images, text: "Image 1 is better")  # all depends on the order
@@ -81,7 +81,7 @@ def test_a_pair_is_shown_in_an_order_that_the_pictures_and_the_seed_decide():
     assert not torch.equal(other, found)
 
 
-def test_a_judge_that_always_prefers_the_first_prefers_no_place_in_the_batch():
+def test_a_judge_that_always_prefers_the_first_image_favours_no_place_in_the_batch():
     levels = list(itertools.islice(itertools.product(range(0, 256, 5), repeat=3), 40))
     media = torch.tensor(levels).view(40, 3, 1, 1).expand(-1, -1, 2, 2) / 255
     judge = Judge(lambda images, text: "Image 1 is better")
@@ -90,13 +90,13 @@ def test_a_judge_that_always_prefers_the_first_prefers_no_place_in_the_batch():
     assert (found[:20].mean() - 0.5).abs() < 0.1  # always the earlier one first: 0.76
 
 
-def test_equal_pictures_tie_without_being_judged():
+def test_equal_images_tie_without_being_judged():
     judge = Judge(lambda images, text: "Image 1 is better")
     assert rewards.score(rewards.load("pairwise", backend=judge), greys(9, 9), ["a", "a"]).tolist() == [0.5, 0.5]
     assert judge.shown == []
 
 
-def test_videos_duel_frame_by_frame():
+def test_videos_are_compared_frame_by_frame():
     media = torch.stack([greys(10, 90), greys(50, 50)])  # loses the first frame, wins the second
     assert rewards.score(rewards.load("pairwise", backend=Judge(brighter)), media, ["a", "a"]).tolist() == [0.5, 0.5]
 
@@ -116,8 +116,8 @@ def test_an_answer_without_a_winner_is_an_error_unless_it_counts_as_a_tie():
     assert rewards.score(reward, greys(50, 60), ["a"] * 2).tolist() == [0.5, 0.5]
 
 
-def test_a_picture_alone_of_its_prompt_has_no_win_rate():
-    with pytest.raises(rewards.RewardError, match=r"item 1 .'b'. is the only one of its prompt"):
+def test_the_only_image_of_a_prompt_has_no_win_rate():
+    with pytest.raises(rewards.RewardError, match=r"item 1 .'b'. is the only item of its prompt"):
         rewards.score(rewards.load("pairwise", backend=Judge(brighter)), greys(1, 2, 3), ["a", "b", "a"])
 
 
@@ -202,7 +202,7 @@ def test_marks_are_read_as_unified_reward_writes_them():
         (["Style score: 7", "Score: 7\nScore: 12"], None),
     ],
 )
-def test_the_mark_for_the_whole_is_the_last_that_is_stated(answers, expected):
+def test_the_final_mark_is_the_last_one_stated(answers, expected):
     assert {answer: mark(answer, "final", 1, 10) for answer in answers} == dict.fromkeys(answers, expected)
 
 
@@ -234,7 +234,7 @@ def test_an_item_with_a_reference_is_compared_with_it(tmp_path):
     (alone, first), (both, second) = judge.shown
     assert (first, second, len(alone)) == ("Good a?", "Better b?", 1)
     assert both[0].tobytes() == reference.tobytes() and brightness(both[1]) == 2
-    with pytest.raises(rewards.RewardError, match=r"item 0 .'a'. has the reference 'no.png', which is no picture"):
+    with pytest.raises(rewards.RewardError, match=r"item 0 .'a'. has the reference 'no.png', which is no image"):
         rewards.score(reward, greys(1), ["a"], [{"reference": "no.png"}])
 
 
@@ -255,7 +255,7 @@ def test_an_item_with_a_reference_is_compared_with_it(tmp_path):
         ({"model": "x", "backend": Judge(brighter)}, "backend is a VLM already"),
     ],
 )
-def test_wrong_options_are_refused_in_a_sentence(options, message):
+def test_wrong_options_are_refused_in_one_sentence(options, message):
     with pytest.raises(rewards.RewardError, match=message) as caught:
         rewards.load("yes_no", **options)
     assert str(caught.value).startswith("reward 'yes_no': ") and "\n" not in str(caught.value)
@@ -341,13 +341,13 @@ def test_concurrent_answers_stay_with_their_items():
         assert rewards.score(reward, greys(1, 2, 3, 4), list("1234")).tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 
-def test_a_choice_beyond_the_likeliest_tokens_has_no_probability():
+def test_a_choice_beyond_the_likeliest_tokens_has_probability_zero():
     with serving(likely(Yes=0.9, Maybe=0.1)) as (url, _):
         assert rewards.score(served("artifact_vlm", url), greys(1), ["a"]).item() == 0
 
 
 @pytest.mark.parametrize("failure", [(500, "busy"), (429, "slow down"), 0.0], ids=["500", "429", "lost"])
-def test_a_failure_that_may_pass_is_tried_again(failure):
+def test_a_request_is_tried_again_after_a_temporary_failure(failure):
     with serving(failure, likely(Yes=0.5, No=0.5)) as (url, requests):
         assert rewards.score(served("yes_no", url, retries=1), greys(1), ["a"]).item() == pytest.approx(0.5)
     assert len(requests) == 2
@@ -367,9 +367,9 @@ def test_a_failure_that_may_pass_is_tried_again(failure):
             "answered with status 503 Service Unavailable, 3 times in a row and said 'over loaded'",
         ),
         (0.3, 3, "gave no answer within 0.1 s, 3 times in a row"),
-        ((200, "<html>"), 1, "sent something else than a chat completion: JSONDecodeError"),
-        ((200, {"choices": []}), 1, "sent something else than a chat completion: IndexError"),
-        (said("Yes"), 1, "sent no logprobs; its server must be able to give top_logprobs"),
+        ((200, "<html>"), 1, "sent an answer that is not a chat completion: JSONDecodeError"),
+        ((200, {"choices": []}), 1, "sent an answer that is not a chat completion: IndexError"),
+        (said("Yes"), 1, "sent no logprobs; the server must support top_logprobs"),
         (
             likely(Maybe=0.9, Perhaps=0.1),
             1,
@@ -387,7 +387,7 @@ def test_a_server_that_fails_is_named_with_the_reward_and_the_item(reply, tries,
     assert text.startswith("reward 'yes_no': item 0 ('a star'): ") and url in text and "\n" not in text
 
 
-def test_no_server_at_all_is_an_error():
+def test_a_missing_server_is_an_error():
     with serving(said("")) as (url, _):
         pass
     with pytest.raises(rewards.RewardError, match=f"{url} cannot be reached, 2 times in a row: ConnectError"):
@@ -457,7 +457,7 @@ def test_no_verdict_is_taken_from_unfinished_reasoning(name, reply):
     ],
     ids=["apart", "a mark"],
 )
-def test_the_first_token_of_reasoning_is_no_answer(reply):
+def test_the_first_token_of_reasoning_is_not_an_answer(reply):
     top = [{"token": "Okay", "logprob": -0.1}, {"token": "Yes", "logprob": -5.0}]
     reply[1]["choices"][0]["logprobs"] = {
         "content": [{"token": reply[1]["choices"][0]["message"]["content"] or "Okay"}]
@@ -483,7 +483,7 @@ def test_one_odd_answer_changes_no_other_score():
             assert reward.tally() == {"answers": 0, "unparsable": 0}
 
 
-def test_a_pair_without_a_winner_does_not_count_where_it_is_masked():
+def test_a_masked_pair_without_a_winner_does_not_count():
     judge = Judge(
         lambda images, text: "?" if brightness(images[0]) + brightness(images[1]) > 240 else brighter(images, text)
     )
@@ -493,14 +493,14 @@ def test_a_pair_without_a_winner_does_not_count_where_it_is_masked():
     assert rewards.score(reward, greys(150, 200), ["a"] * 2).isnan().all()
 
 
-def test_the_middle_of_a_scale_is_what_an_unread_answer_gets_as_a_tie():
+def test_an_unreadable_answer_counted_as_a_tie_gets_the_middle_of_the_scale():
     judge = Judge(lambda images, text: "?")
     for options, middle in (({}, 0.5), ({"mapping": "fifths"}, 0.6), ({"scale": [0, 10], "question": "?"}, 0.5)):
         reward = rewards.load("rubric", backend=judge, unparsable="tie", **options)
         assert rewards.score(reward, greys(1), ["a"]).item() == pytest.approx(middle)
 
 
-def test_a_rubric_reads_one_mark_for_the_whole():
+def test_a_rubric_reads_one_mark_for_everything():
     for answer, options, value in (
         ("Final Score: 4", {}, 0.75),
         ("I see 2 dogs.\nFinal Score: 7/10", {"question": "?", "scale": [0, 10]}, 0.7),
@@ -519,13 +519,13 @@ def test_a_rubric_reads_one_mark_for_the_whole():
         ({"scale": [5, 1], "question": "?"}, r"scale must be the lowest and the highest mark.*not \[5, 1\]"),
     ],
 )
-def test_a_rubric_refuses_what_does_not_go_together(options, message):
+def test_a_rubric_refuses_options_that_do_not_fit_together(options, message):
     with pytest.raises(rewards.RewardError, match=message):
         rewards.load("rubric", backend=Judge(brighter), **options)
 
 
 @pytest.mark.parametrize("name", ["artifact_vlm", "prompt_echo"])
-def test_a_question_that_is_asked_without_the_prompt_has_no_place_for_it(name):
+def test_a_question_without_the_prompt_must_not_contain_its_placeholder(name):
     with pytest.raises(rewards.RewardError, match=rf"^reward '{name}': the .* leave {{prompt}} out"):
         rewards.load(name, backend=Judge(brighter), question="Is {prompt} in it?")
 
@@ -539,11 +539,11 @@ def test_thinking_and_further_keys_reach_the_server():
     assert first["reasoning_effort"] == "none"
     assert first["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}
     assert "chat_template_kwargs" not in second
-    with pytest.raises(rewards.RewardError, match="body: 'messages' is given by the judge itself"):
+    with pytest.raises(rewards.RewardError, match="body: the judge sets 'messages' itself"):
         served("rubric", url, body={"messages": []})
 
 
-def test_a_server_that_reasons_in_spite_of_the_switch_is_told_of():
+def test_a_server_that_reasons_in_spite_of_the_switch_is_an_error():
     with (
         serving(thought(f"<think>hm</think>{LINE}")) as (url, _),
         pytest.raises(rewards.RewardError, match="reasons in spite of `thinking: false`"),
@@ -560,17 +560,17 @@ def test_a_server_that_reasons_in_spite_of_the_switch_is_told_of():
         ((200, {"error": {"message": "busy", "code": 429}}), 2, "answered with the error 'busy', 2 times in a row"),
         ((200, {"error": {"message": "no such model", "code": 404}}), 1, "answered with the error 'no such model'"),
         ((200, {"error": "out of credit"}), 1, "answered with the error 'out of credit'"),
-        ((200, []), 1, "sent something else than a chat completion"),
-        ((200, {"choices": [{"message": {"content": [3]}}]}), 1, "sent something else than a chat completion"),
+        ((200, []), 1, "sent an answer that is not a chat completion"),
+        ((200, {"choices": [{"message": {"content": [3]}}]}), 1, "sent an answer that is not a chat completion"),
     ],
 )
-def test_an_odd_answer_of_status_200_is_tried_again_or_one_sentence(reply, tries, message):
+def test_an_odd_answer_of_status_200_is_tried_again_or_is_an_error_of_one_sentence(reply, tries, message):
     with serving(reply) as (url, requests), pytest.raises(rewards.RewardError, match=message) as caught:
         rewards.score(served("rubric", url, retries=1), greys(1), ["a"])
     assert len(requests) == tries and "\n" not in str(caught.value)
 
 
-def test_a_server_is_left_alone_for_as_long_as_it_asks():
+def test_no_server_is_asked_again_before_its_retry_after():
     def busy(after):
         return lambda body: (429, "slow", {"Retry-After": after})
 
@@ -587,7 +587,7 @@ def test_a_server_is_left_alone_for_as_long_as_it_asks():
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
-def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch, variable):
+def test_no_proxy_is_used_for_a_server_of_this_machine(monkeypatch, variable):
     monkeypatch.setenv(variable, "http://127.0.0.1:9")  # where nothing listens
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -597,7 +597,7 @@ def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch, variable
             assert rewards.score(reward, greys(1), ["a"]).item() == 0.75
 
 
-def test_a_proxy_is_asked_for_any_other_server(monkeypatch):
+def test_the_proxy_is_used_for_any_other_server(monkeypatch):
     with serving(thought()) as (proxy, requests):
         monkeypatch.setenv("http_proxy", proxy.removesuffix("/v1"))
         reward = served("rubric", "http://judge.invalid/v1", dimensions=["alignment"], retries=0)
@@ -611,5 +611,5 @@ def test_a_proxy_is_asked_for_any_other_server(monkeypatch):
 def test_a_server_cannot_echo_prompts():
     with pytest.raises(rewards.RewardError, match="reward 'prompt_echo': a server cannot tell how likely"):
         served("prompt_echo", "http://localhost:1/v1")
-    with pytest.raises(VLMError, match="can only answer"):
+    with pytest.raises(VLMError, match="cannot tell how likely a given text is"):
         served("yes_no", "http://localhost:1/v1").vlm.continuation_log_prob([], "Describe.", [])
