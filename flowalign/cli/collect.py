@@ -1,4 +1,4 @@
-"""`flowalign collect`: groups for a store."""
+"""`flowalign collect`: draw and score a dataset of groups."""
 
 from typing import Annotated
 
@@ -9,14 +9,17 @@ from flowalign.cli.console import Overrides, console, device, quiet_libraries
 from flowalign.config.base import UserError
 
 
-def collect(recipe: Annotated[str, typer.Argument(help="a recipe with a store")], overrides: Overrides = None) -> None:
-    """Draw and score groups into the recipe's store; what is there already is kept."""
+def collect(
+    recipe: Annotated[str, typer.Argument(help="a recipe whose key `store` names the folder of the dataset")],
+    overrides: Overrides = None,
+) -> None:
+    """Draw and score groups of images into the dataset that a recipe names. Groups that exist already are kept."""
     from flowalign.cli.existing import check_prompts, check_recipe
     from flowalign.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     if resolved.store is None:
-        raise UserError("the recipe names no store; give store=FOLDER")
+        raise UserError("the recipe names no dataset of groups; give store=FOLDER")
     check_recipe(resolved)
     check_prompts(resolved.prompts)
     quiet_libraries()

@@ -383,7 +383,7 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
     metadata.unlink()
     assert f"{metadata} is missing" in failing(*command)
     metadata.write_text(text)
-    assert f"--images {tmp_path / 'nothing'} is no folder" in failing(*command[:-3], tmp_path / "nothing")
+    assert f"--images {tmp_path / 'nothing'} is not a folder" in failing(*command[:-3], tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "holds no pictures in GenEval's layout" in failing(*command[:-3], tmp_path / "empty")
     assert not (tmp_path / "out").exists()
@@ -425,9 +425,9 @@ def test_a_bad_prompt_is_named_by_its_line(row: dict[str, Any], message: str, tm
 
 def test_wrong_arguments_are_one_sentence(tmp_path: Path, tiny, tiny_model: Path, failing) -> None:
     out = ["--output", tmp_path / "out"]
-    assert "give either MODEL, to draw with it, or --images" in failing("eval", "geneval")
+    assert "give either MODEL, to draw images with it, or --images" in failing("eval", "geneval")
     assert "--seed is about drawing" in failing("eval", "ocr", "--images", tmp_path, "--seed", 1)
-    assert "--count takes the first of a prompt list" in failing("eval", "ocr", "--images", tmp_path, "--count", 1)
+    assert "--count takes the first prompts of a list" in failing("eval", "ocr", "--images", tmp_path, "--count", 1)
     eyes = ["eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:Eyes"]
     assert "cannot be made with these options" in failing(*eyes, "--detector-option", "clip=none")
     assert "has no `names`" in failing("eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:nameless")

@@ -339,7 +339,7 @@ def test_audit_of_a_model_against_itself_finds_nothing(watched, tiny_model, tmp_
     (tmp_path / "how.yaml").write_text(yaml.safe_dump(watched))
     _, found = audit(str(tiny_model), against=str(tiny_model), recipe=str(tmp_path / "how.yaml"))
     assert found.kl == 0 and found.alarms == []
-    with pytest.raises(UserError, match="name --against, its base model, and a --recipe"):
+    with pytest.raises(UserError, match="give --against, its base model, and --recipe"):
         audit(str(tiny_model))
 
 

@@ -304,8 +304,8 @@ def test_the_best_of_n_are_written_with_all_scores(
     ("arguments", "message"),
     [
         (["--best-of", "4"], "--best-of needs a --reward to choose by"),
-        (["--reward", "compressibility"], "--reward, --option and --prune belong to --best-of; give it a number"),
-        (["--prune", "1:0.5"], "--reward, --option and --prune belong to --best-of"),
+        (["--reward", "compressibility"], "--reward, --option and --prune need --best-of; give it the number"),
+        (["--prune", "1:0.5"], "--reward, --option and --prune need --best-of"),
         (["--best-of", "0", "--reward", "compressibility"], "--best-of 0 must be at least 1"),
         (["--best-of", "2", "--reward", "compressibility", "--prune", "3:0.5"], "of 3 steps only 1 to 2"),
         (["--best-of", "2", "--reward", "ocr"], "'a red star') cannot be judged by ocr"),

@@ -279,7 +279,7 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
         "peak of the train phase",
         "blocks put together",
         "micro-batches per update",
-        "at 100 TFLOP/s a GPU",
+        "at 100 TFLOP/s per GPU",
         "rewards",
     ):
         assert text in shown
@@ -291,7 +291,7 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--sharded"])
     assert ended.value.code == 2
-    assert "--sharded shares weights out among several GPUs; give --gpus 2" in capsys.readouterr().err
+    assert "--sharded shards the weights over several GPUs; give --gpus 2" in capsys.readouterr().err
 
 
 if __name__ == "__main__":
