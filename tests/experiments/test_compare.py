@@ -186,16 +186,16 @@ def test_best_of_n_without_training_stands_beside_the_training(made: Path, place
 def test_best_of_n_is_in_the_leaderboard_and_on_the_page(made: Path) -> None:
     result = comparison(made)
     lines = (made / "comparison.md").read_text().splitlines()
-    start = lines.index("What best-of-n gives without training:") + 2
+    start = lines.index("Best-of-n without training:") + 2
     columns, _, *rows = table(lines[start : lines.index("", start)])
-    assert columns == ["n", "forwards a picture", "contrast (chooses)", "brightness"]
+    assert columns == ["n", "forwards per image", "contrast (chooses)", "brightness"]
     of_all = result["best_of"]["points"][2]["rewards"]["contrast"]
     assert [row[:2] for row in rows] == [["1", "2"], ["2", "4"], ["3", "6"]]
     assert rows[2][2] == f"{of_all['mean']:.3f} ± {of_all['standard_error']:.3f}"
     page = Page(made / "comparison.html")
-    assert "What best-of-n gives without training" in page.text and rows[2][2] in page.text
+    assert "Best-of-n without training" in page.text and rows[2][2] in page.text
     panels = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
-    assert "contrast evaluation against transformer forwards a picture" in panels
+    assert "contrast evaluation against transformer forwards per image" in panels
 
 
 def test_the_least_n_that_reaches_a_value_is_its_price() -> None:
@@ -248,7 +248,7 @@ def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_
         for name, kind in (("brightness", "evaluation"), ("contrast", "evaluation"), ("brightness", "training"))
         for budget in ("training minutes", "transformer forwards")
     ]
-    assert sorted(panels) == sorted([*budgets, "contrast evaluation against transformer forwards a picture"])
+    assert sorted(panels) == sorted([*budgets, "contrast evaluation against transformer forwards per image"])
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 4 and all((made / link).is_file() for link in links)
     assert not re.search(r"https?://|<script|<link|@import|url\((?!#)", (made / "comparison.html").read_text())

@@ -297,7 +297,7 @@ def test_the_best_of_n_are_written_with_all_scores(
             level = -2 * float(np.asarray(image).mean()) / 255
         assert best["scores"]["level"] == pytest.approx(level, abs=4e-3)
     output = " ".join(capsys.readouterr().out.split())
-    assert "8 transformer forwards a prompt and 6 pictures judged" in output  # 4 + 2 x 2, 4 + 2
+    assert "8 transformer forwards and 6 scored images per prompt" in output  # 4 + 2 x 2, 4 + 2
 
 
 @pytest.mark.parametrize(
