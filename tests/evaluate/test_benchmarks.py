@@ -437,7 +437,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path, tiny, tiny_model: Path
                                                    "--reward", "colorfulness", *out)  # fmt: skip
     panel = ["eval", "panel", *tiny, "--reward", "colorfulness", "--reward"]
     assert "reward 'ocr' can judge none of the prompts" in failing(*panel, "ocr", *out)
-    assert "there is a reward 'colorfulness' already" in failing(*panel, "colorfulness", *out)
+    assert "there is already a reward 'colorfulness'" in failing(*panel, "colorfulness", *out)
     assert "--prompts is missing" in failing("eval", "ocr", tiny_model, *out)
     assert "has no text in quotes to read" in failing("eval", "ocr", *tiny, *out)
     (tmp_path / "russian.txt").write_text("a sign that says «\u0414\u0430»\n", "utf-8")

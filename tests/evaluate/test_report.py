@@ -253,7 +253,7 @@ def test_a_run_that_lost_its_first_evaluation_has_no_gain_to_show(run):
     add_evaluation(run, 5, [0.1] * 4)
     assert changes(run) is None
     assert "unknown: the evaluation of step 0 is missing" in Page(write_report(run)).text
-    with pytest.raises(UserError, match="no evaluation of step 0, so that its gain is unknown"):
+    with pytest.raises(UserError, match="no evaluation of step 0, so its gain is unknown"):
         _outcome("made_up", 0, run, "ocr", None)
 
 
