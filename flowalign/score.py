@@ -1,4 +1,7 @@
-"""From pictures to what an algorithm learns from: scored while others are drawn, shaped, and made one total."""
+"""From media to the rewards that an algorithm learns from: media are scored, scores are shaped and combined.
+
+Finished media are scored while the next ones are drawn.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,16 +41,16 @@ from rewards.devices import make_current
 from rewards.media import as_levels
 
 _SEPARATOR = "/"
-FINISHED = -1  # in place of the denoising step of a preview
+FINISHED = -1  # the index of finished media, where a preview has its denoising step
 
 
 class Scorer:
-    """The rewards of a run, the recipe's or those that a script gives for them; one way for rollouts and datasets."""
+    """The rewards of a run: the recipe's, or those that a script gives. Rollouts and datasets use it alike."""
 
     def __init__(
         self, recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]] | None, device: torch.device | str
     ):
-        """device: what is loaded for the recipe goes there, and the thread that scores works on it."""
+        """device: where the recipe's rewards are loaded and where the scoring thread works."""
         self.recipe, self.device = recipe, torch.device(device)
         given = {} if rewards is None else given_rewards(recipe, rewards)
         self.rewards = load_rewards(recipe.rewards, device, given)
@@ -64,14 +67,14 @@ class Scorer:
         for reward in self.learners.values():
             reward.begin()
         if recipe.dataset is not None:
-            refuse_learning(self.rewards, "a dataset has fixed scores; train it with rollouts")
+            refuse_learning(self.rewards, "a dataset has fixed scores; train this reward with rollouts")
         self._thread = ThreadPoolExecutor(1, "rewards", make_current, (self.device,))
         self._pending: dict[int, list[Future[dict[str, Scores]]]] = {}  # by denoising step
 
     def check_prompts(self, rows: Sequence[Row]) -> None:
-        """Raises UserError for the first prompt that the recipe's shaping or combination cannot be made for.
+        """Raises UserError for the first prompt whose scores the recipe's shaping or combination cannot use.
 
-        So it does for a weight that these prompts never weigh against another.
+        Also raises UserError for a weight without effect: no prompt is judged by its reward and another one.
         """
         self._refuse_unweighed(rows)
         for name in self.recipe.combine.needed.values():
@@ -79,24 +82,28 @@ class Scorer:
                 for row in rows:
                     if not self.rewards[name].applies_to(row.about):
                         raise UserError(
-                            f"combine: reward {name!r} does not apply to {row.prompt!r}; base and bonus must"
+                            f"combine: reward {name!r} does not apply to {row.prompt!r}; base and bonus must apply to "
+                            "all prompts"
                         )
         for name, known in self.references.items():
             for row in rows:
                 asked = self.rewards[name].applies_to(row.about)
                 if asked and row.prompt not in known:
                     raise UserError(
-                        f"rewards.{name}.shaping: dataset {self.shaping[name].reference} has no reference scores "
+                        f"rewards.{name}.shaping: the dataset {self.shaping[name].reference} has no reference scores "
                         f"of {row.prompt!r}; collect it for all prompts"
                     )
 
     @property
     def trained(self) -> dict[str, Reward]:
-        """Those that are learnt from; the others, of weight 0, are scored and logged alone."""
+        """The rewards that the algorithm learns from; rewards of weight 0 are only scored and logged."""
         return {name: reward for name, reward in self.rewards.items() if self.weights[name] > 0}
 
     def _refuse_unweighed(self, rows: Sequence[Row]) -> None:
-        """A prompt's total is the weighted mean of the rewards that apply to it: of one alone, whatever its weight."""
+        """Raises UserError for a weight without effect.
+
+        A prompt's total is the weighted mean of the rewards that apply to it. If only one applies, its weight cancels.
+        """
         trained = self.trained
         if self.recipe.algorithm.parts_rewards or len({self.weights[name] for name in trained}) < 2:
             return
@@ -107,22 +114,22 @@ class Scorer:
         for name in trained:
             if name not in met and self.weights[name] != 1:
                 raise UserError(
-                    f"rewards.{name}.weight {self.weights[name]:g}: no prompt that it judges is judged by another "
-                    "reward, so it is weighed against nothing; leave it out"
+                    f"rewards.{name}.weight {self.weights[name]:g} has no effect: no prompt that this reward judges is "
+                    "judged by another one; leave the weight out"
                 )
 
     @property
     def whole_groups(self) -> bool:
-        """Whether a reward compares the samples of a prompt, so that it must see them together."""
+        """Whether a reward compares the samples of a prompt and so must see them together."""
         return any(reward.scope == "group" for reward in self.rewards.values())
 
     def judge(self, media: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-        """Begin to score finished media of a rollout, in their order; returns them as 8-bit levels off the device."""
+        """Start to score a rollout's finished media, in their order; returns them as 8-bit levels in main memory."""
         self._begin(FINISHED, media, rows)
         return as_levels(media).cpu()
 
     def preview(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
-        """Begin to score one-step predictions made at denoising step `index`, in the order of their samples."""
+        """Start to score one-step predictions of denoising step `index`, in the order of their samples."""
         self._begin(index, media, rows)
 
     def _begin(self, index: int, media: torch.Tensor, rows: Sequence[Row]) -> None:
@@ -131,7 +138,10 @@ class Scorer:
         self._pending.setdefault(index, []).append(found)
 
     def score(self, samples: Generated) -> RewardTable:
-        """What the algorithm gets of samples: those of a dataset bring their scores, all others were begun with."""
+        """The rewards of samples, as the algorithm gets them.
+
+        Samples of a dataset bring their scores; for others `judge` has started the scoring, and this waits for it.
+        """
         if isinstance(samples, Recorded):
             return self.scored(samples.scores, samples.prompts)
         pending, self._pending = self._pending, {}
@@ -147,15 +157,15 @@ class Scorer:
         return scored._replace(previews=torch.stack([*earlier, scored.total], dim=1))
 
     def learn(self, samples: Generated, step: int, accelerator: Accelerator) -> tuple[dict[str, Any], list[str]]:
-        """Rewards that learn take their step; returns their figures and alarms.
+        """Let the rewards that learn take their step; returns their metrics and alarms.
 
-        Every process learns from the samples of all, so that the rewards stay the same everywhere. They see media as
-        files hold them, in 8 bits: what is real and what is drawn must not differ by its rounding.
+        Every process learns from the samples of all processes, so the rewards stay equal everywhere. They see media in
+        8 bits, as files hold them: drawn media must not differ from real ones by their rounding.
         """
-        figures: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         alarms: list[str] = []
         if not self.trainable or not isinstance(samples, Drawn):
-            return figures, alarms
+            return metrics, alarms
         media = accelerator.gather(samples.media.to(self.device))
         rows = samples.rows if accelerator.num_processes == 1 else gather_object(samples.rows)
         for name, reward in self.trainable.items():
@@ -164,13 +174,13 @@ class Scorer:
             if chosen:
                 part = [rows[place] for place in chosen]
                 texts, metadata = [row.prompt for row in part], [deepcopy(row.metadata) for row in part]
-                figures[name] = reward.update(media[chosen].float() / 255, texts, metadata, step)
+                metrics[name] = reward.update(media[chosen].float() / 255, texts, metadata, step)
                 if reward.alarm:
                     alarms.append(f"reward {name!r}: {reward.alarm}")
-        return figures, alarms
+        return metrics, alarms
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What the rewards have learnt."""
+        """The state of the rewards that learn."""
         return {
             f"{name}{_SEPARATOR}{key}": value
             for name, reward in self.trainable.items()
@@ -178,11 +188,11 @@ class Scorer:
         }
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put back what `state` gave; KeyError for a reward that it lacks."""
+        """Restore what `state` returned; KeyError for a reward that it lacks."""
         load_learnt(self.trainable, state)
 
     def scored(self, scores: Mapping[str, Scores], prompts: Sequence[str]) -> RewardTable:
-        """What the algorithm gets of the scores of B samples with their prompts."""
+        """The rewards of B samples, as the algorithm gets them, from their scores and prompts."""
         shaped = {name: self._shaped(name, score, prompts) for name, score in scores.items()}
         device = next(iter(shaped.values())).values.device
         trust = None
@@ -200,7 +210,7 @@ class Scorer:
         )
 
     def _shaped(self, name: str, score: Scores, prompts: Sequence[str]) -> Scores:
-        """UserError where the shaping makes NaN or infinity of a score: NaN would pass for a picture left out."""
+        """The shaped scores. Raises UserError for NaN or infinity: NaN would stand for a sample without a score."""
         shaping, asked = self.shaping.get(name), score.applies
         if shaping is None or not asked.any():
             return score
@@ -210,14 +220,14 @@ class Scorer:
             seen = score.values[asked]
             raise UserError(
                 f"rewards.{name}.shaping: {shaping.form} of scores from {seen.min():g} to {seen.max():g} is not "
-                "finite; give references and a scale of their size"
+                "finite; give references and a scale of the same size as the scores"
             )
         return Scores(values, asked)
 
     def _bent(
         self, name: str, shaping: Shaping, values: torch.Tensor, prompts: Sequence[str], asked: torch.Tensor
     ) -> torch.Tensor:
-        """The shaped scores (A,) of the A of B prompts that are asked (B,) bool."""
+        """The shaped scores (A,) of those A of B samples to which the reward applies, given as `asked` (B,) bool."""
         if shaping.form == "standardise":  # over all prompts
             listed = self.references.get(name, {}).values() or [shaping.reference]
             return standardised(values, torch.tensor(list(listed)).to(values))
@@ -233,16 +243,19 @@ class Scorer:
 
 
 def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., Any]]) -> dict[str, Reward]:
-    """The rewards that a script gives a run of the recipe, under the names that the recipe has for them.
+    """The rewards that a script gives to a run of the recipe, under the recipe's names.
 
-    They are all that it trains on and any that it measures besides. Raises UserError for another name, one that lacks,
-    and a reward that is both trained on and held out.
+    They must include all training rewards and may include measured ones. Raises UserError for a name that the recipe
+    lacks, a training reward that is not given, and a reward that is both trained on and held out.
     """
     held_out = (recipe.guard and recipe.guard.rewards) or {}
     known = recipe.rewards | (recipe.evaluation.rewards or {}) | held_out
     for name in rewards:
         if name not in known:
-            raise UserError(f"a reward is given as {name!r}, which recipe {recipe.name} has not{nearest(name, known)}")
+            raise UserError(
+                f"a reward is given as {name!r}, but recipe {recipe.name} has no reward of this name"
+                f"{nearest(name, known)}"
+            )
     for name in recipe.rewards:
         if name not in rewards:
             raise UserError(
@@ -251,22 +264,24 @@ def given_rewards(recipe: Recipe, rewards: Mapping[str, Reward | Callable[..., A
             )
     for name in held_out.keys() & rewards.keys():
         if any(rewards[name] is rewards[trained] for trained in recipe.rewards):
-            raise UserError(f"the reward given as {name!r} for guard.rewards is trained on; an audit needs others")
+            raise UserError(
+                f"the reward given as {name!r} for guard.rewards is trained on; an audit needs another reward"
+            )
     return {name: as_reward(reward, name) for name, reward in rewards.items()}
 
 
 def _joined(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
-    """The scores of batches, one after the other."""
+    """The scores of batches, joined in order."""
     return {name: Scores(*map(torch.cat, zip(*(part[name] for part in parts), strict=True))) for name in parts[0]}
 
 
 def tally(rewards: Mapping[str, Reward]) -> dict[str, dict[str, int]]:
-    """What each reward of this process counted since it was last asked; those that count nothing are left out."""
+    """The counts of each reward of this process since the last call; rewards that count nothing are left out."""
     return {name: counts for name, one in rewards.items() if (counts := one.tally())}
 
 
 def unread(tallies: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """A sentence for each reward that could not read all answers of its judge."""
+    """A sentence for each reward that could not read all answers of its judging model."""
     return [
         f"{name} could not read {counts['unparsable']} of {counts['answers']} answers"
         for name, counts in tallies.items()
@@ -275,7 +290,7 @@ def unread(tallies: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torch.Tensor]) -> None:
-    """Give rewards what a run's `Scorer.state` kept of them; KeyError for one of which it has nothing."""
+    """Restore rewards from a run's `Scorer.state`; KeyError for a reward that it lacks."""
     for name, reward in rewards.items():
         prefix = f"{name}{_SEPARATOR}"
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -285,7 +300,7 @@ def load_learnt(rewards: Mapping[str, TrainableReward], state: Mapping[str, torc
 
 
 def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: Combine) -> torch.Tensor:
-    """The one number (B,) that the recipe makes of the scores."""
+    """The total (B,): the scores combined as the recipe says."""
     if combine.form == "worst":
         return worst_case(scores, weights)
     if combine.form == "uncertainty":
@@ -296,14 +311,14 @@ def total(scores: Mapping[str, Scores], weights: Mapping[str, float], combine: C
 
 
 def learning(rewards: Mapping[str, Reward]) -> dict[str, TrainableReward]:
-    """Those of the rewards that learn."""
+    """The rewards that learn."""
     return {name: one for name, one in rewards.items() if isinstance(one, TrainableReward) and one.learns}
 
 
 def refuse_learning(rewards: Mapping[str, Reward], why: str) -> None:
-    """Raises UserError for a reward that learns, where nothing has taught it yet: it would score everything alike."""
+    """Raises UserError for a reward that learns: before training it would give every sample the same score."""
     for name in learning(rewards):
-        raise UserError(f"reward {name!r} learns in training and says nothing before it; {why}")
+        raise UserError(f"reward {name!r} learns during training and cannot score before it; {why}")
 
 
 def load_rewards(
@@ -311,7 +326,7 @@ def load_rewards(
     device: torch.device | str,
     given: Mapping[str, zoo.Reward] = MappingProxyType({}),
 ) -> dict[str, zoo.Reward]:
-    """The rewards of a recipe, by the name it gives them, on a device; those `given` are there already."""
+    """Load a recipe's rewards on a device, by the recipe's names; the rewards in `given` are used as they are."""
     for name, entry in settings.items():
         file = entry.loads(name).rpartition(":")[0]
         if name not in given and file.endswith(".py") and not Path(file).is_file():

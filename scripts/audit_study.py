@@ -1,10 +1,11 @@
-"""How well the audit tells honest runs from hacked ones, on the embedded world, whose gold judges are exact.
+"""How well the audit tells honest runs from hacked ones, on the toyworld, whose gold judges are exact.
 
     python scripts/audit_study.py --seeds 1 2 3 4 5 6 7 8 9 10 --output runs/audit_study
 
-Three kinds of run: honest, trained on the gold judge of the shapes; and the two planted hacks of the over-optimisation
-bench, undefended. Counted are runs that alarm, at which step, and the gold that the weights in best_unhacked keep of
-the best that the run ever had. Finished runs are kept. Writes audit_study.json and .md, anew after every run.
+There are three kinds of runs: honest runs, trained on the gold judge of the shapes, and undefended runs on each of the
+two proxies of the over-optimisation bench. The study counts the runs that alarm, records the step of the first alarm,
+and compares the gold score of the weights in best_unhacked with the best gold score of the run. Finished runs are kept.
+Writes audit_study.json and .md again after every run.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from flowalign.terminal import markdown
 from flowalign.training.interrupt import Interrupted
 from rewards import RewardError
 
-ARMS = {  # world, defence, learning rate: the bundled recipe's where the run is honest
+ARMS = {  # world, defence, learning rate; an honest run uses the bundled recipe's learning rate
     "honest": ("shapes", HONEST, 7e-4),
     "learned judge": ("shapes", "none", 1.5e-3),
     "OCR with contrast": ("signs", "none", 1.5e-3),
@@ -37,14 +38,14 @@ ARMS = {  # world, defence, learning rate: the bundled recipe's where the run is
 
 
 def main() -> None:
-    """Parse the command line, train what is missing, write what was found."""
+    """Parse the command line, train the missing runs, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--evaluate-every", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts, two pictures each")
-    parser.add_argument("--output", type=Path, default=Path("runs/audit_study"))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="the kinds of runs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of each kind of run")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of a run")
+    parser.add_argument("--evaluate-every", type=int, default=3, help="training steps between evaluations")
+    parser.add_argument("--prompts", type=int, default=48, help="held-out prompts, with two images each")
+    parser.add_argument("--output", type=Path, default=Path("runs/audit_study"), help="folder for runs and results")
     options = parser.parse_args()
     quiet_libraries()
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
-    """One run of the study."""
+    """The recipe of one run of the study."""
     world, defence, rate = ARMS[arm]
     shared = options.output / world
     return make_recipe(
@@ -82,7 +83,7 @@ def recipe_of(options: argparse.Namespace, arm: str, seed: int) -> Any:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What a run's audits and gold judge said."""
+    """The results of a run's audits and of its gold judge."""
     evaluations = read_evaluations(folder)
     gold = {one["step"]: one["summary"][GOLD]["mean"] for one in evaluations}
     alarms = {one["step"]: one["audit"]["alarms"] for one in evaluations if one["audit"]["alarms"]}
@@ -102,7 +103,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def write(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> None:
-    """audit_study.json and .md, whole."""
+    """Write audit_study.json and .md, each as a whole."""
     asked = {key: value for key, value in vars(options).items() if key != "output"}
     about = {"command": command_line(), "made": now(), "versions": versions(), **asked}
     replace_json(options.output / "audit_study.json", {**about, "runs": runs})
@@ -120,7 +121,7 @@ def write(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) ->
 
 
 def row(arm: str, runs: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """A line of the table."""
+    """A row of the table."""
     alarmed = [run for run in runs if run["alarms"]]
     steps = ", ".join(str(run["first_alarm"]) for run in alarmed)
     causes = [alarm.split()[0] for run in alarmed for alarm in run["alarms"][run["first_alarm"]]]

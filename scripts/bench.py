@@ -1,10 +1,10 @@
 """Where a training step's time goes: `python scripts/bench.py RECIPE [key=value ...]`.
 
-Prints images/s of rollout, items/s of training, milliseconds by phase, reward ms per image, the floor (the same
-forward and backward passes alone, on the same batches) and the step as a multiple of it, peak memory, and how the
-time of a step grows with group size and denoising steps; with `--overlap` instead what a step takes with the reward
-scored while the next pictures are drawn, and scored when all are drawn. Under `accelerate launch --num_processes N`
-the step is that of N processes. Ratios within one run can be trusted; absolute times are this machine's.
+Prints images/s of the rollout, items/s of training, milliseconds by phase, reward milliseconds per image, the floor
+(the same forward and backward passes alone, on the same batches), the ratio of step to floor, peak memory, and how the
+time of a step grows with group size and denoising steps. With `--overlap` it compares instead two ways of scoring:
+while the next images are drawn, and after all images are drawn. Under `accelerate launch --num_processes N` it measures
+the step of N processes. Ratios within one run are reliable; absolute times depend on the machine.
 """
 
 import os
@@ -32,7 +32,7 @@ console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 @contextmanager
 def _trainer(recipe: Recipe) -> Iterator[Trainer]:
-    """A trainer that leaves nothing behind."""
+    """A trainer whose run folder is temporary."""
     with tempfile.TemporaryDirectory() as folder:
         changes = {"folder": f"{folder}/run", "trackers": ()}
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update=changes)})
@@ -40,7 +40,7 @@ def _trainer(recipe: Recipe) -> Iterator[Trainer]:
 
 
 def overlap(recipe: Recipe, repeats: int) -> Table:
-    """Medians of a step with the reward scored beside the rollout and after it, step about, `repeats` of each."""
+    """Medians of a step with the reward scored beside the rollout and after it: `repeats` of each, in turns."""
     rows: dict[str, list[tuple[float, float, float]]] = {"beside the rollout": [], "after the rollout": []}
     with _trainer(recipe) as trainer:
         trainer.tested = True
@@ -51,29 +51,29 @@ def overlap(recipe: Recipe, repeats: int) -> Table:
             started = time.perf_counter()
             trainer._train_step()
             whole = time.perf_counter() - started
-            if step >= 2:  # the first of each warms up
+            if step >= 2:  # the first step of each kind warms up
                 rows[name].append((whole, trainer.seconds["rollout"], trainer.seconds["reward"]))
     table = Table("reward scored", "step", "rollout", "waiting for the reward", title=recipe.name, title_justify="left")
     medians = {name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in rows.items()}
     for name, found in medians.items():
         table.add_row(name, *(f"{1000 * seconds:.0f} ms" for seconds in found))
     first, second = (found[0] for found in medians.values())
-    table.caption = f"a step takes {first / second:.3f} of the time when the reward is scored beside the rollout"
+    table.caption = f"scoring beside the rollout takes {first / second:.3f} of the time of scoring after it"
     return table
 
 
 def _later(media: torch.Tensor, rows: object) -> None:
-    """Begins nothing, so that all pictures are scored after the rollout."""
+    """Starts no scoring, so that all images are scored after the rollout."""
 
 
 def measure(recipe: Recipe, repeats: int) -> dict[str, float]:
-    """What `time_steps` finds, and nothing left behind."""
+    """The results of `time_steps` in a temporary run folder."""
     with _trainer(recipe) as trainer:
         return time_steps(trainer, repeats, warm_ups=2 if recipe.model.compile else 1)
 
 
 def beside(recipe: Recipe, changed: Recipe, repeats: int) -> tuple[float, float]:
-    """Medians of a changed recipe's step in seconds and as a multiple of the recipe's own, step about."""
+    """Medians of the changed recipe's step time, in seconds and relative to the recipe's own, measured in turns."""
     pairs = []
     with _trainer(recipe) as first, _trainer(changed) as second:
         first.tested = second.tested = True
@@ -84,17 +84,17 @@ def beside(recipe: Recipe, changed: Recipe, repeats: int) -> tuple[float, float]
                 trainer._train_step()
                 seconds.append(time.perf_counter() - started)
             pairs.append((seconds[1], seconds[1] / seconds[0]))
-    step, ratio = (statistics.median(column) for column in zip(*pairs[1:], strict=True))  # the first warms up
+    step, ratio = (statistics.median(column) for column in zip(*pairs[1:], strict=True))  # the first pair warms up
     return step, ratio
 
 
 def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:
-    pictures, items = recipe.samples_per_step, recipe.items_per_step
+    images, items = recipe.samples_per_step, recipe.items_per_step
     table = Table("quantity", "value", title=recipe.name, title_justify="left")
-    if seconds["decode"]:  # a step from a dataset draws nothing
-        table.add_row("rollout", f"{pictures / seconds['rollout']:.1f} images/s (decoding included)")
+    if seconds["decode"]:  # a step from a dataset of groups draws nothing
+        table.add_row("rollout", f"{images / seconds['rollout']:.1f} images/s (decoding included)")
     table.add_row("training", f"{items / seconds['train']:.1f} items/s")
-    table.add_row("reward", f"{1000 * seconds['scores'] / pictures:.2f} ms/image alone")
+    table.add_row("reward", f"{1000 * seconds['scores'] / images:.2f} ms/image alone")
     for phase, name in (("rollout", "rollout"), ("reward", "waiting for the reward"), ("train", "training")):
         table.add_row(f"{name} time", f"{1000 * seconds[phase]:.0f} ms")
     table.add_row("step time", f"{1000 * seconds['step']:.0f} ms")
@@ -115,10 +115,14 @@ def _table(recipe: Recipe, seconds: dict[str, float]) -> Table:
 
 def main(
     recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")] = "toyworld_ocr",
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="steps measured")] = 3,
-    only_overlap: Annotated[bool, typer.Option("--overlap", help="only compare ways of scoring the reward")] = False,
-    growth: Annotated[bool, typer.Option(help="also measure growth with group size and denoising steps")] = True,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="number of measured steps")] = 3,
+    only_overlap: Annotated[
+        bool, typer.Option("--overlap", help="only compare scoring during the rollout with scoring after it")
+    ] = False,
+    growth: Annotated[
+        bool, typer.Option(help="also measure how the step time grows with group size and denoising steps")
+    ] = True,
 ) -> None:
     """Measure a recipe's training step."""
     quiet_libraries()
@@ -129,7 +133,7 @@ def main(
     console.print(_table(resolved, measure(resolved, repeats)))
     if not growth:
         return
-    table = Table("change", "step time", "of the recipe's", title="growth", title_justify="left")
+    table = Table("change", "step time", "relative to the recipe", title="growth", title_justify="left")
     group, steps = resolved.train.group_size, resolved.rollout.steps
     cases = [("train.group_size", max(2, group // 2)), ("train.group_size", 2 * group)]
     cases += [("rollout.steps", 2 * steps), ("rollout.steps", 4 * steps)]

@@ -1,20 +1,22 @@
 """A training step of Stable Diffusion 3.5 Medium on a GPU: `python scripts/bench_gpu.py [key=value ...]`.
 
-The published architecture with random weights: nothing is downloaded, and a step costs the same. 512 pixels, bf16, LoRA
-of rank 32, Flow-GRPO's recipe with guidance 4.5 and 32 pictures a step. One row for each attention backend that runs
-here, and one with the fastest of them and compiled blocks. Prints a Markdown table of these columns:
+The script uses the published architecture with random weights: it downloads nothing, and a step costs the same as with
+real weights. The setting is 512 pixels, bf16, LoRA of rank 32 and Flow-GRPO's recipe with guidance 4.5 and 32 images
+per step. There is one row for each attention backend that runs here, and one for the fastest of them with compiled
+blocks. The script prints a Markdown table with these columns:
 
     attention, compiled   the case
-    images/s, items/s     of the rollout, decoding included; of training, an item being a picture at one denoising step
+    images/s, items/s     speed of the rollout, decoding included, and of training; an item is an image at one
+                          denoising step
     rollout, decode, train, step, floor
-                          milliseconds; decode is within the rollout; the floor is the same passes of the models alone
+                          milliseconds; decode is a part of rollout; the floor is the same passes of the models alone
     step / floor          the median over the steps
-    TFLOP/s, share        of the transformer in its floor, by PyTorch's count; as a part of what a large matrix product
-                          reaches here in the same dtype
+    TFLOP/s, share        the transformer's rate in the floor, by PyTorch's count; its share of the rate that a large
+                          matrix product reaches here in the same dtype
     GiB                   the peak of the GPU's memory
 
-Arguments change the recipe, such as train.micro_batch=16. `--check` runs the same with a tiny model on whatever there
-is: that shows that the script works, and its numbers mean nothing.
+Arguments change the recipe, such as train.micro_batch=16. `--check` runs the script with a tiny model on any device: it
+shows that the script works, but its numbers mean nothing.
 """
 
 import sys
@@ -44,7 +46,7 @@ from flowalign.trainer import Trainer
 from flowalign.training.display import Display
 from rewards.devices import chosen_device
 
-TEXT = 77  # tokens of CLIP, before T5's
+TEXT = 77  # CLIP's tokens, which come before T5's
 MEDIUM: dict[str, Any] = {
     "attention_head_dim": 64,
     "caption_projection_dim": 1536,
@@ -72,10 +74,10 @@ CHECKED = ("model.height=64", "model.width=64", "train.group_size=2", "rollout.s
 
 
 class RandomWeights(SD3Policy):
-    """The architecture with random weights, and random numbers in the place of encoded prompts."""
+    """The architecture with random weights, and with random numbers instead of encoded prompts."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """Of the published shapes, different for different prompts."""
+        """Random conditions of the published shapes, different for different prompts."""
         config = self.pipeline.transformer.config
         rows = [counted_generator(*prompt.encode()) for prompt in prompts]
         shape = (TEXT + self.max_sequence_length, config.joint_attention_dim)
@@ -85,7 +87,7 @@ class RandomWeights(SD3Policy):
 
 
 def random_policy(recipe: Recipe, device: torch.device, check: bool) -> RandomWeights:
-    """Weights from N(0, 0.02^2), made on the device."""
+    """The policy with weights from N(0, 0.02^2), drawn on the device."""
     torch.manual_seed(0)
     dtype = forward_dtype(recipe.model.dtype, device)
     with device:
@@ -115,14 +117,14 @@ def brightness(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[A
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a product of two large matrices, the best of twelve."""
+    """Operations per second of a product of two large matrices, the best of twelve tries."""
     size = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / min(seconds_of(lambda: left @ right) for _ in range(12))
 
 
 def operations(trainer: Trainer) -> int:
-    """Of the transformer in a step, with PyTorch's own attention and nothing compiled: what its counter knows."""
+    """The transformer's operations in a step, uncompiled and with PyTorch's own attention, so that they are counted."""
     trainer.tested = True
     with recorded(trainer) as passes:
         trainer._train_step()
@@ -132,7 +134,7 @@ def operations(trainer: Trainer) -> int:
 
 
 def row(recipe: Recipe, case: tuple[str, bool], found: dict[str, float], flops: int, rate: float) -> dict[str, str]:
-    """A line of the table."""
+    """A row of the table."""
     speed = flops / (found["floor"] - found["decode"])
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if torch.cuda.is_available() else "-"
     milliseconds = {name: f"{1000 * found[name]:.0f}" for name in ("rollout", "decode", "train", "step", "floor")}
@@ -150,15 +152,17 @@ def row(recipe: Recipe, case: tuple[str, bool], found: dict[str, float], flops: 
 
 
 def main(
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="steps measured in each case")] = 3,
-    backends: Annotated[str, typer.Option(help="attention backends to try")] = ",".join(CANDIDATES),
-    compiled: Annotated[bool, typer.Option(help="also with compiled blocks")] = True,
-    check: Annotated[bool, typer.Option("--check", help="a tiny model: does the script work?")] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="number of measured steps in each case")] = 3,
+    backends: Annotated[str, typer.Option(help="the attention backends to try")] = ",".join(CANDIDATES),
+    compiled: Annotated[bool, typer.Option(help="also measure compiled blocks, with the fastest backend")] = True,
+    check: Annotated[bool, typer.Option("--check", help="only test that the script works, with a tiny model")] = False,
 ) -> None:
     """Measure a step of Stable Diffusion 3.5 Medium with random weights."""
     if not torch.cuda.is_available() and not check:
-        sys.exit("error: this machine has no GPU that PyTorch can use; --check tries the script with a tiny model")
+        sys.exit("error: PyTorch finds no GPU on this machine; --check tests the script with a tiny model")
     quiet_libraries()
     device = chosen_device()
     with tempfile.TemporaryDirectory() as folder:
@@ -175,11 +179,11 @@ def main(
 def measure(
     recipe: Recipe, device: torch.device, repeats: int, backends: Sequence[str], compiled: bool, check: bool
 ) -> None:
-    """Print what is measured, the table line by line."""
+    """Measure every case and print the table line by line."""
     policy = random_policy(recipe, device, check)
     rate = matrix_rate(device, policy.dtype)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "a processor"
-    what = "a tiny model, which measures nothing" if check else "Stable Diffusion 3.5 Medium, random weights"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    what = "a tiny model, whose numbers mean nothing" if check else "Stable Diffusion 3.5 Medium, random weights"
     print(f"{what}: {policy.request.height} x {policy.request.width} pixels, LoRA of rank {recipe.model.lora.rank}")
     print(f"{where}, {str(policy.dtype).removeprefix('torch.')}, matrix product {rate / 1e12:.1f} TFLOP/s")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
@@ -197,7 +201,9 @@ def measure(
     def measured(backend: str, is_compiled: bool) -> None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        found = time_steps(trainer(), repeats, warm_ups=2 if is_compiled else 1)  # once more for any size of batches
+        found = time_steps(
+            trainer(), repeats, warm_ups=2 if is_compiled else 1
+        )  # compiling for batches of any size takes one more step
         line = row(recipe, (backend, is_compiled), found, flops, rate)
         if not steps:
             print(markdown(line, ()), end="")

@@ -1,9 +1,9 @@
-"""How fast each reward scores, in images a second, on the embedded world's pictures and judges.
+"""How fast each reward scores, in images per second, on the toyworld's images and judges.
 
     python scripts/bench_rewards.py
 
-OCR is compared with the engine called image by image at its default settings, on signs and on a page of text. Each
-figure is the best of several turns, and the turns of all rewards alternate, so that another program disturbs all alike.
+OCR is compared with its engine called image by image at default settings, on signs and on pages of text. Each time is
+the best of several turns. The turns of all rewards alternate, so that another program disturbs them all alike.
 """
 
 import argparse
@@ -30,7 +30,7 @@ DETECTOR = "flowalign.toyworld.detector:ExactDetector"
 
 
 def pictures(count: int, shapes: float) -> Items:
-    """Rendered signs (shapes 0) or shapes (shapes 1)."""
+    """Rendered images of signs (shapes=0) or of shapes (shapes=1)."""
     rng = np.random.default_rng(0)
     drawn = [random_example(rng, words(held_out=True), shapes) for _ in range(count)]
     media = torch.stack([torch.from_numpy(render(scene)).permute(2, 0, 1) / 255 for _, scene in drawn])
@@ -39,7 +39,7 @@ def pictures(count: int, shapes: float) -> Items:
 
 
 def pages(count: int) -> Items:
-    """Photographs' size, 512 pixels, with a line of text."""
+    """Images of 512 pixels, the size of photographs, with a line of text."""
     font = ImageFont.load_default(48)
     media = []
     for index in range(count):
@@ -50,7 +50,7 @@ def pages(count: int) -> Items:
 
 
 def scoring(name: str, items: Items, **options: object) -> Callable[[], None]:
-    """One turn of a reward."""
+    """A function that scores the items once with a reward."""
     reward = rewards.load(name, **options)
 
     def turn() -> None:
@@ -60,7 +60,7 @@ def scoring(name: str, items: Items, **options: object) -> Callable[[], None]:
 
 
 def one_by_one(items: Items) -> Callable[[], None]:
-    """One turn of RapidOCR at its default settings, an image a call."""
+    """A function that reads the items once with RapidOCR at its default settings, with one image per call."""
     engine = RapidOCR(params={"Global.log_level": "critical"})
     images = [picture[..., ::-1] for picture in to_uint8(items.media)]
 
@@ -72,10 +72,10 @@ def one_by_one(items: Items) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Parse the command line, take the times, print a table."""
+    """Parse the command line, measure the times, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64, help="pictures in a turn; pages take an eighth of it")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--images", type=int, default=64, help="images per turn; an eighth as many pages")
+    parser.add_argument("--turns", type=int, default=3, help="measured turns of each reward")
     options = parser.parse_args()
     signs, shapes, page = pictures(options.images, 0), pictures(options.images, 1), pages(max(options.images // 8, 2))
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def main() -> None:
             ),
         }
         best = dict.fromkeys(turns, float("inf"))
-        for _ in range(options.turns + 1):  # the first turn warms up and is the worst
+        for _ in range(options.turns + 1):  # the first turn warms up; being the slowest, it does not count
             for name, (turn, _) in turns.items():
                 started = time.perf_counter()
                 turn()

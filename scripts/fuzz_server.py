@@ -1,8 +1,8 @@
-"""Send a reward server malformed requests and see how it takes them: `python scripts/fuzz_server.py --requests 10000`.
+"""Send malformed requests to a reward server and check its answers: `python scripts/fuzz_server.py --requests 10000`.
 
-Starts a server of its own, prints how often each kind of request got which status, what a right request scores before
-and after, and the server's memory. Fails when a request got a score that it should not have, an answer without an
-explanation, a status of 500 or none where the connection was sound, or when the server logged a traceback.
+The script starts its own server. It prints how often each kind of request got each status, the scores of a valid
+request before and after, and the server's memory. It fails if a malformed request got a score, if an answer has no
+explanation, if a sound connection got a status of 500 or none, or if the server logged a traceback.
 """
 
 import base64
@@ -58,7 +58,7 @@ JUNK: list[Any] = [
     "[1]",
     "{}",
 ]
-# May come out right by chance, as when a pixel or a letter is what was changed.
+# Kinds that may give a valid request by chance, for example if only a pixel or a letter was changed.
 LUCKY = {"damaged", "cut_picture", "misstated", "wrong_row"}
 
 Sent = tuple[str, str, dict[str, str], bytes]  # method, path, headers, body
@@ -70,7 +70,7 @@ def posted(body: bytes, kind: str = SAFETENSORS) -> Sent:
 
 
 def safetensors(header: object, content: bytes) -> bytes:
-    """A file with this header and content, fitting or not."""
+    """A safetensors file with this header and content, whether they match or not."""
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + content
 
@@ -81,7 +81,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes, *more: bytes) -> bytes:
-    """A PNG that states a size, with any pixels."""
+    """A PNG that states this size, whatever its pixels are."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
@@ -92,7 +92,7 @@ def rows(*pictures: bytes) -> bytes:
 
 
 def damaged(dice: random.Random) -> Sent:
-    """Some bytes changed, cut out or put in, most of them in the header."""
+    """A request with some bytes changed, removed or inserted, most of them in the header."""
     body = bytearray(RIGHT)
     for _ in range(dice.randint(1, 4)):
         start = dice.randrange(dice.choice([8, 250, len(body)]))
@@ -101,7 +101,7 @@ def damaged(dice: random.Random) -> Sent:
 
 
 def misstated(dice: random.Random) -> Sent:
-    """A header that says something else than the file holds, or nothing sensible."""
+    """A header that contradicts the file's contents or makes no sense."""
     tensor: dict[str, Any] = {"dtype": "F32", "shape": [1, 3, 2, 2], "data_offsets": [0, 48]}
     texts: dict[str, Any] = {"prompts": '["x"]', "metadata": "[{}]"}
     header: dict[str, Any] = {"media": tensor, "__metadata__": texts}
@@ -111,7 +111,7 @@ def misstated(dice: random.Random) -> Sent:
 
 
 def wrong_shape(dice: random.Random) -> Sent:
-    """Shapes with zeros, of wrong rank or channels, or vast."""
+    """Shapes with zeros, with a wrong rank or number of channels, or far too large."""
     shape = dice.choice(
         [[0, 3, 2, 2], [1, 4, 2, 2], [12], [1] * 9, [2**40, 3, 2**40, 2], [-1, 3, -2, 2], [1, 3, 2, True]]
     )
@@ -121,7 +121,7 @@ def wrong_shape(dice: random.Random) -> Sent:
 
 
 def wrong_values(dice: random.Random) -> Sent:
-    """Media that are no numbers or lie outside [0, 1]."""
+    """Media with values that are not numbers or lie outside [0, 1]."""
     media = MEDIA.clone()
     media[1, 0, dice.randrange(16), dice.randrange(16)] = dice.choice([float("nan"), float("inf"), -1.0, 255.0])
     return posted(encode(media, ["x", "y"], [{}, {}]))
@@ -133,14 +133,14 @@ def wrong_count(dice: random.Random) -> Sent:
 
 
 def wrong_row(dice: random.Random) -> Sent:
-    """JSON rows with anything in them."""
+    """JSON rows with arbitrary values."""
     row: dict[str, object] = {"png": base64.b64encode(picture()).decode(), "prompt": "x", "metadata": {}}
     row[dice.choice([*row, "x"])] = dice.choice(JUNK)
     return posted(json.dumps(dice.choice([[row], [row, row], row, {"items": [row]}, dice.choice(JUNK)])).encode(), JSON)
 
 
 def picture() -> bytes:
-    """A right PNG."""
+    """A valid PNG."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (40, 80, 120)).save(file, format="PNG")
     return file.getvalue()
@@ -162,20 +162,20 @@ def bomb(dice: random.Random) -> Sent:
 
 
 def other_picture(dice: random.Random) -> Sent:
-    """A file of another format, or pictures of two sizes."""
+    """A file of another format, or images of two sizes."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, format=dice.choice(["JPEG", "GIF", "TIFF", "BMP"]))
     return posted(rows(*dice.choice([[file.getvalue()], [picture(), png(8, 8, zlib.compress(bytes(200)))]])), JSON)
 
 
 def deep_json(dice: random.Random) -> Sent:
-    """JSON of great depth, of many values, or of a great number."""
+    """JSON with deep nesting, very many values, or a very large number."""
     kinds = [b"[" * 10**5, b'{"a":' * 10**5, b"[" + b"[]," * 1_100_000 + b"[]]", b"9" * 10**5, b"[NaN]", b"[1e999]"]
     return posted(dice.choice(kinds), JSON)
 
 
 def oversized(dice: random.Random) -> Sent:
-    """Beyond the server's items, media or text."""
+    """More items, media or text than the server takes."""
     return posted(
         dice.choice(
             [
@@ -189,20 +189,20 @@ def oversized(dice: random.Random) -> Sent:
 
 
 def wrong_kind(dice: random.Random) -> Sent:
-    """Another content type, a compressed body, or the wrong form under a type."""
+    """Another content type, a compressed body, or a body that does not match its content type."""
     method, path, headers, body = posted(RIGHT, dice.choice([JSON, "text/plain", "multipart/form-data", "", ";"]))
     return method, path, headers | dice.choice([{}, {"Content-Encoding": "gzip"}]), body
 
 
 def wrong_place(dice: random.Random) -> Sent:
-    """Another path or method, or none of the server's rewards."""
+    """Another path, another method, or an unknown reward."""
     headers = posted(b"")[2]
     paths = ["/", "/score", "/score/", "/score/colour", "/score/..%2f..%2fetc", "/score/%ff", "/docs", "/openapi.json"]
     return dice.choice([("POST", p, headers, RIGHT) for p in paths] + [("DELETE", "/score/colorfulness", headers, b"")])
 
 
 def wrong_token(dice: random.Random) -> Sent:
-    """No token or another."""
+    """No token or a wrong one."""
     method, path, headers, body = posted(RIGHT)
     other = dice.choice(
         ["", "Bearer", "Bearer fuz", "Bearer fuzzy", "Basic fuzz", "bearer fuzz", "Bearer " + "x" * 9999]
@@ -211,7 +211,7 @@ def wrong_token(dice: random.Random) -> Sent:
 
 
 def wrong_question(dice: random.Random) -> Sent:
-    """A malformed question to what a reward applies."""
+    """A malformed request that asks to which rows a reward applies."""
     body = json.dumps(dice.choice([*JUNK, {"rows": dice.choice(JUNK[:6])}, {"rows": [dice.choice(JUNK)]}])).encode()
     return "POST", "/applies/colorfulness", posted(b"", JSON)[2], body
 
@@ -242,7 +242,7 @@ KINDS: list[Callable[[random.Random], Sent]] = [
 
 
 def broken_connection(dice: random.Random, address: tuple[str, int]) -> str:
-    """Speaks HTTP badly or hangs up in mid-sentence; returns the status that came, or "closed"."""
+    """Send bad HTTP or close the connection early; returns the answer's status, or "closed"."""
     head = f"POST /score/colorfulness HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
     text = dice.choice(
         [
@@ -266,7 +266,7 @@ def broken_connection(dice: random.Random, address: tuple[str, int]) -> str:
 
 
 def memory(process: int) -> dict[str, int]:
-    """Resident megabytes of a process, now and at most so far; Linux tells, elsewhere empty."""
+    """Resident megabytes of a process, now and at their peak; empty on systems other than Linux."""
     status = Path(f"/proc/{process}/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     fields = {"VmRSS": "now", "VmHWM": "peak"}
@@ -274,7 +274,7 @@ def memory(process: int) -> dict[str, int]:
 
 
 def is_explained(answer: httpx2.Response) -> bool:
-    """Whether an answer says in one short sentence what is wrong."""
+    """Whether an answer explains the mistake in one short sentence."""
     try:
         sentence = answer.json()["error"]
     except (ValueError, KeyError, TypeError):
@@ -283,8 +283,8 @@ def is_explained(answer: httpx2.Response) -> bool:
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="how many malformed requests")] = 10000,
-    seed: Annotated[int, typer.Option(help="the same seed sends the same requests")] = 0,
+    requests: Annotated[int, typer.Option(help="number of malformed requests")] = 10000,
+    seed: Annotated[int, typer.Option(help="seed of the requests; the same seed sends the same requests")] = 0,
 ) -> None:
     """Send a reward server malformed requests."""
     dice = random.Random(seed)
@@ -305,7 +305,7 @@ def main(
                     return client.request(method, path, headers=headers, content=body)
 
                 scores = ask(posted(RIGHT)).json()["scores"]
-                console.print(f"right request: {scores}; server memory in MB: {memory(server.pid)}")
+                console.print(f"valid request: {scores}; server memory in MB: {memory(server.pid)}")
                 begun = time.monotonic()
                 for _ in range(requests):
                     kind = dice.choice([*KINDS, None])
@@ -320,7 +320,7 @@ def main(
                         faults.append(f"{name} got {status}: {answer.text[:200]}")
                 console.print(f"{requests} requests in {time.monotonic() - begun:.0f} s; memory: {memory(server.pid)}")
                 if ask(posted(RIGHT)).json() != {"scores": scores}:
-                    faults.append("the right request scores otherwise than before")
+                    faults.append("the valid request has other scores than before")
                 waiting = client.get("/health", headers=posted(b"")[2]).json()["queue"]
                 if waiting:
                     faults.append(f"{waiting} requests still hold a place")
@@ -330,9 +330,8 @@ def main(
         log.seek(0)
         logged = log.read()
     if "Traceback" in logged:
-        faults.append(
-            f"the server logged {logged.count('Traceback')} tracebacks, as {logged[logged.index('Traceback') :][:2000]}"
-        )
+        first = logged[logged.index("Traceback") :][:2000]
+        faults.append(f"the server logged {logged.count('Traceback')} tracebacks, such as {first}")
     console.print(answers(counts))
     for fault in faults[:10]:
         console.print(f"fault: {fault}", markup=False)
@@ -342,7 +341,7 @@ def main(
 
 
 def answers(counts: Counter[tuple[str, str]]) -> Table:
-    """How often each kind of request got each status."""
+    """A table of how often each kind of request got each status."""
     statuses = sorted({status for _, status in counts})
     table = Table("request", *statuses)
     for name in sorted({name for name, _ in counts}):

@@ -1,11 +1,12 @@
-"""Kills a run with SIGKILL at random moments and goes on with it, until it ends: nothing may be lost or changed.
+"""Kill a run with SIGKILL at random moments and resume it until it ends: nothing may be lost or changed.
 
     python scripts/kill_test.py RECIPE [KEY=VALUE ...] --kills 50 --folder kills
 
-The recipe runs once without a break in FOLDER/whole, then in FOLDER/killed as often as it takes for so many kills. Each
-life is forked from this process, which has imported everything, and dies at a moment drawn from the time that the
-unbroken run took. Runs make no report. Prints a line a kill; exits with 1 at the first run that does not resume, that
-lost more than run.checkpoint_every steps, or whose metrics, evaluations or weights are not those of the unbroken run.
+The recipe runs once without a break in FOLDER/whole, then again and again in FOLDER/killed until it was killed often
+enough. Each life of a run is forked from this process, which has imported everything, and is killed at a random moment
+within the duration of the unbroken run. Runs write no report. The script prints one line per kill. It exits with 1 at
+the first run that does not resume, that lost more than run.checkpoint_every steps, or whose metrics, evaluations or
+weights differ from those of the unbroken run.
 """
 
 import argparse
@@ -34,14 +35,16 @@ CLOCK = ("minutes", "seconds")
 
 
 def start(recipe: Recipe, folder: Path) -> int:
-    """The process of a life of the run in `folder`, begun or resumed."""
+    """Start or resume the run in `folder` in a forked process; returns its id."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         torch.set_num_threads(1)
-        training.write_report = lambda folder: folder  # made last, from files; its plots take longer than tiny runs
+        training.write_report = lambda folder: (
+            folder
+        )  # the report only reads files, and its plots take longer than a tiny run
         there = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": str(folder)})})
         training.Trainer.from_recipe(there, resume=(folder / "recipe.yaml").exists(), display=Display(quiet=True)).run()
         code = 0
@@ -52,7 +55,7 @@ def start(recipe: Recipe, folder: Path) -> int:
 
 
 def live(recipe: Recipe, folder: Path, seconds: float | None) -> bool:
-    """One life, killed after so many seconds; whether the run has come to its end. SystemExit where it failed."""
+    """One life of the run, killed after `seconds`; returns whether the run ended by itself. SystemExit if it failed."""
     child, until = start(recipe, folder), None if seconds is None else time.monotonic() + seconds
     while True:
         ended, status = os.waitpid(child, 0 if until is None else os.WNOHANG)
@@ -66,7 +69,7 @@ def live(recipe: Recipe, folder: Path, seconds: float | None) -> bool:
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return False
     if status:
-        sys.exit(f"the run in {folder} did not go on")
+        sys.exit(f"the run in {folder} did not continue")
     return True
 
 
@@ -75,13 +78,13 @@ def last_steps(folder: Path) -> tuple[int, int]:
     run = RunFolder(folder)
     found = checkpoints(run.checkpoints)
     text = run.metrics.read_text(encoding="utf-8") if run.metrics.exists() else ""
-    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]  # the last may be cut short
+    lines = text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]  # the last line may be cut short
     logged = json.loads(lines[-1])["step"] if lines else 0
     return logged, int(found[-1].name.removeprefix("step_")) if found else 0
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Metrics, evaluations and tensors that a run ends with, without what a clock says."""
+    """The metrics, evaluations and tensors of a finished run, without times."""
     found: dict[str, Any] = {}
     for number, line in enumerate((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         found[f"metrics, line {number + 1}"] = json.loads(line)
@@ -97,7 +100,7 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def difference(whole: dict[str, Any], killed: dict[str, Any]) -> str | None:
-    """What differs first, if anything."""
+    """The first difference of two runs, or None."""
     if whole.keys() != killed.keys():
         return f"only one of the runs has {sorted(whole.keys() ^ killed.keys())[0]}"
     for name, value in whole.items():
@@ -108,7 +111,7 @@ def difference(whole: dict[str, Any], killed: dict[str, Any]) -> str | None:
 
 
 def kill_test(recipe: Recipe, folder: Path, kills: int, seed: int) -> str:
-    """A summary of so many kills; SystemExit at the first thing that is wrong."""
+    """Kill the run `kills` times; returns a summary. SystemExit at the first fault."""
     draw, ends = random.Random(seed), 0
     lost: list[int] = []
     began = time.monotonic()
@@ -126,19 +129,19 @@ def kill_test(recipe: Recipe, folder: Path, kills: int, seed: int) -> str:
             continue
         logged, saved = last_steps(killed)
         lost.append(logged - saved)
-        print(f"kill {len(lost)}: at step {logged}, the last checkpoint is of step {saved}", flush=True)
+        print(f"kill {len(lost)}: at step {logged}, the last checkpoint is that of step {saved}", flush=True)
         if lost[-1] > recipe.run.checkpoint_every:
-            sys.exit(f"{lost[-1]} steps are lost, more than {recipe.run.checkpoint_every}")
-    return f"{len(lost)} kills, at most {max(lost)} steps lost, {ends} runs ended as the unbroken one"
+            sys.exit(f"{lost[-1]} steps were lost, more than {recipe.run.checkpoint_every}")
+    return f"{len(lost)} kills, at most {max(lost)} steps lost, {ends} runs ended like the unbroken one"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--folder", type=Path, default=Path("kills"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("recipe", help="a bundled recipe's name or a YAML file")
+    parser.add_argument("overrides", nargs="*", help="changes to the recipe, KEY=VALUE")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills")
+    parser.add_argument("--folder", type=Path, default=Path("kills"), help="folder for the runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments")
     given = parser.parse_intermixed_args()
     quiet_libraries()
     print(kill_test(load_recipe(given.recipe, given.overrides), given.folder, given.kills, given.seed))

@@ -1,4 +1,4 @@
-"""Draw two folders of the embedded world's pictures, clean and damaged, to train the artifact judge on.
+"""Render two folders of toyworld images, clean and damaged, as training data of the artifact judge.
 
     python scripts/make_toyworld_artifacts.py --output runs/artifacts
     python scripts/train_artifact_reward.py --clean runs/artifacts/clean --artifacts runs/artifacts/artifacts \
@@ -21,13 +21,13 @@ from flowalign.toyworld.render import render
 
 
 def main() -> None:
-    """Parse the command line and draw."""
+    """Parse the command line and write the images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for clean/ and artifacts/")
-    parser.add_argument("--count", type=int, default=3000, help="pictures of each kind")
-    parser.add_argument("--held-out", action="store_true", help="the kinds of damage that the judge is not trained on")
-    parser.add_argument("--shapes", type=float, default=0.5, help="the share of shapes; the rest are signs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=3000, help="number of images in each folder")
+    parser.add_argument("--held-out", action="store_true", help="use the kinds of damage that are held out of training")
+    parser.add_argument("--shapes", type=float, default=0.5, help="share of images with shapes; the rest are signs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the images and of the damage")
     options = parser.parse_args()
     kinds = list((HELD_OUT if options.held_out else KINDS).values())
     rng, pool = np.random.default_rng(options.seed), words(held_out=options.held_out)
@@ -36,19 +36,19 @@ def main() -> None:
     autoencoder = AutoencoderKL.from_pretrained(asset("toyworld/model"), subfolder="vae", dtype=torch.float32)
     for index in range(options.count):
         for name in ("clean", "artifacts"):
-            picture = render(random_example(rng, pool, options.shapes)[1])
-            if index % 2:  # as the embedded model would show it: its decoder is no artifact
-                picture = decoded(autoencoder, picture)
+            image = render(random_example(rng, pool, options.shapes)[1])
+            if index % 2:  # half of them pass the model's decoder, whose traces are not artifacts
+                image = decoded(autoencoder, image)
             if name == "artifacts":
-                picture = damaged(picture, kinds[index // 2 % len(kinds)], rng)
-            save_picture(options.output / name / f"{index:05d}.png", picture)
-    print(f"wrote {options.count} clean and {options.count} damaged pictures into {options.output}")
+                image = damaged(image, kinds[index // 2 % len(kinds)], rng)
+            save_picture(options.output / name / f"{index:05d}.png", image)
+    print(f"wrote {options.count} clean and {options.count} damaged images into {options.output}")
 
 
 @torch.no_grad()
-def decoded(autoencoder: AutoencoderKL, picture: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3), uint8, through the autoencoder and back."""
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+def decoded(autoencoder: AutoencoderKL, image: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3), uint8, encoded and decoded by the autoencoder."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     back = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mean).sample[0]
     levels: np.ndarray = ((back.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
     return levels

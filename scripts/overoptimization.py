@@ -1,12 +1,12 @@
-"""The over-optimisation bench: an imperfect reward is optimised, with each defence, while an exact judge watches.
+"""The over-optimisation bench: runs optimise an imperfect reward with each defence, and an exact judge measures them.
 
     python scripts/overoptimization.py --output runs/overoptimization
 
-On the embedded world nothing has to be believed of the gold judge: it is exact. Two proxies are optimised. On shapes a
-learned judge, fitted to the gold scores of few pictures of the base model, which does not read the prompt. On signs an
-OCR reward that takes strong contrast for legibility. The defences: none; CRD's KL; PAR's shaping; the worst case of an
-ensemble; the artifact judge added; a discriminator added. Finished runs are kept, so the command can be stopped and
-given again. Writes overoptimization.json, .md, .svg and .png of all finished runs in the output folder after every run.
+In the toyworld the gold judge is exact. There are two proxies. For shapes it is a learned judge, fitted to the gold
+scores of few images of the base model; it does not read the prompt. For signs it is an OCR reward that takes strong
+contrast for legibility. The defences are: none; CRD's KL; PAR's shaping; the worst case of an ensemble; an added
+artifact judge; an added discriminator. Finished runs are kept, so the command can be stopped and given again. After
+every run it writes overoptimization.json, .md, .svg and .png of all finished runs into the output folder.
 """
 
 import argparse
@@ -30,23 +30,25 @@ TITLES = {"shapes": "shapes: a judge learned from few pictures", "signs": "signs
 
 
 def main() -> None:
-    """Parse the command line, train what is missing, write the results."""
+    """Parse the command line, train the missing runs, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--proxies", nargs="+", choices=WORLDS, default=list(WORLDS))
-    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--proxies", nargs="+", choices=WORLDS, default=list(WORLDS), help="the proxies to optimise")
+    parser.add_argument("--defences", nargs="+", choices=DEFENCES, default=list(DEFENCES), help="the defences to try")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds of each proxy and defence")
     parser.add_argument("--steps", type=int, default=16, help="training steps of a run")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--prompts", type=int, default=64, help="trained on")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="learning rate of all runs")
+    parser.add_argument("--prompts", type=int, default=64, help="number of training prompts")
     parser.add_argument("--evaluate-every", type=int, default=4, help="training steps between evaluations")
-    parser.add_argument("--evaluation-prompts", type=int, default=128, help="held out")
-    parser.add_argument("--output", type=Path, default=Path("runs/overoptimization"))
+    parser.add_argument("--evaluation-prompts", type=int, default=128, help="number of held-out prompts")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/overoptimization"), help="folder for runs and results"
+    )
     options = parser.parse_args()
     quiet_libraries()
     try:
         for world in options.proxies:
             prepare(world, options.output / world, options.prompts)
-        # Seed by seed, so that a bench that is stopped has all defences of some seeds.
+        # Seed by seed, so that a stopped bench has all defences of the first seeds.
         for seed in options.seeds:
             for world in options.proxies:
                 for defence in options.defences:
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def recipe_of(options: argparse.Namespace, world: str, defence: str, seed: int) -> Recipe:
-    """One run of the bench."""
+    """The recipe of one run of the bench."""
     shared = options.output / world
     return make_recipe(
         world,
@@ -72,7 +74,7 @@ def recipe_of(options: argparse.Namespace, world: str, defence: str, seed: int) 
 
 
 def found(output: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the finished runs in the output folder came to, by proxy and defence."""
+    """The finished runs in the output folder with their outcomes, by proxy and defence."""
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for world, defence in itertools.product(WORLDS, DEFENCES):
         folders = sorted((output / world).glob(f"{defence}-seed*"))
@@ -84,7 +86,7 @@ def found(output: Path) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def about(options: argparse.Namespace) -> dict[str, Any]:
-    """How the results were made."""
+    """The command, time, versions and options behind the results."""
     asked = {key: value for key, value in vars(options).items() if key != "output"}
     return {"command": command_line(), "made": now(), "versions": versions(), **asked}
 

@@ -1,16 +1,16 @@
-"""Make the embedded world's judges from nothing: `python scripts/pretrain_judges.py`.
+"""Train the toyworld's judges from scratch: `python scripts/pretrain_judges.py`.
 
-A vision transformer, a CLIP, an aesthetic head and a preference, then prints how well they judge. A stage starts from
-what is in the output folder, so `--stages` can make the later ones alone:
+The judges are a vision transformer, a CLIP, an aesthetic head and a preference model. The script ends by printing how
+well they judge. Each stage starts from the models in the output folder, so `--stages` can train later stages alone:
 
-    vit         the vision transformer: what covers each patch, what is in the picture
+    vit         the vision transformer: what covers each patch, what is in the image
     clip        the CLIP, whose image tower starts as the vision transformer
-    damage      the vision transformer, trained on to see damage
-    alike       the CLIP, trained on among prompts that differ in a word or two
+    damage      the vision transformer, trained further to see damage
+    alike       the CLIP, trained further on prompts that differ in a word or two
     aesthetic   the head on the CLIP
-    preference  the CLIP tuned on choices between two pictures
+    preference  the CLIP, tuned on choices between two images
 
-The artifact head, on the vision transformer, is made by scripts/train_artifact_reward.py from the pictures of
+The artifact head on the vision transformer is trained by scripts/train_artifact_reward.py, on the images of
 scripts/make_toyworld_artifacts.py.
 """
 
@@ -32,19 +32,21 @@ STAGES = ("vit", "clip", "damage", "alike", "aesthetic", "preference")
 
 def main(
     output: Annotated[Path, typer.Option(help="the folder to write")] = Path("assets/toyworld/judges"),
-    stages: Annotated[str, typer.Option(help="what to make; the rest is taken from the folder")] = ",".join(STAGES),
-    seed: Annotated[int, typer.Option(help="of weights, pictures and noise")] = 0,
-    vit_steps: Annotated[int, typer.Option(help="updates of vit, of 32 pictures")] = 1000,
-    clip_steps: Annotated[int, typer.Option(help="updates of clip, of 128 pictures")] = 600,
-    damage_steps: Annotated[int, typer.Option(help="updates of damage, of 48 pictures")] = 1200,
-    alike_steps: Annotated[int, typer.Option(help="updates of alike, of 96 pictures")] = 300,
-    preference_steps: Annotated[int, typer.Option(help="updates of preference, of 48 pairs")] = 150,
-    rounds: Annotated[int, typer.Option(help="how often 64 held-out pictures are judged to measure")] = 16,
-    threads: Annotated[int, typer.Option(help="processor threads")] = 2,
+    stages: Annotated[str, typer.Option(help="the stages to train; other models come from the folder")] = ",".join(
+        STAGES
+    ),
+    seed: Annotated[int, typer.Option(help="seed of weights, images and noise")] = 0,
+    vit_steps: Annotated[int, typer.Option(help="updates in stage vit, with 32 images each")] = 1000,
+    clip_steps: Annotated[int, typer.Option(help="updates in stage clip, with 128 images each")] = 600,
+    damage_steps: Annotated[int, typer.Option(help="updates in stage damage, with 48 images each")] = 1200,
+    alike_steps: Annotated[int, typer.Option(help="updates in stage alike, with 96 images each")] = 300,
+    preference_steps: Annotated[int, typer.Option(help="updates in stage preference, with 48 pairs each")] = 150,
+    rounds: Annotated[int, typer.Option(help="rounds of the final measurement, with 64 held-out images each")] = 16,
+    threads: Annotated[int, typer.Option(help="CPU threads")] = 2,
 ) -> None:
     chosen = stages.split(",")
     if unknown := [stage for stage in chosen if stage not in STAGES]:
-        raise typer.BadParameter(f"{unknown[0]!r} is no stage; the stages are {', '.join(STAGES)}")
+        raise typer.BadParameter(f"{unknown[0]!r} is not a stage; the stages are {', '.join(STAGES)}")
     torch.set_num_threads(threads)
     make_folder(output)
     if "vit" in chosen:

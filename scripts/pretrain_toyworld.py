@@ -1,6 +1,6 @@
-"""Make the embedded world's model and prompt lists from nothing: `python scripts/pretrain_toyworld.py`.
+"""Train the toyworld's model from scratch and write its prompt lists: `python scripts/pretrain_toyworld.py`.
 
-Takes about an hour and a quarter on two cores; a killed run goes on where it was when started again.
+It takes about 75 minutes on two cores. A killed run continues when it is started again.
 """
 
 from pathlib import Path
@@ -16,15 +16,17 @@ from flowalign.toyworld.making import pretraining
 
 def main(
     output: Annotated[Path, typer.Option(help="the pipeline folder to write")] = Path("assets/toyworld/model"),
-    work: Annotated[Path, typer.Option(help="checkpoints and cached latents")] = Path("runs/pretrain_toyworld"),
-    seed: Annotated[int, typer.Option(help="of weights, pictures and noise")] = 0,
-    vae_steps: Annotated[int, typer.Option(help="autoencoder updates of 32 pictures")] = 1200,
-    shards: Annotated[int, typer.Option(help="cached pictures, in units of 8,192")] = 32,
-    shapes: Annotated[float, typer.Option(help="share of shape pictures; the rest are signs")] = 0.8,
+    work: Annotated[Path, typer.Option(help="folder for checkpoints and cached latents")] = Path(
+        "runs/pretrain_toyworld"
+    ),
+    seed: Annotated[int, typer.Option(help="seed of weights, images and noise")] = 0,
+    vae_steps: Annotated[int, typer.Option(help="autoencoder updates, with 32 images each")] = 1200,
+    shards: Annotated[int, typer.Option(help="number of cached images, in units of 8,192")] = 32,
+    shapes: Annotated[float, typer.Option(help="share of images with shapes; the rest are signs")] = 0.8,
     steps: Annotated[int, typer.Option(help="transformer updates")] = 9000,
-    batch: Annotated[int, typer.Option(help="pictures per transformer update")] = 64,
-    decay: Annotated[float, typer.Option(help="last part of the updates over which the rate falls to 0")] = 0.4,
-    start: Annotated[Path | None, typer.Option(help="a pipeline folder whose weights are gone on from")] = None,
+    batch: Annotated[int, typer.Option(help="images per transformer update")] = 64,
+    decay: Annotated[float, typer.Option(help="share of the updates, at the end, while the rate falls to 0")] = 0.4,
+    start: Annotated[Path | None, typer.Option(help="a pipeline folder whose weights the training starts from")] = None,
 ) -> None:
     make_folder(work)
     tokenizer = pretraining.make_tokenizer()

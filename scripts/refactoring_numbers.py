@@ -1,9 +1,9 @@
 """Record the numbers that a refactor must not move: `python scripts/refactoring_numbers.py OUTPUT.json [BEFORE.json]`.
 
-Every algorithm trains the embedded world for three steps in one process and in two, GDRO from a dataset; GenEval and
-OCR judge the model that NFT leaves. OUTPUT.json gets the metrics of each step, the checksums of the trained weights and
-the benchmarks' results. With BEFORE.json, made by this script on the same machine from the code before, it ends with 1
-and names what differs.
+Each recipe trains the toyworld model for three steps, once with one process and once with two; GDRO trains from a
+dataset of groups. GenEval and OCR judge the model that NFT has trained. OUTPUT.json gets the metrics of each step, the
+checksums of the trained weights and the benchmarks' results. With BEFORE.json, written by this script on the same
+machine before the refactor, the script names every difference and exits with 1 if there is one.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SETTINGS = (
     "evaluation.count=4",
     "evaluation.every=3",
 )
-CLOCKS = {"seconds", "minutes"}  # of a line of metrics
+CLOCKS = {"seconds", "minutes"}  # keys of a line of metrics that hold times
 
 
 def command(*words: str, processes: int = 1) -> None:
@@ -45,7 +45,7 @@ def command(*words: str, processes: int = 1) -> None:
 
 def trained(folder: Path, recipe: str, processes: int) -> dict[str, Any]:
     settings = (f"run.folder={folder}", *SETTINGS)
-    if recipe.endswith("gdro"):  # from groups that one process collects
+    if recipe.endswith("gdro"):  # trains from groups that one process has collected
         settings += (f"dataset={folder.parent / 'groups'}", "collect.prompts=8", "collect.group_size=4")
         command("collect", recipe, *settings)
     command("train", recipe, *settings, processes=processes)
@@ -58,7 +58,7 @@ def trained(folder: Path, recipe: str, processes: int) -> dict[str, Any]:
 
 
 def checksum(path: Path) -> str:
-    """Of the tensors alone: safetensors writes its metadata in an order of its own."""
+    """The checksum of a file's tensors alone: safetensors writes its metadata in no fixed order."""
     found = hashlib.sha256()
     for name, tensor in sorted(load_file(path).items()):
         found.update(name.encode() + tensor.tobytes())

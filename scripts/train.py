@@ -1,4 +1,4 @@
-"""`flowalign train` for several processes: `accelerate launch scripts/train.py RECIPE [KEY=VALUE ...] [--resume]`."""
+"""`flowalign train` on several processes: `accelerate launch scripts/train.py RECIPE [KEY=VALUE ...] [--resume]`."""
 
 import sys
 

@@ -105,13 +105,13 @@ class ForwardSettings(AlgorithmSettings):
                 "algorithm.timestep_sampling schedule_strata may repeat them"
             )
 
-    def levels(self, grid: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """`timesteps` noise levels (T,) for one sample; `grid` is the rollout's sigma schedule, from 1 down to 0.
+    def levels(self, sigmas: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """`timesteps` noise levels (T,) for one sample; `sigmas` is the rollout's sigma schedule, from 1 down to 0.
 
         Raises ValueError when the schedule has too few sigmas in `timestep_range`.
         """
         low, high = self.timestep_range
-        inside = grid[(grid >= low) & (grid <= high) & (grid > 0)]
+        inside = sigmas[(sigmas >= low) & (sigmas <= high) & (sigmas > 0)]
         if self.timestep_sampling == "schedule":
             if len(inside) < self.timesteps:
                 raise ValueError(

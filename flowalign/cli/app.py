@@ -1,4 +1,7 @@
-"""The command line: `flowalign COMMAND`; `flowalign --help` lists the commands."""
+"""Align diffusion and flow models with rewards: train, measure and audit them.
+
+`flowalign COMMAND --help` explains a command.
+"""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -28,8 +31,8 @@ from flowalign.training.interrupt import Interrupted
 from rewards.errors import RewardError
 
 EXIT_CODES = (
-    "Exit codes: 0 good; 1 an alarm or a failed check (of an audit, a run that its guard ended, a self-test, a reward, "
-    "a model, a plan, this machine); 2 it could not run; 130 interrupted."
+    "Exit codes: 0 success; 1 an alarm or a failed check (of an audit, a run that its guard stopped, a self-test, a "
+    "reward, a model, a plan, this machine); 2 the command could not run; 130 interrupted."
 )
 
 
@@ -37,14 +40,14 @@ ENTRY_POINT_GROUP = "flowalign.commands"
 
 
 def _installed() -> dict[str, Any]:
-    """The commands that installed packages add, by name: functions, or Typer applications of several."""
+    """The commands that installed packages add, by name: functions, or Typer applications with several commands."""
     from importlib.metadata import entry_points
 
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINT_GROUP)}
 
 
 def _missing(why: str) -> Callable[[], None]:
-    """A command that says why it is not there, so that the others still are."""
+    """A command that fails with this reason, so that one broken package leaves the other commands usable."""
 
     def command() -> None:
         raise UserError(why)
@@ -54,7 +57,7 @@ def _missing(why: str) -> Callable[[], None]:
 
 
 class _Commands(TyperGroup):
-    """Knows the commands of installed packages, says that it was interrupted, and ends with Ctrl-C's exit code."""
+    """Adds the commands of installed packages, and ends an interrupted command with one line and exit code 130."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         own = super().list_commands(ctx)
@@ -103,7 +106,7 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and end")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     pass
@@ -117,7 +120,7 @@ app.add_typer(recipes_app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: a person's mistake is one sentence and exit code 2, a check that fails one and exit code 1."""
+    """Run one command: a user's mistake prints one sentence and exits with 2, a failed check exits with 1."""
     for stream in (sys.stdout, sys.stderr):
         tolerate(stream)
     try:
@@ -128,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         text = disk_mistake(error) if isinstance(error, OSError) else memory_mistake(error)
         if text is None:
-            sys.excepthook(*sys.exc_info())  # a defect of ours, with its traceback
+            sys.excepthook(*sys.exc_info())  # a defect of this package: its traceback is shown
         else:
             _say_error(text)
         raise SystemExit(2) from None

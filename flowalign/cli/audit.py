@@ -1,22 +1,27 @@
-"""`flowalign audit`: whether a model cheated its reward."""
+"""`flowalign audit`: check whether a model hacked its reward."""
 
 from typing import Annotated
 
 import typer
 
 from flowalign.cli.console import Overrides, console, device, quiet_libraries
+from flowalign.cli.options import Adapter
 
 
 def audit(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model with --recipe")],
+    target: Annotated[
+        str, typer.Argument(metavar="RUN|MODEL", help="a run folder, or a model together with --against and --recipe")
+    ],
     overrides: Overrides = None,
     against: Annotated[
-        str | None, typer.Option(metavar="BASE", help="the base model; the default is the one a run began as")
+        str | None, typer.Option(metavar="BASE", help="the base model; default: the model that the run started from")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id for the model")] = None,
-    recipe: Annotated[str | None, typer.Option(help="for a model: whose evaluation and guard say how")] = None,
+    adapter: Adapter = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="for a model: the recipe with the evaluation and guard settings of the audit")
+    ] = None,
 ) -> None:
-    """Ask whether a model bought its reward with what the reward does not see. Exit code 1 if anything alarms."""
+    """Check whether a model paid for its reward with what the reward does not see. Exit code 1 on an alarm."""
     quiet_libraries()
     from flowalign.cli.auditing import audit as audited
     from flowalign.training.display import audit_table

@@ -1,4 +1,4 @@
-"""`flowalign audit`: a trained model against the one it began as, or any model against another."""
+"""The work behind `flowalign audit`: a trained model against its base model, or any model against another."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,21 +33,24 @@ def audit(
     overrides: Sequence[str] = (),
     device: torch.device | str = "cpu",
 ) -> tuple[str, Audit]:
-    """What was audited, and the audit. `target` is a run, or a model as `model_settings` names it.
+    """Audit a run folder, or a model named as `model_settings` takes it; returns a title and the audit.
 
-    A run is audited by its own recipe, its last checkpoint against the model it began as. A model needs one to be
-    audited `against`, and a `recipe` whose evaluation and guard say how. Raises UserError for what is missing.
+    A run is audited by its own recipe: its last checkpoint against the model it started from. A model needs `against`,
+    its base model, and a `recipe` with the evaluation and guard settings. Raises UserError if one is missing.
     """
     run, target = None, expanded(target)
     if (Path(target) / "recipe.yaml").is_file():
         if recipe or adapter:
             raise UserError(
-                f"{target} is a run, which has its own recipe and weights; leave --recipe and --adapter out"
+                f"{target} is a run folder with its own recipe and weights; leave --recipe and --adapter out"
             )
         run, _ = RunFolder.open(Path(target))
         resolved = load_recipe(run.path / "recipe.yaml", overrides)
     elif recipe is None or against is None:
-        raise UserError(f"{target} is a model: name --against, its base model, and a --recipe that says how to audit")
+        raise UserError(
+            f"{target} is a model: give --against, its base model, and --recipe, whose evaluation and guard say how "
+            "to audit"
+        )
     else:
         given = load_recipe(recipe, overrides)
         size = {"height": given.model.height, "width": given.model.width}
@@ -61,7 +64,7 @@ def _audited(
 ) -> tuple[str, Audit]:
     settings = recipe.evaluation
     if recipe.guard is None or settings.prompts is None:
-        raise UserError("the recipe has no guard or no evaluation.prompts, which say how to audit")
+        raise UserError("the recipe has no guard or no evaluation.prompts; an audit needs both")
     judging = Scorer(recipe, None, device)
     rewards, weights = evaluation_rewards(recipe, judging)
     rows = spaced(load_prompts(settings.prompts, settings.count), recipe.guard.count)
@@ -84,7 +87,7 @@ def _audited(
         guarding.learn(base or policy, partial(draw, base or policy))
     evaluated = draw(policy, rows, settings)
     how = sampling_words(settings, policy.request, settings.seed)
-    title += f" against {against or 'the model it began as'}, {how}"
+    title += f" against {against or 'the model it started from'}, {how}"
     return title, guarding.audit(policy, evaluated, base)
 
 
@@ -93,5 +96,5 @@ def _base(recipe: Recipe, against: str, device: torch.device | str, policy: Poli
     size = {"height": policy.request.height, "width": policy.request.width}
     base = load_policy(model.model_copy(update=size), device, recipe.run.seed)
     if base.latent_shape(base.request) != policy.latent_shape(policy.request):
-        raise UserError(f"--against {against}: its latents have another shape than {recipe.model.path}'s")
+        raise UserError(f"--against {against}: its latents differ in shape from those of {recipe.model.path}")
     return base

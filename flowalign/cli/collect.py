@@ -1,4 +1,4 @@
-"""`flowalign collect`: groups for a dataset."""
+"""`flowalign collect`: draw and score a dataset of groups."""
 
 from typing import Annotated
 
@@ -10,15 +10,16 @@ from flowalign.config.base import UserError
 
 
 def collect(
-    recipe: Annotated[str, typer.Argument(help="a recipe with a dataset")], overrides: Overrides = None
+    recipe: Annotated[str, typer.Argument(help="a recipe whose key `dataset` names the folder of the dataset")],
+    overrides: Overrides = None,
 ) -> None:
-    """Draw and score groups into the recipe's dataset; what is there already is kept."""
+    """Draw and score groups of images into the dataset that a recipe names. Groups that exist already are kept."""
     from flowalign.cli.existing import check_prompts, check_recipe
     from flowalign.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     if resolved.dataset is None:
-        raise UserError("the recipe names no dataset; give dataset=FOLDER")
+        raise UserError("the recipe names no dataset of groups; give dataset=FOLDER")
     check_recipe(resolved)
     check_prompts(resolved.prompts)
     quiet_libraries()

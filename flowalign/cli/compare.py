@@ -1,4 +1,4 @@
-"""`flowalign compare`: recipes under one budget."""
+"""`flowalign compare`: train several recipes under one budget and rank them."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,23 +11,29 @@ from flowalign.config.base import MOST
 
 
 def compare(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="bundled recipes' names or YAML files")],
-    budget: Annotated[float, typer.Option(metavar="MINUTES", help="training minutes of every run")],
-    seeds: Annotated[str, typer.Option(help="every recipe is trained with each of them, such as 1,2,3")] = "0",
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="names of bundled recipes, or YAML files")],
+    budget: Annotated[float, typer.Option(metavar="MINUTES", help="training minutes of each run")],
+    seeds: Annotated[str, typer.Option(help="seeds such as 1,2,3; every recipe is trained once with each")] = "0",
     output: Annotated[Path, typer.Option(help="folder for the runs and the comparison")] = Path("runs/comparison"),
-    target: Annotated[float | None, typer.Option(help="a reward whose price in minutes and forwards is asked")] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="a score of the ranking reward; show the minutes and forwards that each recipe needs for it"),
+    ] = None,
     reward: Annotated[
-        str | None, typer.Option(help="the reward that ranks; the default is the evaluation's first")
+        str | None, typer.Option(help="the reward that ranks the recipes; default: the evaluation's first reward")
     ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="a change to every recipe; repeatable")
     ] = None,
     best_of: Annotated[
-        int, typer.Option(max=MOST, metavar="N", help="show what best of 1 to N give without training; 0 is none")
+        int,
+        typer.Option(
+            max=MOST, metavar="N", help="also measure best-of-1 to best-of-N of the untrained model; 0: do not"
+        ),
     ] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="keep finished runs, go on with the others")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="keep finished runs and continue the others")] = False,
 ) -> None:
-    """Train recipes under one budget, from the same model, prompts and seeds, and write one report of them."""
+    """Train recipes for the same minutes, on the same model, prompts and seeds, and write a report that ranks them."""
     from flowalign.cli.existing import check_recipe
     from flowalign.config import load_recipe
 

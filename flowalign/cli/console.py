@@ -1,4 +1,4 @@
-"""What the commands share: where they print, on what they compute, and quiet libraries."""
+"""What all commands share: the console, the compute device, quiet libraries, and sentences for system errors."""
 
 import errno
 import os
@@ -13,13 +13,23 @@ import typer
 from flowalign.config.paths import expanded
 from flowalign.terminal import plain_console
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe's settings, such as train.steps=100"),
+]
 RewardOptions = Annotated[
     list[str] | None,
     typer.Option(
         "--option",
         metavar="[REWARD.]KEY=VALUE",
-        help="passed to a reward, whose name a single one needs not; VALUE is YAML or JSON; repeatable",
+        help="an option of a reward; with a single reward its name may be left out; VALUE is YAML or JSON; repeatable",
+    ),
+]
+ImagePrompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE[#COLUMN]",
+        help="a prompt list with one row per image; default: the metadata.jsonl in the folder of images",
     ),
 ]
 
@@ -27,14 +37,14 @@ console = plain_console()
 
 
 def device() -> str:
-    """The device that is computed on, with its index."""
+    """The compute device with its index, such as "cuda:0"."""
     from rewards.devices import chosen_device
 
     return str(chosen_device())
 
 
 def quiet_libraries() -> None:
-    """The loading bars and notices of the model libraries say nothing that a user of ours can act on."""
+    """Silence the loading bars and notices of the model libraries: a user of a command cannot act on them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import diffusers
     import transformers
@@ -45,30 +55,30 @@ def quiet_libraries() -> None:
 
 
 def disk_mistake(error: OSError) -> str | None:
-    """One sentence for a path or a disk that does not give or take what was asked; None for a fault that is ours."""
+    """One sentence for an error of the disk or of a user's path; None for a defect of this package."""
     name = error.filename
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        mend = "mend that, then run it again (a training run with --resume)"
-        return f"cannot write {name or 'to the disk'}: {error.strerror}; {mend}"
+        remedy = "fix that, then run the command again (training with --resume)"
+        return f"cannot write {name or 'to the disk'}: {error.strerror}; {remedy}"
     if not isinstance(name, str | bytes | os.PathLike):
         return None
     path = Path(os.fsdecode(name))
     ours = (Path(__file__).parents[1], Path(sysconfig.get_path("purelib")))
     if any(path.absolute().is_relative_to(place) for place in ours):
         return None
-    return f"{path}: {error.strerror or error}; give a path that can be read, or written where something is written"
+    return f"{path}: {error.strerror or error}; give an input that can be read and an output that can be written"
 
 
 def memory_mistake(error: Exception) -> str | None:
-    """One sentence for more memory than there is, where no phase of a run says it; None for another error."""
+    """One sentence for an out-of-memory error that no phase of a run has explained; None for another error."""
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not full and "can't allocate memory" not in str(error):
         return None
-    return f"out of memory ({' '.join(str(error).split())[:120]}); ask for smaller sizes, fewer at once or a lower rank"
+    return f"out of memory ({' '.join(str(error).split())[:120]}); use smaller images, smaller batches or a lower rank"
 
 
 def with_homes(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line with ~/ as the home folder also where shells leave it, as in --output=~/x."""
+    """The arguments with ~/ replaced by the home folder, also where shells leave it alone, as in --output=~/x."""
     parted = [re.fullmatch(r"(--[\w-]+=)?(~/.*)", argument, re.DOTALL) for argument in arguments]
     return [
         (found[1] or "") + expanded(found[2]) if found else argument

@@ -1,4 +1,4 @@
-"""The commands `flowalign eval` and `flowalign data`."""
+"""`flowalign eval`: measure a model. `flowalign data`: write prompt lists."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
+from flowalign.cli.console import Overrides, RewardOptions, console, device, quiet_libraries
 from flowalign.cli.options import (
     BenchmarkOptions,
     Images,
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from flowalign.evaluate.benchmark import Benchmark
     from flowalign.evaluate.drawing import Drawing
 
-eval_app = typer.Typer(no_args_is_help=True, help="Say how good a model is, with intervals.")
-data_app = typer.Typer(no_args_is_help=True, help="Write prompt lists.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure a model on prompts or a benchmark, with 95 % intervals.")
+data_app = typer.Typer(no_args_is_help=True, help="Write lists of training prompts.")
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"
@@ -34,19 +34,22 @@ EXACT_DETECTOR = "flowalign.toyworld.detector:ExactDetector"
 
 @eval_app.command("recipe")
 def evaluate_recipe(
-    target: Annotated[str, typer.Argument(help="a recipe (its model as it is) or a run folder (its last checkpoint)")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")
-    ] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="a recipe, to measure its untrained model, or a run folder, to measure its last checkpoint"
+        ),
+    ],
+    overrides: Overrides = None,
 ) -> None:
-    """Measure a model on a recipe's evaluation prompts with its rewards."""
+    """Measure a model on a recipe's evaluation prompts with the recipe's rewards."""
     from flowalign.cli.existing import check_recipe
     from flowalign.config import load_recipe
 
     target = expanded(target)
     folder = Path(target) if Path(target).is_dir() else None
     if folder is not None and not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is no run folder: it has no recipe.yaml")
+        raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
     recipe = load_recipe(folder / "recipe.yaml" if folder else target, overrides or [])
     check_recipe(recipe)
     quiet_libraries()
@@ -68,18 +71,23 @@ def evaluate_geneval(
     detector: Annotated[
         str | None,
         typer.Option(
-            help=f"module:Name, file.py:Name, or a Mask2Former's folder or hub id; {DETECTOR}, for toyworld exact"
+            help="the object detector: module:Name, file.py:Name, or a Mask2Former's folder or hub id; default: "
+            f"{DETECTOR}, or an exact detector for toyworld"
         ),
     ] = None,
     detector_option: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="passed to the detector, as clip=FOLDER; repeatable")
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="an option of the detector, such as clip=FOLDER; repeatable"),
     ] = None,
     check_detector: Annotated[
-        bool, typer.Option(help="show the detector a bundled picture with a known answer first")
+        bool, typer.Option(help="first check that the detector finds what a bundled image shows")
     ] = True,
     how: BenchmarkOptions,
 ) -> None:
-    """Draw GenEval's prompts and judge what is in the pictures; what is done already is kept."""
+    """Draw GenEval's prompts and judge by detection whether the images show what was asked.
+
+    An interrupted evaluation goes on when the same command is given again.
+    """
     _check(model, images, prompts)
     quiet_libraries()
     from flowalign.config.options import parse_options
@@ -97,10 +105,10 @@ def evaluate_geneval(
     for task, row in summary["tasks"].items():
         table.add_row(task, *_score(row, row["prompts"]), str(row["prompts"]))
     table.add_section()
-    least = min(row["prompts"] for row in summary["tasks"].values())  # a task of few makes the mean of tasks rough
+    least = min(row["prompts"] for row in summary["tasks"].values())  # one task with few prompts makes the mean rough
     table.add_row("overall, the mean of the tasks", *_score(summary["overall"], least), str(summary["prompts"]))
-    counts = summary["prompts"], f"{summary['images']} pictures"
-    table.add_row("mean of all pictures", *_score(summary["image_mean"], counts[0]), counts[1])
+    counts = summary["prompts"], f"{summary['images']} images"
+    table.add_row("mean of all images", *_score(summary["image_mean"], counts[0]), counts[1])
     table.add_row("prompts with any success", *_score(summary["any_success"], counts[0]), "")
     _finish(table, summary, folder, f"judged by {summary['detector']} ({summary['checksum'][:12]})")
 
@@ -112,14 +120,26 @@ def evaluate_ocr(
     model: OptionalModel = None,
     images: Images = None,
     prompts: Prompts = None,
-    mode: Annotated[str | None, typer.Option(help="page, or for toyworld lines: see the reward ocr")] = None,
-    recogniser: Annotated[
-        str | None, typer.Option(metavar="NAME", help="a language, such as cyrillic, or an .onnx file")
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="page finds text in photographs, lines reads small images of text alone; default: page, or lines for "
+            "toyworld"
+        ),
     ] = None,
-    keys: Annotated[str | None, typer.Option(metavar="FILE", help="the recogniser's characters, one a line")] = None,
+    recogniser: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="the model that reads: a language, such as cyrillic, or an .onnx file"),
+    ] = None,
+    keys: Annotated[
+        str | None, typer.Option(metavar="FILE", help="the characters that the recogniser knows, one per line")
+    ] = None,
     how: BenchmarkOptions,
 ) -> None:
-    """Draw prompts that quote a text and read the pictures; what is done already is kept."""
+    """Draw prompts that quote a text and measure how much of it can be read in the images.
+
+    An interrupted evaluation goes on when the same command is given again.
+    """
     _check(model, images, prompts)
     quiet_libraries()
     from flowalign.evaluate.ocr import SCORES
@@ -136,7 +156,7 @@ def evaluate_ocr(
             shown, prompts_of = ("", "") if place else (length, str(row["prompts"]))
             last = place == len(SCORES) - 1
             table.add_row(shown, name, *_score(row[name], row["prompts"]), prompts_of, end_section=last)
-    note = "accuracy is the published score; similarity and exact also mind text around the target"
+    note = "accuracy is the published score; similarity and exact also count text around the target as wrong"
     _finish(table, summary, folder, note)
 
 
@@ -146,11 +166,14 @@ def evaluate_panel(
     *,
     model: ModelArgument,
     prompts: Annotated[str, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list, or a bundled name")],
-    reward: Annotated[list[str], typer.Option(help="a built-in name, file.py:Name, ...; repeatable")],
+    reward: Annotated[
+        list[str],
+        typer.Option(help="a reward: a built-in name, file.py:Name, package.module:Name or http://...; repeatable"),
+    ],
     option: RewardOptions = None,
     how: BenchmarkOptions,
 ) -> None:
-    """Score a model with any rewards, with guidance and without; a fine-tuned one beside its base."""
+    """Score a model with any rewards, with and without guidance, and compare a fine-tuned model with its base."""
     _check(model, None, prompts, reward)
     quiet_libraries()
     from flowalign.config.options import parse_options
@@ -159,7 +182,7 @@ def evaluate_panel(
     from flowalign.experiments.scaling import load_by_name
 
     tuned = _drawing(model, how)
-    assert tuned is not None  # a model is given
+    assert tuned is not None  # MODEL is required
     options = parse_options(reward, option or [])
     loaded = load_by_name(reward, options, device())
     base = replace(tuned, model=tuned.model.model_copy(update={"adapter": None}))
@@ -173,17 +196,23 @@ def evaluate_panel(
     about = {"rewards": {name: options[spec] for name, spec in zip(loaded, reward, strict=True)}, "specs": list(reward)}
     summary, folder = evaluate(drawings, prompts, how.count, loaded, about, how.output)
     table = _panel_table(f"{model} on {prompts}", summary)
-    _finish(table, summary, folder, f"{counted(summary['prompts'], 'prompt')}, the same noise for all")
+    _finish(table, summary, folder, f"{counted(summary['prompts'], 'prompt')}, the same noise for all models")
 
 
 @data_app.command("geneval")
 def write_geneval_prompts(
     output: Annotated[Path, typer.Argument(help="the .jsonl file to write")],
-    count: Annotated[int, typer.Option(min=1, max=MOST, help="prompts")] = 50_000,
-    seed: Annotated[int, typer.Option(min=-(2**62), max=2**62)] = 0,
-    exclude: Annotated[Path | None, typer.Option(help="a prompt list of which none may be written")] = None,
+    count: Annotated[int, typer.Option(min=1, max=MOST, help="number of prompts to write")] = 50_000,
+    seed: Annotated[int, typer.Option(min=-(2**62), max=2**62, help="seed of the random choice of prompts")] = 0,
+    exclude: Annotated[
+        Path | None, typer.Option(help="a prompt list, such as a test list, whose prompts are not written")
+    ] = None,
     mix: Annotated[
-        str | None, typer.Option(metavar="TASK=SHARE,...", help="shares of the tasks; the default is Flow-GRPO's")
+        str | None,
+        typer.Option(
+            metavar="TASK=SHARE,...",
+            help="the share of each task, such as position=.7,counting=.3; default: the mix of Flow-GRPO",
+        ),
     ] = None,
 ) -> None:
     """Write training prompts in GenEval's format."""
@@ -202,16 +231,16 @@ def _mix(text: str) -> dict[str, float]:
         try:
             shares[task.strip()] = float(share)
         except ValueError:
-            raise UserError(f"--mix {text!r}: {part!r} must be written TASK=SHARE, as in position=.7") from None
+            raise UserError(f"--mix {text!r}: {part!r} must be written TASK=SHARE, such as position=.7") from None
     return shares
 
 
 def _check(model: str | None, images: Path | None, prompts: str | None, rewards: Sequence[str] = ()) -> None:
-    """What can be said of a benchmark's sources before anything heavy is imported."""
+    """The checks of a benchmark's sources that need no heavy import; raises UserError or RewardError."""
     from flowalign.cli.existing import check_model, check_pictures, check_prompts, check_rewards
 
     if (model is None) is (images is None):
-        raise UserError("give either MODEL, to draw with it, or --images, to judge pictures")
+        raise UserError("give either MODEL, to draw images with it, or --images, to judge existing ones")
     check_model(model)
     check_pictures(images)
     check_prompts(prompts)
@@ -219,13 +248,13 @@ def _check(model: str | None, images: Path | None, prompts: str | None, rewards:
 
 
 def _drawing(model: str | None, how: BenchmarkOptions) -> "Drawing | None":
-    """How to draw, or None for pictures of somebody's."""
+    """How to draw; None where --images names existing images."""
     from flowalign.evaluate.drawing import drawing_of
 
     if model is None:
         for name, value in {"adapter": how.adapter, **how.given()}.items():
             if value is not None:
-                raise UserError(f"--{name.replace('_', '-')} is about drawing; leave it out with --images")
+                raise UserError(f"--{name.replace('_', '-')} changes how images are drawn; leave it out with --images")
         return None
     drawing = drawing_of(model, how.adapter, device=device(), images=how.images_per_prompt, **how.given())
     console.print(drawing.words, markup=False, soft_wrap=True)
@@ -238,14 +267,14 @@ def _benchmark(
     from flowalign.evaluate.benchmark import Benchmark
 
     if prompts is None and how.count is not None:
-        raise UserError("--count takes the first of a prompt list; give --prompts with it")
+        raise UserError("--count takes the first prompts of a list; give --prompts with it")
     source = drawing or images
     assert source is not None  # one of the two was given
     return Benchmark(source, how.images_per_prompt, how.output, prompts, how.count)
 
 
 def _score(row: Mapping[str, Any], prompts: int) -> tuple[str, str]:
-    """A score and its interval, of so many prompts."""
+    """A score and its interval as texts; `prompts` is the number of prompts that were scored."""
     return f"{row['score']:.3f}", _interval(row["interval"], prompts)
 
 
@@ -257,14 +286,14 @@ def _interval(interval: Sequence[float] | None, prompts: int, digits: int = 3) -
 
 
 def _panel_table(title: str, summary: Mapping[str, Any]) -> Table:
-    """A part for each reward and guidance: base, and where there is one the fine-tuned model and the difference."""
+    """A section per reward and guidance: the base model, and the fine-tuned model and the difference if it exists."""
     table = titled(title, "reward", "guidance", "model", "mean", "95 %")
     lines = [(row["reward"], row["guidance"], row["model"], f"{row['mean']:.4f}", row) for row in summary["means"]]
     lines += [
         (row["reward"], row["guidance"], "tuned - base", f"{row['mean']:+.4f}", row) for row in summary["differences"]
     ]
     rewards = list(dict.fromkeys(line[0] for line in lines))
-    lines.sort(key=lambda line: (rewards.index(line[0]), -line[1]))  # stable: the models stay in their order
+    lines.sort(key=lambda line: (rewards.index(line[0]), -line[1]))  # the sort is stable: the models keep their order
     shown: tuple[str, float] | None = None
     for reward, guidance, model, mean, row in lines:
         if shown is not None and shown != (reward, guidance):
@@ -287,4 +316,4 @@ def _finish(table: Table, summary: Mapping[str, Any], folder: Path, note: str) -
     if "held_out" in summary:
         notes.append(summary["held_out"])
     seconds = ", ".join(f"{phase} {spent:.0f} s" for phase, spent in Stopwatch(folder).seconds.items())
-    console.print("\n".join([*notes, f"{seconds}; all of it is in {folder}"]), markup=False, soft_wrap=True)
+    console.print("\n".join([*notes, f"{seconds}; all results are in {folder}"]), markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""Whether what a person names is there: models, prompt lists, rewards, folders of pictures.
+"""Checks that what a user names exists: models, prompt lists, rewards, folders of images.
 
-Nothing heavy is imported, so that a command that cannot work says so at once.
+This module imports no heavy library, so a command that cannot work fails at once.
 """
 
 import os
@@ -17,7 +17,7 @@ from rewards.catalogue import check_name
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises UserError or RewardError for a prompt list, model or reward of the recipe that is not there."""
+    """Raises UserError or RewardError if a prompt list, the model or a reward of the recipe does not exist."""
     check_prompts(None if recipe.dataset else recipe.prompts, recipe.evaluation.prompts)
     for entries in (recipe.rewards, recipe.evaluation.rewards, recipe.guard and recipe.guard.rewards):
         check_rewards([entry.loads(name) for name, entry in (entries or {}).items()])
@@ -25,7 +25,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def check_model(name: str | None) -> None:
-    """Raises UserError for what is neither a pipeline's nor a run's folder and cannot be a hub id; None is fine."""
+    """Raises UserError unless the name is a pipeline folder, a run folder or a possible hub id; None passes."""
     if name is None or name == EMBEDDED:
         return
     path = Path(expanded(name))
@@ -34,29 +34,29 @@ def check_model(name: str | None) -> None:
 
 
 def check_prompts(*lists: str | Sequence[str] | None) -> None:
-    """Raises UserError for a prompt list that cannot be read; None is fine."""
+    """Raises UserError for a prompt list that cannot be read; None passes."""
     for sources in lists:
         if sources is not None:
             load_prompts(sources)
 
 
 def check_rewards(names: Sequence[str]) -> None:
-    """Raises RewardError for a name that is no reward's, or a file that is not there."""
+    """Raises RewardError for an unknown reward or a missing reward file."""
     for name in names:
         check_name(name)
 
 
 def check_pictures(folder: Path | None) -> None:
-    """Raises UserError for what is no folder; None is fine."""
+    """Raises UserError unless the path is a folder; None passes."""
     if folder is not None and not folder.is_dir():
-        raise UserError(f"--images {folder} is no folder")
+        raise UserError(f"--images {folder} is not a folder")
 
 
 def check_scores(file: Path | None) -> None:
-    """Raises UserError for a file of scores that could not be written once they are there; None is fine."""
+    """Raises UserError for a file of scores that could not be written at the end; None passes."""
     if file is None:
         return
     if file.suffix not in (".csv", ".jsonl") or file.is_dir():
         raise UserError(f"--output {file}: use a .csv or .jsonl file")
     if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
-        raise UserError(f"--output {file}: {file.parent} is no folder that can be written to; choose another")
+        raise UserError(f"--output {file}: {file.parent} is not a folder that can be written to; choose another")

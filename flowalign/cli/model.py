@@ -1,4 +1,4 @@
-"""The command line's `flowalign model`: whether a model's adapter does what its pipeline does."""
+"""`flowalign model`: check that a model's adapter does what its pipeline does."""
 
 from typing import Annotated
 
@@ -6,6 +6,7 @@ import typer
 from rich.table import Table
 
 from flowalign.cli.console import console, device, quiet_libraries
+from flowalign.cli.options import ModelArgument, SequenceLength
 from flowalign.config.base import MOST
 from flowalign.terminal import verdict
 
@@ -14,20 +15,19 @@ model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_h
 
 @model_app.callback()
 def _group() -> None:
-    """So that `check` keeps its name while it is the only one."""
+    """Typer would drop the name `check` of a group's only command; a callback keeps it."""
 
 
 @model_app.command()
 def check(
-    path: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
+    path: ModelArgument,
     size: Annotated[
-        int | None, typer.Option(min=8, max=MOST, help="pixels of a side; the default is 64 for toyworld, else 256")
+        int | None,
+        typer.Option(min=8, max=MOST, help="image height and width in pixels; default: 64 for toyworld, otherwise 256"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, max=MOST, help="denoising steps of every rollout")] = 4,
-    guidance: Annotated[float, typer.Option(min=1, max=1e6, help="of the rollout with guidance")] = 4.0,
-    max_sequence_length: Annotated[
-        int | None, typer.Option(min=0, max=MOST, help="T5 tokens; the default fits the model")
-    ] = None,
+    steps: Annotated[int, typer.Option(min=2, max=MOST, help="denoising steps of each rollout")] = 4,
+    guidance: Annotated[float, typer.Option(min=1, max=1e6, help="guidance of the rollout that has guidance")] = 4.0,
+    max_sequence_length: SequenceLength = None,
 ) -> None:
     """Compare a model with its plain diffusers pipeline, in float32. Exit code 1 if a check fails."""
     from flowalign.cli.existing import check_model as check_there

@@ -1,4 +1,4 @@
-"""Options that several commands take: each is defined once, and those about drawing come as one object."""
+"""Options that several commands share: each is defined once, and the options of drawing form one object."""
 
 import inspect
 from collections.abc import Callable
@@ -11,48 +11,78 @@ import typer
 
 from flowalign.config.base import MOST
 
-OWN = "by default a run's evaluation's, else what its kind of model is drawn with"
-Schedule = Literal["model", "uniform"]  # as `flowalign.config.sections.Sampler` has them
+DEFAULT = "default: a run's evaluation setting, or the model's usual value"
+Schedule = Literal["model", "uniform"]  # the values of `flowalign.config.sections.Sampler.schedule`
 Solver = Literal["euler", "dpm++"]
 
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
-]
+MODEL_NAMES = "toyworld, a pipeline folder, a hub id or a run folder"
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_NAMES)]
 OptionalModel = Annotated[
-    str | None, typer.Argument(metavar="MODEL", help="toyworld, a pipeline folder, a hub id, a run folder")
+    str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_NAMES}; required unless --images is given")
 ]
-Adapter = Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")]
+Adapter = Annotated[
+    str | None, typer.Option(help="a LoRA for MODEL: a file, a folder such as a run's lora/, or a hub id")
+]
 Images = Annotated[
     Path | None,
     typer.Option(
-        help="in place of MODEL: pictures in GenEval's layout, 00000/samples/0000.png, or as sample writes them"
+        help="judge the images of this folder instead of drawing with MODEL; its layout is GenEval's "
+        "(00000/samples/0000.png) or that of `flowalign sample`"
     ),
 ]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MOST, help="pictures of a prompt")]
-Prompts = Annotated[str | None, typer.Option(metavar="FILE[#COLUMN]", help="a prompt list; the default fits the model")]
-Count = Annotated[int | None, typer.Option(min=1, max=MOST, help="only the first prompts of the list")]
-Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help=f"denoising steps; {OWN}")]
-Guidance = Annotated[
-    float | None, typer.Option(min=1, max=1e6, help=f"{OWN}; GenEval's script has 9, for older models")
+ImagesPerPrompt = Annotated[
+    int, typer.Option(min=1, max=MOST, help="images of each prompt; more images narrow the intervals")
 ]
-ScheduleOption = Annotated[Schedule | None, typer.Option(help=f"the sigmas; {OWN}")]
-SolverOption = Annotated[Solver | None, typer.Option(help=f"of the ODE; {OWN}")]
-Size = Annotated[int | None, typer.Option(min=8, max=MOST, help="pixels of a side; the default fits the model")]
-SequenceLength = Annotated[int | None, typer.Option(min=0, max=MOST, help="T5 tokens; the default fits the model")]
-Batch = Annotated[int | None, typer.Option(min=1, max=MOST, help="pictures drawn at once; 16")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE[#COLUMN]",
+        help="a prompt list; default: the prompts beside --images, or the benchmark's own list if the model has one",
+    ),
+]
+Count = Annotated[int | None, typer.Option(min=1, max=MOST, help="use only the first COUNT prompts of the list")]
+Steps = Annotated[int | None, typer.Option(min=1, max=MOST, help=f"denoising steps; {DEFAULT}")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        min=1,
+        max=1e6,
+        help=f"classifier-free guidance, 1 is none; {DEFAULT} (GenEval's script uses 9, for older models)",
+    ),
+]
+ScheduleOption = Annotated[
+    Schedule | None,
+    typer.Option(help=f"sigma schedule: the scheduler's own, or evenly spaced before the scheduler's shift; {DEFAULT}"),
+]
+SolverOption = Annotated[Solver | None, typer.Option(help=f"ODE solver; {DEFAULT}")]
+Size = Annotated[
+    int | None, typer.Option(min=8, max=MOST, help="image height and width in pixels; default: the model's own size")
+]
+SequenceLength = Annotated[
+    int | None, typer.Option(min=0, max=MOST, help="T5 tokens of a prompt; default: the model's own number")
+]
+Batch = Annotated[
+    int | None, typer.Option(min=1, max=MOST, help="images drawn at once, by default 16; lower it to save memory")
+]
 Seed = Annotated[
     int | None,
-    typer.Option(min=-(2**62), max=2**62, help=f"of the noise, beside the prompt's place and the picture's; {OWN}"),
+    typer.Option(
+        min=-(2**62),
+        max=2**62,
+        help=f"seed of the noise, which also depends on the positions of prompt and image; {DEFAULT}",
+    ),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(help="folder of pictures and results; by default one under runs/ of this model and these settings"),
+    typer.Option(
+        help="folder for images and results; default: a folder under runs/ named after the model and the settings"
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class DrawingOptions:
-    """How pictures are drawn; what is not given is a run's own or its model's."""
+    """How images are drawn; an option that is not given takes the run's or the model's default."""
 
     steps: Steps = None
     guidance: Guidance = None
@@ -63,13 +93,13 @@ class DrawingOptions:
     seed: Seed = None
 
     def given(self) -> dict[str, Any]:
-        """The options by name, None for those that were not given."""
+        """The options by name; None for an option that was not given."""
         return {field.name: getattr(self, field.name) for field in fields(DrawingOptions)}
 
 
 @dataclass(frozen=True)
 class BenchmarkOptions(DrawingOptions):
-    """How many pictures of which prompts a benchmark draws, how, and where they go."""
+    """How a benchmark draws its images, how many, and where it writes them."""
 
     batch: Batch = None
     adapter: Adapter = None
@@ -82,7 +112,7 @@ class BenchmarkOptions(DrawingOptions):
 
 
 def with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameters that are dataclasses are given option by option."""
+    """A command whose dataclass parameters become one command-line option per field."""
     signature = inspect.signature(command)
     parts = signature.parameters
     groups: dict[str, Any] = {name: one.annotation for name, one in parts.items() if is_dataclass(one.annotation)}

@@ -1,11 +1,11 @@
-"""The command line's `flowalign plan`: memory, batches, forwards and hours of a recipe, before anything loads."""
+"""`flowalign plan`: memory, batches, forwards and hours of a recipe, before any weights are loaded."""
 
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from flowalign.cli.console import console, quiet_libraries
+from flowalign.cli.console import Overrides, console, quiet_libraries
 from flowalign.config.base import MOST, UserError
 from flowalign.terminal import titled
 
@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="a bundled recipe's name or a YAML file")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to it")] = None,
-    gpus: Annotated[int, typer.Option(min=1, max=MOST, help="processes, one a GPU")] = 1,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, max=MOST, help="number of GPUs, each with one process")] = 1,
     vram: Annotated[float, typer.Option(metavar="GIB", help="memory of each GPU in GiB")] = 80.0,
-    sharded: Annotated[bool, typer.Option(help="the frozen weights are shared out among the GPUs (FSDP2)")] = False,
+    sharded: Annotated[bool, typer.Option(help="plan with the frozen weights sharded over the GPUs (FSDP2)")] = False,
     tflops: Annotated[
-        float | None, typer.Option(metavar="TFLOP/S", help="what a GPU sustains; the default is an assumption")
+        float | None,
+        typer.Option(metavar="TFLOP/S", help="the speed that each GPU sustains; the default is an assumption"),
     ] = None,
 ) -> None:
-    """Estimate memory, batches, forwards and hours from the configuration files. Exit code 1 if it cannot work."""
+    """Estimate a recipe's memory, batches, forwards and hours from its model's configuration files alone.
+
+    Exit code 1 if the recipe cannot run on these GPUs.
+    """
     from flowalign.config import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -37,7 +41,7 @@ def plan(
         if value is not None and not 1e-3 <= value <= 1e9:
             raise UserError(f"{name} {value:g} must be a number from .001 to 1e9")
     if sharded and gpus == 1:
-        raise UserError("--sharded shares weights out among several GPUs; give --gpus 2 or more with it")
+        raise UserError("--sharded shards the weights over several GPUs; give --gpus 2 or more with it")
     costs = Costs(meta_policy(resolved.model), gpus) if sharded else None
     found = planned(resolved, gpus, vram * GIB, tflops or TFLOPS, costs)
     console.print(_memory_table(found))
@@ -54,19 +58,23 @@ def _memory_table(found: "Plan") -> Table:
         table.add_row(part.name, f"{part.bytes / GIB:.3g}", part.how)
     for phase, needed in found.phases.items():
         table.add_row(f"peak of the {phase} phase", f"{needed / GIB:.3g}", f"{needed / found.vram:.0%} of the memory")
-    table.add_row("rewards", "?", "not known before they load; `flowalign serve` takes them elsewhere")
+    table.add_row("rewards", "?", "not known before they load; `flowalign serve` can run them elsewhere")
     return table
 
 
 def _sentences(found: "Plan", *, assumed: bool) -> list[str]:
     train, counts = found.recipe.train, found.forwards
-    rate = f"{found.tflops:g} TFLOP/s a GPU" + (", an assumption; give --tflops what yours sustains" if assumed else "")
-    measured = "" if found.evaluation_flops is not None else ", evaluations apart (their prompts are not here yet)"
-    shares = f"{counts.rollout:,} in rollouts, {counts.trained:,} trained, {counts.fixed:,} of snapshots and reference"
+    assumption = ", an assumption; set --tflops to what your GPU sustains" if assumed else ""
+    rate = f"{found.tflops:g} TFLOP/s per GPU{assumption}"
+    measured = "" if found.evaluation_flops is not None else " and evaluations (their prompts do not exist yet)"
+    shares = (
+        f"{counts.rollout:,} in rollouts, {counts.trained:,} with a backward pass, {counts.fixed:,} of snapshots and "
+        "the reference"
+    )
     return [
-        f"largest micro-batch that fits: {found.largest_micro_batch} items a process (the recipe has "
-        f"{train.micro_batch}); the step stays the same, only its passes become fewer",
-        f"transformer forwards a step: {counts.total:,} rows, if every group teaches ({shares})",
-        f"floating point operations a step: {found.step_flops / 1e15:,.3g} PFLOP",
-        f"time: {found.step_seconds:,.1f} s a step, {found.hours:,.1f} h in all, rewards apart{measured}, at {rate}",
+        f"largest micro-batch that fits: {found.largest_micro_batch} items per process (the recipe has "
+        f"{train.micro_batch}); a larger one makes the same step in fewer forward and backward passes",
+        f"transformer forwards per step: {counts.total:,} rows, if no group is skipped ({shares})",
+        f"floating point operations per step: {found.step_flops / 1e15:,.3g} PFLOP",
+        f"time: {found.step_seconds:,.1f} s per step, {found.hours:,.1f} h in all without rewards{measured}, at {rate}",
     ]

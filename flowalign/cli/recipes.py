@@ -1,4 +1,4 @@
-"""`flowalign recipes`: the bundled recipes."""
+"""`flowalign recipes`: list and copy the bundled recipes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -25,15 +25,18 @@ def recipes(context: typer.Context) -> None:
 
 
 @recipes_app.command("copy")
-def copy_recipe(name: str, to: Annotated[Path, typer.Argument(help="the file to write")] = Path(".")) -> None:
-    """Copy a bundled recipe, to be edited."""
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="a bundled recipe's name")],
+    to: Annotated[Path, typer.Argument(help="the file to write, or a folder to write it into")] = Path("."),
+) -> None:
+    """Copy a bundled recipe to a file that you can edit."""
     from flowalign.config import bundled_recipes, load_recipe
     from flowalign.disk.files import replace_text, writing
 
     load_recipe(name)
     source = bundled_recipes().get(name)
     if source is None:
-        raise UserError(f"{name!r} is a file of your own; the bundled recipes are {', '.join(bundled_recipes())}")
+        raise UserError(f"{name!r} is not a bundled recipe; the bundled recipes are {', '.join(bundled_recipes())}")
     target = to / source.name if to.is_dir() else to
     if target.exists():
         raise UserError(f"{target} exists; choose another name")

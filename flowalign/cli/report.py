@@ -1,4 +1,4 @@
-"""`flowalign report`: the pages of runs, anew from what is on disk."""
+"""`flowalign report`: write the pages of runs and comparisons again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,9 +9,9 @@ from flowalign.cli.console import console
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="folders of runs or of comparisons")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders or comparison folders")],
 ) -> None:
-    """Write the report.html of runs, and the comparison.html of comparisons, anew from what is on disk."""
+    """Write the report.html of runs and the comparison.html of comparisons again, from the files on disk."""
     from flowalign.evaluate.report.comparison import rewrite_comparison_page
     from flowalign.evaluate.report.report import write_report
 

@@ -1,4 +1,4 @@
-"""`flowalign rewards`: the rewards there are, and whether one keeps the contract."""
+"""`flowalign rewards`: list the rewards, and check that one keeps the contract."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flowalign.cli.console import RewardOptions, console, quiet_libraries
+from flowalign.cli.console import ImagePrompts, RewardOptions, console, quiet_libraries
 from flowalign.config.base import UserError
 from flowalign.terminal import verdict
 
@@ -28,16 +28,13 @@ def list_rewards(context: typer.Context) -> None:
 @rewards_app.command("check")
 def check_reward(
     reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name, package.module:Name or http://...")],
-    images: Annotated[Path | None, typer.Option(help="folder of pictures to try it on; by default drawn ones")] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE[#COLUMN]", help="a row for each picture; left out, the folder's metadata.jsonl says"
-        ),
+    images: Annotated[
+        Path | None, typer.Option(help="a folder of images to score; default: a few images that the command draws")
     ] = None,
+    prompts: ImagePrompts = None,
     option: RewardOptions = None,
 ) -> None:
-    """Try a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
+    """Check a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
     from flowalign.cli.existing import check_pictures, check_prompts, check_rewards
 
     check_rewards([reward])
@@ -47,7 +44,7 @@ def check_reward(
     from flowalign.cli.scoring import check_reward as findings_of
 
     if images is None and prompts is not None:
-        raise UserError("--prompts are of --images; give these too")
+        raise UserError("--prompts belong to --images; give --images too")
     findings = findings_of(reward, option or [], images, prompts)
     table = Table("check", "result", "detail", title=reward, title_justify="left")
     for check, passed, detail in findings:

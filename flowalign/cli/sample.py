@@ -1,4 +1,4 @@
-"""The command line's `flowalign sample`: pictures, or the best of many."""
+"""`flowalign sample`: draw images, or choose the best of many candidates."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
-from flowalign.cli.options import DrawingOptions, with_options
+from flowalign.cli.options import Adapter, DrawingOptions, ModelArgument, with_options
 from flowalign.config.base import MOST, UserError
 
 if TYPE_CHECKING:
@@ -22,30 +22,43 @@ if TYPE_CHECKING:
 @with_options
 def sample(
     *,
-    model: Annotated[str, typer.Argument(help="toyworld, a pipeline folder, a hub id or a run folder")],
+    model: ModelArgument,
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
-    adapter: Annotated[str | None, typer.Option(help="a LoRA's file, folder or hub id, such as a run's lora/")] = None,
+    adapter: Adapter = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="an empty folder for the PNG files; by default one under samples/ of what is drawn"),
+        typer.Option(
+            help="an empty folder for the PNG files; default: one under samples/ named after the model and settings"
+        ),
     ] = None,
     how: DrawingOptions,
-    images: Annotated[int, typer.Option(min=1, max=MOST, help="pictures per prompt")] = 1,
+    images: Annotated[int, typer.Option(min=1, max=MOST, help="images per prompt")] = 1,
     best_of: Annotated[
         int | None,
-        typer.Option(max=MOST, metavar="N", help="draw N candidates of each, keep the best and all scores"),
+        typer.Option(
+            max=MOST, metavar="N", help="draw N candidates per prompt, keep the best, and write the scores of all"
+        ),
     ] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="chooses; repeatable, then ranks are added up")] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="the reward that chooses among the candidates; repeatable: several choose by the sum of their ranks"
+        ),
+    ] = None,
     option: RewardOptions = None,
     prune: Annotated[
         list[str] | None,
-        typer.Option(metavar="STEP:FRACTION", help="judge predictions after a step, the best go on; repeatable"),
+        typer.Option(
+            metavar="STEP:FRACTION",
+            help="after denoising step STEP, score the predicted images and draw on with only the best FRACTION of "
+            "the candidates; repeatable",
+        ),
     ] = None,
 ) -> None:
-    """Draw pictures."""
+    """Draw images from prompts, or the best of many candidates."""
     _check(model, prompts, output, reward or [])
     if best_of is None and (reward or option or prune):
-        raise UserError("--reward, --option and --prune belong to --best-of; give it a number of candidates")
+        raise UserError("--reward, --option and --prune need --best-of; give it the number of candidates")
     quiet_libraries()
     from flowalign.config.options import parse_options
     from flowalign.evaluate.drawing import drawing_of
@@ -79,7 +92,7 @@ def sample(
 
 
 def _check(model: str, prompts: Sequence[str], output: Path | None, rewards: Sequence[str]) -> None:
-    """What can be said before anything heavy is imported."""
+    """The checks that need no heavy import; raises UserError or RewardError."""
     from flowalign.cli.existing import check_model, check_rewards
     from flowalign.rollout.prompt_files import check_characters
 
@@ -94,7 +107,7 @@ def _check(model: str, prompts: Sequence[str], output: Path | None, rewards: Seq
 
 
 def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path) -> list[tuple[Path, str]]:
-    """The pictures of every prompt, and theirs."""
+    """Draw and save the images of every prompt; returns each image's path and prompt."""
     from flowalign.disk.media import save_pictures
     from flowalign.rollout.generate import rollout
     from flowalign.rollout.stages import RolloutRequest
@@ -117,7 +130,10 @@ def _chosen(
     candidates: int,
     schedule: "tuple[Prune, ...]",
 ) -> tuple[list[tuple[Path, str]], str]:
-    """The best pictures of every prompt and theirs, and what the search cost."""
+    """Draw candidates and save the best images of every prompt.
+
+    Returns each image's path and prompt, and the search's cost in words.
+    """
     from flowalign.experiments import scaling
     from flowalign.sampling.noise import EVALUATION
 
@@ -125,5 +141,5 @@ def _chosen(
     search = partial(scaling.best_of, batch=drawing.batch, kept=drawing.images, schedule=schedule)
     found = search(policy, rows, judges, candidates, drawing.sampler, policy.request, key)
     forwards, decodes = found.forwards // len(rows), found.decodes // len(rows)
-    costs = f"{forwards:,} transformer forwards a prompt and {decodes:,} pictures judged"
+    costs = f"{forwards:,} transformer forwards and {decodes:,} scored images per prompt"
     return scaling.save_best_of(output, found), costs

@@ -1,4 +1,4 @@
-"""`flowalign score`: pictures or a dataset under a reward."""
+"""`flowalign score`: score images or a dataset of groups with a reward."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,25 +6,26 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from flowalign.cli.console import RewardOptions, console
+from flowalign.cli.console import ImagePrompts, RewardOptions, console
 from flowalign.config.base import UserError
 
 
 def score(
     reward: Annotated[str, typer.Argument(help="a built-in name, file.py:Name or package.module:Name")],
     images: Annotated[
-        Path | None, typer.Option(help="folder of pictures, in the order of their names as people count: 9 before 10")
+        Path | None, typer.Option(help="a folder of images; they are read in natural order of their names: 9 before 10")
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE[#COLUMN]", help="a row for each image; left out, the folder's metadata.jsonl says"),
+    prompts: ImagePrompts = None,
+    dataset: Annotated[
+        Path | None, typer.Option(help="score this dataset of groups instead of --images, and keep the scores in it")
     ] = None,
-    dataset: Annotated[Path | None, typer.Option(help="score a dataset of groups, which keeps the scores")] = None,
-    name: Annotated[str | None, typer.Option(help="the reward's name in the dataset; the default is its own")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="the name under which the dataset keeps the scores; default: the reward's name")
+    ] = None,
     option: RewardOptions = None,
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
-    """Score pictures, or the groups of a dataset, with a reward."""
+    """Score a folder of images, or a dataset of groups, with a reward."""
     from flowalign.cli.existing import check_pictures, check_prompts, check_rewards, check_scores
 
     check_rewards([reward])
@@ -38,15 +39,17 @@ def score(
     if dataset is not None:
         if images or prompts or output:
             raise UserError(
-                "--dataset holds pictures and prompts and keeps the scores; leave --images, --prompts, --output out"
+                "--dataset names a dataset with images, prompts and scores; leave --images, --prompts and --output out"
             )
         values = rescore_dataset(dataset, reward, option or [], name)
-        console.print(f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} pictures, now in {dataset}")
+        console.print(
+            f"mean {np.nanmean(values):.4f} of {np.isfinite(values).sum()} images; the scores are in {dataset}"
+        )
         return
     if images is None:
-        raise UserError("give --images, or --dataset")
+        raise UserError("give --images or --store")
     if name is not None:
-        raise UserError("--name is the reward's name in a dataset; give --dataset with it")
+        raise UserError("--name is the reward's name in a dataset of groups; give --dataset with it")
     rows, paths = read_images(images, prompts)
     scores = score_images(reward, option or [], rows, paths)
     table = Table("image", "prompt", "score")

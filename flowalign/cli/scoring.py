@@ -1,4 +1,4 @@
-"""Score files, collect and rescore datasets, evaluate a model or a run: what the command line does."""
+"""The work behind the commands that score: image files, datasets of groups, a model or a run."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,48 +37,50 @@ _BATCH = 16
 
 
 def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path]]:
-    """The prompts and the images that belong to them.
+    """The rows of a folder's images and the images' paths, in the same order.
 
-    Rows that name files (as those of the folder's own MANIFEST, which serves where there is no list) are of those;
-    others are of the images in natural order. Raises UserError for images and rows that do not belong together.
+    Without `prompts` the rows come from the folder's own MANIFEST. Rows that name files belong to those files; other
+    rows belong to the images in natural order. Raises UserError if images and rows do not match.
     """
     check_pictures(folder)
     paths = pictures_in(folder)
     manifest = manifest_of(folder)
     if prompts is None:
         if manifest is None:
-            raise UserError(f"--images {folder} has no {MANIFEST} that says what its images show; give --prompts")
+            raise UserError(f"--images {folder} has no {MANIFEST} with the prompts of its images; give --prompts")
         return rows_of_files(folder, str(manifest), paths)
     rows = load_prompts(prompts)
     if any(FILE_NAME in row.metadata for row in rows):
         return rows_of_files(folder, prompts, paths)
     if len(paths) != len(rows):
-        raise UserError(f"{folder} holds {len(paths)} images, {prompts} {len(rows)} prompts; each image needs its own")
+        raise UserError(
+            f"{folder} holds {len(paths)} images, {prompts} holds {len(rows)} prompts; each image needs one prompt"
+        )
     given = {path.name: row.prompt for path, row in zip(paths, rows, strict=True)}
     for row in load_prompts(str(manifest)) if manifest else ():
         name = str(row.metadata.get(FILE_NAME))
         if given.get(name, row.prompt) != row.prompt:
             raise UserError(
-                f"{folder / name} is of {row.prompt!r}, as {manifest} says, and {prompts} has {given[name]!r} for it; "
+                f"{folder / name} has the prompt {row.prompt!r} in {manifest}, but {given[name]!r} in {prompts}; "
                 "leave --prompts out, or remove that file"
             )
     return rows, paths
 
 
 def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths: Sequence[Path]) -> list[float | None]:
-    """The score of each image, None for those left out; sizes may differ from image to image."""
+    """The score of each image; None where the reward leaves the image out. The images may differ in size."""
     judge = _judge(reward, options)
     check_prompts(rows, {judge.name: judge}, "given")
     scores: list[float | None] = [None] * len(paths)
     with _scoring({judge.name: judge}, len(paths)) as progress:
         for places in _batches(judge, rows):
-            pictures = [read_picture(paths[place]) for place in places]
-            for shape in dict.fromkeys(picture.shape for picture in pictures):
-                chosen = [i for i, picture in enumerate(pictures) if picture.shape == shape]
-                if judge.scope == "group" and len(chosen) < len(pictures):
-                    raise UserError(f"the pictures of {rows[places[0]].prompt!r} must be of one size to be compared")
+            images = [read_picture(paths[place]) for place in places]
+            for shape in dict.fromkeys(image.shape for image in images):
+                chosen = [i for i, image in enumerate(images) if image.shape == shape]
+                if judge.scope == "group" and len(chosen) < len(images):
+                    raise UserError(f"the images of {rows[places[0]].prompt!r} must have the same size to be compared")
                 part = [rows[places[i]] for i in chosen]
-                media = torch.stack([pictures[i] for i in chosen])
+                media = torch.stack([images[i] for i in chosen])
                 values = zoo.score(judge, media, [row.prompt for row in part], [row.metadata for row in part])
                 for i, value in zip(chosen, values.tolist(), strict=True):
                     scores[places[i]] = None if math.isnan(value) else value
@@ -87,26 +89,26 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
 
 
 @contextmanager
-def _scoring(rewards: Mapping[str, zoo.Reward], pictures: int) -> Iterator[Progress]:
-    """A bar for pictures that are drawn or scored, and then a word on the answers that could not be read."""
+def _scoring(rewards: Mapping[str, zoo.Reward], images: int) -> Iterator[Progress]:
+    """A bar while images are drawn or scored; afterwards a sentence for each reward with unreadable answers."""
     display = Terminal()
-    with display.evaluating(pictures) as progress:
+    with display.evaluating(images) as progress:
         yield progress
     for sentence in unread(tally(rewards)):
         display.say(sentence)
 
 
 def _batches(judge: zoo.Reward, rows: Sequence[Row]) -> list[list[int]]:
-    """Places that are scored together: a few at a time, or all of a prompt where the reward compares them."""
+    """The row numbers of each batch: _BATCH rows, or all rows of a prompt if the reward compares them."""
     if judge.scope == "group":
         return [[i for i, row in enumerate(rows) if row.prompt == prompt] for prompt in {row.prompt: 0 for row in rows}]
     return [list(range(start, min(start + _BATCH, len(rows)))) for start in range(0, len(rows), _BATCH)]
 
 
 def collect_recipe(recipe: Recipe, device: str) -> GroupDataset:
-    """Fill the recipe's dataset with groups of its model's pictures."""
+    """Fill the recipe's dataset with groups of images that its model draws and its rewards score."""
     if recipe.dataset is None:
-        raise UserError("the recipe names no dataset; give dataset=FOLDER")
+        raise UserError("the recipe names no dataset of groups; give dataset=FOLDER")
     rewards = load_rewards(recipe.rewards, device)
     refuse_learning(rewards, "collect with other rewards")
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
@@ -123,7 +125,7 @@ def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
 
 
 def rescore_dataset(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
-    """Add a reward to a dataset; (N, G), NaN where it does not apply."""
+    """Add a reward's scores to a dataset of groups; returns them as (N, G), NaN where the reward does not apply."""
     dataset = GroupDataset.open(path)
     judge = _judge(reward, options)
     with _scoring({judge.name: judge}, len(dataset) * dataset.manifest["group_size"]) as progress:
@@ -131,27 +133,27 @@ def rescore_dataset(path: Path, reward: str, options: Sequence[str], name: str |
 
 
 def check_reward(reward: str, options: Sequence[str], images: Path | None, prompts: str | None) -> list[zoo.Finding]:
-    """The findings of `rewards.check`, on a folder's pictures or on drawn ones."""
+    """The findings of `rewards.check` on a folder's images, or without a folder on images that the check draws."""
     judge = zoo.load(reward, **parse_options([reward], options)[reward])
     if images is None:
         return zoo.check(judge)
     rows, paths = read_images(images, prompts)
-    pictures = [read_picture(path) for path in paths]
-    if len({picture.shape for picture in pictures}) > 1:
-        raise UserError(f"--images {images}: the pictures must be of one size to be tried together")
-    items = zoo.Items(torch.stack(pictures), [row.prompt for row in rows], [row.metadata for row in rows])
+    media = [read_picture(path) for path in paths]
+    if len({image.shape for image in media}) > 1:
+        raise UserError(f"--images {images}: the images must have the same size to be checked together")
+    items = zoo.Items(torch.stack(media), [row.prompt for row in rows], [row.metadata for row in rows])
     return zoo.check(judge, items)
 
 
 def _judge(reward: str, options: Sequence[str]) -> zoo.Reward:
-    """A reward that can score as it is."""
+    """Load a reward; raises UserError if it must learn before it can score."""
     judge = zoo.load(reward, **parse_options([reward], options)[reward])
     refuse_learning({judge.name: judge}, "name it in a recipe")
     return judge
 
 
 def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores: Sequence[float | None]) -> None:
-    """A .csv or .jsonl file with a line for each image."""
+    """Write a .csv or .jsonl file with one line per image."""
     columns = ("image", "prompt", "score")
     table = [(image.name, row.prompt, value) for image, row, value in zip(images, rows, scores, strict=True)]
     with writing(path):
@@ -162,9 +164,9 @@ def write_scores(path: Path, images: Sequence[Path], rows: Sequence[Row], scores
 
 
 def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Evaluate the recipe's model, or with a run the weights of its last checkpoint; returns a title and the summary.
+    """Evaluate the recipe's model, or the last checkpoint of `run`; returns a title and the summary.
 
-    With a run the result is written to its evaluations as well.
+    The result of a run is also written to the run's evaluations.
     """
     settings = recipe.evaluation
     if settings.prompts is None:
@@ -177,7 +179,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
     _say_cut(policy, rows)
-    title, weights = f"{recipe.model.path} as it is", None
+    title, weights = f"{recipe.model.path}, untrained", None
     if run is not None:
         found = checkpoints(run.checkpoints)
         if not found:

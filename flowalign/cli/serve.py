@@ -1,4 +1,4 @@
-"""`flowalign serve`: rewards over HTTP."""
+"""`flowalign serve`: serve rewards over HTTP."""
 
 from typing import Annotated
 
@@ -9,12 +9,17 @@ from flowalign.config.base import UserError
 
 
 def serve(
-    rewards: Annotated[list[str], typer.Argument(metavar="REWARD...", help="built-in names, file.py:Name, ...")],
-    host: Annotated[str, typer.Option(help="beyond loopback it needs a token in FLOWALIGN_TOKEN")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    rewards: Annotated[
+        list[str],
+        typer.Argument(metavar="REWARD...", help="rewards: built-in names, file.py:Name or package.module:Name"),
+    ],
+    host: Annotated[
+        str, typer.Option(help="the address to listen on; any but loopback needs a token in FLOWALIGN_TOKEN")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the port to listen on")] = 8000,
     option: RewardOptions = None,
 ) -> None:
-    """Serve rewards over HTTP, for recipes that name them as http://host:port/REWARD."""
+    """Serve rewards over HTTP, for recipes that name them as http://HOST:PORT/REWARD."""
     from flowalign.cli.existing import check_rewards
 
     check_rewards(rewards)
@@ -27,6 +32,6 @@ def serve(
     served = [name.rpartition(":")[2] for name in rewards]
     for name in served:
         if served.count(name) > 1:
-            raise UserError(f"two rewards would be served as {name!r}; serve one of them at another port")
+            raise UserError(f"two rewards would be served as {name!r}; serve one of them on another port")
     loaded = {short: zoo.load_on(device(), name, **options[name]) for short, name in zip(served, rewards, strict=True)}
     run_server(loaded, host=host, port=port)

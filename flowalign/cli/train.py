@@ -1,4 +1,4 @@
-"""`flowalign train`: one run of a recipe."""
+"""`flowalign train`: train a model with a recipe."""
 
 import os
 from typing import Annotated
@@ -11,12 +11,14 @@ from flowalign.cli.console import Overrides, console, quiet_libraries
 def train(
     recipe: Annotated[str, typer.Argument(help="a bundled recipe's name, a YAML file or a run folder")],
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in the run folder")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew over the run in the run folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue the run in the run folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in the run folder")] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="print the resolved recipe and the batch arithmetic, load nothing")
+        bool, typer.Option(help="print the resolved recipe and the batch arithmetic, and load nothing")
     ] = False,
-    profile: Annotated[bool, typer.Option(help="write a trace of a step into the run folder's profile/")] = False,
+    profile: Annotated[
+        bool, typer.Option(help="write a profiler trace of one step into the run folder's profile/")
+    ] = False,
 ) -> None:
     """Train a model with a recipe."""
     from flowalign.cli.existing import check_recipe

@@ -1,1 +1,1 @@
-"""How good a model is, and what a run did to it."""
+"""Evaluation: how good a model is, and what a run changed."""

@@ -1,4 +1,4 @@
-"""The way of every benchmark: pictures drawn or given, judged one by one into results.jsonl."""
+"""The steps that all benchmarks share: draw or take images, judge each one, write results.jsonl."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,34 +15,34 @@ from flowalign.rollout.manifest import manifest_of
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.terminal import Terminal
 
-BATCH = 16  # pictures that are judged at once
+BATCH = 16  # images that are judged at once
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is judged, and where that goes."""
+    """The images to judge, and where the results go."""
 
     source: Drawing | Path
-    """How to draw, or a folder of pictures in GenEval's layout or with a MANIFEST."""
+    """How to draw, or a folder of images in GenEval's layout or with a MANIFEST."""
     images: int
-    """Pictures of a prompt."""
+    """Images per prompt."""
     output: Path | None
-    """None is a folder of its own, see `placed`."""
+    """The folder of the results; None: `placed` chooses one under runs/."""
     prompts: str | None
-    """A prompt list; None takes the prompts of a folder of pictures from its metadata."""
+    """A prompt list; None: the metadata of the folder of images gives the prompts."""
     count: int | None = None
-    """Only the first prompts of the list."""
+    """Use only this many prompts, from the start of the list."""
 
     def rows(self) -> list[Row]:
-        """The prompts, those of a folder of pictures where no list is given; UserError where they cannot be had."""
+        """The rows of the prompt list or, without one, of the folder of images; UserError if there is neither."""
         if self.prompts is not None:
             return load_prompts(self.prompts, self.count)
         if isinstance(self.source, Drawing):
-            raise UserError("--prompts is missing; there is no list that suits this model by itself")
+            raise UserError("--prompts is missing; this benchmark has no list of its own for this model")
         return [picture.row for picture in listed(self.source, self.images)[:: self.images]]
 
     def placed(self, kind: str, about: Mapping[str, Any]) -> "Benchmark":
-        """With a folder of its own under runs/ where none was given: `about` are what decides the judge's answers."""
+        """This benchmark with a folder under runs/ if none was given; `about` are the settings of the judge."""
         if self.output is not None:
             return self
         if isinstance(self.source, Drawing):
@@ -52,26 +52,26 @@ class Benchmark:
         return replace(self, output=Path("runs") / kind / name)
 
     def _given(self, folder: Path) -> dict[str, Any]:
-        """Whose pictures are judged; others in the same place are not those of which there are results."""
+        """The folder of given images and a checksum of them, so that results of changed images are refused."""
         digest = hashlib.sha256()
         for picture in listed(folder, self.images):
             digest.update(picture.name.encode() + picture.path.read_bytes())
         return {"images": str(folder.resolve()), "pictures": digest.hexdigest()}
 
     def about(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What a summary says of its pictures and prompts."""
+        """What a summary says about its images and prompts."""
         if not isinstance(self.source, Drawing):
             return {"drawn": None}
         return {"drawn": self.source.words, **said_of(self.source.model.adapter, rows)}
 
     @property
     def folder(self) -> Path:
-        """Where it goes, once it is placed."""
+        """The folder of the results; only after `placed`."""
         assert self.output is not None
         return self.output
 
     def where(self, row: Row) -> str:
-        """Where a mistake in a row's prompt is, to begin a sentence with."""
+        """The place of a row's prompt, to begin an error's sentence with."""
         if self.prompts is None:
             folder = Path(str(self.source))
             whole = manifest_of(folder)
@@ -84,9 +84,9 @@ class Benchmark:
         settings: Mapping[str, Any],
         judge: Callable[[Sequence[Picture]], Sequence[Line]],
     ) -> list[Line]:
-        """The lines of results.jsonl, a picture each, after whatever was missing is drawn and judged.
+        """Draw and judge the missing images; returns the lines of results.jsonl, one per image.
 
-        `settings` are what decides the judge's answers; a folder of others is refused with a UserError.
+        `settings` decide the judge's answers. Raises UserError for a folder of results with other settings.
         """
         given = self.source if isinstance(self.source, Path) else None
         settings = {**settings, **(self._given(given) if given else {"images": "drawn"})}

@@ -1,11 +1,12 @@
-"""Pictures of a prompt list on disk, in GenEval's layout: drawn so that a kill costs a batch at most, or anyone's.
+"""Images of a prompt list on disk, in GenEval's layout: drawn here, or given by a user.
 
-    drawing.json                what decides the pictures; other settings in the same folder are refused
+    drawing.json                the settings that decide the images; a folder with other settings is refused
     00000/metadata.jsonl        the first prompt's row, a line of JSON
-    00000/samples/0000.png      its first picture
+    00000/samples/0000.png      its first image
 
-Batches are those of the plan whatever is missing, because the last digits of a forward pass may depend on its batch:
-so a resumed drawing gives the very bytes of one that was never stopped (on the same machine and number of threads).
+A killed drawing loses one batch at most. A resumed drawing keeps the batches of the whole plan, whatever is missing,
+because the last digits of a forward pass may depend on its batch. It therefore writes the same bytes as a drawing that
+was never stopped, on the same machine with the same number of threads.
 """
 
 import hashlib
@@ -37,13 +38,13 @@ from flowalign.sampling.noise import EVALUATION
 from flowalign.terminal import Terminal
 from rewards.media import FORMATS, natural, pictures_in, read_picture
 
-# Settings of a model that do not decide its pictures, or that `Drawing.settings` says in another way.
-_NOT_PICTURES = {"path", "adapter", "dtype", "attention", "compile", "lora", "gradient_checkpointing"}
+# Settings of a model that do not decide its images, or that `Drawing.settings` records in another form.
+_NOT_DECISIVE = {"path", "adapter", "dtype", "attention", "compile", "lora", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a prompt; `name` is its path inside its folder, as results name it."""
+    """One image of a prompt; `name` is its path inside the folder of images, as results name it."""
 
     path: Path
     name: str
@@ -52,28 +53,28 @@ class Picture:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the pictures of a prompt list are made; noise is counted by (seed, row, member), as in `evaluate`."""
+    """How the images of a prompt list are drawn; the noise is counted by (seed, row, member), as in `evaluate`."""
 
     model: Model
     sampler: Sampler
     seed: int
     images: int
-    """Pictures of a prompt."""
+    """Images per prompt."""
     batch: int
-    """Pictures drawn at once."""
+    """Images drawn at once."""
     device: str
     origin: str = "as given"
-    """In words, whose settings of the sampler these are."""
+    """Where the sampler's settings come from, in words."""
 
     @property
     def words(self) -> str:
-        """How the pictures are drawn, for people."""
+        """How the images are drawn, in words."""
         return f"drawn with {sampling_words(self.sampler, sizes_of(self.model).request, self.seed)} ({self.origin})"
 
     def name(self, rows: Sequence[Row], about: Mapping[str, Any]) -> str:
-        """A folder's name for pictures of these rows: the model, its adapter, and what else decides what is in it.
+        """A folder name for images of these rows: the model, its adapter, and a checksum of all that decides them.
 
-        `about` is whatever the drawing does not know; the same drawing has the same name.
+        `about` holds the deciding settings that the drawing does not know. The same drawing has the same name.
         """
         adapter = self.model.adapter
         tuned = [_place_name(str(place)) for place in (Path(adapter).resolve().parent, adapter)] if adapter else []
@@ -82,11 +83,11 @@ class Drawing:
 
     @property
     def embedded(self) -> bool:
-        """Whether the model is the one that comes with the package."""
+        """Whether the model is the one embedded in the package."""
         return self.model.path == EMBEDDED
 
     def settings(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What decides the pictures, as drawing.json keeps it."""
+        """The settings that decide the images, as drawing.json keeps them."""
         model, (request, length) = self.model, sizes_of(self.model)
         place = Path(model.path)
         local = not self.embedded and place.exists()
@@ -95,7 +96,7 @@ class Drawing:
             "model": str(place.resolve()) if local else model.path,
             "adapter": _checksum(model.adapter) if model.adapter else None,
             **self.sampler.model_dump(include=set(Sampler.model_fields)),
-            **model.model_dump(mode="json", exclude=_NOT_PICTURES),
+            **model.model_dump(mode="json", exclude=_NOT_DECISIVE),
             "height": request.height,
             "width": request.width,
             "max_sequence_length": length,
@@ -107,7 +108,7 @@ class Drawing:
         }
 
     def chunks(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        """The rows that are drawn together: `batch` pictures, or those of one prompt."""
+        """The rows that are drawn together: at most `batch` images, but at least one prompt's."""
         size = max(1, self.batch // self.images)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
@@ -124,33 +125,34 @@ def drawing_of(
     seed: int | None = None,
     **sampling: Any,
 ) -> Drawing:
-    """The drawing of a model by what a person calls it, as `model_settings` and `usual_sampling` have it.
+    """The drawing of a model by the name that a user gives; see `model_settings` and `usual_sampling`.
 
-    What is not None is the person's own: `sampling` are fields of `Sampler`. Raises UserError as they do.
+    An argument that is not None replaces the usual setting; `sampling` are fields of `Sampler`. Raises UserError as
+    these two functions do.
     """
     settings = model_settings(model, adapter, size, max_sequence_length)
     usual, usual_seed, origin = usual_sampling(model)
     own = {name: value for name, value in sampling.items() if value is not None}
     given = [name for name, value in {**own, "seed": seed, "size": size}.items() if value is not None]
-    origin = f"{origin} settings" + (f" but for the given {', '.join(given)}" if given else "")
+    origin = f"{origin} settings" + (f" except the given {', '.join(given)}" if given else "")
     sampler = Sampler(**{**usual.model_dump(), **own})
     return Drawing(settings, sampler, usual_seed if seed is None else seed, images, batch or 16, device, origin)
 
 
 def sampling_words(sampler: Sampler, request: MediaRequest, seed: int) -> str:
-    """What decides a model's pictures, for people."""
+    """The settings that decide a model's images, in words."""
     steps, pixels = counted(sampler.steps, "step"), f"{request.width} x {request.height} pixels"
     how = f"guidance {sampler.guidance:g}, {sampler.schedule} schedule, {sampler.solver}"
     return f"{steps}, {how}, {pixels}, seed {seed}"
 
 
 def folder_name(parts: Sequence[str], about: Mapping[str, Any]) -> str:
-    """The parts, and a few letters that are others for other settings."""
+    """The parts, and eight letters of a checksum that differ when the settings `about` differ."""
     return "-".join([*parts, checksum_of(about, sort_keys=True, default=str)[:8]])
 
 
 def _place_name(place: str) -> str:
-    """The last part of a path or hub id, of letters that any file system takes."""
+    """The last part of a path or hub id, in characters that every file system takes."""
     name = Path(place).name if Path(place).name not in ("", "..") else Path(place).resolve().name
     return re.sub(r"[^\w.-]+", "_", name) or "model"
 
@@ -163,9 +165,9 @@ def draw(
     progress: Progress | None = None,
     load: Callable[[Model, str], Policy] = load_policy,
 ) -> None:
-    """Draw what `folder` lacks of the rows' pictures; the model is loaded where something is missing.
+    """Draw the rows' images that `folder` lacks; the model is loaded only if an image is missing.
 
-    Raises UserError for a folder of another drawing, naming what differs, and as `load_policy` does.
+    Raises UserError for a folder of another drawing, with the setting that differs, and as `load_policy` does.
     """
     settings = drawing.settings(rows)
     check_folder(folder, DRAWING, settings, made="*/samples/*.png")
@@ -200,16 +202,16 @@ def draw(
 
 
 def picture_name(index: int, member: int) -> str:
-    """Where GenEval has a prompt's picture inside the folder."""
+    """The path of a prompt's image inside the folder, in GenEval's layout."""
     return f"{index:05d}/samples/{member:04d}.png"
 
 
 def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list[Picture]:
-    """The pictures of a folder in GenEval's layout, in the order of prompts and members, each seen to be readable.
+    """The images of a folder in GenEval's layout, ordered by prompt and member; every image is checked to be readable.
 
-    With `rows` the folders 00000, 00001, ... must be those of the rows; without, the folders say what the rows are.
-    A folder with a MANIFEST, such as `flowalign sample` writes, holds the pictures itself, and that says their rows.
-    Raises UserError, with the path, for anything missing, unreadable or too much.
+    With `rows` the folders 00000, 00001, ... must match the rows; without, the rows come from the folders. A folder
+    with a MANIFEST, such as `flowalign sample` writes, holds the images itself, and the MANIFEST gives their rows.
+    Raises UserError with the path of anything that is missing, unreadable or superfluous.
     """
     if manifest := manifest_of(folder):
         return _manifested(manifest, images, rows)
@@ -217,7 +219,7 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
     folders = sorted(numbered, key=lambda place: natural(place.name))
     if not folders:
         layout = "00000/metadata.jsonl, 00000/samples/0000.png"
-        raise UserError(f"{folder} holds no pictures in GenEval's layout ({layout}), and no {MANIFEST} that names some")
+        raise UserError(f"{folder} holds no images in GenEval's layout ({layout}), and no {MANIFEST} that names some")
     if rows is not None:
         wanted = {f"{row.index:05d}" for row in rows}
         there = {place.name for place in folders}
@@ -225,13 +227,15 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
             if f"{row.index:05d}" not in there:
                 raise UserError(f"{folder} has no folder {row.index:05d} for prompt {row.index + 1} ({row.prompt!r})")
         if extra := sorted(there - wanted):
-            raise UserError(f"{folder}/{extra[0]} is of none of the {len(rows)} prompts; remove it or add its prompt")
+            raise UserError(
+                f"{folder}/{extra[0]} belongs to none of the {len(rows)} prompts; remove it or add its prompt"
+            )
     found = [_metadata_row(place) for place in folders]
     for place, row, own in zip(folders, rows or (), found, strict=rows is not None):
         if own.about != row.about:
             raise UserError(
-                f"{place}/metadata.jsonl is not prompt {row.index + 1} of the list: "
-                f"{json.dumps(own.about)}, not {json.dumps(row.about)}"
+                f"{place}/metadata.jsonl does not hold prompt {row.index + 1} of the list: "
+                f"it holds {json.dumps(own.about)}, not {json.dumps(row.about)}"
             )
     return [picture for place, row in zip(folders, found, strict=True) for picture in _pictures(place, row, images)]
 
@@ -247,29 +251,27 @@ def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list
     for key, paths in groups.items():
         if len(paths) != images:
             prompt = found[key].prompt
-            raise UserError(
-                f"{folder} holds {len(paths)} pictures of {prompt!r}, not {images}; see --images-per-prompt"
-            )
+            raise UserError(f"{folder} holds {len(paths)} images of {prompt!r}, not {images}; see --images-per-prompt")
     wanted = [row.prompt for row in rows or found.values()]
     if wanted != [row.prompt for row in found.values()]:
-        raise UserError(f"{manifest} has not the prompts of the list in their order; leave --prompts out")
+        raise UserError(f"{manifest} does not hold the prompts of the list in their order; leave --prompts out")
     pairs = zip(rows or found.values(), groups.values(), strict=True)
     return [_seen(path, folder, row) for row, paths in pairs for path in paths]
 
 
 def _seen(path: Path, folder: Path, row: Row) -> Picture:
     if not _is_whole(path, FORMATS):
-        raise UserError(f"{path} is not a readable picture; make it again")
+        raise UserError(f"{path} is not a readable image; draw it again")
     return Picture(path, path.relative_to(folder).as_posix(), row)
 
 
 def _metadata_row(folder: Path) -> Row:
     path = folder / "metadata.jsonl"
     if not path.is_file():
-        raise UserError(f"{path} is missing; it says what {folder.name}/samples was made from")
+        raise UserError(f"{path} is missing; it holds the prompt of the images in {folder.name}/samples")
     rows = load_prompts(str(path))
     if len(rows) != 1:
-        raise UserError(f"{path} holds {len(rows)} rows; a folder's pictures are of one prompt")
+        raise UserError(f"{path} holds {len(rows)} rows; it must hold one, since a folder's images have one prompt")
     return Row(int(folder.name), rows[0].prompt, rows[0].metadata)
 
 
@@ -277,12 +279,12 @@ def _pictures(folder: Path, row: Row, images: int) -> list[Picture]:
     samples = folder / "samples"
     paths = [path for path in pictures_in(samples) if path.stem.isdecimal()] if samples.is_dir() else []
     if len(paths) != images:
-        raise UserError(f"{folder}/samples holds {len(paths)} pictures NNNN.png, not {images}; see --images-per-prompt")
+        raise UserError(f"{folder}/samples holds {len(paths)} images NNNN.png, not {images}; see --images-per-prompt")
     return [_seen(path, folder.parent, row) for path in paths]
 
 
 def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Pictures read, by size: their places among the given ones, and media (B, 3, H, W) in [0, 1]."""
+    """Read images and batch them by size: their indices among the given ones, and media (B, 3, H, W) in [0, 1]."""
     media = [read_picture(picture.path) for picture in pictures]
     for shape in dict.fromkeys(one.shape for one in media):
         places = [place for place, one in enumerate(media) if one.shape == shape]
@@ -290,7 +292,7 @@ def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], 
 
 
 def _is_whole(path: Path, formats: tuple[str, ...] = ("PNG",)) -> bool:
-    """Whether a picture is there, a PNG to its end and with the right checksums."""
+    """Whether a complete image file exists: readable to its end, with the right checksums if it is a PNG."""
     try:
         with Image.open(path, formats=formats) as image:
             image.verify()
@@ -300,7 +302,7 @@ def _is_whole(path: Path, formats: tuple[str, ...] = ("PNG",)) -> bool:
 
 
 def _checksum(adapter: str) -> str:
-    """Of an adapter's weights and of what says their scale."""
+    """The checksum of an adapter's files: its weights and their scale."""
     digest = hashlib.sha256()
     for one in (adapter, *further_adapters(adapter).values()):
         for file in adapter_files(one):

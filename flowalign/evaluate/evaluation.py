@@ -1,4 +1,4 @@
-"""The one evaluation: fixed prompts and counted noise in, scores with standard errors out."""
+"""The evaluation of a policy: fixed prompts and counted noise in, scores with standard errors out."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from rewards.combine import score_all
 
 
 class Seen(NamedTuple):
-    """What an audit looks at in one picture."""
+    """What an audit measures in one image: its image statistics and its features."""
 
     looks: dict[str, float]
     features: np.ndarray  # (D,), float32
@@ -36,21 +36,22 @@ Observe = Callable[[torch.Tensor], list[Seen]]
 
 @dataclass
 class Evaluated:
-    """Scores of every picture, in the order of the prompts; `pictures` are the first few, (K, 3, H, W).
+    """The scores of all images, in the order of the prompts.
 
-    `maps` are of those pictures, (K, H, W) in [0, 1], by the rewards that can say where they see what they punish.
+    `pictures` are the first images of the first prompts, (K, 3, H, W). `maps` are a reward's maps of these images,
+    (K, H, W) in [0, 1], from the rewards that can show where they see what they punish.
     """
 
     rows: list[Row]
     scores: list[dict[str, float]]  # a reward that does not apply to a row is absent
     pictures: torch.Tensor
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
-    seen: list[Seen] = field(default_factory=list)  # of every picture, where asked for
+    seen: list[Seen] = field(default_factory=list)  # one per image, if `evaluate` was given `observe`
 
     def summary(self, *, intervals: bool = False) -> dict[str, dict[str, Any]]:
-        """Per reward: mean, standard error and count; by GenEval task where rows have one, and the tasks' mean.
+        """Mean, standard error and count of each reward; also per GenEval task and the tasks' mean if rows have tasks.
 
-        `intervals` of 95 % and the number of prompts are added where asked for, since they take a while.
+        `intervals` adds 95 % intervals and the number of prompts; they take a while to compute.
         """
         names = dict.fromkeys(name for scores in self.scores for name in scores)
         return {name: self._summarise(name, intervals) for name in names}
@@ -71,7 +72,10 @@ class Evaluated:
 
 
 def _mean(judged: Sequence[tuple[Row, float]], intervals: bool) -> dict[str, Any]:
-    """Of scores with their rows. The standard error is over prompts, whose pictures succeed and fail together."""
+    """Mean and standard error of scores with their rows.
+
+    The standard error is over prompts, because the images of one prompt succeed and fail together.
+    """
     groups: dict[str, list[float]] = {}
     for row, value in judged:
         groups.setdefault(row.prompt, []).append(value)
@@ -90,12 +94,12 @@ def evaluate(
     observe: Observe | None = None,
     unscored: Sequence[Row] = (),
 ) -> Evaluated:
-    """Draw and score `images_per_prompt` pictures of every row.
+    """Draw and score `images_per_prompt` images of every row.
 
-    `observe` is asked what it sees in the pictures of each batch. The rows `unscored` are drawn alone: other processes
-    wait for as many passes as theirs.
+    `observe` is called with the images of each batch. The rows `unscored` are drawn but not scored: with sharded
+    weights all processes must make the same number of forward passes.
 
-    The noise depends on (settings.seed, row, member) alone, so that two models are compared picture by picture.
+    The noise depends only on (settings.seed, row, member), so two models can be compared image by image.
     """
     scored: list[dict[str, float]] = []
     expanded: list[Row] = []
@@ -133,7 +137,7 @@ def evaluate(
 
 
 def score_rows(rewards: Mapping[str, zoo.Reward], media: torch.Tensor, rows: Sequence[Row]) -> list[dict[str, float]]:
-    """The scores of media (B, ...) that were made of B rows: for each the rewards that apply to it, by name."""
+    """The scores of media (B, ...) drawn for B rows: for each row those of the rewards that apply to it, by name."""
     scores = score_all(rewards, media, [row.prompt for row in rows], [row.metadata for row in rows])
     return [
         {name: float(one.values[index]) for name, one in scores.items() if one.applies[index]}
@@ -142,7 +146,7 @@ def score_rows(rewards: Mapping[str, zoo.Reward], media: torch.Tensor, rows: Seq
 
 
 def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:
-    """The evaluations of all processes as one, in the order of the prompts, with the first `pictures` pictures."""
+    """Join the evaluations of all processes, in the order of the prompts, with the first `pictures` images."""
     looked = own.seen or len(own.rows) * (None,)
     judged = gather_object(list(zip(own.rows, own.scores, looked, strict=True)))
     judged.sort(key=lambda one: one[0].index)
@@ -158,9 +162,9 @@ def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:
 
 
 def write_evaluation(run: RunFolder, name: str, evaluated: Evaluated, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the pictures samples/NAME/ of a run and last evaluations/NAME.json, which says that all is there.
+    """Write an evaluation's images to samples/NAME/ of a run, then its scores to evaluations/NAME.json.
 
-    Returns the summary.
+    The JSON file comes last, so its presence shows that the evaluation is complete. Returns the summary.
     """
     rows = [
         {"prompt": row.prompt, **({"tag": tag} if (tag := row.metadata.get("tag")) else {}), "scores": scores}

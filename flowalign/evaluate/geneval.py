@@ -1,7 +1,7 @@
-"""GenEval: draw its prompts, find the objects, judge, and sum up as the published scripts do.
+"""GenEval: draw its prompts, detect objects, judge the images, and summarise as the published scripts do.
 
 Source: Ghosh et al. 2023, `generation/diffusers_generate.py`, `evaluation/evaluate_images.py`, `summary_scores.py`. The
-rule itself lives in the reward zoo. The published script's detector is mmdet's; what judged is in results.jsonl.
+judging rule is `rewards.geneval`. The published script uses mmdet's detector; results.jsonl names the detector in use.
 """
 
 import json
@@ -39,7 +39,7 @@ def _one_of(known: Sequence[str]) -> AfterValidator:
 
 
 class Clause(BaseModel):
-    """One of a prompt's `include` or `exclude`."""
+    """One entry of a prompt's `include` or `exclude`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     name: str = Field(alias="class", min_length=1)
@@ -59,12 +59,14 @@ class Task(BaseModel):
     def _positions_are_of_earlier_clauses(self) -> "Task":
         for index, clause in enumerate(self.include):
             if clause.position and not 0 <= clause.position[1] < index:
-                raise ValueError(f"include.{index}.position names clause {clause.position[1]}, which is no earlier one")
+                raise ValueError(
+                    f"include.{index}.position names clause {clause.position[1]}, which is not an earlier one"
+                )
         return self
 
 
 def fault(metadata: Mapping[str, Any]) -> str | None:
-    """What keeps a row from being GenEval's, or None."""
+    """What is wrong with a row's GenEval metadata, or None."""
     try:
         Task.model_validate(metadata)
     except ValidationError as error:
@@ -76,7 +78,7 @@ def fault(metadata: Mapping[str, Any]) -> str | None:
 
 
 class Judge(NamedTuple):
-    """A detector, the class names that it knows, and what results.jsonl says of it."""
+    """A detector, the class names that it knows, and how results.jsonl identifies it."""
 
     detector: Detector
     names: tuple[str, ...]
@@ -84,34 +86,34 @@ class Judge(NamedTuple):
 
 
 def load_judge(spec: str, options: Mapping[str, Any] | None = None) -> Judge:
-    """The detector that `spec` names: "package.module:Name", "file.py:Name", or a Mask2Former's hub id or folder.
+    """Load the detector `spec`: "package.module:Name", "file.py:Name", or the hub id or folder of a Mask2Former.
 
-    `options` are passed to its class.
-
-    A detector is a function of images (B, 3, H, W) in [0, 1], or a class of one, with `names`, the classes it knows,
-    and, where it has them, `identity()`: {"detector": its id, "checksum": of its weights}.
+    A detector is a function of images (B, 3, H, W) in [0, 1], or a class whose objects are such functions. `options`
+    are passed to the class. A detector has `names`, the classes that it knows, and may have `identity()`, which
+    returns {"detector": its id, "checksum": the checksum of its weights}. Raises UserError for any other object.
     """
     if ":" in spec:
         made, values = import_object(spec), dict(options or {})
     else:
         made, values = import_object("rewards.detectors.mask2former:Mask2Former"), {"model": spec, **(options or {})}
     if values and not isinstance(made, type):
-        raise UserError(f"--detector {spec} is no class, so it takes no --detector-option")
+        raise UserError(f"--detector {spec} is not a class, so it takes no --detector-option")
     try:
         detector = made(**values) if isinstance(made, type) else made
     except TypeError as error:
-        raise UserError(f"--detector {spec} cannot be made with these options: {error}") from error
+        raise UserError(f"--detector {spec} does not take these options: {error}") from error
     names = getattr(detector, "names", None)
     if not names:
-        raise UserError(f"--detector {spec}: it has no `names`, the tuple of the class names that it knows")
+        raise UserError(f"--detector {spec} has no `names`, the tuple of the class names that it knows")
     identity = detector.identity() if hasattr(detector, "identity") else {"detector": spec, "checksum": "unknown"}
     return Judge(detector, tuple(names), dict(identity))
 
 
 def check_sight(judging: Judge) -> str | None:
-    """Show the detector a bundled picture: a person for COCO's classes, two shapes for the embedded world's.
+    """Test the detector on a bundled image: a person for COCO's classes, two shapes for the toyworld's.
 
-    Returns what it was to find, or None for a detector of other classes. Raises UserError where it finds it not.
+    Returns the names of what the image shows, or None if the detector has other classes. Raises CheckFailed if the
+    detector misses one of them.
     """
     if "person" in judging.names:
         # The portrait of Grace Hopper (US Navy, public domain) that comes with matplotlib.
@@ -126,14 +128,14 @@ def check_sight(judging: Judge) -> str | None:
     if not wanted <= seen:
         found, name = ", ".join(sorted(seen)) or "nothing", judging.identity["detector"]
         raise CheckFailed(
-            f"the detector {name} finds {found} in a picture of {' and '.join(sorted(wanted))}; its weights or their "
-            "loading are broken (--no-check-detector judges nevertheless)"
+            f"the detector {name} finds {found} in an image of {' and '.join(sorted(wanted))}; its weights or their "
+            "loading are broken (--no-check-detector skips this check)"
         )
     return " and ".join(sorted(wanted))
 
 
 def verdicts(judging: Judge, pictures: Sequence[Picture]) -> list[Line]:
-    """GenEval's line of each picture, with the detector's id and checksum."""
+    """GenEval's line for each image, with the detector's id and checksum."""
     lines: list[Line] = [{}] * len(pictures)
     for places, media in batches_of_a_size(pictures):
         for place, detections in zip(places, judging.detector(media), strict=True):
@@ -155,11 +157,11 @@ def verdicts(judging: Judge, pictures: Sequence[Picture]) -> list[Line]:
 
 
 def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
-    """Scores with 95 % intervals of lines, a picture each, of a list with `images` pictures for every row.
+    """Scores with 95 % intervals over lines, one per image; `images` is the number of images per row.
 
-    Rows that are alike are one prompt, as the published scripts group them. `overall` is GenEval's, the unweighted mean
-    of the tasks; `image_mean` is over all pictures; `any_success` is the share of prompts
-    of which at least one picture is correct.
+    Equal rows count as one prompt, as in the published scripts. `overall` is GenEval's score, the unweighted mean of
+    the tasks; `image_mean` is the mean over all images; `any_success` is the share of prompts with at least one
+    correct image.
     """
     prompts = by_prompt(lines, _asked)
     by_task: dict[str, list[list[float]]] = {}
@@ -186,7 +188,7 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
 
 
 def _asked(line: Line) -> str:
-    """What a line's prompt asks for, in whatever order its row says it."""
+    """What a line's prompt asks for, as a text that does not depend on the order of the row's keys."""
     row = json.loads(line["metadata"])
     return json.dumps([row.get(key) for key in ("prompt", "tag", "include", "exclude")], sort_keys=True)
 
@@ -194,11 +196,11 @@ def _asked(line: Line) -> str:
 def evaluate_geneval(
     benchmark: Benchmark, judging: Judge, *, check_detector: bool = True
 ) -> tuple[dict[str, Any], Path]:
-    """Draw what is missing, judge what is not judged yet, and write the summary, which is returned with its folder.
+    """Draw the missing images, judge those not judged yet, and write the summary; returns the summary and its folder.
 
-    `check_detector` shows it a bundled picture first, see `check_sight`.
+    `check_detector` first tests the detector with `check_sight`.
 
-    Raises UserError for prompts, pictures, a detector or a folder that do not fit, and where no picture is correct.
+    Raises UserError for an unsuitable prompt, image, detector or folder, and CheckFailed if no image is correct.
     """
     rows = benchmark.rows()
     for row in rows:
@@ -214,8 +216,8 @@ def evaluate_geneval(
     lines = benchmark.judged(rows, about, partial(verdicts, judging))
     if not any(line["correct"] for line in lines):
         raise CheckFailed(
-            f"every score is 0: none of the {len(lines)} pictures is correct; look at them and at the reasons in "
-            f"{benchmark.folder / RESULTS}, of which the first is: {lines[0]['reason'].splitlines()[0]}"
+            f"every score is 0: none of the {len(lines)} images is correct; look at them and at the reasons in "
+            f"{benchmark.folder / RESULTS}; the first is: {lines[0]['reason'].splitlines()[0]}"
         )
     summary = {**about, **benchmark.about(rows), "detector_found": seen, **summarise(lines, benchmark.images)}
     write_summary(benchmark.folder, summary)

@@ -1,8 +1,8 @@
-"""Training prompts in GenEval's six tasks and metadata format, none of them in a given test list.
+"""Training prompts in GenEval's six tasks and metadata format, without the prompts of a given test list.
 
 Source: the benchmark's format (Ghosh et al., "GenEval", 2023, its prompts file) and the mix of tasks that Flow-GRPO
-(2505.05470) trained on. Its 50,000 rows hold 33,199 different prompts; here a prompt comes a second time only when its
-task has no other left.
+(2505.05470) trained on. Flow-GRPO's 50,000 rows hold 33,199 different prompts; here a prompt is repeated only after
+its task has used all others.
 """
 
 import itertools
@@ -34,7 +34,7 @@ PUBLISHED_MIX: Mapping[str, float] = {
 
 
 def object_names() -> tuple[str, ...]:
-    """GenEval's 80 classes."""
+    """The names of GenEval's 80 object classes."""
     return tuple(asset("geneval/object_names.txt").read_text(encoding="utf-8").splitlines())
 
 
@@ -45,15 +45,16 @@ def training_prompts(
     mix: Mapping[str, float] = PUBLISHED_MIX,
     classes: Sequence[str] | None = None,
 ) -> list[Metadata]:
-    """`count` rows of GenEval's metadata with their `prompt`, in an order that mixes the tasks.
+    """`count` rows of GenEval's metadata with their `prompt`, with the tasks in mixed order.
 
-    A task's rows are different ones until it has no more; then it begins again with all of them in another order.
+    A task's rows differ until it has used all of them; then it repeats them in another order.
 
-    exclude: rows of a test list; left out is every prompt with the text of one of them, whatever its case, or with its
-        clauses, whatever their order where it says nothing. mix: each task's share, in any unit; tasks that it does not
-        name get none. classes: the objects, GenEval's by default.
+    exclude: rows of a test list. A prompt is left out if it has the text of one of them, ignoring case, or its clauses,
+        ignoring their order in tasks where the order has no meaning.
+    mix: the share of each task, in any unit; a task without a share gets no rows.
+    classes: the object names; by default GenEval's.
 
-    Raises UserError for fewer than 1 row, a mix that is none, and a task of which `exclude` leaves nothing.
+    Raises UserError for a count below 1, an invalid mix, and a task whose prompts are all excluded.
     """
     if count < 1:
         raise UserError(f"count must be at least 1 prompt, not {count}")
@@ -71,19 +72,20 @@ def training_prompts(
 def write_training_prompts(
     path: Path, count: int, seed: int, exclude: Path | None = None, mix: Mapping[str, float] = PUBLISHED_MIX
 ) -> None:
-    """Write `training_prompts` as a .jsonl file, disjoint from the prompts of `exclude` (a file or a bundled name).
+    """Write `training_prompts` to a .jsonl file, without the prompts of `exclude` (a file or a bundled name).
 
-    Raises UserError as `training_prompts`, for another ending of `path`, and when a file cannot be read or written.
+    Raises UserError as `training_prompts` does, for another ending of `path`, and for a file that cannot be read or
+    written.
     """
     if path.suffix != ".jsonl":
-        raise UserError(f"{path}: prompts with metadata are written to a .jsonl file")
+        raise UserError(f"{path}: prompts with metadata need a .jsonl file")
     rows = training_prompts(count, seed, load_prompts(str(exclude)) if exclude is not None else (), mix)
     with writing(path):
         replace_json_lines(path, rows)
 
 
 def task_counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
-    """How many of `count` rows each task gets: its share rounded down, what is left to the largest remainders.
+    """How many of `count` rows each task gets: its share rounded down; the largest remainders get one row more.
 
     Raises UserError for an unknown task, a weight below 0 or above 1e9, and a mix of zeros.
     """
@@ -106,7 +108,7 @@ def task_counts(count: int, mix: Mapping[str, float]) -> dict[str, int]:
 
 
 def _draws(task: str, names: Sequence[str], taken: set[Any], rng: np.random.Generator) -> Iterator[Metadata]:
-    """The task's rows in a random order, without end; each comes again only after all others."""
+    """An endless iterator over the task's rows in random order; a row is repeated only after all others."""
     axes, make = grammar(task, names, COLORS)
     sizes = tuple(len(axis) for axis in axes)
     while True:
@@ -118,11 +120,11 @@ def _draws(task: str, names: Sequence[str], taken: set[Any], rng: np.random.Gene
                 empty = False
                 yield row
         if empty:
-            raise UserError(f"{task}: no prompt is left after those that are excluded; weigh it 0 or exclude fewer")
+            raise UserError(f"{task}: all prompts of this task are excluded; give it weight 0 or exclude fewer")
 
 
 def _keys(prompt: str, metadata: Mapping[str, Any]) -> Iterator[Any]:
-    """What two rows have in common if they are the same prompt: their text, or their clauses if they have any."""
+    """The keys of a row: its text and, if any, its clauses. Two rows with a common key are the same prompt."""
     yield " ".join(prompt.split()).casefold()
     clauses = [json.dumps(clause, sort_keys=True) for clause in metadata.get("include", ())]
     if clauses:

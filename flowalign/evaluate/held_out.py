@@ -1,4 +1,4 @@
-"""Whether a model is measured on prompts that it was not trained on: only such prompts are called held-out."""
+"""Whether an evaluation's prompts are held out: only prompts that the model was not trained on are called held-out."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,19 +11,19 @@ from flowalign.rollout.prompts import Row, load_prompts, normalised, shared_rows
 
 
 class HeldOut(NamedTuple):
-    """How many of an evaluation's prompts are trained on; None where that is not known."""
+    """How many of an evaluation's prompts were trained on; None if that is unknown."""
 
     trained: int | None
     prompts: int
 
     @property
     def word(self) -> str:
-        """What to call such prompts."""
+        """The adjective for these prompts."""
         return "held-out" if self.trained == 0 else "evaluation"
 
     @property
     def words(self) -> str:
-        """Of what kind the prompts are, as a part of a sentence."""
+        """The kind of these prompts, as a part of a sentence."""
         if self.trained == 0:
             return "held-out prompts"
         if self.trained is None:
@@ -33,13 +33,13 @@ class HeldOut(NamedTuple):
 
 
 def held_out(rows: Sequence[Row], training_rows: Sequence[Row]) -> HeldOut:
-    """Of an evaluation's rows beside those of the training."""
+    """Compare an evaluation's rows with the training rows."""
     shared = {normalised(row.prompt) for row in shared_rows(rows, training_rows)}
     return HeldOut(len(shared), _different(rows))
 
 
 def held_out_from(recipe: Recipe, rows: Sequence[Row]) -> HeldOut:
-    """Of rows beside what the recipe trains on, which may be gone by now."""
+    """Compare rows with the training prompts of a recipe, whose files may no longer exist."""
     try:
         training_rows = GroupDataset.open(Path(recipe.dataset)).rows if recipe.dataset else load_prompts(recipe.prompts)
     except UserError:
@@ -52,7 +52,7 @@ def _different(rows: Sequence[Row]) -> int:
 
 
 def said_of(adapter: str | None, rows: Sequence[Row]) -> dict[str, Any]:
-    """What a summary says of rows beside what the run trained on that an adapter lies in; nothing for others."""
+    """What a summary says of rows that an adapter was trained on; empty if the adapter is not in a run folder."""
     recipe = Path(adapter).resolve().parent / "recipe.yaml" if adapter else None
     if recipe is None or not recipe.is_file():
         return {}
@@ -61,5 +61,5 @@ def said_of(adapter: str | None, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def held_out_of(evaluation: Mapping[str, Any]) -> HeldOut:
-    """What an evaluation or a comparison on disk says; older versions did not."""
+    """What an evaluation or a comparison on disk says about its prompts; older versions wrote nothing."""
     return HeldOut(evaluation.get("trained_prompts"), evaluation.get("prompts", 0))

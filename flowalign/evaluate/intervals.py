@@ -1,17 +1,18 @@
-"""95 % intervals of scores. The prompt is the unit: pictures of one prompt succeed and fail together.
+"""95 % intervals of scores. The prompt is the unit, because the images of one prompt succeed and fail together.
 
-Scores come in groups, those of one prompt's pictures. Every mean is over all pictures.
+Scores come in groups: a group holds the scores of one prompt's images. Every mean is over all images.
 
-a proportion    scores that are all 0 or 1. Wilson (1927), with the number of pictures that independent ones would need
-                to be as sure: p (1 - p) / v, with v the mean's variance between prompts, times (z / t)^2 for few
-                prompts; at least the number of prompts, at most that of pictures (Korn and Graubard 1998, Franco et al.
-                2019). Two pictures of two prompts that are both right have .342 to 1, not 1 to 1.
-any other mean  The percentile bootstrap over prompts (Efron and Tibshirani 1993, ch. 13); with fewer than FEW of them,
-                where that is too narrow, Student's t. None for one prompt, or where all score alike: no spread is seen.
-of several      The weighted mean of independent means, as GenEval's overall, from their intervals (MOVER; Zou, Huang
-                and Zhang 2009): its lower bound is  m - sqrt(sum w^2 (m_i - l_i)^2),  the upper one alike.
-of pairs        Differences of two models on the same prompts and noise. Of proportions, Agresti and Min (2005): half a
-                prompt is added to each of the four outcomes. Others are a mean as above.
+a proportion    Scores that are all 0 or 1: Wilson (1927) with an effective number of images, the number of independent
+                images that would give the same variance: p (1 - p) / v, with v the mean's variance between prompts,
+                times (z / t)^2 for few prompts; at least the number of prompts, at most the number of images (Korn and
+                Graubard 1998, Franco et al. 2019). Two correct images of two prompts give .342 to 1, not 1 to 1.
+any other mean  The percentile bootstrap over prompts (Efron and Tibshirani 1993, ch. 13). With fewer than FEW prompts
+                the bootstrap is too narrow, and Student's t is used. None if there is one prompt, or if all prompts
+                score the same, since then no spread is known.
+several means   The weighted mean of independent means, such as GenEval's overall, from their intervals (MOVER; Zou,
+                Huang and Zhang 2009): its lower bound is  m - sqrt(sum w^2 (m_i - l_i)^2),  the upper bound likewise.
+paired means    Differences of two models on the same prompts and noise. For proportions, Agresti and Min (2005): half a
+                prompt is added to each of the four outcomes. For other scores, a mean as above.
 """
 
 import math
@@ -23,7 +24,7 @@ from scipy import stats
 
 LEVEL = 0.95
 RESAMPLES = 9_999
-FEW = 20  # prompts; with fewer an interval is said to be rough
+FEW = 20  # prompts; an interval from fewer is called rough
 FEW_WORDS = f"few: fewer than {FEW} prompts, so the interval is rough"
 Interval = tuple[float, float] | None
 Groups = Sequence[Sequence[float]]
@@ -31,26 +32,29 @@ _Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 
 def mean_of(groups: Groups) -> float:
-    """Of all pictures' scores, a group for each prompt; one with more pictures weighs more."""
+    """The mean over all images' scores, given in a group per prompt; a prompt with more images weighs more."""
     return float(np.mean(list(chain.from_iterable(groups))))
 
 
 def mean_interval(groups: Groups, bounds: tuple[float, float] = (-math.inf, math.inf)) -> Interval:
-    """Of the mean of scores, a group for each prompt; None without any. No score lies outside the bounds."""
+    """The interval of the mean of scores, given in a group per prompt; None without scores.
+
+    `bounds` are the lowest and highest possible score.
+    """
     if len(groups) == 0:
         return None
     if _binary(groups):
         return proportion_interval(groups)
     usual = sum(map(len, groups)) / len(groups)
-    found = plain_interval([math.fsum(group) / usual for group in groups])  # whose mean is that of all pictures
+    found = plain_interval([math.fsum(group) / usual for group in groups])  # their mean is the mean over all images
     return found and (max(found[0], bounds[0]), min(found[1], bounds[1]))
 
 
 def proportion_interval(groups: Groups) -> tuple[float, float]:
-    """Of the share of ones among zeros and ones, a group for each prompt."""
+    """The interval of the share of ones among scores of 0 and 1, given in a group per prompt."""
     scores, prompts = list(chain.from_iterable(groups)), len(groups)
     share = float(np.mean(scores))
-    effective = float(prompts)  # unless a spread between prompts is seen that says how much their pictures add
+    effective = float(prompts)  # a known spread between prompts raises it by what further images of a prompt add
     if error := clustered_error(groups):
         fewness = (_Z / float(stats.t.ppf((1 + LEVEL) / 2, prompts - 1))) ** 2
         effective = min(max(share * (1 - share) / error**2 * fewness, prompts), len(scores))
@@ -62,7 +66,7 @@ def proportion_interval(groups: Groups) -> tuple[float, float]:
 def combined_interval(
     means: Sequence[float], intervals: Sequence[Interval], weights: Sequence[float] | None = None
 ) -> Interval:
-    """Of the weighted mean of independent means with intervals; weights need not sum to 1, None weighs all alike."""
+    """The interval of the weighted mean of independent means; weights need not sum to 1, None weighs all equally."""
     if not means or any(interval is None for interval in intervals):
         return None
     shares = np.ones(len(means)) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -73,10 +77,10 @@ def combined_interval(
 
 
 def difference_interval(before: Groups, after: Groups) -> Interval:
-    """Of the mean of after - before, pictures of the same prompts drawn from the same noise; None as `mean_interval`.
+    """The interval of the mean of after - before, for images of the same prompts drawn from the same noise.
 
-    Proportions: with n prompts and d their differences, m = sum d / (n + 2) and the variance is
-    (sum d^2 + 1) / (n + 2) - m^2, over n + 2.
+    None where `mean_interval` is None. For proportions, with n prompts and their differences d, the centre is
+    m = sum d / (n + 2) and its variance ((sum d^2 + 1) / (n + 2) - m^2) / (n + 2).
     """
     usual = sum(map(len, before)) / max(len(before), 1)  # as in `mean_interval`
     values = np.array([(math.fsum(b) - math.fsum(a)) / usual for a, b in zip(before, after, strict=True)])
@@ -89,9 +93,10 @@ def difference_interval(before: Groups, after: Groups) -> Interval:
 
 
 def clustered_error(groups: Groups) -> float | None:
-    """The standard error of the mean of all scores; None for fewer than two groups.
+    """The standard error of the mean of all N scores in g groups; None for fewer than two groups.
 
-    g / (g - 1) sum over the g groups of (sum of deviations)^2 / N^2; with groups of one it is std / sqrt(N).
+    Its square is g / (g - 1) times the sum over groups of (sum of deviations)^2 / N^2. For groups of one score the
+    error is std / sqrt(N).
     """
     if len(groups) < 2:
         return None
@@ -102,7 +107,7 @@ def clustered_error(groups: Groups) -> float | None:
 
 
 def plain_interval(values: Sequence[float] | np.ndarray) -> Interval:
-    """Of the mean of values (N,) that are no proportion, one a prompt or a seed."""
+    """The interval of the mean of values (N,) other than 0 and 1, one per prompt or seed."""
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or np.ptp(values) <= 1e-12 * np.abs(values).max():
         return None

@@ -1,7 +1,8 @@
-"""The OCR benchmark: how much of the text that a prompt quotes can be read in its pictures.
+"""The OCR benchmark: how much of the text that a prompt quotes can be read in its images.
 
-Source: Flow-GRPO (Liu et al. 2025), whose published score is `accuracy` here: a picture that holds the text somewhere
-scores 1 whatever else is written. `similarity` is the same without that rule, `exact` asks for the text and no more.
+Source: Flow-GRPO (Liu et al. 2025). Its published score is called `accuracy` here: an image that holds the text
+anywhere scores 1, whatever else it shows. `similarity` is the same score without that rule. `exact` is true for an
+image that holds exactly the text.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from rewards.ocr import OCR, quoted_text, text_score
 
 SCORES = ("accuracy", "similarity", "exact")
-LENGTHS = (4, 8, 16, 32)  # longest target of each bin but the last, in characters without spaces
+LENGTHS = (4, 8, 16, 32)  # the longest target of each bin except the last, in characters without spaces
 
 
 def length_bin(target: str) -> str:
@@ -30,7 +31,7 @@ def length_bin(target: str) -> str:
 
 
 def readings(reader: OCR, pictures: Sequence[Picture]) -> list[Line]:
-    """What is read in each picture, from top to bottom, and its scores."""
+    """A line per image: the text that is read, from top to bottom, and the scores."""
     lines: list[Line] = [{}] * len(pictures)
     for places, media in batches_of_a_size(pictures):
         for place, read in zip(places, reader.read(media), strict=True):
@@ -49,9 +50,9 @@ def readings(reader: OCR, pictures: Sequence[Picture]) -> list[Line]:
 
 
 def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
-    """Means and 95 % intervals of lines, a picture each, with `images` of every row; by length of the target.
+    """Means and 95 % intervals over lines, one per image, in all and by length of the target.
 
-    Rows that are alike are one prompt.
+    `images` is the number of images per row. Equal rows count as one prompt.
     """
     prompts = by_prompt(lines, lambda line: line["prompt"])
     bins = [length_bin(group[0]["target"]) for group in prompts]
@@ -82,27 +83,27 @@ def _score(groups: Groups) -> dict[str, Any]:
 def evaluate_ocr(
     benchmark: Benchmark, mode: str, recogniser: str | None = None, keys: str | None = None
 ) -> tuple[dict[str, Any], Path]:
-    """Draw what is missing, read what is not read yet, and write the summary, which is returned with its folder.
+    """Draw the missing images, read those not read yet, and write the summary; returns the summary and its folder.
 
-    mode: "page" finds text in photographs, "lines" reads small pictures of nothing but text, as `rewards.ocr.OCR` says.
-    recogniser, keys: those of `rewards.ocr.OCR`.
+    mode: "page" finds text in photographs, "lines" reads small images of text alone; see `rewards.ocr.OCR`.
+    recogniser, keys: as in `rewards.ocr.OCR`.
 
-    Raises UserError for prompts, pictures or a folder that do not fit, and where nothing could be read at all.
+    Raises UserError for unsuitable prompts, images or folders, and CheckFailed if no letter of any text is read.
     """
     rows = benchmark.rows()
     for row in rows:
         if quoted_text(row.prompt) is None:
-            raise UserError(f"{benchmark.where(row)}: {row.prompt!r} has no text in quotes to be read")
+            raise UserError(f"{benchmark.where(row)}: {row.prompt!r} has no text in quotes to read")
     reader = OCR(mode, recogniser=recogniser, keys=keys)
     for row in rows:
-        reader.applies_to({"prompt": row.prompt})  # refuses letters that it cannot read
+        reader.applies_to({"prompt": row.prompt})  # raises for letters that the recogniser does not know
     own = {"recogniser": recogniser, "keys": keys}
     about = {"benchmark": "ocr", "mode": mode, **{key: value for key, value in own.items() if value is not None}}
     benchmark = benchmark.placed("ocr", about)
     lines = benchmark.judged(rows, about, partial(readings, reader))
     if not any(line["accuracy"] for line in lines):
         raise CheckFailed(
-            f"every score is 0: in none of the {len(lines)} pictures is a letter of its text read; look at them and at "
+            f"every score is 0: no letter of the text was read in any of the {len(lines)} images; look at them and at "
             f"{benchmark.folder / RESULTS}, and try another --mode"
         )
     summary = {**about, **benchmark.about(rows), **summarise(lines, benchmark.images)}

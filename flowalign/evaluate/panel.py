@@ -1,9 +1,9 @@
-"""A panel of rewards on a prompt set: with guidance and without, a base model beside its fine-tuned self.
+"""A panel of rewards on a prompt list: a model and, if it is fine-tuned, its base model, with and without guidance.
 
-All models draw from the same noise, so that a difference is judged by its paired differences over prompts.
+All models draw from the same noise, so the difference of two models is judged by paired differences over prompts.
 
-    MODEL_guidance_G/...    pictures and results.jsonl of each combination, as `drawing` and `results` say
-    panel.csv               a line a prompt: model, guidance, index, prompt, the mean score of each reward
+    MODEL_guidance_G/...    images and results.jsonl of each combination; see `drawing` and `results`
+    panel.csv               one line per prompt: model, guidance, index, prompt, the mean score of each reward
     summary.json            means, differences, intervals
 """
 
@@ -41,11 +41,11 @@ BASE, TUNED = "base", "tuned"
 
 
 class Part(NamedTuple):
-    """One row of the panel: a model with a guidance, and its scores, NaN where a reward says nothing."""
+    """One row of the panel: a model, its guidance and its scores; NaN where a reward does not apply."""
 
     model: str
     guidance: float
-    scores: Mapping[str, np.ndarray]  # of each reward, (N, pictures of a row)
+    scores: Mapping[str, np.ndarray]  # (N, images per row) of each reward
 
 
 def evaluate_panel(
@@ -56,22 +56,22 @@ def evaluate_panel(
     settings: Mapping[str, Any],
     output: Path | None,
 ) -> tuple[dict[str, Any], Path]:
-    """Draw and score what is missing of every drawing of every model; write panel.csv and the summary.
+    """Draw and score the missing images of every drawing of every model; write panel.csv and the summary.
 
-    The summary is returned with its folder, one under runs/ for these models and settings where none is given.
+    Returns the summary and its folder: `output`, or a folder under runs/ for these models and settings.
 
-    `settings` are what decides the rewards' scores. Raises UserError for prompts that no reward can judge, a reward
-    that learns, and as `draw` does.
+    `settings` decide the rewards' scores. Raises UserError for prompts that no reward can judge, for a reward that
+    learns, and as `draw` does.
     """
     rows = load_prompts(prompts, count)
     check_prompts(rows, rewards, prompts)
     refuse_learning(rewards, "it cannot be in a panel")
     for name, reward in rewards.items():
         if not any(reward.applies_to(row.about) for row in rows):
-            raise UserError(f"reward {name!r} can judge none of the prompts {prompts}; leave it out or give others")
-    last = [several[0] for several in drawings.values()][
-        -1
-    ]  # with guidance; of the fine-tuned model where there is one
+            raise UserError(
+                f"reward {name!r} can judge none of the prompts {prompts}; leave it out or give other prompts"
+            )
+    last = list(drawings.values())[-1][0]  # the drawing with guidance, of the fine-tuned model if there is one
     output = output or Path("runs/panel") / last.name(rows, settings)
     check_folder(output, EVALUATION, settings, made="*/" + RESULTS)
     stopwatch = Stopwatch(output)
@@ -92,7 +92,7 @@ def evaluate_panel(
         parts.append(Part(model, guidance, _by_row(lines, drawing.images, list(rewards))))
     for part in parts:
         if mute := [name for name, values in part.scores.items() if np.isnan(values).all()]:
-            raise UserError(f"reward {mute[0]!r} left out all pictures of {part.model} at guidance {part.guidance:g}")
+            raise UserError(f"reward {mute[0]!r} left out all images of {part.model} at guidance {part.guidance:g}")
     bounds = {name: reward.range for name, reward in rewards.items()}
     _write_table(output / "panel.csv", parts, rows)
     prompts_of = [row.prompt for row in rows]
@@ -110,7 +110,7 @@ def _scored(
     stopwatch: Stopwatch,
     progress: Progress,
 ) -> list[Line]:
-    """A line a picture, scored by whole prompts, since a reward may compare the pictures of one."""
+    """A line per image; whole prompts are scored together, since a reward may compare the images of a prompt."""
 
     def judge(places: range) -> list[Line]:
         chosen = [pictures[place] for place in places]
@@ -128,16 +128,16 @@ def _scored(
 
 
 def _by_row(lines: Sequence[Line], images: int, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The scores of a row's pictures, (N, images) of each reward; NaN where it does not apply to the row."""
+    """The scores of each reward, (N, images); NaN where the reward does not apply to the row."""
     return {name: np.array([line["scores"].get(name, np.nan) for line in lines]).reshape(-1, images) for name in names}
 
 
 def summarise(
     parts: Sequence[Part], bounds: Mapping[str, tuple[float, float]], prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """Means of every part, and where there are both models the differences tuned - base, with 95 % intervals.
+    """Means of every part and, if there are both models, the differences tuned - base, with 95 % intervals.
 
-    `bounds` are the lowest and highest score of each reward, `prompts` those of the N rows; rows that are alike are
+    `bounds` are the lowest and highest score of each reward, `prompts` the prompts of the N rows. Equal rows count as
     one prompt.
     """
     means = [
@@ -156,7 +156,7 @@ def summarise(
 
 
 def _mean(values: np.ndarray, bounds: tuple[float, float], prompts: Sequence[str]) -> dict[str, Any]:
-    """Of the pictures of which a reward says something, of which `evaluate_panel` has seen one at least."""
+    """The mean over the images that a reward scores; `evaluate_panel` has checked that there is at least one."""
     known = _by_prompt(values, ~np.isnan(values), prompts)
     return _row(mean_of(known), mean_interval(known, bounds), known)
 
@@ -168,7 +168,7 @@ def _difference(base: np.ndarray, tuned: np.ndarray, prompts: Sequence[str]) -> 
 
 
 def _by_prompt(values: np.ndarray, known: np.ndarray, prompts: Sequence[str]) -> Groups:
-    """The known of the scores (N, images), those of alike prompts together."""
+    """The known scores of (N, images), grouped by prompt."""
     groups: dict[str, list[float]] = {}
     for prompt, own, there in zip(prompts, values, known, strict=True):
         if there.any():
@@ -181,7 +181,7 @@ def _row(mean: float, interval: Interval, groups: Groups) -> dict[str, Any]:
 
 
 def _write_table(path: Path, parts: Sequence[Part], rows: Sequence[Row]) -> None:
-    """panel.csv; a cell is empty where a reward does not apply."""
+    """Write panel.csv; a cell is empty where a reward does not apply."""
     names = list(parts[0].scores)
     lines: list[list[Any]] = []
     for part in parts:

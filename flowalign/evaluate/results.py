@@ -1,9 +1,9 @@
-"""What an evaluation leaves in its folder, so that one that was killed goes on and ends with the same bytes.
+"""The files in an evaluation's folder, with which a killed evaluation continues and ends with the same bytes.
 
-drawing.json, evaluation.json   the settings that it was begun with; others are refused
-results.jsonl                   a line a picture, in their order, written as they are judged
+drawing.json, evaluation.json   the settings that it started with; other settings are refused
+results.jsonl                   one line per image, in order, written as soon as the image is judged
 summary.json                    scores and intervals
-timing.json                     seconds of each phase over all starts, apart because they are never the same twice
+timing.json                     seconds of each phase over all starts; a file of its own because they always differ
 """
 
 import json
@@ -24,21 +24,21 @@ SETTINGS = (DRAWING, EVALUATION)
 
 
 def check_folder(folder: Path, name: str, settings: Mapping[str, Any], made: str) -> None:
-    """See that what is made with these settings may go into `folder`, whose file `name` keeps those of what is there.
+    """Check that results with these settings may go into `folder`; its file `name` holds the settings it has now.
 
-    `made` is a glob of what the settings decide; while nothing is there, others may take their place. Raises UserError
-    for a folder of other things and, with the first key that differs, for one of other settings.
+    `made` is a glob of the files that the settings decide; while none exists, new settings may replace the old ones.
+    Raises UserError for a folder of other files, and for other settings, with the first key that differs.
     """
     there = [path for path in folder.glob("*") if not path.name.startswith(".")] if folder.is_dir() else []
     if (folder.exists() and not folder.is_dir()) or (there and not any(path.name in SETTINGS for path in there)):
-        raise UserError(f"{folder} is neither an empty folder nor one of an evaluation; choose another --output")
+        raise UserError(f"{folder} is neither empty nor a folder of an evaluation; choose another --output")
     if any(path.stat().st_size for path in folder.glob(made)):
         begun = with_names_of_today(parsed(folder / name, json.loads), ("rollout",))  # where a sampler's keys stand
         _refuse_other(folder / name, begun, json.loads(json.dumps(settings)))
 
 
 def keep_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-    """Write `name` into a folder that is made where it is missing; UserError where that cannot be."""
+    """Write the settings to the file `name` of a folder, which is created if missing; UserError if that fails."""
     with writing(folder / name):
         replace_json(make_folder(folder) / name, settings)
 
@@ -47,8 +47,8 @@ def _refuse_other(path: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any
     for key in (*wanted, *begun):
         if begun.get(key) != wanted.get(key):
             raise UserError(
-                f"{path} was begun with {key} {_short(begun.get(key))}, not {_short(wanted.get(key))}; "
-                "choose another --output, or the same setting to go on"
+                f"{path} was started with {key} {_short(begun.get(key))}, not {_short(wanted.get(key))}; "
+                "choose another --output, or use the same setting to continue"
             )
 
 
@@ -60,14 +60,14 @@ def _short(value: Any) -> str:
 def continued(
     path: Path, count: int, batch: int, judge: Callable[[range], Sequence[Line]], progress: Progress | None = None
 ) -> list[Line]:
-    """The `count` lines of a results file; those that are not there yet are what `judge` says of their places.
+    """The `count` lines of a results file; `judge` gives the lines that are missing, from their indices.
 
-    `judge` is asked about places in batches that do not depend on what is there, since a model's last digits may depend
-    on a batch. A last line that a kill cut short is made again. Raises UserError for a file of other lines.
+    The batches of indices do not depend on which lines exist, since a model's last digits may depend on its batch. A
+    last line that a kill cut short is written again. Raises UserError for a file with other lines.
     """
     done = _whole_lines(path)
     if len(done) > count:
-        raise UserError(f"{path} holds {len(done)} lines for {count} pictures; remove it to judge them anew")
+        raise UserError(f"{path} holds {len(done)} lines for {count} images; remove it to judge them again")
     if progress and done:
         progress(len(done))
     first = len(done)
@@ -83,7 +83,7 @@ def continued(
 
 
 def by_prompt(lines: Sequence[Line], prompt_of: Callable[[Line], Any]) -> list[list[Line]]:
-    """The lines of each prompt, in the order of the first ones: rows of a list that are alike are one prompt."""
+    """The lines of each prompt, in the order in which the prompts first appear; equal rows count as one prompt."""
     groups: dict[Any, list[Line]] = {}
     for line in lines:
         groups.setdefault(prompt_of(line), []).append(line)
@@ -91,7 +91,7 @@ def by_prompt(lines: Sequence[Line], prompt_of: Callable[[Line], Any]) -> list[l
 
 
 def _whole_lines(path: Path) -> list[Line]:
-    """The lines that end, parsed; what follows the last of them is cut off."""
+    """The complete lines of a file, parsed; an incomplete last line is removed from the file."""
     if not path.exists():
         return []
     lines = []
@@ -99,17 +99,17 @@ def _whole_lines(path: Path) -> list[Line]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON: {error.msg}; remove the file to judge anew") from error
+            raise UserError(f"{path}, line {number}: not JSON: {error.msg}; remove the file to judge again") from error
     return lines
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json, whole."""
+    """Write summary.json as a whole."""
     replace_json(folder / "summary.json", summary)
 
 
 class Stopwatch:
-    """Seconds that each phase of an evaluation took, over all its starts; a kill loses those since the last lap."""
+    """The seconds that each phase of an evaluation took, over all its starts; a kill loses those since the last lap."""
 
     def __init__(self, folder: Path):
         self.path = folder / "timing.json"
@@ -117,11 +117,11 @@ class Stopwatch:
         self._began = time.perf_counter()
 
     def start(self) -> None:
-        """What went before belongs to no phase."""
+        """Start the clock; the time before belongs to no phase."""
         self._began = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        """The time since the last lap was spent on a phase."""
+        """Add the time since the last lap to a phase."""
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._began
         self._began = now

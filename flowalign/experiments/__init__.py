@@ -1,1 +1,1 @@
-"""Many runs: comparisons, best-of-N, campaigns, over-optimisation."""
+"""Experiments of many runs: comparisons, best-of-N, campaigns, over-optimisation."""

@@ -1,6 +1,6 @@
-"""Quality against compute without training: the expectation of best-of-n.
+"""Quality against compute without training: the expected score of best-of-n.
 
-The forwards of a picture that is kept are those of all candidates of its prompt.
+The cost of a chosen image is the forwards of all candidates of its prompt.
 """
 
 import math
@@ -24,7 +24,7 @@ from rewards import Reward
 
 @dataclass(frozen=True)
 class Point:
-    """Quality at a cost: the scores of the chosen pictures, summarised over prompts as an evaluation is."""
+    """Quality at a cost: the scores of the chosen images, summarised over prompts like an evaluation."""
 
     candidates: int
     cost: Cost
@@ -32,20 +32,22 @@ class Point:
 
 
 def best_of_weights(drawn: int, n: int) -> np.ndarray:
-    """The probability (N,) that each of N = `drawn` values, ascending, is the highest of n of them, drawn at random.
+    """The probability (N,) that each of N = `drawn` ascending values is the highest of n values drawn at random.
 
-    C(r - 1, n - 1) / C(N, n) for the r-th: of the n, all others lie below it. ValueError unless 1 <= n <= N.
+    It is C(r - 1, n - 1) / C(N, n) for the r-th value, since the n - 1 others must lie below it. Raises ValueError
+    unless 1 <= n <= N.
     """
     if not 1 <= n <= drawn:
-        raise ValueError(f"best of {n} cannot be known from {drawn} candidates")
+        raise ValueError(f"best of {n} cannot be computed from {drawn} candidates")
     total = math.comb(drawn, n)
     return np.array([math.comb(below, n - 1) / total for below in range(drawn)])
 
 
 def expected_best_of(selection: np.ndarray, measured: np.ndarray, n: int) -> float:
-    """The expectation of `measured` (N,) for the candidate that `selection` (N,) puts first among n of the N.
+    """The expected `measured` (N,) of the candidate with the highest `selection` (N,) among n of the N candidates.
 
-    Exact over all subsets of n, so without the noise of drawing them; equal ones are equally likely to be taken.
+    The expectation is exact over all subsets of n, so it has no sampling noise. Candidates with equal `selection` are
+    equally likely to be chosen.
     """
     _, level, sizes = np.unique(selection, return_inverse=True, return_counts=True)
     tied = (np.bincount(level, weights=measured) / sizes)[level]
@@ -62,10 +64,11 @@ def evaluate_best_of(
     request: MediaRequest,
     progress: Progress | None = None,
 ) -> list[Point]:
-    """Best-of-n for each n of `counts`, chosen by the reward `by` and measured by all, from one draw of max(counts).
+    """Best-of-n for each n of `counts`, chosen by the reward `by` and measured by all rewards.
 
-    Prompts that `by` does not judge are left out. The noise is that of `evaluate`, whose pictures are the first
-    candidates. Raises UserError for rewards that cannot choose, for counts below 1, and where `by` judges no prompt.
+    All n share one draw of max(counts) candidates per prompt. Prompts that `by` does not judge are left out. The noise
+    is that of `evaluate`, so its images are the first candidates. Raises UserError for rewards that cannot choose, for
+    counts below 1, and if `by` judges no prompt.
     """
     for count in counts:
         check_search(count, (), settings)
@@ -84,7 +87,7 @@ def evaluate_best_of(
 
 
 def _expected(rows: Sequence[Row], groups: Sequence[Sequence[Mapping[str, float]]], by: str, n: int) -> Evaluated:
-    """The expected scores of best-of-n of every row, as an evaluation of one picture each."""
+    """The expected scores of best-of-n of every row, as an evaluation with one image per row."""
     scores = [
         {
             name: expected_best_of(np.array([one[by] for one in drawn]), np.array([one[name] for one in drawn]), n)

@@ -1,4 +1,4 @@
-"""Many runs, one after the other, that can be stopped and gone on with."""
+"""Many runs, one after the other, that can be stopped and continued."""
 
 import gc
 from pathlib import Path
@@ -13,22 +13,22 @@ from flowalign.training.display import Display
 
 
 def train_unless_done(recipe: Recipe, *, display: Display | None = None) -> Path:
-    """The run folder of a recipe, trained if it is not done yet, from where it was stopped; for scripts of many runs.
+    """Train a recipe unless its run is done, continuing a stopped run; returns the run folder.
 
-    Raises UserError where the folder holds the run of another recipe.
+    For scripts of many runs. Raises UserError if the folder holds the run of another recipe.
     """
     if is_done(recipe):
         return recipe.folder
     folder = Trainer.from_recipe(recipe, resume=_is_begun(recipe), display=display).run()
-    gc.collect()  # a run's model and optimizer hold each other; the next run needs their memory
+    gc.collect()  # a run's model and optimizer refer to each other; the next run needs their memory
     torch.cuda.empty_cache()
     return folder
 
 
 def is_done(recipe: Recipe) -> bool:
-    """Whether the recipe's run has come to its end: of its steps, of its minutes, or by its guard.
+    """Whether the recipe's run has ended: after its steps, after its minutes, or because its guard stopped it.
 
-    UserError for the run of another recipe.
+    Raises UserError if the folder holds the run of another recipe.
     """
     if not _is_begun(recipe):
         return False

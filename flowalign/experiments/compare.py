@@ -1,7 +1,7 @@
-"""Several recipes under one budget: same model, prompts and seeds, and what each has made of it.
+"""Compare recipes under one budget, with the same model, prompts and seeds.
 
-The budget is minutes of training. Transformer forwards are counted beside them, since minutes are a machine's own.
-Evaluations are in neither.
+The budget is minutes of training. Transformer forwards are counted too, since minutes depend on the machine. Neither
+includes evaluations.
 """
 
 import json
@@ -31,12 +31,12 @@ from flowalign.score import learning, load_rewards
 from flowalign.terminal import Terminal
 from rewards.devices import chosen_device
 
-ENDLESS = 1_000_000  # training steps: time ends a run, however few steps its recipe asks for
+ENDLESS = 1_000_000  # training steps: the budget's minutes end a run, not its recipe's steps
 _DECIDED = {"run.folder": "--output", "run.seed": "--seeds", "run.max_minutes": "--budget", "train.steps": "--budget"}
-_OWN = {  # how a recipe trains and how densely it is measured; the rest of these sections is what is compared on
+_OWN = {  # settings in which compared recipes may differ; all others of these sections must be equal
     "model": {
         *("lora", "dtype", "attention", "compile", "gradient_checkpointing"),
-        *("height", "width", "max_sequence_length"),  # `_sizes` compares what they come to
+        *("height", "width", "max_sequence_length"),  # `_sizes` compares the resulting sizes
     },
     "evaluation": {"every", "batch", "keep_media", "rewards"},
 }
@@ -54,16 +54,16 @@ def compare(
     best_of: int = 0,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Train every recipe with every seed for `budget` minutes and write comparison.json, .md and .html into `output`.
+    """Train every recipe with every seed for `budget` minutes; write comparison.json, .md and .html into `output`.
 
-    `reward`, by default the first of the evaluation, ranks the recipes; `target` is the value of it whose price in
-    minutes and forwards is asked for. With `best_of` the untrained model is also given so many candidates of every
-    held-out prompt, of which the reward that ranks chooses: what any n of them give stands beside the training. With
-    `resume` finished runs stay as they are and all others go on, also under a
-    larger budget than before. Returns what comparison.json holds.
+    reward: ranks the recipes; by default the first reward of the evaluation.
+    target: a score of that reward; the comparison shows the minutes and forwards that each recipe needs to reach it.
+    best_of: the untrained model also draws this many candidates of every held-out prompt, and the comparison shows its
+        best-of-n beside the trained recipes; 0 leaves this out.
+    resume: finished runs stay unchanged and all others continue; the budget may be larger than before.
 
-    Raises UserError before anything is trained when the recipes cannot be compared or the output is taken, and
-    Interrupted after Ctrl-C or SIGTERM.
+    Returns the contents of comparison.json. Raises UserError before any training if the recipes cannot be compared or
+    the output is not empty, and Interrupted after Ctrl-C or SIGTERM.
     """
     recipes = [load_recipe(source, overrides) for source in sources]
     _check(recipes, budget, seeds, overrides, best_of)
@@ -72,12 +72,12 @@ def compare(
     measured = settings.rewards or recipes[0].rewards
     if reward is not None and reward not in measured:
         raise UserError(f"--reward {reward!r} is not measured by the evaluation{nearest(reward, measured)}")
-    # Seed by seed, so that what changes on the machine meanwhile falls on all recipes alike.
+    # Seed by seed, so that slow changes of the machine affect all recipes alike.
     runs = [_run_of(recipe, seed, budget, output) for seed in seeds for recipe in recipes]
     _check_output(runs, budget, output, resume)
     yardstick = best_of_base(recipes[0], reward or next(iter(measured)), best_of) if best_of else None
     for number, recipe in enumerate(runs, start=1):
-        state = "already finished" if is_done(recipe) else f"time ends it, after {budget:g} minutes of training"
+        state = "already finished" if is_done(recipe) else f"ends after {budget:g} minutes of training"
         Terminal().say(f"run {number} of {len(runs)}, {recipe.folder.name}: {state}")
         train_unless_done(recipe)
     about = {
@@ -102,9 +102,9 @@ def compare(
 def summarise(
     about: Mapping[str, Any], recipes: Sequence[Recipe], folders: Mapping[tuple[str, int], Path]
 ) -> dict[str, Any]:
-    """What comparison.json holds, from the finished runs in `folders` by recipe and seed; the best recipe comes first.
+    """The contents of comparison.json, from the finished runs in `folders` by recipe and seed; the best recipe first.
 
-    Raises UserError when the reward that ranks has judged none of the held-out prompts.
+    Raises UserError if the ranking reward has judged none of the held-out prompts.
     """
     reward, target = about["reward"], about["target"]
     runs = [_outcome(recipe, seed, folder, reward, target) for (recipe, seed), folder in folders.items()]
@@ -119,13 +119,13 @@ def summarise(
 
 
 def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]:
-    """What best-of-n of the recipe's untrained model gives for every n up to `candidates`, on its held-out prompts.
+    """Best-of-n of the recipe's untrained model for every n up to `candidates`, on its held-out prompts.
 
-    `reward` chooses; the other rewards of the evaluation are measured on what it chose, but for those that learn or
-    compare pictures. Raises UserError when `reward` itself does.
+    `reward` chooses. The evaluation's other rewards score the chosen images, except rewards that learn or compare
+    images. Raises UserError if `reward` itself learns or compares images.
     """
     settings = recipe.evaluation
-    assert settings.prompts is not None  # a comparison has seen to it
+    assert settings.prompts is not None  # `_check` has refused recipes without them
     device = chosen_device()
     rewards = load_rewards(settings.rewards or recipe.rewards, device)
     check_judges({reward: rewards[reward]})
@@ -151,27 +151,27 @@ def best_of_base(recipe: Recipe, reward: str, candidates: int) -> dict[str, Any]
 
 
 def matching_n(yardstick: Mapping[str, Any], value: float) -> int | None:
-    """The least n whose best-of-n reaches a value of the reward that chooses; None where no n does."""
+    """The least n whose best-of-n reaches a value of the choosing reward; None if no n does."""
     reward = yardstick["reward"]
     reached = (point["n"] for point in yardstick["points"] if point["rewards"][reward]["mean"] >= value)
     return next(reached, None)
 
 
 def held_out_error(summary: Mapping[str, Any]) -> float | None:
-    """The standard error of `held_out`; None for fewer than two pictures, of a task where there are any."""
+    """The standard error of `held_out`; None if the evaluation or one of its tasks has fewer than two prompts."""
     errors = [of["standard_error"] for of in summary.get("tasks", {"": summary}).values()]
     return None if None in errors else math.hypot(*errors) / len(errors)
 
 
 def held_out(summary: Mapping[str, Any]) -> float:
-    """The score of a reward in an evaluation: the unweighted mean of its tasks where it has any, as reports show it."""
+    """The score of a reward in an evaluation, as reports show it: the unweighted mean of its tasks if it has any."""
     return summary.get("overall", summary["mean"])
 
 
 def price(curve: Sequence[Mapping[str, Any]], reward: str, target: float) -> dict[str, float] | None:
-    """The minutes and forwards at which the held-out reward first reaches the target; None where it never does.
+    """The minutes and forwards at which the held-out reward first reaches the target; None if it never does.
 
-    Between the last evaluation below the target and the first that is not, the reward is taken to rise linearly.
+    The reward is assumed to rise linearly from the last evaluation below the target to the first one at or above it.
     """
     before = None
     for point in curve:
@@ -186,7 +186,7 @@ def price(curve: Sequence[Mapping[str, Any]], reward: str, target: float) -> dic
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Mean, standard deviation (with n - 1; None for one value) and count; None without values."""
+    """Mean, standard deviation (divided by n - 1; None for one value) and count; None without values."""
     if not values:
         return None
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -194,42 +194,42 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """The seeds of `1,2,3`."""
+    """The seeds from a text such as `1,2,3`; UserError for another text."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise UserError(f"--seeds {text!r} must be whole numbers with commas between, such as 1,2,3") from None
+        raise UserError(f"--seeds {text!r} must be whole numbers separated by commas, such as 1,2,3") from None
 
 
 def _check(
     recipes: Sequence[Recipe], budget: float, seeds: Sequence[int], overrides: Sequence[str], best_of: int
 ) -> None:
-    """What can be wrong with a comparison, apart from its output."""
+    """Raises UserError for anything wrong with a comparison, except with its output folder."""
     if not 0 < budget < math.inf:
-        raise UserError(f"--budget {budget:g} must be minutes above 0")
+        raise UserError(f"--budget {budget:g} must be a number of minutes above 0")
     for override in overrides:
         key = override.partition("=")[0]
         if key in _DECIDED:
-            raise UserError(f"--set {override}: a comparison decides {key} itself, by {_DECIDED[key]}")
+            raise UserError(f"--set {override}: a comparison sets {key} itself; use {_DECIDED[key]}")
     if best_of < 0:
         raise UserError(f"--best-of {best_of} must be at least 1, or 0 for none")
     if len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {','.join(map(str, seeds))} names a seed twice")
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"two of the recipes are named {twice}; give each a name of its own")
+        raise UserError(f"two of the recipes are named {twice}; give each its own name")
     if len(recipes) * len(seeds) < 2:
-        raise UserError("a comparison needs two recipes or two --seeds at least")
+        raise UserError("a comparison needs at least two recipes or two --seeds")
     for recipe in recipes:
         if recipe.evaluation.prompts is None:
-            raise UserError(f"recipe {recipe.name} has no evaluation.prompts, so there is nothing to compare it by")
-    for shared in (_settings_shared, _sizes):  # the settings first: sizes are asked of the model, maybe of the hub
+            raise UserError(f"recipe {recipe.name} has no evaluation.prompts, so it cannot be compared")
+    for shared in (_settings_shared, _sizes):  # settings first: the sizes may need a download of the model's files
         first = shared(recipes[0])
         for recipe in recipes[1:]:
             for key, value in shared(recipe).items():
                 if value != first[key]:
                     both = f"{names[0]} ({_shown(first[key])}) and {recipe.name} ({_shown(value)})"
-                    raise UserError(f"recipes {both} differ in {key}; a comparison needs the same")
+                    raise UserError(f"recipes {both} differ in {key}; a comparison needs equal values")
 
 
 def _shown(value: Any) -> str:
@@ -237,13 +237,13 @@ def _shown(value: Any) -> str:
 
 
 def _sizes(recipe: Recipe) -> dict[str, Any]:
-    """The media's size and the text's length, which a recipe may leave to its model."""
+    """The size of the media and the length of the text, which a recipe may leave to its model."""
     request, length = sizes_of(recipe.model)
     return {"model.height": request.height, "model.width": request.width, "model.max_sequence_length": length}
 
 
 def _settings_shared(recipe: Recipe) -> dict[str, Any]:
-    """What all recipes of a comparison must have in common, by key, but for what `_sizes` compares."""
+    """The settings that all recipes of a comparison must share, by key, except those that `_sizes` compares."""
 
     def listed(prompts: str | tuple[str, ...] | None) -> list[str]:
         return [prompts] if isinstance(prompts, str) else list(prompts or ())
@@ -267,10 +267,10 @@ def _run_of(recipe: Recipe, seed: int, budget: float, output: Path) -> Recipe:
 
 
 def _check_output(runs: Sequence[Recipe], budget: float, output: Path, resume: bool) -> None:
-    """That the output is empty or, with `resume`, that its runs are the ones wanted and no longer than that."""
+    """Raises UserError unless the output is empty or, with `resume`, holds runs of these recipes within the budget."""
     if not resume:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise UserError(f"--output {output} is not an empty folder; go on with --resume or choose another")
+            raise UserError(f"--output {output} is not an empty folder; continue with --resume or choose another")
         return
     begun = [recipe for recipe in runs if (recipe.folder / "recipe.yaml").is_file()]
     if not begun:
@@ -278,19 +278,19 @@ def _check_output(runs: Sequence[Recipe], budget: float, output: Path, resume: b
     for recipe in begun:
         saved = load_recipe(recipe.folder / "recipe.yaml")
         if (minutes := saved.run.max_minutes or math.inf) > budget:
-            raise UserError(f"{recipe.folder} was given {minutes:g} minutes; on --resume the --budget may only grow")
+            raise UserError(f"{recipe.folder} had {minutes:g} minutes; with --resume the --budget may only grow")
         refuse_changes(saved, recipe)
 
 
 def _outcome(recipe: str, seed: int, folder: Path, reward: str, target: float | None) -> dict[str, Any]:
-    """One run: where every held-out reward began and ended, at which cost, and all evaluations."""
+    """One run: each held-out reward before and after, the run's cost, and the curve of its evaluations."""
     curve = [
         {key: of[key] for key in ("step", "minutes", "forwards")}
         | {"rewards": {name: held_out(summary) for name, summary in of["summary"].items()}}
         for of in read_evaluations(folder)
     ]
     if not curve or curve[0]["step"] != 0:
-        raise UserError(f"{folder} has no evaluation of step 0, so that its gain is unknown; train that run anew")
+        raise UserError(f"{folder} has no evaluation of step 0, so its gain is unknown; train that run again")
     first, last = curve[0]["rewards"], curve[-1]["rewards"]
     if reward not in last:
         raise UserError(f"{reward} judges none of the evaluation prompts; rank by --reward {' or '.join(last)}")
@@ -302,7 +302,10 @@ def _outcome(recipe: str, seed: int, folder: Path, reward: str, target: float | 
 
 
 def _of_recipe(recipe: Recipe, runs: Sequence[Mapping[str, Any]], target: float | None) -> dict[str, Any]:
-    """The runs of a recipe as means and standard deviations over seeds; to the target, over those that met it."""
+    """The runs of a recipe as means and standard deviations over seeds.
+
+    The cost of the target is taken over the seeds that reached it.
+    """
     rewards = {
         name: {end: spread([run["rewards"][name][end] for run in runs]) for end in ends}
         for name, ends in runs[0]["rewards"].items()
@@ -323,7 +326,7 @@ def _command(
     best_of: int,
     overrides: Sequence[str],
 ) -> str:
-    """What a person types to have the whole comparison made."""
+    """The command line that repeats the whole comparison."""
     words = ["flowalign", "compare", *sources, "--budget", f"{budget:g}", "--seeds", ",".join(map(str, seeds))]
     words += [] if target is None else ["--target", f"{target:g}"]
     words += [] if reward is None else ["--reward", reward]

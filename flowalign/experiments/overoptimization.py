@@ -1,7 +1,7 @@
-"""The runs of the over-optimisation bench: on each proxy of the embedded world, each defence against hacking it.
+"""The runs of the over-optimisation bench: every defence against hacking, on each proxy of the toyworld.
 
-`prepare` makes what the runs on a proxy share: prompts, reference pictures, learned judges, and a dataset of the base
-model's pictures with the scores of every judge, to which shaping compares.
+`prepare` writes the files that the runs on a proxy share: prompts, reference images, learned judges, and a dataset of
+groups of the base model's images with the scores of every judge, which reward shaping uses as its reference.
 """
 
 from pathlib import Path
@@ -33,16 +33,16 @@ Settings = dict[str, Any]
 
 WORLDS = ("shapes", "signs")
 DEFENCES = ("none", "kl", "par", "worst", "artifact", "adversarial")
-HONEST = "honest"  # no proxy: the gold judge itself is trained on
+HONEST = "honest"  # no proxy: the run trains on the gold judge itself
 HELD_OUT: Settings = {
     "clipscore": {"options": {"model": "toyworld/judges/clip"}},
     "artifact": {"options": {"head": "toyworld/judges/artifact.safetensors"}},
     "aesthetic": {"options": {"model": "toyworld/judges/clip", "head": "toyworld/judges/aesthetic.safetensors"}},
 }
-GROUP = 8  # pictures of each prompt, in a step and in the dataset
-LABELLED = 32  # prompts whose pictures a learned judge is fitted to
+GROUP = 8  # images of each prompt, in a training step and in the dataset
+LABELLED = 32  # prompts whose images a learned judge is fitted to
 KL_WEIGHT = 0.3
-_JUDGES = ("judge_a", "judge_b", "judge_c")  # alike but for the prompts that they were fitted on
+_JUDGES = ("judge_a", "judge_b", "judge_c")  # they differ only in the prompts that they were fitted to
 _LISTS = {"shapes": "toyworld/shapes", "signs": "toyworld/words"}
 _GOLDS: dict[str, Settings] = {
     "shapes": {"load": "geneval", "options": {"detector": "flowalign.toyworld.detector:ExactDetector"}},
@@ -62,7 +62,10 @@ def make_recipe(
     evaluation: Settings,
     guard: Settings | None = None,
 ) -> Recipe:
-    """The recipe of one run into `folder`, on what `prepare` put into `shared`; the settings are changes to it."""
+    """The recipe of one run into `folder`, which uses the files that `prepare` wrote into `shared`.
+
+    `train`, `evaluation` and `guard` are changes to the sections of these names.
+    """
     base = load_recipe("toyworld_ocr_crd")
     proxy = _proxy(world, shared)
     sizes = {"prompts_per_step": 6, "group_size": GROUP, "micro_batch": 48}
@@ -82,7 +85,7 @@ def make_recipe(
 
 
 def _defended(world: str, defence: str, shared: Path) -> Settings:
-    """The sections of a recipe in which defences differ."""
+    """The sections of the recipe that depend on the defence."""
     proxy = _proxy(world, shared)
     found: Settings = {"algorithm": {"name": "crd", "timesteps": 2, "kl_weight": 0.0}, "rewards": {PROXY: proxy}}
     if defence == HONEST:
@@ -113,24 +116,24 @@ def _judge(name: str, shared: Path) -> Settings:
 
 
 def _proxy(world: str, shared: Path) -> Settings:
-    """On shapes a learned judge, on signs OCR with contrast."""
+    """The proxy reward: a learned judge for shapes, OCR with contrast for signs."""
     if world == "shapes":
         return _judge(_JUDGES[0], shared)
     return {"load": "flowalign.toyworld.proxies:Legible", "options": {"threads": 1}}
 
 
 def _ensemble(world: str, shared: Path) -> dict[str, Settings]:
-    """The proxy and two others: learned judges that saw other prompts."""
+    """The proxy and two learned judges that were fitted to other prompts."""
     return {PROXY: _proxy(world, shared), **{name: _judge(name, shared) for name in _JUDGES[1:]}}
 
 
 def prepare(world: str, shared: Path, prompts: int) -> None:
-    """Make the files that the runs on a proxy share, of so many training prompts; what is there is kept.
+    """Write the files that the runs on a proxy share, with `prompts` training prompts; existing files are kept.
 
-    Raises UserError for fewer prompts than the learned judges are fitted to.
+    Raises UserError for fewer prompts than a learned judge needs.
     """
     if prompts < LABELLED:
-        raise UserError(f"prompts ({prompts}) must be at least {LABELLED}, to whose pictures a judge is fitted")
+        raise UserError(f"prompts ({prompts}) must be at least {LABELLED}: a judge is fitted to their images")
     listed = make_folder(shared) / "prompts.jsonl"
     if not listed.exists():
         rows = {row.prompt: row.metadata for row in load_prompts(f"{_LISTS[world]}_train")}
@@ -152,7 +155,7 @@ def _reward(name: str, entry: Settings) -> Any:
 
 
 def _dataset(world: str, shared: Path) -> GroupDataset:
-    """The base model's pictures of all training prompts with their gold scores, and with what was added later."""
+    """The dataset of the base model's images of all training prompts, with gold scores and scores added later."""
     path, listed = shared / "store", load_prompts(str(shared / "prompts.jsonl"))
     if path.exists() and len(dataset := GroupDataset.open(path)) == len(listed):
         return dataset
@@ -165,7 +168,7 @@ def _dataset(world: str, shared: Path) -> GroupDataset:
 
 
 def _fit(dataset: GroupDataset, seed: int, path: Path) -> None:
-    """Write a judge learned from the gold scores of some prompts' pictures."""
+    """Fit a judge to the gold scores of some prompts' images and write it."""
     files = sorted(dataset.path.glob("shard_*/media/*.png"))
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
     images = torch.stack([read_picture(files[row * GROUP + member]) for row in chosen for member in range(GROUP)])
@@ -176,7 +179,7 @@ def _fit(dataset: GroupDataset, seed: int, path: Path) -> None:
 
 @torch.no_grad()
 def _references(world: str, count: int = 300) -> torch.Tensor:
-    """(N, 3, 64, 64): true pictures as the embedded model would show them, through its autoencoder."""
+    """(N, 3, 64, 64): rendered images, encoded and decoded by the toyworld model's autoencoder."""
     rng, pool = np.random.default_rng(0), words(held_out=False)
     drawn = [render(random_example(rng, pool, float(world == "shapes"))[1]) for _ in range(count)]
     pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2) / 127.5 - 1

@@ -1,6 +1,6 @@
-"""What optimising an imperfect reward does to the true one: proxy and gold against the distance from the base model.
+"""How optimising an imperfect reward (the proxy) changes the true one (the gold), against the distance from the base.
 
-Source: Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization" (2210.10760), whose distance is sqrt(KL).
+Source: Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization" (2210.10760); the distance is sqrt(KL).
 Gains are in standard deviations of the base model's own scores, so that proxy and gold share an axis.
 """
 
@@ -32,10 +32,10 @@ _COLUMNS = (
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """A finished run: minutes, curve, and the gold's change with its standard error over prompts.
+    """A finished run: its minutes, its curve, and the change of the gold with its standard error over prompts.
 
-    A point of the curve has step, distance, the mean proxy and gold, and the gains of both. Raises UserError for a run
-    without evaluations, without one of both rewards in them, or without a guard, which measures the KL.
+    A point of the curve has step, distance, the means of proxy and gold, and the gains of both. Raises UserError for a
+    run without evaluations, without one of the two rewards in them, or without a guard, which measures the KL.
     """
     evaluations = read_evaluations(folder)
     if not evaluations:
@@ -60,7 +60,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _scores(folder: Path, evaluation: Mapping[str, Any], name: str) -> np.ndarray:
-    """The reward of every picture, (n,)."""
+    """The scores of all images by one reward, (n,)."""
     try:
         return np.array([row["scores"][name] for row in evaluation["rows"]], dtype=np.float64)
     except KeyError:
@@ -68,14 +68,14 @@ def _scores(folder: Path, evaluation: Mapping[str, Any], name: str) -> np.ndarra
 
 
 def mean_curve(curves: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, float]]:
-    """Seeds as one curve: the mean of every number at each step that all of them have."""
+    """The mean curve of several seeds: the mean of every number, at each step that all seeds have."""
     shared = set.intersection(*({point["step"] for point in curve} for curve in curves))
     at_step = [[point for curve in curves for point in curve if point["step"] == step] for step in sorted(shared)]
     return [{key: float(np.mean([point[key] for point in points])) for key in points[0]} for points in at_step]
 
 
 def outcome(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What one defence came to, over the seeds' mean curve; the gold lost is its end less its best on the way."""
+    """The outcome of one defence, from the mean curve over seeds; `gold_lost` is the gold's end minus its best."""
     curve = mean_curve([run["curve"] for run in runs])
     best = max(curve, key=lambda point: point[GOLD])
     return {
@@ -115,7 +115,7 @@ def table(found: Found) -> str:
 
 
 def write_results(output: Path, about: Mapping[str, Any], found: Found) -> None:
-    """Write overoptimization.json, .md, .svg and .png into `output`, each of them whole."""
+    """Write overoptimization.json, .md, .svg and .png into `output`, each as a whole."""
     replace_json(output / "overoptimization.json", {**about, "proxies": found})
     replace_text(output / "overoptimization.md", table(found))
     chases = {

@@ -1,11 +1,11 @@
-"""Test-time scaling, the yardstick that training must beat: draw many pictures, keep the best of each prompt.
+"""Test-time scaling, the baseline that training must beat: draw many images per prompt and keep the best.
 
-Best-of-n finishes n candidates of a prompt and keeps the one that a reward puts first. TTSnap (arXiv 2511.22242,
-"noise-aware pruning") also judges the one-step predictions x0_hat = x - sigma v after chosen steps and goes on with the
-best fraction alone, so that the same transformer forwards look at more candidates. Different from the paper: any
-reward judges x0_hat as it is; the paper distils one for noisy predictions.
+Best-of-n draws n candidates of a prompt to the end and keeps the one with the highest reward. TTSnap (arXiv 2511.22242,
+"noise-aware pruning") also scores the one-step predictions x0_hat = x - sigma v after chosen steps and continues only
+the best fraction, so that the same number of transformer forwards covers more candidates. Difference from the paper:
+any reward scores x0_hat directly; the paper distils a reward for noisy predictions.
 
-Shape legend: P prompts, N candidates of each, K rewards.
+Shape legend: P prompts, N candidates per prompt, K rewards.
 """
 
 import math
@@ -36,47 +36,47 @@ from rewards import Reward
 
 
 class Prune(NamedTuple):
-    """After `step` denoising steps, the best `fraction` of a prompt's candidates go on, rounded, at least one."""
+    """After `step` denoising steps the best `fraction` of a prompt's candidates continue: rounded, but at least one."""
 
     step: int
     fraction: float
 
 
 class Cost(NamedTuple):
-    """What the candidates of one prompt cost: rows seen by the transformer, and pictures decoded and judged."""
+    """The cost of the candidates of one prompt: rows through the transformer, and images decoded and scored."""
 
     forwards: int
     decodes: int
 
 
 class Judged(NamedTuple):
-    """A candidate's last judgement: after how many steps, by which rewards, and the place of its picture if chosen."""
+    """A candidate's last scores, the number of steps before them, and its rank if it was chosen."""
 
     row: Row
     candidate: int
     step: int
     scores: dict[str, float]  # a reward that does not apply to the prompt is absent
-    rank: int | None  # among the chosen pictures of its prompt, from 0
+    rank: int | None  # among the chosen images of its prompt, from 0
 
 
 @dataclass(frozen=True)
 class BestOf:
-    """The finished candidates, which of them were chosen, and how every candidate was judged last."""
+    """The finished candidates, the chosen ones among them, and the last scores of every candidate."""
 
     samples: Drawn
-    chosen: torch.Tensor  # (P, kept), places in `samples`, the best first
+    chosen: torch.Tensor  # (P, kept), indices into `samples`, the best first
     judged: list[Judged]  # of all candidates, prompt by prompt
     forwards: int
     decodes: int
 
     @property
     def media(self) -> torch.Tensor:
-        """The chosen pictures (P * kept, 3, H, W), prompt by prompt."""
+        """The chosen images (P * kept, 3, H, W), prompt by prompt."""
         return self.samples.media[self.chosen.flatten().to(self.samples.media.device)]
 
 
 def parse_schedule(texts: Sequence[str]) -> tuple[Prune, ...]:
-    """The schedule of texts STEP:FRACTION; UserError for one that is none."""
+    """The pruning schedule from texts STEP:FRACTION; UserError for another text."""
     schedule = []
     for text in texts:
         step, _, fraction = text.partition(":")
@@ -88,14 +88,14 @@ def parse_schedule(texts: Sequence[str]) -> tuple[Prune, ...]:
 
 
 def check_search(candidates: int, schedule: Sequence[Prune], sampler: Sampler, kept: int = 1) -> None:
-    """UserError where so many candidates cannot be pruned by this schedule, or leave fewer than `kept` of them."""
+    """Raises UserError if the schedule cannot prune these candidates, or leaves fewer than `kept` of them."""
     if candidates < 1:
         raise UserError(f"--best-of {candidates} must be at least 1")
     for prune in schedule:
         if not 1 <= prune.step < sampler.steps:
             raise UserError(
-                f"--prune {prune.step}:{prune.fraction:g}: of {sampler.steps} steps only 1 to {sampler.steps - 1} "
-                "leave something to save"
+                f"--prune {prune.step}:{prune.fraction:g}: with {sampler.steps} steps, pruning saves work only after "
+                f"step 1 to {sampler.steps - 1}"
             )
         if not 0 < prune.fraction <= 1:
             raise UserError(f"--prune {prune.step}:{prune.fraction:g}: the fraction must be above 0 and at most 1")
@@ -103,25 +103,26 @@ def check_search(candidates: int, schedule: Sequence[Prune], sampler: Sampler, k
         if after.step <= before.step:
             raise UserError(f"--prune steps must rise, but {after.step} follows {before.step}")
     if schedule and sampler.solver != "euler":
-        raise UserError(f"--prune needs solver euler; {sampler.solver} remembers the candidates that were dropped")
+        raise UserError(f"--prune needs solver euler; {sampler.solver} keeps a state of the dropped candidates")
     if (left := survivors(candidates, schedule)[-1]) < kept:
-        raise UserError(f"--images {kept}: only {left} of a prompt's {candidates} candidates come to the end")
+        raise UserError(f"--images {kept}: only {left} of a prompt's {candidates} candidates are drawn to the end")
 
 
 def check_judges(rewards: Mapping[str, Reward]) -> None:
-    """UserError for a reward that cannot say by itself how good one picture is."""
-    refuse_learning(rewards, "choose by another")
+    """Raises UserError for a reward that cannot score a single image."""
+    refuse_learning(rewards, "choose by another reward")
     for name, reward in rewards.items():
         if reward.scope != "sample":
-            raise UserError(f"reward {name!r} compares a prompt's pictures; best-of-N needs one that judges each alone")
+            raise UserError(f"reward {name!r} compares a prompt's images; best-of-N needs one that scores each alone")
         if reward.masks:
             raise UserError(
-                f"reward {name!r} may leave pictures out (unparsable: mask), which cannot be chosen from; take tie"
+                f"reward {name!r} may leave images without a score (unparsable: mask), but best-of-N needs a score of "
+                "each; use unparsable: tie"
             )
 
 
 def survivors(candidates: int, schedule: Sequence[Prune]) -> list[int]:
-    """How many candidates of a prompt there are before, between and after the prunings."""
+    """The number of a prompt's candidates before, between and after the prunings."""
     counts = [candidates]
     for prune in schedule:
         counts.append(max(1, math.floor(prune.fraction * counts[-1] + 0.5)))
@@ -129,10 +130,10 @@ def survivors(candidates: int, schedule: Sequence[Prune]) -> list[int]:
 
 
 def cost(candidates: int, schedule: Sequence[Prune], steps: int, guidance: float = 1.0) -> Cost:
-    """What best-of-N of one prompt costs; with guidance a step is two forwards.
+    """The cost of best-of-N of one prompt; with guidance a step takes two forwards.
 
-    TTSnap's cost per initial seed, sum_j Pi_{<j} [(s_j - s_{j-1}) x + y] + Pi_m [(S - s_m) x + y] with s_j counted from
-    1 and Pi the share that is left, times N, with whole candidates: x are forwards, y decodes.
+    This is N times TTSnap's cost per initial seed, sum_j Pi_{<j} [(s_j - s_{j-1}) x + y] + Pi_m [(S - s_m) x + y], with
+    s_j counted from 1, the remaining share Pi, x forwards and y decodes; here with whole numbers of candidates.
     """
     counts = survivors(candidates, schedule)
     ends = [0, *(prune.step for prune in schedule), steps]
@@ -141,15 +142,15 @@ def cost(candidates: int, schedule: Sequence[Prune], steps: int, guidance: float
 
 
 def standing(scores: np.ndarray) -> np.ndarray:
-    """By what candidates are ordered, (N,), of scores (K, N): one reward's score, or the sum of ranks in each (TTSnap).
+    """The values (N,) that order candidates, from scores (K, N): the only reward's score, or the sum of ranks (TTSnap).
 
-    Equal scores share the mean of their ranks.
+    Equal scores get the mean of their ranks.
     """
     return scores[0] if len(scores) == 1 else rankdata(scores, axis=1).sum(0)
 
 
 def best_first(standing: np.ndarray) -> list[int]:
-    """Places of (N,) from the highest to the lowest; of equal ones the earlier comes first."""
+    """The indices of (N,) from the highest value to the lowest; of equal values the earlier comes first."""
     order: list[int] = np.argsort(-standing, kind="stable").tolist()
     return order
 
@@ -168,11 +169,11 @@ def best_of(
     kept: int = 1,
     progress: Progress | None = None,
 ) -> BestOf:
-    """Draw `candidates` pictures of each row, pruned by the schedule, and choose the best `kept` of the finished ones.
+    """Draw `candidates` images of each row, pruned by the schedule, and choose the best `kept` of the finished ones.
 
-    request, key, batch and noise are those of `rollout`: a candidate that is not pruned becomes the picture that it is
-    without pruning, up to the rounding of smaller batches. Raises UserError as `check_search` and `check_judges` do,
-    RewardError as the rewards do.
+    request, key and batch are those of `rollout`, and so is the noise: a candidate that is not pruned becomes the same
+    image as without pruning, up to the rounding of smaller batches. Raises UserError as `check_search` and
+    `check_judges` do, and RewardError as the rewards do.
     """
     check_search(candidates, schedule, sampler, kept)
     check_judges(rewards)
@@ -198,7 +199,7 @@ def best_of(
 
 
 class _Court:
-    """Judges candidates by their places, which count prompt by prompt, and remembers each one's last judgement."""
+    """Scores candidates and keeps the last scores of each, by its place: its number, counted prompt by prompt."""
 
     def __init__(self, policy: Policy, rows: Sequence[Row], rewards: Mapping[str, Reward], candidates: int):
         self.policy, self.rows, self.rewards, self.candidates = policy, rows, rewards, candidates
@@ -206,12 +207,12 @@ class _Court:
         self.decodes = 0
 
     def prune(self, step: int, count: int, predicted: torch.Tensor, places: Sequence[int]) -> list[int]:
-        """Which of the candidates go on, ascending: the best `count` of each prompt by predictions x0_hat (R, ...)."""
+        """The candidates that continue, ascending: the best `count` of each prompt by predictions x0_hat (R, ...)."""
         chosen = self.best(step, count, self.policy.decode(predicted), places)
         return sorted(index for group in chosen for index in group)
 
     def best(self, step: int, count: int, media: torch.Tensor, places: Sequence[int]) -> list[list[int]]:
-        """Of each prompt the best `count` of media (R, 3, H, W), as indices into `places`, the best first."""
+        """The best `count` of media (R, 3, H, W) for each prompt, as indices into `places`, the best first."""
         self.decodes += len(places)
         rows = [self.rows[place // self.candidates] for place in places]
         found = score_rows(self.rewards, media, rows)
@@ -229,9 +230,9 @@ class _Court:
 
 
 def load_judges(rewards: Sequence[str], options: Sequence[str], device: torch.device | str) -> dict[str, Reward]:
-    """Rewards to choose by, by their own names; options as `parse_options` takes them.
+    """The rewards that choose, by their own names; options as `parse_options` takes them.
 
-    Raises UserError for two of a name, and as `check_judges` does.
+    Raises UserError for two rewards with one name, and as `check_judges` does.
     """
     if not rewards:
         raise UserError("--best-of needs a --reward to choose by")
@@ -243,20 +244,20 @@ def load_judges(rewards: Sequence[str], options: Sequence[str], device: torch.de
 def load_by_name(
     specs: Sequence[str], options: Mapping[str, dict[str, Any]], device: torch.device | str
 ) -> dict[str, Reward]:
-    """Rewards that a command names, with the options of each, by their own names; UserError for two of a name."""
+    """The rewards that a command names, with the options of each, by their own names; UserError for equal names."""
     loaded: dict[str, Reward] = {}
     for spec in specs:
         one = zoo.load_on(device, spec, **options[spec])
         if one.name in loaded:
-            raise UserError(f"--reward {spec}: there is a reward {one.name!r} already; give each once")
+            raise UserError(f"--reward {spec}: there is already a reward {one.name!r}; give each once")
         loaded[one.name] = one
     return loaded
 
 
 def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:
-    """Write the chosen pictures, and scores.jsonl with the last judgement of every candidate; paths and prompts.
+    """Write the chosen images, and scores.jsonl with the last scores of every candidate; returns paths and prompts.
 
-    A candidate's `step` is the number of denoising steps after which it was judged; `picture` is null unless chosen.
+    A candidate's `step` is the number of denoising steps before its last scores; `picture` is null unless chosen.
     """
     prompts, kept = found.chosen.shape
     rows = [one.row for one in found.judged[:: len(found.judged) // prompts] for _ in range(kept)]

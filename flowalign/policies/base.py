@@ -22,7 +22,7 @@ from flowalign.policies.conditioning import Conditioning as Conditioning
 from flowalign.policies.request import MediaRequest, Row
 from flowalign.sampling.guidance import GuidanceForm, guided
 
-Grid = Literal["model", "uniform"]
+Schedule = Literal["model", "uniform"]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -89,7 +89,7 @@ class Policy(ABC):
         """Shape of one latent of what is asked for."""
 
     @abstractmethod
-    def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
+    def sigmas(self, steps: int, schedule: Schedule = "model") -> torch.Tensor:
         """The denoising schedule (steps + 1,), from 1 down to 0."""
 
     @abstractmethod

@@ -20,7 +20,7 @@ from flowalign.config.base import UserError
 from flowalign.disk.assets import EMBEDDED
 from flowalign.policies.adapters import Native, export_lora, merge_adapter
 from flowalign.policies.attention import use_attention
-from flowalign.policies.base import Grid, TextPolicy, forward_dtype
+from flowalign.policies.base import Schedule, TextPolicy, forward_dtype
 from flowalign.policies.compiling import compile_blocks
 from flowalign.policies.folders import load_part, loading, part_class, pipeline_index
 from flowalign.policies.latent_scale import LatentScale
@@ -217,7 +217,7 @@ class PipelinePolicy(TextPolicy):
         channels, factor = self.pipeline.vae.config.latent_channels, self.pipeline.vae_scale_factor * patch
         return (int(channels) * patch**2, request.height // factor, request.width // factor)
 
-    def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
+    def sigmas(self, steps: int, schedule: Schedule = "model") -> torch.Tensor:
         """The pipeline's schedule for pictures of the policy's size, or its shift of evenly spaced values.
 
         A schedule that shifts with the resolution does so as in Esser et al. (2024), section 5.3.2, by token count.
@@ -225,7 +225,7 @@ class PipelinePolicy(TextPolicy):
         config = self.pipeline.scheduler.config
         shift = self._resolution_shift() if config.use_dynamic_shifting else config.shift
         lowest = None
-        if grid == "model" and not self.even_sigmas and not isinstance(self.pipeline.scheduler, EvenEuler):
+        if schedule == "model" and not self.even_sigmas and not isinstance(self.pipeline.scheduler, EvenEuler):
             # As FlowMatchEulerDiscreteScheduler: its lowest value is shifted already, and is so again with the others.
             first = torch.tensor(1 / config.num_train_timesteps, dtype=torch.float64)
             lowest = float(first if config.use_dynamic_shifting else shifted(first, shift))

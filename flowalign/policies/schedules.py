@@ -17,7 +17,7 @@ _SHIFT = (
 
 
 class EvenEuler(FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    """Euler steps on shifted even sigmas, from 1: what other solvers of flows have as their grid, but for its ends.
+    """Euler steps on shifted even sigmas, from 1: what other solvers of flows have as their schedule, but for its ends.
 
     UniPC's first sigma is .999999, where a stochastic step would add noise of standard deviation 91.
     """

@@ -1,1 +1,1 @@
-"""What is known before a run: its plan, whether a model fits, how long a step takes, what this machine has."""
+"""Checks before a run: its plan, whether a model fits, how long a step takes, what this machine can do."""

@@ -1,6 +1,6 @@
-"""Does an adapter do what its pipeline does? One line for each thing that a training run relies on, with its number.
+"""Checks that a model's adapter does what its pipeline does: one line with a number for each fact that training needs.
 
-The pipeline is loaded a second time, untouched, and drawn from with the same noise, after the policy has been let go.
+After the policy is freed, the plain pipeline is loaded a second time and draws from the same noise.
 """
 
 import inspect
@@ -36,7 +36,7 @@ CLOSE = 1e-4
 
 
 class _Drawn(NamedTuple):
-    """Pictures, the latents they were decoded from, in the pipeline's layout, and how the pipeline draws the same."""
+    """Images, their latents in the pipeline's layout, and the pipeline's arguments to draw the same images."""
 
     media: torch.Tensor
     latents: torch.Tensor
@@ -44,7 +44,7 @@ class _Drawn(NamedTuple):
 
 
 class _Traced(NamedTuple):
-    """What the plain pipeline did: pictures, the latents after every step, its schedule."""
+    """A rollout of the plain pipeline: images, the latents after every step, its sigma schedule."""
 
     media: torch.Tensor
     states: list[torch.Tensor]
@@ -52,17 +52,17 @@ class _Traced(NamedTuple):
 
 
 class _Failed(NamedTuple):
-    """What came in place of a result."""
+    """Takes the place of a result that could not be computed."""
 
     reason: str
 
 
 @torch.inference_mode(False)
 def check_model(model: Model, device: torch.device | str, *, steps: int = 4, guidance: float = 4.0) -> list[Finding]:
-    """All checks of a model, in float32 at its settings' size; `passed` is None for a figure that is only reported.
+    """Check a model in float32 at the size of its settings; `passed` is None for a number that is only reported.
 
-    What an adapter raises fails the lines that needed it, and the others go on. Raises UserError for a model that does
-    not load, or settings that it does not take.
+    If the adapter raises an error, the lines that need the result fail and the others are still checked. Raises
+    UserError for a model that does not load and for settings that it does not take.
     """
     family, path = find_family(model)
     device = torch.device(device)
@@ -122,13 +122,13 @@ Judged = tuple[bool | None, str]  # whether it passed, and the detail of a line
 
 
 def _attempt(family: type[PipelinePolicy], function: Callable[..., Any], *inputs: Any) -> Any:
-    """What a function returns; _Failed where it, or before it one of its inputs, did not come to an end."""
+    """The result of a function; _Failed if it raises an error or if one of its inputs has failed."""
     for given in inputs:
         if isinstance(given, _Failed):
             return given
     try:
         return function(*inputs)
-    except Exception as error:  # an adapter is somebody's code
+    except Exception as error:  # an adapter is a user's code and may raise anything
         return _failed(family, error)
 
 
@@ -142,7 +142,7 @@ def _failed(family: type[PipelinePolicy], error: Exception) -> _Failed:
 def _policy(
     family: type[PipelinePolicy], path: Path | str, model: Model, device: torch.device
 ) -> tuple[PipelinePolicy, list[str]]:
-    """With adapters on all groups of targets that it has modules for, and these groups."""
+    """The policy with adapters on all target groups that name modules of this model, and these groups."""
     pipeline = family.load_pipeline(path, torch.float32)
     names = [name for module in family.modules_of(pipeline).values() for name, _ in module.named_modules()]
     groups = [group for group in family.targets if target_modules(names, group, family.targets)]
@@ -203,23 +203,23 @@ def _trace(pipeline: Any, arguments: dict[str, Any], request: MediaRequest, step
 
 
 def _same(ours: _Drawn, theirs: _Traced) -> Judged:
-    """Latents too: pictures end at 0 and 1, which hides much."""
-    pictures, latents = _distance(ours.media, theirs.media), _distance(ours.latents, theirs.states[-1])
+    """Compare images and latents: images are clamped to [0, 1], which hides differences."""
+    images, latents = _distance(ours.media, theirs.media), _distance(ours.latents, theirs.states[-1])
     scale = max(1.0, theirs.states[-1].abs().max().item())
-    detail = f"largest difference {pictures:.1e} in pictures, {latents:.1e} in latents"
-    return pictures <= CLOSE and latents <= CLOSE * scale, detail
+    detail = f"largest difference {images:.1e} in images, {latents:.1e} in latents"
+    return images <= CLOSE and latents <= CLOSE * scale, detail
 
 
 def _exported(
     plain: Any, folder: str, trained: _Drawn, untrained: _Drawn, request: MediaRequest, steps: int, _written: None
 ) -> Judged:
-    """Leaves the LoRAs in the pipeline."""
+    """Compare the trained policy with the pipeline under its exported LoRA, which stays in the pipeline."""
     plain.load_lora_weights(folder)
     for name, further in further_adapters(folder).items():
         plain.load_lora_weights(further, **{f"load_into_{name}": True})
     passed, detail = _same(trained, _trace(plain, trained.arguments, request, steps))
     moved = _distance(trained.latents, untrained.latents)
-    return passed if moved > 10 * CLOSE else None, f"{detail}, which it moves by {moved:.1e}"
+    return passed if moved > 10 * CLOSE else None, f"{detail}; the LoRA moves the latents by {moved:.1e}"
 
 
 def _schedule(sigmas: torch.Tensor, theirs: _Traced) -> Judged:
@@ -229,11 +229,11 @@ def _schedule(sigmas: torch.Tensor, theirs: _Traced) -> Judged:
 
 
 def _direction(velocity: torch.Tensor, ours: _Drawn, theirs: _Traced) -> Judged:
-    """The pipeline's own velocity is read from its first step."""
+    """Compare the velocity with the pipeline's own, computed from the pipeline's first step."""
     start = ours.arguments["latents"].cpu()
     true = (theirs.states[0] - start) / (theirs.sigmas[1] - theirs.sigmas[0])
     cosine = torch.cosine_similarity(velocity.flatten(), true.flatten(), dim=0).item()
-    return cosine > 0.999, f"cosine {cosine:+.4f} with its first step"
+    return cosine > 0.999, f"cosine {cosine:+.4f} with the pipeline's first step"
 
 
 def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Judged:
@@ -250,7 +250,7 @@ def _zero_noise(policy: PipelinePolicy, sampler: Sampler) -> Judged:
 
 @torch.no_grad()
 def _rows(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning) -> Judged:
-    """Text and velocity of every row, with noise levels of their own, against the row by itself."""
+    """Compare each row's text and velocity, at its own noise level, with the same row computed alone."""
     sigma = torch.linspace(0.9, 0.3, len(noise), device=noise.device)
     condition = conditioning.positive
     together = policy.velocity(noise, sigma, condition)
@@ -278,13 +278,14 @@ def _guidance(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditi
 def _gradients(
     policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning, groups: Sequence[str]
 ) -> dict[str, Judged]:
-    """A module without a gradient is a mistake only if the velocity depends on it.
+    """A line for each group of target modules: whether a gradient reaches them. Leaves the weights changed.
 
-    The last block's text queries of Stable Diffusion 3 do not matter, for one. Leaves the weights moved.
+    A module without a gradient is a mistake only if the velocity depends on it. In Stable Diffusion 3, for example, the
+    velocity does not depend on the text queries of the last block.
     """
     weights = policy.trainable_parameters()
     generator = counted_generator(0)
-    with torch.no_grad():  # adapters start with a zero factor, which hides the other one's gradient
+    with torch.no_grad():  # one factor of an adapter starts at zero, and the gradient of the other is then zero too
         for weight in weights.values():
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
     levels = {policy.module_at(level): level for level in (*torch.linspace(1, 0.02, 50).tolist(), 0.6)}  # one a module
@@ -308,8 +309,8 @@ def _gradients(
         missed = [name for name in idle if _matters(policy, name, x, sigma, condition, velocity)]
         unused = len(idle) - len(missed)
         detail = f"{len(modules) - len(idle)} of {len(modules)} modules"
-        detail += f"; on {unused} more the velocity does not depend" if unused else ""
-        detail += f"; not {missed[0]}" if missed else ""
+        detail += f"; the velocity does not depend on {unused} more" if unused else ""
+        detail += f"; no gradient reaches {missed[0]}" if missed else ""
         passed = None if unused == len(modules) else not missed
         lines[f"a gradient reaches {group}"] = passed, detail
     return lines
@@ -324,12 +325,12 @@ def _matters(
     condition: Condition,
     velocity: torch.Tensor,
 ) -> bool:
-    """Whether other adapters on this module change the velocity."""
+    """Whether a change of the adapters on this module changes the velocity."""
     parts = [weight for name, weight in policy.trainable_parameters().items() if name.startswith(f"{module}.lora_")]
     kept = [part.clone() for part in parts]
     for part in parts:
         part.add_(1.0)
-    changed = _distance(policy.velocity(x, sigma, condition), velocity) != 0  # not >, which NaN would not be
+    changed = _distance(policy.velocity(x, sigma, condition), velocity) != 0  # not > 0, which is false for NaN
     for part, before in zip(parts, kept, strict=True):
         part.copy_(before)
     return changed
@@ -339,7 +340,7 @@ def _matters(
 def _round_trip(policy: PipelinePolicy) -> Judged:
     picture = _picture(policy)
     error = (policy.decode(policy.encode_media(picture)) - picture).square().mean()
-    detail = f"PSNR {-10 * error.log10().item():.1f} dB of a drawn sign; above 25 on a trained autoencoder"
+    detail = f"PSNR {-10 * error.log10().item():.1f} dB for a rendered sign; above 25 with a trained autoencoder"
     return None, detail
 
 
@@ -349,7 +350,7 @@ def _one_step(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditi
     x = (x0 + noise[:1]) / 2
     empty = conditioning.negative[[0]]
     error = (x - 0.5 * policy.velocity(x, half, empty) - x0).norm() / (x - x0).norm()
-    detail = f"leaves {error.item():.2f} of a half-noised picture's error; below 1 on a trained model"
+    detail = f"leaves {error.item():.2f} of a half-noised image's error; below 1 with a trained model"
     return None, detail
 
 

@@ -1,4 +1,4 @@
-"""What works on this machine, and in a sentence why the rest does not: what `flowalign doctor` prints."""
+"""`flowalign doctor`: what works on this machine, and in a sentence why the rest does not."""
 
 import importlib.metadata
 import os
@@ -24,9 +24,9 @@ from rewards.devices import chosen_device
 
 Row = tuple[str, bool, str]  # part, whether it works, and how or why not
 
-NEEDED = ("packages", "CPU", "OCR", "embedded model", "bundled prompts")  # without any of these no quick start works
-TOKENS, HEADS, HEAD_SIZE = 1024, 24, 64  # of a picture of 512 pixels in Stable Diffusion 3.5 medium
-EXTRAS = {  # and the packages that each of them brings
+NEEDED = ("packages", "CPU", "OCR", "embedded model", "bundled prompts")  # the quick start needs all of these
+TOKENS, HEADS, HEAD_SIZE = 1024, 24, 64  # of an image of 512 pixels in Stable Diffusion 3.5 medium
+EXTRAS = {  # each extra with the packages that it installs
     "xformers": ("xformers",),
     "bitsandbytes": ("bitsandbytes",),
     "tensorboard": ("tensorboard",),
@@ -34,12 +34,12 @@ EXTRAS = {  # and the packages that each of them brings
     "serve": ("fastapi", "uvicorn"),
 }
 WORD = "HELLO"
-ROOMY = 5  # GiB that a run with a few checkpoints of a large model's adapters may take
+ROOMY = 5  # GiB; a run with a few checkpoints of a large model's adapters may take as much
 _GIB = 2**30
 
 
 def diagnose() -> list[Row]:
-    """(part, whether it works, detail) for all that flowalign needs or can use here; takes a few seconds."""
+    """(part, whether it works, detail) for everything that flowalign needs or can use; takes a few seconds."""
     device = chosen_device()
     return [
         _packages(),
@@ -76,12 +76,12 @@ def _devices() -> list[Row]:
 
 
 def _bf16(device: torch.device) -> Row:
-    """How a matrix product compares with fp32's."""
+    """The speed of a matrix product in bf16 relative to fp32."""
     size = 4096 if device.type == "cuda" else 512
     try:
         ratio = _seconds(size, torch.float32, device) / _seconds(size, torch.bfloat16, device)
     except RuntimeError as error:
-        return "bf16", False, f"a product fails ({_first_line(error)}); model.dtype=fp32 works"
+        return "bf16", False, f"a matrix product fails ({_first_line(error)}); use model.dtype=fp32"
     if ratio > 1:
         return "bf16", True, f"{ratio:.1f} times as fast as fp32 in a {size} x {size} product on {device.type}"
     return (
@@ -92,13 +92,13 @@ def _bf16(device: torch.device) -> Row:
 
 
 def _seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    """The least time of a matrix product over a few tries, the first of them a warm-up."""
+    """The shortest time of a matrix product over six tries, without the first, a warm-up."""
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     return min([seconds_of(partial(torch.matmul, left, right)) for _ in range(6)][1:])
 
 
 def _attention(backend: str, device: torch.device) -> Row:
-    """Tried on a transformer of one small block, as a policy would set it, then timed at a real model's shape."""
+    """Set the backend on a transformer with one small block, as a policy does, then time it at a real model's shape."""
     dtype = forward_dtype("auto", device)
     transformer = SD3Transformer2DModel(
         sample_size=4, num_layers=1, num_attention_heads=1, attention_head_dim=32, caption_projection_dim=32
@@ -109,7 +109,7 @@ def _attention(backend: str, device: torch.device) -> Row:
         return f"attention {backend}", False, str(error).removeprefix("model.attention: ")
     seconds = attention_seconds(backend, (TOKENS, HEADS, HEAD_SIZE), device, dtype, turns=3)
     where = f"on {device.type} in {str(dtype).removeprefix('torch.')}"
-    detail = f"{1000 * seconds:.1f} ms {where}: forward and backward of two pictures of {TOKENS} tokens"
+    detail = f"{1000 * seconds:.1f} ms {where}: forward and backward of two images of {TOKENS} tokens"
     return f"attention {backend}", True, detail
 
 
@@ -119,18 +119,18 @@ def _compile(device: torch.device) -> Row:
 
 
 def _ocr() -> Row:
-    """Finding and reading a word, on a picture large enough for both."""
-    picture = torch.from_numpy(render(Scene(lines=(WORD,)))).permute(2, 0, 1).float() / 255
-    picture = picture.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    """Find and read a word, in an image that is large enough for both."""
+    image = torch.from_numpy(render(Scene(lines=(WORD,)))).permute(2, 0, 1).float() / 255
+    image = image.repeat_interleave(4, 1).repeat_interleave(4, 2)
     try:
-        score = rewards.score(rewards.load("ocr"), picture[None], [f'a sign that says "{WORD}"']).item()
+        score = rewards.score(rewards.load("ocr"), image[None], [f'a sign that says "{WORD}"']).item()
     except rewards.RewardError as error:
         return "OCR", False, str(error)
-    return "OCR", score == 1, f"a picture of the word {WORD} scores {score:.2f} of 1"
+    return "OCR", score == 1, f"an image of the word {WORD} scores {score:.2f} of 1"
 
 
 def _assets(part: str, names: list[str]) -> Row:
-    """The first that is missing, or where they are."""
+    """The folder of the assets, or the first asset that is missing."""
     try:
         places = [asset(name) for name in names]
     except UserError as error:
@@ -139,7 +139,7 @@ def _assets(part: str, names: list[str]) -> Row:
 
 
 def _hub() -> Row:
-    """By its settings alone: whether the network reaches it shows when a model is asked for."""
+    """The hub's settings. The network is not tried: only loading a model shows whether it works."""
     cache = Path(hub.HF_HUB_CACHE)
     kept = f"the cache {cache} {'exists' if cache.is_dir() else 'does not exist yet'}"
     if hub.HF_HUB_OFFLINE:
@@ -149,7 +149,7 @@ def _hub() -> Row:
 
 def _disk() -> Row:
     free = shutil.disk_usage(Path.cwd()).free / _GIB
-    few = "" if free >= ROOMY else f"; fewer than {ROOMY} may not hold a run's checkpoints"
+    few = "" if free >= ROOMY else f"; less than {ROOMY} GiB may not hold a run's checkpoints"
     return "disk", free >= ROOMY, f"{free:.1f} GiB free in {Path.cwd()}{few}"
 
 

@@ -1,7 +1,7 @@
-"""How many rows the transformer sees in a training step, from what each algorithm says that an item costs.
+"""The number of rows through the transformer in a training step, from the cost per item that each algorithm states.
 
-The count is exact, if every group teaches. It follows the snapshots through the updates: an algorithm saves the pass of
-one that equals the trained weights.
+The count is exact if no group is skipped. It follows the snapshots through the updates, because an algorithm saves the
+forward pass of a snapshot that equals the trained weights.
 """
 
 from typing import NamedTuple
@@ -17,16 +17,16 @@ class Forwards(NamedTuple):
 
     rollout: int
     trained: int  # with a backward pass
-    fixed: int  # of snapshots and the reference, in the loss
+    fixed: int  # of snapshots and the reference, without a backward pass
 
     @property
     def total(self) -> int:
-        """What a run counts."""
+        """All rows, as a run counts them."""
         return self.rollout + self.trained + self.fixed
 
 
 class Snapshots:
-    """Stands for a policy where an algorithm takes and moves snapshots: their names, and which equal the weights."""
+    """Takes a policy's place in an algorithm's calls: it keeps the snapshots' names and which equal the weights."""
 
     def __init__(self, algorithm: Algorithm):
         self.names: list[str] = []
@@ -34,18 +34,18 @@ class Snapshots:
         algorithm.begin(self)  # type: ignore[arg-type]
 
     def snapshot(self, name: str) -> None:
-        """A copy of the weights."""
+        """Take a snapshot; it equals the weights."""
         self.names.append(name)
         self.current.add(name)
 
     def blend(self, name: str, decay: float) -> None:
-        """A decay of 0 copies the weights."""
+        """Move a snapshot; with a decay of 0 it equals the weights again."""
         if decay == 0:
             self.current.add(name)
 
 
 def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
-    """The forwards of the first training steps over all processes: the first may save what later ones cannot."""
+    """The forwards of the first training steps, summed over all processes; the first step may need fewer."""
     train, sampler, algorithm = recipe.train, recipe.rollout, algorithm_of(recipe.algorithm)
     own = sampler.guidance if train.guidance is None else train.guidance
     reference = own if train.reference_guidance is None else train.reference_guidance
@@ -59,7 +59,9 @@ def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
             cost = algorithm.cost(snapshots.current)
             trained += items * _passes(own)
             fixed += items * (cost.snapshots * _passes(own) + cost.references * _passes(reference))
-            fixed += items * _passes(own) * recipe.in_parts  # of a unit in parts each pass is made twice
+            fixed += (
+                items * _passes(own) * recipe.in_parts
+            )  # a unit that is split into parts needs each forward pass twice
             snapshots.current.clear()
             update += 1
         algorithm.after_update(snapshots, update)  # type: ignore[arg-type]
@@ -68,5 +70,5 @@ def step_forwards(recipe: Recipe, steps: int = 2) -> list[Forwards]:
 
 
 def _passes(guidance: float) -> int:
-    """Rows that the transformer sees for one velocity."""
+    """Rows through the transformer for one velocity: two with guidance."""
     return 1 if guidance == 1 else 2

@@ -1,8 +1,8 @@
-"""What a model weighs and what a forward pass costs, from its configuration files alone.
+"""The number of a model's weights and the cost of its passes, from its configuration files alone.
 
-The pipeline is built on the meta device, where tensors have shapes and no memory, and the policy's own forward pass is
-run there: PyTorch's counter adds up the floating point operations, and every storage that comes and goes is counted
-into a peak. Autocast and a fused attention kernel do not exist there; `_AsOnADevice` stands for both.
+The pipeline is built on the meta device, where tensors have shapes but no memory, and the policy's own forward pass
+runs there. PyTorch's counter sums the floating point operations, and the bytes of all live storages give a peak. The
+meta device has neither autocast nor fused attention kernels; `_AsOnADevice` imitates both.
 """
 
 import json
@@ -37,14 +37,14 @@ class Line(NamedTuple):
     fixed: float
 
     def at(self, rows: float) -> float:
-        """Bytes of so many rows."""
+        """Bytes of `rows` rows."""
         return self.each * rows + self.fixed
 
 
 def meta_policy(model: Model) -> PipelinePolicy:
-    """The policy of a model's settings on the meta device, its adapters added; no weight is read.
+    """The policy of a model's settings on the meta device, with adapters; no weights are read.
 
-    Raises UserError as `load_policy` does, and for a folder without the configuration of a part.
+    Raises UserError as `load_policy` does, and for a folder that lacks the configuration of a part.
     """
     family, path = find_family(model)
     folder = _configurations(path)
@@ -68,7 +68,7 @@ def meta_policy(model: Model) -> PipelinePolicy:
 
 
 def _configurations(path: Path | str) -> Path:
-    """The folder of a pipeline's configuration files; of a hub id those files alone are fetched."""
+    """The folder of a pipeline's configuration files; for a hub id only these files are downloaded."""
     if Path(path).exists():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -83,7 +83,7 @@ def _configurations(path: Path | str) -> Path:
 
 
 def _part(folder: Path, library: str | None, kind: str | None, dtype: torch.dtype) -> Any:
-    """A part of a pipeline: modules on the meta device, the scheduler as it is, nothing for tokenizers."""
+    """A part of a pipeline: a module on the meta device, the real scheduler, None for a tokenizer."""
     if library is None or kind is None or folder.name.startswith(("tokenizer", "feature_extractor")):
         return None
     source = part_class(folder.name, library, kind)
@@ -107,9 +107,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def parameters(policy: PipelinePolicy) -> dict[str, int]:
-    """How many weights each part of the pipeline has, adapters apart; "trainable" are those that learn.
+    """The number of weights of each part of the pipeline, without adapters; "trainable" counts the weights that learn.
 
-    "buffers" are what the trained modules hold beside them, such as 3.5 medium's table of 147,456 positions.
+    "buffers" counts the constants of the trained modules, such as the table of 147,456 positions in SD 3.5 medium.
     """
     counts = {name: _weights(part) for name, part in _parts(policy).items()}
     buffers = sum(buffer.numel() for module in policy.modules.values() for buffer in module.buffers())
@@ -126,9 +126,9 @@ def _weights(part: torch.nn.Module) -> int:
 
 
 def whole_at_once(policy: PipelinePolicy) -> int:
-    """Weights of the trained modules, adapters apart, that a process has whole at once where they are shared out.
+    """The weights of the trained modules, without adapters, that a process holds whole at once if they are sharded.
 
-    They are those of two blocks, the second of which is fetched while the first computes, and all outside the blocks.
+    These are two blocks, since the next block is fetched while one computes, and all weights outside the blocks.
     """
     modules: Mapping[str, Any] = policy.modules
     blocks = [
@@ -141,21 +141,24 @@ def whole_at_once(policy: PipelinePolicy) -> int:
 
 
 def condition_rows(policy: PipelinePolicy, rows: int) -> Condition:
-    """The conditions of so many prompts, in shape; UserError as `PipelinePolicy.condition_shapes` says."""
+    """The conditions of `rows` prompts as shapes; UserError as `PipelinePolicy.condition_shapes`."""
     shapes = policy.condition_shapes().items()
     return Condition({name: torch.empty(rows, *shape, dtype=policy.dtype, device="meta") for name, shape in shapes})
 
 
 class Pass(NamedTuple):
-    """A forward pass of rows, with its backward pass where asked for."""
+    """The cost of a pass of the model."""
 
     flops: float
-    peak: int  # bytes beside the weights and what comes in
+    peak: int  # bytes, without the weights and the inputs
 
 
 @torch.inference_mode(False)
 def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, checkpointing: bool = False) -> Pass:
-    """The cost of `rows` rows through the first of the trained modules, on the meta device: several are alike."""
+    """The cost of `rows` rows through the first trained module, with a backward pass if asked for, on the meta device.
+
+    Where there are several modules, they are alike.
+    """
     transformer: Any = next(iter(policy.modules.values()))
     device = _AsOnADevice(policy.dtype)
     transformer.disable_gradient_checkpointing()
@@ -177,7 +180,7 @@ def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, check
 
 
 def decode_pass(policy: PipelinePolicy, pictures: int) -> Pass:
-    """The cost of decoding so many pictures, in the slices that the policy takes them in."""
+    """The cost of decoding `pictures` images, in the policy's slices."""
     latents = torch.empty(pictures, *policy.latent_shape(policy.request), device="meta")
     known = [*policy.pipeline.vae.parameters(), *policy.pipeline.vae.buffers(), latents]
     return _traced(lambda: policy.decode(latents), _AsOnADevice(torch.float32), known)
@@ -191,7 +194,7 @@ def _traced(run: Callable[[], Any], device: "_AsOnADevice", known: list[torch.Te
 
 
 class Counted(TorchDispatchMode):
-    """Floating point operations, and the largest sum of bytes of storages alive at once but for the `known` ones."""
+    """Counts floating point operations and the largest number of bytes alive at once, without the `known` tensors."""
 
     def __init__(self, known: list[torch.Tensor]):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -222,7 +225,7 @@ class Counted(TorchDispatchMode):
 
 
 class _AsOnADevice(TorchFunctionMode):
-    """Autocast's casts of linear layers and of layer norms, and attention in one kernel."""
+    """Imitates a real device: autocast of linear layers and layer norms, and attention in one kernel."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
@@ -230,7 +233,10 @@ class _AsOnADevice(TorchFunctionMode):
         self.attention_flops = 0.0
 
     def checkpoint(self, module: Any, *arguments: Any) -> Any:
-        """A block whose activations are recomputed: in this mode again, which a backward pass leaves outside."""
+        """Run a block whose activations are recomputed; the recomputation enters this mode again.
+
+        A backward pass runs outside the mode, so it would otherwise not be counted.
+        """
         return torch.utils.checkpoint.checkpoint(
             module.__call__,
             *arguments,
@@ -255,7 +261,7 @@ class _AsOnADevice(TorchFunctionMode):
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what flash attention keeps (Dao 2023): inputs, output and a number for each query."""
+    """Keeps what flash attention keeps for its backward pass (Dao 2023): inputs, output and a number for each query."""
 
     @staticmethod
     def forward(ctx: Any, query: Any, key: Any, value: Any, counter: _AsOnADevice) -> Any:

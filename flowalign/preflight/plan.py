@@ -1,8 +1,8 @@
-"""What a recipe needs before anything loads: memory by part, forwards, floating point operations, hours.
+"""What a recipe needs, before any weights are loaded: memory by part, forwards, floating point operations, hours.
 
-The recipe says what a step is over all processes (prompts, group size, updates); a plan finds what each process does of
-it and refuses what cannot work, with the nearest setting that does. Peaks of forward and backward passes agree with
-measured ones to 0.3 % on a processor in float32 (tests/preflight/test_planning.py); nobody has measured them on a GPU.
+The recipe describes a step over all processes (prompts, group size, updates). A plan computes the share of each process
+and refuses what cannot work, with the nearest setting that does. Estimated peaks of forward and backward passes agree
+with measured ones to 0.3 % on a CPU in float32 (tests/preflight/test_planning.py); they were not measured on a GPU.
 """
 
 import math
@@ -31,11 +31,11 @@ from flowalign.training.processes import MESSAGE, refuse_all_trained
 
 GIB = 2**30
 RUNTIME = 1.5 * GIB  # assumed: the device's context, libraries' workspaces, fragmentation
-TFLOPS = 150.0  # assumed: what a data-centre GPU sustains in bf16, a third of an H100's dense rate or less
+TFLOPS = 150.0  # assumed: the rate that a data-centre GPU sustains in bf16, at most a third of an H100's dense rate
 
 
 class Part(NamedTuple):
-    """Memory of one process that is held all the time."""
+    """A part of the memory that one process holds all the time."""
 
     name: str
     bytes: float
@@ -44,27 +44,27 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does on so many GPUs of so much memory."""
+    """The memory, compute and time of a recipe on a number of GPUs."""
 
     recipe: Recipe
     gpus: int
     vram: float  # bytes
     parts: list[Part]
-    phases: dict[str, float]  # the peak of each, with all parts, in bytes
+    phases: dict[str, float]  # the peak of each phase in bytes, including all parts
     largest_micro_batch: int
-    forwards: Forwards  # of a step, from the second on
+    forwards: Forwards  # of each step from the second on
     step_flops: float
-    evaluation_flops: float | None  # of one evaluation; None where its prompts are not here yet
+    evaluation_flops: float | None  # of one evaluation; None if its prompts do not exist yet
     tflops: float
 
     @property
     def step_seconds(self) -> float:
-        """Of the model alone, rewards apart."""
+        """Seconds of a step for the model alone, without rewards."""
         return self.step_flops / (self.gpus * self.tflops * 1e12)
 
     @property
     def hours(self) -> float:
-        """All training steps and evaluations, rewards apart."""
+        """Hours of all training steps and evaluations, without rewards."""
         train, every = self.recipe.train, self.recipe.evaluation.every
         evaluations = 2 + (math.ceil(train.steps / every) - 1 if every else 0)
         measured = evaluations * (self.evaluation_flops or 0) / (self.gpus * self.tflops * 1e12)
@@ -72,7 +72,7 @@ class Plan:
 
 
 class Costs:
-    """What passes of a model cost, each found when first asked for; so many processes share out its frozen weights."""
+    """The costs of a model's passes, computed on first use; its frozen weights are sharded over `shares` processes."""
 
     def __init__(self, policy: PipelinePolicy, shares: int = 1):
         self.policy, self.shares = policy, shares
@@ -88,21 +88,22 @@ class Costs:
         return transformer_pass(self.policy, rows, backward=backward, checkpointing=checkpointing)
 
     def flops(self, *, backward: bool, checkpointing: bool = False) -> float:
-        """Of a row."""
+        """Floating point operations of one row."""
         return self._pass(1, backward, checkpointing).flops
 
     def bytes(self, *, backward: bool, checkpointing: bool = False) -> Line:
-        """By rows, beside weights and gradients."""
+        """Bytes as a function of rows, without weights and gradients."""
         one, two = (self._pass(rows, backward, checkpointing).peak for rows in (1, 2))
         return Line(two - one, 2 * one - two)
 
 
 def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS, costs: Costs | None = None) -> Plan:
-    """The plan of a recipe on `gpus` GPUs with `vram` bytes each, that sustain `tflops` TFLOP/s.
+    """The plan of a recipe on `gpus` GPUs, each with `vram` bytes and a sustained rate of `tflops` TFLOP/s.
 
-    `costs` may be those of an earlier plan for the same model.
+    `costs` may come from an earlier plan for the same model.
 
-    Raises UserError for what cannot work, with the nearest setting that does, and as `load_policy` does for a model.
+    Raises CheckFailed for a recipe that cannot run, with the nearest settings that can, and UserError as `load_policy`
+    does for a model.
     """
     _refuse_uneven(recipe, gpus)
     costs = costs or Costs(meta_policy(recipe.model))
@@ -143,7 +144,7 @@ def _refuse_uneven(recipe: Recipe, gpus: int) -> None:
 
 
 def snapshots(recipe: Recipe) -> list[str]:
-    """The names of the copies of the trained weights that a run keeps."""
+    """The names of a run's copies of the trained weights."""
     names = Snapshots(algorithm_of(recipe.algorithm)).names
     if recipe.train.ema_decay is not None:
         names.append("ema")
@@ -151,7 +152,7 @@ def snapshots(recipe: Recipe) -> list[str]:
 
 
 def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
-    """What one process holds all the time, part by part."""
+    """The memory that one process holds all the time, by part."""
     counts, model, train = costs.counts, recipe.model, recipe.train
     full, weights = model.lora is None, counts["trainable"]
     texts = _text_encoders(costs)
@@ -177,16 +178,16 @@ def held(recipe: Recipe, costs: Costs, gpus: int) -> list[Part]:
     if not full:
         parts.append(Part("adapters", weights * 4, f"{weights:,} weights x 4 B"))
     parts += [
-        Part("gradients", weights * 4, "4 B a weight"),
-        Part("optimizer", weights * (2 if small else 8), f"{train.optimizer}, {2 if small else 8} B a weight"),
+        Part("gradients", weights * 4, "4 B per weight"),
+        Part("optimizer", weights * (2 if small else 8), f"{train.optimizer}, {2 if small else 8} B per weight"),
         Part("snapshots", weights * 4 * len(kept), ", ".join(kept) or "none"),
     ]
     if gpus > 1:
-        parts.append(Part("gradients sent", min(weights, MESSAGE) * 8, "8 B a weight of a message"))
-    # Rows, their sum and their stack in float32, and twice in float64 for the products.
+        parts.append(Part("gradients sent", min(weights, MESSAGE) * 8, "8 B per weight of a message"))
+    # Per loss: its gradient, their sum and their stack in float32, and two copies in float64 for the products.
     if algorithm_of(recipe.algorithm).cost(frozenset()).apart:
         losses = len(recipe.trained_rewards)
-        parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B a weight"))
+        parts.append(Part("gradients apart", weights * 28 * losses, f"{losses} losses x 28 B per weight"))
     parts.append(Part("a step's samples", _samples_bytes(recipe, costs, gpus), f"{per_process} latents and paths"))
     parts.append(Part("runtime", RUNTIME, "assumed"))
     return parts
@@ -198,7 +199,7 @@ def _modules(costs: Costs) -> str:
 
 
 def _text_encoders(costs: Costs) -> int:
-    """Their weights."""
+    """The number of weights in the text encoders."""
     return sum(number for name, number in costs.counts.items() if name.startswith("text_encoder"))
 
 
@@ -211,10 +212,10 @@ def _samples_bytes(recipe: Recipe, costs: Costs, gpus: int) -> float:
 
 
 def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[str, float]:
-    """The most that one process needs in each phase, in bytes, with what it holds all the time."""
+    """The peak memory of one process in each phase, in bytes, including what it holds all the time."""
     parts = {part.name: part.bytes for part in held(recipe, costs, gpus)}
     base, samples, found = sum(parts.values()), parts["a step's samples"], {}
-    if recipe.model.cache_conditions:  # the text encoders are there until all prompts are encoded
+    if recipe.model.cache_conditions:  # the text encoders stay in memory until all prompts are encoded
         loaded = (_modules(costs), "autoencoder", "adapters", "runtime")
         found["start"] = sum(parts.get(name, 0) for name in loaded) + _text_encoders(costs) * costs.element
     if not recipe.dataset:
@@ -227,14 +228,14 @@ def phases(recipe: Recipe, costs: Costs, gpus: int, forwards: Forwards) -> dict[
 
 
 def _drawing(batch: int, guidance: float, costs: Costs) -> float:
-    """Bytes to draw a batch: the larger of a forward pass and the decoding."""
+    """Bytes to draw a batch: the larger of a forward pass and of decoding."""
     rows = batch * (2 if guidance > 1 else 1)
     forward = costs.bytes(backward=False).at(rows) + rows * (2 * costs.latent + costs.condition)
     return float(max(forward, costs.decoding(batch).peak))
 
 
 def _learning(recipe: Recipe, costs: Costs, forwards: Forwards) -> Line:
-    """Bytes of a micro-batch by its items: what the backward pass needs, and a pass of the reference beside it."""
+    """Bytes of a micro-batch as a function of its items: the backward pass, and a forward pass of the reference."""
     own = recipe.rollout.guidance if recipe.train.guidance is None else recipe.train.guidance
     rows = 2 if own > 1 else 1
     kept = costs.bytes(backward=True, checkpointing=recipe.model.gradient_checkpointing)
@@ -244,15 +245,15 @@ def _learning(recipe: Recipe, costs: Costs, forwards: Forwards) -> Line:
 
 
 def _unit(recipe: Recipe, costs: Costs) -> float:
-    """Bytes of the states, velocities and conditions of a unit's other items, where a micro-batch is a part of it."""
+    """Bytes of the states, velocities and conditions of a unit's other items, if a micro-batch is a part of a unit."""
     others = recipe.unit_items - recipe.train.micro_batch
     return max(0, others) * (4 * costs.latent + costs.condition)
 
 
 def _largest_micro_batch(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards) -> int:
-    """The most items that fit, up to those that an update has on a process; 0 where not one fits.
+    """The largest number of items that fits, at most the items of an update on one process; 0 if not one fits.
 
-    In whole units, or where not one of them fits, as large a part of it as does.
+    The number is in whole units. If not one unit fits, it is the largest part of a unit that does.
     """
     base = sum(part.bytes for part in held(recipe, costs, gpus))
     unit, needed = recipe.unit_items, _learning(recipe, costs, forwards)
@@ -265,12 +266,12 @@ def _largest_micro_batch(recipe: Recipe, costs: Costs, gpus: int, vram: float, f
 
 
 def refuse_too_large(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards) -> None:
-    """UserError when a phase does not fit, with the settings nearest to the recipe's that do."""
+    """Raises CheckFailed if a phase does not fit, with the nearest settings that do."""
     needs = phases(recipe, costs, gpus, forwards)
     worst = max(needs, key=lambda name: needs[name])
     if needs[worst] <= vram:
         return
-    text = f"the {worst} phase needs {needs[worst] / GIB:.1f} GiB of the {vram / GIB:.1f} GiB a GPU"
+    text = f"the {worst} phase needs {needs[worst] / GIB:.1f} GiB, but a GPU has {vram / GIB:.1f} GiB"
     least = math.inf
     for changes in _alternatives(recipe):
         tried = _changed(recipe, changes)
@@ -282,13 +283,13 @@ def refuse_too_large(recipe: Recipe, costs: Costs, gpus: int, vram: float, forwa
         small = _changed(small, {"rollout.batch": 1, "evaluation.batch": 1})
         least = min(least, max(phases(small, costs, gpus, forwards).values()))
     raise CheckFailed(
-        f"{text}, and {least / GIB:.1f} GiB with the smallest batches, gradient checkpointing, kept conditions and the "
-        "8-bit optimizer; use larger GPUs or a lower model.lora.rank"
+        f"{text}; with the smallest batches, gradient checkpointing, cached conditions and the 8-bit optimizer the run "
+        f"still needs {least / GIB:.1f} GiB; use larger GPUs or a lower model.lora.rank"
     )
 
 
 def _alternatives(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Changes beside the batches, from none to all of them."""
+    """Changes of other settings than the batches: none, then one more at a time."""
     changes: dict[str, Any] = {}
     yield dict(changes)
     for key, wanted in (
@@ -313,7 +314,7 @@ def _changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 def _batches_that_fit(
     recipe: Recipe, costs: Costs, gpus: int, vram: float, forwards: Forwards
 ) -> dict[str, int] | None:
-    """The batches to lower, and to what; None where not even the smallest fit."""
+    """The batches to lower, with their new sizes; None if not even the smallest fit."""
     found: dict[str, int] = {}
     micro_batch = min(recipe.train.micro_batch, _largest_micro_batch(recipe, costs, gpus, vram, forwards))
     if micro_batch == 0:
@@ -338,7 +339,7 @@ def _evaluation_flops(recipe: Recipe, costs: Costs, decode: float) -> float | No
         return 0.0
     try:
         pictures = len(load_prompts(settings.prompts, settings.count)) * settings.images_per_prompt
-    except UserError:  # a recipe can be planned before its prompts are there
+    except UserError:  # a recipe can be planned before its prompts exist
         return None
     rows = settings.steps * (2 if settings.guidance > 1 else 1)
     return pictures * (rows * costs.flops(backward=False) + decode)

@@ -1,8 +1,8 @@
-"""What a training step takes, by phase, beside its floor: the same passes of the models and nothing else.
+"""The time of a training step by phase, compared with its floor: the same passes of the models and nothing else.
 
-The floor is measured by playing back every forward and backward pass of the trained modules that the step made, and the
-decoding of the same latents, with the same inputs in the same order. What a step takes above it is the toolkit's own
-(schedules, noise, losses, the optimizer) and what it waits for the rewards.
+The floor is measured by repeating every forward and backward pass of the trained modules in the step, and the decoding
+of the same latents, with the same inputs in the same order. The time of a step above the floor is the toolkit's own
+(schedules, noise, losses, the optimizer) and the wait for the rewards.
 """
 
 import statistics
@@ -33,21 +33,21 @@ class Forward:
 
 @dataclass
 class Backward:
-    """The gradients of `losses` losses through the calls since the one before."""
+    """The gradients of `losses` losses through the transformer calls since the last backward pass."""
 
     losses: int
 
 
 @dataclass
 class Decoding:
-    """Latents made pictures."""
+    """Latents decoded to media."""
 
     latents: torch.Tensor
 
 
 @dataclass
 class Scoring:
-    """Pictures given to the rewards."""
+    """Media given to the rewards."""
 
     media: torch.Tensor
     rows: Sequence[Row]
@@ -58,7 +58,7 @@ Passes = list[Forward | Backward | Decoding | Scoring]
 
 @contextmanager
 def recorded(trainer: Trainer) -> Iterator[Passes]:
-    """The passes that the trainer's models make while the block runs, in their order."""
+    """Record the passes of the trainer's models while the block runs, in order."""
     passes: Passes = []
     policy = trainer.policy
 
@@ -86,7 +86,7 @@ def recorded(trainer: Trainer) -> Iterator[Passes]:
 
 
 def play(trainer: Trainer, passes: Passes) -> None:
-    """Make the recorded passes again; the weights stay as they are, and nothing is scored."""
+    """Repeat the recorded passes; the weights do not change, and nothing is scored."""
     policy = trainer.policy
     half = torch.autocast(policy.device.type, policy.dtype, enabled=policy.dtype != torch.float32)
     outputs: list[torch.Tensor] = []
@@ -108,7 +108,7 @@ def play(trainer: Trainer, passes: Passes) -> None:
 
 
 def score(trainer: Trainer, passes: Passes) -> None:
-    """Score the recorded pictures again, one batch after another, with nothing beside it."""
+    """Score the recorded media again, one batch after another, and do nothing else."""
     for one in passes:
         if isinstance(one, Scoring):
             texts, metadata = [row.prompt for row in one.rows], [row.metadata for row in one.rows]
@@ -116,10 +116,10 @@ def score(trainer: Trainer, passes: Passes) -> None:
 
 
 def time_steps(trainer: Trainer, repeats: int, warm_ups: int = 1) -> dict[str, float]:
-    """Medians over `repeats` training steps, each followed by its floor, after some of both to warm up.
+    """Medians over `repeats` training steps, each followed by its floor; `warm_ups` pairs before them do not count.
 
-    Seconds of the phases "rollout", "reward" (what is waited for) and "train", of the whole "step", of its "floor", of
-    the "decode" in it and of scoring alone ("scores"). "ratio" is the median of step / floor, pair by pair.
+    In seconds: the phases "rollout", "reward" (the wait for rewards) and "train", the whole "step", its "floor", the
+    decoding in it ("decode"), and scoring alone ("scores"). "ratio" is the median of step / floor over the pairs.
     """
     trainer.tested = True  # the self-test is no part of a step
     rows: list[dict[str, float]] = []
@@ -137,7 +137,7 @@ def time_steps(trainer: Trainer, repeats: int, warm_ups: int = 1) -> dict[str, f
 
 
 def seconds_of(function: Callable[[], Any]) -> float:
-    """What a call takes, with everything that it has the device do."""
+    """The seconds of a call, including the work that it gives to the device."""
     _synchronize()
     started = time.perf_counter()
     function()

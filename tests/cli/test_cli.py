@@ -1,4 +1,4 @@
-"""The command line: what a person types, and what a wrong word answers."""
+"""The command line: what its commands do, and what they answer to a user's mistake."""
 
 import errno
 import io
@@ -114,7 +114,7 @@ def test_samples_are_drawn_into_an_empty_folder(tiny_model: Path, tmp_path: Path
 
 
 def scored(tmp_path: Path, *arguments: str) -> list[tuple[str, str, int]]:
-    """File, prompt and grey level of every picture of the folder `many`, as `score` finds them."""
+    """File, prompt and grey level of every image of the folder `many`, as `score` finds them."""
     output = tmp_path / "scores.jsonl"
     succeed(
         "score",
@@ -129,7 +129,7 @@ def scored(tmp_path: Path, *arguments: str) -> list[tuple[str, str, int]]:
     return [(row["image"], row["prompt"], round(row["score"] * 255)) for row in rows]
 
 
-def test_pictures_and_prompts_are_paired_as_people_count(tmp_path: Path, pictures: Path, failing) -> None:
+def test_images_and_prompts_are_paired_in_natural_order(tmp_path: Path, pictures: Path, failing) -> None:
     (tmp_path / "many").mkdir()
     for number in range(1, 13):
         Image.new("RGB", (4, 4), (number, number, number)).save(tmp_path / "many" / f"{number}.png")
@@ -146,7 +146,7 @@ def test_pictures_and_prompts_are_paired_as_people_count(tmp_path: Path, picture
 
 
 @pytest.mark.parametrize("count", [100, 101, 1001])
-def test_what_was_drawn_is_named_wide_enough_and_says_its_prompts(tmp_path: Path, pictures: Path, count: int) -> None:
+def test_saved_images_have_names_that_sort_and_keep_their_prompts(tmp_path: Path, pictures: Path, count: int) -> None:
     rows = [Row(index, f"prompt {index}", {"tag": "colors", "file_name": "x"}) for index in range(count)]
     media = (torch.arange(count) % 256)[:, None, None, None].expand(-1, 3, 1, 1) / 255
     paths = save_pictures(tmp_path / "many", media, [row.about for row in rows])
@@ -154,9 +154,7 @@ def test_what_was_drawn_is_named_wide_enough_and_says_its_prompts(tmp_path: Path
     assert scored(tmp_path) == [(path.name, f"prompt {n}", n % 256) for n, path in enumerate(paths)]
 
 
-def test_pictures_and_rows_that_do_not_belong_together_are_one_sentence(
-    tmp_path: Path, pictures: Path, failing
-) -> None:
+def test_images_and_rows_that_do_not_match_are_one_sentence(tmp_path: Path, pictures: Path, failing) -> None:
     rows = [Row(index, prompt) for index, prompt in enumerate(("one", "two", "three"))]
     folder, command = tmp_path / "drawn", ["score", "colorfulness", "--images", str(tmp_path / "drawn")]
     save_pictures(folder, torch.zeros(3, 3, 8, 8), [row.about for row in rows])
@@ -165,7 +163,7 @@ def test_pictures_and_rows_that_do_not_belong_together_are_one_sentence(
     succeed(*command, "--prompts", str(tmp_path / "prompts.txt"))
     (tmp_path / "other.txt").write_text("one\nthree\ntwo\n")
     error = failing(*command, "--prompts", str(tmp_path / "other.txt"))
-    assert f"{folder}/01.png is of 'two', as {manifest} says, and {tmp_path}/other.txt has 'three' for it" in error
+    assert f"{folder}/01.png has the prompt 'two' in {manifest}, but 'three' in {tmp_path}/other.txt" in error
     Image.new("RGB", (8, 8)).save(folder / "extra.png")
     assert f"no row of {manifest} names {folder}/extra.png" in failing(*command)
     (folder / "extra.png").unlink()
@@ -176,7 +174,7 @@ def test_pictures_and_rows_that_do_not_belong_together_are_one_sentence(
     manifest.write_text('{"file_name": "00.png", "text": "a"}\n{"text": "b"}\n')
     assert "prompt 2 ('b') has no file_name" in failing(*command)
     manifest.unlink()
-    assert f"--images {folder} has no metadata.jsonl that says what its images show; give --prompts" in failing(
+    assert f"--images {folder} has no metadata.jsonl with the prompts of its images; give --prompts" in failing(
         *command
     )
     table = folder / "metadata.csv"  # as other tools write it
@@ -224,7 +222,7 @@ def test_a_full_disk_is_one_sentence(failing, tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / "report.html"))
 
     monkeypatch.setattr("flowalign.evaluate.report.report.write_report", full)
-    assert "No space left on device; mend that" in failing("report", str(tmp_path))
+    assert "No space left on device; fix that" in failing("report", str(tmp_path))
 
 
 def test_an_unwritable_run_folder_is_named(failing, tmp_path: Path, tiny_model: Path, monkeypatch) -> None:
@@ -234,7 +232,7 @@ def test_an_unwritable_run_folder_is_named(failing, tmp_path: Path, tiny_model: 
     assert "cannot write to run folder file/run" in error
 
 
-def test_a_path_that_nobody_foresaw_is_one_sentence_and_our_own_fault_is_none(tmp_path: Path) -> None:
+def test_an_error_of_a_users_path_is_one_sentence_and_one_of_the_package_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in (tmp_path / "file" / "x", tmp_path / "nowhere" / "x", "/proc/x", tmp_path):
         with pytest.raises(OSError, match=r"Errno") as caught:
@@ -246,7 +244,7 @@ def test_a_path_that_nobody_foresaw_is_one_sentence_and_our_own_fault_is_none(tm
     assert disk_mistake(ConnectionResetError(104, "Connection reset by peer")) is None
 
 
-def test_more_memory_than_there_is_is_one_sentence_and_another_error_none() -> None:
+def test_running_out_of_memory_is_one_sentence_and_another_error_is_none() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert memory_mistake(caught.value).startswith("out of memory (")
@@ -264,7 +262,7 @@ def test_a_seed_that_does_not_fit_is_one_sentence(failing) -> None:
     assert "run.seed should be less than or equal to" in failing("train", "toyworld_ocr", f"run.seed={2**70}")
 
 
-def test_numbers_that_no_computation_takes_are_one_sentence(failing, tmp_path: Path) -> None:
+def test_a_number_that_is_too_large_is_one_sentence(failing, tmp_path: Path) -> None:
     for key in ("train.group_size", "train.micro_batch", "rollout.steps", "evaluation.images_per_prompt"):
         for value in (2**31, 2**62, 10**20):
             assert f"{key} should be less than or equal to {2**31 - 1}" in failing(
@@ -285,21 +283,24 @@ def test_numbers_that_no_computation_takes_are_one_sentence(failing, tmp_path: P
     ],
     ids=" ".join,
 )
-def test_an_option_that_no_computation_takes_is_refused_at_once(words: tuple[str, ...], capsys) -> None:
+def test_an_option_that_is_too_large_is_refused_at_once(words: tuple[str, ...], capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*words, str(10**20)])
     assert stopped.value.code == 2
     assert f"Invalid value for '{words[-1]}'" in capsys.readouterr().err
 
 
-def test_where_scores_cannot_be_written_is_said_before_any_is_made(failing, pictures: Path, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_scoring(failing, pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "no_reward.py").write_text("raise SystemExit('it was loaded')")
-    for name, sentence in (("nowhere/s.csv", "is no folder that can be written to"), ("s.txt", "use a .csv or .jsonl")):
+    for name, sentence in (
+        ("nowhere/s.csv", "is not a folder that can be written to"),
+        ("s.txt", "use a .csv or .jsonl"),
+    ):
         command = ("score", f"{tmp_path / 'no_reward.py'}:never_loaded", "--images", str(pictures))
         assert sentence in failing(*command, "--output", str(tmp_path / name))
 
 
-def test_a_recipe_whose_copy_does_not_fit_leaves_nothing(failing, tmp_path: Path) -> None:
+def test_a_recipe_copy_that_does_not_fit_on_the_disk_leaves_nothing(failing, tmp_path: Path) -> None:
     was = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -320,7 +321,7 @@ def test_rewards_are_listed_with_what_they_judge(capsys: pytest.CaptureFixture[s
     assert "compressibility" in output and "How small an image is as a JPEG file" in " ".join(output.split())
 
 
-def test_a_reward_is_checked_on_drawn_and_on_own_pictures(
+def test_a_reward_is_checked_on_drawn_images_and_on_a_users_images(
     tmp_path: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     succeed("rewards", "check", f"{tmp_path / 'judge.py'}:level", "--option", "scale=2")
@@ -341,8 +342,10 @@ def test_a_reward_that_breaks_the_contract_ends_with_exit_code_1(
 
 
 def test_mistakes_in_checking_and_serving_are_one_sentence(tmp_path: Path, pictures: Path, failing) -> None:
-    assert "has no metadata.jsonl that says" in failing("rewards", "check", "ocr", "--images", str(pictures))
-    assert "--prompts are of --images" in failing("rewards", "check", "ocr", "--prompts", str(tmp_path / "prompts.txt"))
+    assert "has no metadata.jsonl with the prompts" in failing("rewards", "check", "ocr", "--images", str(pictures))
+    assert "--prompts belong to --images" in failing(
+        "rewards", "check", "ocr", "--prompts", str(tmp_path / "prompts.txt")
+    )
     assert "did you mean 'ocr'" in failing("rewards", "check", "orc")
     two = ("serve", "compressibility", "colorfulness", "--option")
     assert "must be written NAME.KEY=VALUE, with a name of compressibility, color" in failing(*two, "quality=3")
@@ -352,7 +355,7 @@ def test_mistakes_in_checking_and_serving_are_one_sentence(tmp_path: Path, pictu
     assert "FLOWALIGN_TOKEN" in failing("serve", "compressibility", "--host", "0.0.0.0")
 
 
-def test_pictures_of_one_prompt_are_scored_together_by_a_reward_that_compares(tmp_path: Path, pictures: Path) -> None:
+def test_a_reward_that_compares_scores_all_images_of_a_prompt_together(tmp_path: Path, pictures: Path) -> None:
     (tmp_path / "rank.py").write_text(
         "from rewards import Reward\n"
         "class Rank(Reward):\n"
@@ -368,14 +371,14 @@ def test_pictures_of_one_prompt_are_scored_together_by_a_reward_that_compares(tm
     assert [json.loads(line)["score"] for line in output.read_text().splitlines()] == [0.0, 0.0, 1.0]
 
 
-# Words that are not ours
+# A user's words
 
 ODD = ["a [red]cat[/red] [/red]", ":smile: [b]日本 ±", "[/]"]
 
 
 @pytest.fixture
 def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A command over files, pictures and prompts whose names look like markup and are of several alphabets."""
+    """A command whose files, images and prompts have names that look like markup, in several alphabets."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "[red]im[b]"
     folder.mkdir()
@@ -420,7 +423,7 @@ def test_a_progress_bar_shows_names_as_they_are(capsys, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_a_terminal_of_another_encoding_ends_no_command(odd, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+def test_a_terminal_with_another_encoding_stops_no_command(odd, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     out, error = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
     monkeypatch.setattr("sys.stdout", out)
     monkeypatch.setattr("sys.stderr", error)

@@ -1,4 +1,4 @@
-"""What every command's exit code says: 0 good, 1 an alarm or a failed check, 2 it could not run, 130 interrupted."""
+"""Every command's exit code: 0 success, 1 an alarm or a failed check, 2 it could not run, 130 interrupted."""
 
 import importlib.metadata
 import json
@@ -36,7 +36,7 @@ def commands(group: Any, words: Sequence[str] = ()) -> Iterator[tuple[str, ...]]
 
 
 EVERY = sorted(commands(typer.main.get_command(cli.app)))
-# Of each command, words that it cannot run with; the folders and files are not there.
+# Arguments with which each command cannot run; their folders and files do not exist.
 IMPOSSIBLE = {
     ("audit",): ["/no/run"],
     ("collect",): ["toyworld_ocr", "dataset=null"],
@@ -79,7 +79,7 @@ def test_a_command_that_cannot_run_ends_with_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_version_and_exit_codes_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_version_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("--version") == 0
     assert capsys.readouterr().out == f"flowalign {importlib.metadata.version('flowalign')}\n"
     assert code_of("--help") == 0
@@ -98,11 +98,9 @@ def test_a_defect_ends_with_2_and_its_traceback(
 
 
 @pytest.mark.parametrize("part", ["OCR", "attention xformers"])
-def test_doctor_ends_with_1_where_a_part_that_everything_needs_is_missing(
-    part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_ends_with_1_if_an_indispensable_part_is_missing(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "flowalign.preflight.doctor.diagnose", lambda: [(part, False, "not here"), ("packages", True, "all")]
+        "flowalign.preflight.doctor.diagnose", lambda: [(part, False, "missing"), ("packages", True, "all")]
     )
     assert code_of("doctor") == (1 if part in NEEDED else 0)
 
@@ -111,7 +109,7 @@ def test_a_plan_that_cannot_work_ends_with_1() -> None:
     assert code_of("plan", "toyworld_ocr", "--gpus", "5") == 1
 
 
-def test_a_run_that_its_guard_ends_ends_with_1(values, tmp_path: Path) -> None:
+def test_a_run_stopped_by_its_guard_ends_with_1(values, tmp_path: Path) -> None:
     (tmp_path / "test.txt").write_text("a moon\ntwo moons\n")
     values["evaluation"] |= {"prompts": str(tmp_path / "test.txt"), "every": 1}
     values["guard"] = {"seeds": 2, "kl_samples": 2, "false_alarm": 0.49, "patience": 1, "stop": True}
@@ -123,7 +121,7 @@ def test_a_run_that_its_guard_ends_ends_with_1(values, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_an_evaluation_ends_it_there_with_130(tmp_path: Path) -> None:
+def test_ctrl_c_in_an_evaluation_ends_it_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flowalign", "eval", "geneval", "toyworld", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -136,7 +134,7 @@ def test_ctrl_c_in_an_evaluation_ends_it_there_with_130(tmp_path: Path) -> None:
     assert "interrupted; what is done is kept" in shown and "Traceback" not in error
 
 
-# One dialect of --option
+# The one syntax of --option
 
 URL_OPTIONS = {"mode": "page", "url": "http://a"}
 
@@ -153,7 +151,7 @@ URL_OPTIONS = {"mode": "page", "url": "http://a"}
         (["a"], [], {"a": {}}),
     ],
 )
-def test_options_have_one_dialect(names: list[str], texts: list[str], found: dict[str, dict[str, object]]) -> None:
+def test_options_have_one_syntax(names: list[str], texts: list[str], found: dict[str, dict[str, object]]) -> None:
     assert parse_options(names, texts) == found
 
 
@@ -168,7 +166,7 @@ def test_options_have_one_dialect(names: list[str], texts: list[str], found: dic
         (["ocr"], "mode=[1", "is not YAML"),
     ],
 )
-def test_an_option_of_another_form_is_refused(names: list[str], text: str, message: str) -> None:
+def test_an_option_with_another_syntax_is_refused(names: list[str], text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_options(names, [text])
     assert message in str(caught.value) and "--option" in str(caught.value) and "\n" not in str(caught.value)
@@ -185,7 +183,7 @@ def test_an_option_of_another_form_is_refused(names: list[str], text: str, messa
     ],
     ids=lambda command: command[0],
 )
-def test_every_command_takes_that_dialect(
+def test_every_command_takes_that_syntax(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text('a sign that says "CAT"\n')

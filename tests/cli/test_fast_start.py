@@ -1,4 +1,4 @@
-"""What needs no model answers before a heavy library is imported."""
+"""A command that needs no model answers before a heavy library is imported."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_no_heavy_library_is_imported(arguments: list[str], fails: bool) -> None
     assert last.startswith("code 0 ") is not fails
 
 
-def test_a_lazy_module_gives_what_the_module_gives() -> None:
+def test_a_lazy_module_has_the_attributes_of_the_module() -> None:
     import torch
 
     from flowalign import lazy

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with one line and exit code 130, whatever it is importing or doing."""
+"""Ctrl-C ends a command with one line and exit code 130, even during an import."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The benchmarks of `flowalign eval`: GenEval, OCR and panels, on pictures drawn or given."""
+"""The benchmarks of `flowalign eval`: GenEval, OCR and panels, on images that are drawn or given."""
 
 import csv
 import json
@@ -128,7 +128,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 # GenEval
 
 
-def test_true_pictures_score_1_on_every_task(shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rendered_images_of_the_prompts_score_1_on_every_task(
+    shapes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, _ = shapes
     options = ("--images-per-prompt", 2, "--detector", EXACT, "--output", tmp_path / "out")
     succeed("eval", "geneval", "--images", folder, *options)
@@ -145,7 +147,7 @@ def test_true_pictures_score_1_on_every_task(shapes, tmp_path: Path, capsys: pyt
     assert len(next(iter(json.loads(line["details"]).values()))[0]) == 5  # a box and its score, as mmdet has them
 
 
-def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures() -> None:
+def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_images() -> None:
     tags = ["single_object"] * 4 + ["counting"] * 12
     correct = [1, 1, 1, 0] + [1, 0, 0, 0] * 3
     rows = [json.dumps({"tag": tag, "prompt": f"prompt {place // 4}"}) for place, tag in enumerate(tags)]
@@ -163,7 +165,7 @@ def test_the_overall_is_the_mean_of_the_tasks_and_not_of_the_pictures() -> None:
     assert found["any_success"]["interval"] == pytest.approx((4 / (4 + 1.96**2), 1), abs=1e-4)
 
 
-def test_a_task_that_is_always_right_or_wrong_has_a_width_in_the_overall() -> None:
+def test_a_task_that_is_always_correct_or_wrong_widens_the_interval_of_the_overall() -> None:
     tags = ["single_object"] * 2 + ["counting"] * 2
     rows = [{"tag": tag, "prompt": f"prompt {place}"} for place, tag in enumerate(tags)]
     found = summarise(
@@ -176,7 +178,7 @@ def test_a_task_that_is_always_right_or_wrong_has_a_width_in_the_overall() -> No
     assert found["overall"] == {"score": 0.5, "interval": pytest.approx((0.5 - half, 0.5 + half), abs=1e-4)}
 
 
-def test_rows_that_are_alike_are_one_prompt_however_a_list_repeats_them() -> None:
+def test_equal_rows_count_as_one_prompt() -> None:
     """The published scripts group by metadata: a file may repeat a row where others draw several pictures of it."""
     rng = np.random.default_rng(0)
     right = rng.random((40, 4)) < 0.4
@@ -198,7 +200,7 @@ def test_rows_that_are_alike_are_one_prompt_however_a_list_repeats_them() -> Non
     assert more["overall"]["score"] == pytest.approx((right.sum() + 2) / 162) and more["prompts"] == 40
 
 
-def test_a_picture_of_something_else_is_judged_wrong_with_its_reason(shapes, tmp_path: Path) -> None:
+def test_an_image_of_another_object_is_judged_wrong_with_a_reason(shapes, tmp_path: Path) -> None:
     folder, rows = shapes
     Image.new("RGB", (64, 64), "white").save(folder / "00003" / "samples" / "0001.png")
     judging = load_judge(EXACT)
@@ -207,7 +209,7 @@ def test_a_picture_of_something_else_is_judged_wrong_with_its_reason(shapes, tmp
     assert lines[7]["reason"] == f"expected {rows[3]['include'][0]['class']}>=1, found 0"
 
 
-def test_pictures_with_a_manifest_are_judged_as_those_in_genevals_layout(shapes, tmp_path: Path, failing) -> None:
+def test_images_with_a_manifest_are_judged_like_those_in_genevals_layout(shapes, tmp_path: Path, failing) -> None:
     folder, rows = shapes
     flat, command = tmp_path / "flat", ["eval", "geneval", "--detector", EXACT, "--images"]
     flat.mkdir()
@@ -221,26 +223,26 @@ def test_pictures_with_a_manifest_are_judged_as_those_in_genevals_layout(shapes,
     summaries = [json.loads((tmp_path / output / "summary.json").read_text()) for output in ("one", "two")]
     assert summaries[0] == summaries[1] and summaries[0]["overall"]["score"] == 1
     out = ["--output", tmp_path / "three"]
-    assert "flat holds 2 pictures of" in failing(*command, flat, *out)
+    assert "flat holds 2 images of" in failing(*command, flat, *out)
     other = write_prompts(tmp_path / "other.jsonl", rows[::-1])
-    assert "has not the prompts of the list in their order" in failing(
+    assert "does not hold the prompts of the list in their order" in failing(
         *command, flat, "--images-per-prompt", 2, "--prompts", other, *out
     )
 
 
-def test_a_detector_that_sees_nothing_is_refused_before_anything_is_drawn(tmp_path: Path, tiny, failing) -> None:
+def test_a_detector_that_finds_nothing_is_refused_before_drawing(tmp_path: Path, tiny, failing) -> None:
     (tmp_path / "blind.py").write_text(
         "class Blind:\n    names = ('circle', 'square', 'triangle', 'star', 'cross', 'ring', 'diamond')\n"
         "    def __call__(self, images):\n        return [[] for _ in images]\n"
     )
     command = ["eval", "geneval", *tiny, "--detector", f"{tmp_path}/blind.py:Blind", "--output", tmp_path / "out"]
-    assert "finds nothing in a picture of ring and star" in failing(*command, code=1)
+    assert "finds nothing in an image of ring and star" in failing(*command, code=1)
     assert not (tmp_path / "out").exists()
-    assert "every score is 0: none of the 12 pictures is correct" in failing(*command, "--no-check-detector", code=1)
+    assert "every score is 0: none of the 12 images is correct" in failing(*command, "--no-check-detector", code=1)
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-def test_what_a_detector_is_shown_depends_on_the_classes_it_knows() -> None:
+def test_the_image_that_checks_a_detector_depends_on_its_classes() -> None:
     assert check_sight(Judge(ExactDetector(), ExactDetector.names, ExactDetector().identity())) == "ring and star"
     shown: list[torch.Tensor] = []
 
@@ -253,10 +255,10 @@ def test_what_a_detector_is_shown_depends_on_the_classes_it_knows() -> None:
     assert check_sight(Judge(sees_a_person, ("cup",), {"detector": "it"})) is None
 
 
-# Pictures and results that a kill leaves
+# Images and results that a killed evaluation leaves
 
 
-def test_results_go_on_where_they_were_cut_and_end_with_the_same_bytes(tmp_path: Path) -> None:
+def test_results_continue_where_they_were_cut_and_end_with_the_same_bytes(tmp_path: Path) -> None:
     asked: list[range] = []
 
     def judge(places: range) -> list[dict[str, Any]]:
@@ -273,7 +275,7 @@ def test_results_go_on_where_they_were_cut_and_end_with_the_same_bytes(tmp_path:
         assert continued(part, 10, 4, judge) == expected and part.read_bytes() == text
         assert set(asked) <= {range(4), range(4, 8), range(8, 10)}
     assert asked == []  # of the last, which was whole
-    with pytest.raises(UserError, match="holds 10 lines for 6 pictures"):
+    with pytest.raises(UserError, match="holds 10 lines for 6 images"):
         continued(whole, 6, 4, judge)
     whole.write_bytes(b'{"place": 0}\n{"pla\n{"place": 2}\n')
     with pytest.raises(UserError, match="line 2: not JSON"):
@@ -285,7 +287,7 @@ def tiny_drawing(tiny_model: Path, **changes: Any) -> Drawing:
     return Drawing(**{**values, "sampler": Sampler(steps=2), "batch": 4, "device": "cpu", **changes})
 
 
-def test_a_drawing_goes_on_after_a_kill_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_killed_drawing_continues_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
     rows = [
         Row(index, row["prompt"], {"tag": row["tag"], "include": row["include"]}) for index, row in enumerate(STARS)
     ]
@@ -313,13 +315,13 @@ def test_a_drawing_goes_on_after_a_kill_with_the_same_bytes(tiny_model: Path, tm
     draw(cut, drawing, rows, watch, load=load)
     assert len(loaded) == 3  # nothing is missing, so no model is loaded
     for changes, key in (({"seed": 1}, "seed 0, not 1"), ({"sampler": Sampler(steps=3)}, "steps 2, not 3")):
-        with pytest.raises(UserError, match=f"drawing.json was begun with {key}"):
+        with pytest.raises(UserError, match=f"drawing.json was started with {key}"):
             draw(cut, tiny_drawing(tiny_model, **changes), rows, watch, load=load)
-    with pytest.raises(UserError, match=r"drawing.json was begun with prompts .*; choose another --output"):
+    with pytest.raises(UserError, match=r"drawing.json was started with prompts .*; choose another --output"):
         draw(cut, drawing, rows[:-1], watch, load=load)
 
 
-def test_pictures_do_not_depend_on_how_many_prompts_follow(tiny_model: Path, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_how_many_prompts_follow(tiny_model: Path, tmp_path: Path) -> None:
     rows = [Row(index, row["prompt"]) for index, row in enumerate(STARS)]
     policy = load_policy(model_settings(str(tiny_model), size=64, max_sequence_length=0))
     for name, part in (("six", rows), ("four", rows[:4])):
@@ -357,24 +359,24 @@ def test_a_killed_evaluation_ends_with_the_same_bytes(tiny, tmp_path: Path) -> N
 # Bad input
 
 
-def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> None:
+def test_unsuitable_images_are_named_in_the_error(shapes, tmp_path: Path, failing) -> None:
     folder, rows = shapes
     command = ["eval", "geneval", "--detector", EXACT, "--output", tmp_path / "out", "--images", folder]
     prompts = write_prompts(tmp_path / "prompts.jsonl", rows)
-    assert "00000/samples holds 2 pictures NNNN.png, not 4; see --images-per-prompt" in failing(*command)
+    assert "00000/samples holds 2 images NNNN.png, not 4; see --images-per-prompt" in failing(*command)
     command += ["--images-per-prompt", 2]
     write_prompts(tmp_path / "more.jsonl", [*rows, rows[0]])
     assert "has no folder 00030 for prompt 31" in failing(*command, "--prompts", tmp_path / "more.jsonl")
     write_prompts(tmp_path / "fewer.jsonl", rows[:-1])
-    assert "00029 is of none of the 29 prompts" in failing(*command, "--prompts", tmp_path / "fewer.jsonl")
+    assert "00029 belongs to none of the 29 prompts" in failing(*command, "--prompts", tmp_path / "fewer.jsonl")
     write_prompts(tmp_path / "other.jsonl", [rows[7], *rows[1:]])
-    assert "00000/metadata.jsonl is not prompt 1 of the list" in failing(
+    assert "00000/metadata.jsonl does not hold prompt 1 of the list" in failing(
         *command, "--prompts", tmp_path / "other.jsonl"
     )
     picture = folder / "00011" / "samples" / "0001.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:100])
-    assert f"{picture} is not a readable picture" in failing(*command, "--prompts", prompts)
+    assert f"{picture} is not a readable image" in failing(*command, "--prompts", prompts)
     picture.write_bytes(whole)
     metadata = folder / "00002" / "metadata.jsonl"
     text = metadata.read_text()
@@ -383,14 +385,14 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
     metadata.unlink()
     assert f"{metadata} is missing" in failing(*command)
     metadata.write_text(text)
-    assert f"--images {tmp_path / 'nothing'} is no folder" in failing(*command[:-3], tmp_path / "nothing")
+    assert f"--images {tmp_path / 'nothing'} is not a folder" in failing(*command[:-3], tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    assert "holds no pictures in GenEval's layout" in failing(*command[:-3], tmp_path / "empty")
+    assert "holds no images in GenEval's layout" in failing(*command[:-3], tmp_path / "empty")
     assert not (tmp_path / "out").exists()
     succeed(*command, "--prompts", prompts)
     (tmp_path / "eyes.py").write_text(EYES.replace('("star", "ring")', str(ExactDetector.names), 1))
     error = failing(*command, "--no-check-detector", "--detector", f"{tmp_path}/eyes.py:Eyes")
-    assert f'evaluation.json was begun with detector "{EXACT}", not "eyes"' in error
+    assert f'evaluation.json was started with detector "{EXACT}", not "eyes"' in error
 
 
 @pytest.mark.parametrize(
@@ -408,7 +410,7 @@ def test_pictures_that_do_not_fit_are_named(shapes, tmp_path: Path, failing) -> 
         ),
         (
             {"tag": "position", "include": [{"class": "star", "count": 1, "position": ["above", 0]}]},
-            "include.0.position names clause 0, which is no earlier one",
+            "include.0.position names clause 0, which is not an earlier one",
         ),
         (
             {"tag": "colors", "include": [{"class": "cup", "count": 1}]},
@@ -425,24 +427,24 @@ def test_a_bad_prompt_is_named_by_its_line(row: dict[str, Any], message: str, tm
 
 def test_wrong_arguments_are_one_sentence(tmp_path: Path, tiny, tiny_model: Path, failing) -> None:
     out = ["--output", tmp_path / "out"]
-    assert "give either MODEL, to draw with it, or --images" in failing("eval", "geneval")
-    assert "--seed is about drawing" in failing("eval", "ocr", "--images", tmp_path, "--seed", 1)
-    assert "--count takes the first of a prompt list" in failing("eval", "ocr", "--images", tmp_path, "--count", 1)
+    assert "give either MODEL, to draw images with it, or --images" in failing("eval", "geneval")
+    assert "--seed changes how images are drawn" in failing("eval", "ocr", "--images", tmp_path, "--seed", 1)
+    assert "--count takes the first prompts of a list" in failing("eval", "ocr", "--images", tmp_path, "--count", 1)
     eyes = ["eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:Eyes"]
-    assert "cannot be made with these options" in failing(*eyes, "--detector-option", "clip=none")
+    assert "does not take these options" in failing(*eyes, "--detector-option", "clip=none")
     assert "has no `names`" in failing("eval", "geneval", *tiny, *out, "--detector", f"{tmp_path}/eyes.py:nameless")
     assert "'/no/model' does not exist" in failing("eval", "panel", "/no/model", "--prompts", f"{tmp_path}/stars.jsonl",
                                                    "--reward", "colorfulness", *out)  # fmt: skip
     panel = ["eval", "panel", *tiny, "--reward", "colorfulness", "--reward"]
     assert "reward 'ocr' can judge none of the prompts" in failing(*panel, "ocr", *out)
-    assert "there is a reward 'colorfulness' already" in failing(*panel, "colorfulness", *out)
+    assert "there is already a reward 'colorfulness'" in failing(*panel, "colorfulness", *out)
     assert "--prompts is missing" in failing("eval", "ocr", tiny_model, *out)
-    assert "has no text in quotes to be read" in failing("eval", "ocr", *tiny, *out)
+    assert "has no text in quotes to read" in failing("eval", "ocr", *tiny, *out)
     (tmp_path / "russian.txt").write_text("a sign that says «\u0414\u0430»\n", "utf-8")
     russian = ["eval", "ocr", tiny_model, "--prompts", tmp_path / "russian.txt", "--mode", "lines", *out]
     assert "does not know \u0434 \u0430" in failing(*russian)
     assert "did you mean 'cyrillic'" in failing(*russian, "--recogniser", "cyrilic")
-    assert "is neither an empty folder nor one of an evaluation" in failing("eval", "geneval", *tiny, "--detector",
+    assert "is neither empty nor a folder of an evaluation" in failing("eval", "geneval", *tiny, "--detector",
                                                 f"{tmp_path}/eyes.py:Eyes", "--output", tmp_path)  # fmt: skip
     assert not (tmp_path / "out").exists()
     assert "must be written TASK=SHARE" in failing("data", "geneval", tmp_path / "new.jsonl", "--mix", "position")
@@ -465,7 +467,9 @@ def test_a_run_folder_stands_for_its_model_with_its_adapter(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("prompts", "mean", "alike"), [(3, 0.5, 0.3), (10, 0.9, 0.3), (60, 0.4, 0), (60, 0.95, 0.8)])
-def test_intervals_of_proportions_hold_the_truth_as_often_as_they_say(prompts: int, mean: float, alike: float) -> None:
+def test_intervals_of_proportions_contain_the_true_value_as_often_as_stated(
+    prompts: int, mean: float, alike: float
+) -> None:
     rng = np.random.default_rng(1)
     held = []
     for _ in range(400):
@@ -476,7 +480,7 @@ def test_intervals_of_proportions_hold_the_truth_as_often_as_they_say(prompts: i
     assert np.mean(held) >= 0.92
 
 
-def test_intervals_of_gains_in_proportions_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_of_gains_in_proportions_contain_the_true_value_as_often_as_stated() -> None:
     rng = np.random.default_rng(2)
     held = []
     for prompts in (5, 40) * 200:
@@ -486,7 +490,9 @@ def test_intervals_of_gains_in_proportions_hold_the_truth_as_often_as_they_say()
     assert np.mean(held) >= 0.92
 
 
-def test_intervals_of_soft_scores_hold_the_truth_about_as_often_as_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_intervals_of_soft_scores_contain_the_true_value_about_as_often_as_stated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("flowalign.evaluate.intervals.RESAMPLES", 999)
     rng = np.random.default_rng(1)
     for prompts in (4, 60):
@@ -497,7 +503,7 @@ def test_intervals_of_soft_scores_hold_the_truth_about_as_often_as_they_say(monk
         assert 180 <= held <= 198  # 190 expected
 
 
-def test_intervals_are_of_prompts_and_pairs() -> None:
+def test_intervals_are_over_prompts_and_pairs() -> None:
     assert mean_interval([[1.0]] * 2) == pytest.approx((2 / (2 + 1.96**2), 1), abs=1e-4)  # Wilson's
     assert mean_interval([[1.0]] * 9) == pytest.approx((9 / (9 + 1.96**2), 1), abs=1e-4)
     # Wilson 1927: 8 of 20
@@ -637,7 +643,7 @@ def test_a_panel_compares_a_model_with_its_base_over_the_same_noise(tiny, tiny_m
     assert found["interval"] == pytest.approx(mean_interval(differences_of)) and found["prompts"] == 2
 
 
-def test_a_panel_counts_alike_rows_as_one_prompt_and_left_out_pictures_not_at_all() -> None:
+def test_a_panel_counts_equal_rows_as_one_prompt_and_ignores_images_that_are_left_out() -> None:
     scores = {"base": np.array([[0.1, 0.3], [0.5, 0.9], [0.4, 0.2]]), "tuned": np.array([[0.2, 0.3], [0.6, 1], [1, 0]])}
     missing = np.array([[0, 1], [0, 0], [0, 0]]) == 1
     parts = [
@@ -688,12 +694,10 @@ def test_a_run_is_drawn_as_its_evaluation_draws_and_options_override(run_folder:
     )
     other = drawing_of(str(run_folder), device="cpu", steps=5, schedule="model", seed=0, size=32)
     assert other.sampler == Sampler(steps=5, guidance=1.5, schedule="model", solver="dpm++") and other.seed == 0
-    assert (
-        "32 x 32 pixels, seed 0 (the run's own settings but for the given steps, schedule, seed, size)" in other.words
-    )
+    assert "32 x 32 pixels, seed 0 (the run's own settings except the given steps, schedule, seed, size)" in other.words
 
 
-def test_a_run_without_evaluations_is_drawn_as_its_model_is(run_folder: Path) -> None:
+def test_a_run_without_evaluations_is_drawn_with_its_models_settings(run_folder: Path) -> None:
     recipe = json.loads((run_folder / "recipe.yaml").read_text())
     del recipe["evaluation"]
     (run_folder / "recipe.yaml").write_text(json.dumps(recipe))
@@ -701,12 +705,12 @@ def test_a_run_without_evaluations_is_drawn_as_its_model_is(run_folder: Path) ->
     assert own.sampler == Sampler(steps=50, guidance=4.5) and own.origin == "the model's family's settings"
 
 
-def test_a_model_is_drawn_as_its_family_is(tiny_model: Path, tiny_flux: Callable[[bool], Path]) -> None:
+def test_a_model_is_drawn_with_its_familys_settings(tiny_model: Path, tiny_flux: Callable[[bool], Path]) -> None:
     samplers = [drawing_of(str(path), device="cpu").sampler for path in ("toyworld", tiny_model, tiny_flux(True))]
     assert [(one.steps, one.guidance) for one in samplers] == [(12, 3.0), (50, 4.5), (28, 1.0)]
 
 
-def test_every_model_and_setting_has_a_folder_of_its_own_and_the_same_command_goes_on(
+def test_every_model_and_setting_has_its_own_folder_and_the_same_command_continues(
     tiny, run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -732,7 +736,7 @@ def test_every_model_and_setting_has_a_folder_of_its_own_and_the_same_command_go
     assert names == ["tiny-2steps-g4.5", "tiny-own-lora-2steps-g1.5", "tiny-own-lora-3steps-g1.5"]
 
 
-def test_pictures_of_somebodys_have_a_folder_of_their_own_and_changed_ones_are_judged_anew(
+def test_given_images_have_their_own_folder_and_changed_images_are_judged_again(
     shapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""GenEval's prompts: the bundled test list, and training lists made beside it."""
+"""GenEval's prompts: the bundled test list, and training lists without its prompts."""
 
 import json
 import re
@@ -83,7 +83,7 @@ def test_plurals_are_the_benchmarks(name, many):
 
 @settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(0, 2**32), mixes)
-def test_rows_say_what_their_clauses_ask_and_are_not_in_the_test_list(count, seed, mix):
+def test_prompts_match_their_clauses_and_are_not_in_the_test_list(count, seed, mix):
     several = {task: 1.0 for task in TASKS if task != "single_object"}  # of which five names have but five prompts
     test = [Row(i, row["prompt"], row) for i, row in enumerate(training_prompts(20, 1, mix=several, classes=NAMES))]
     rows = training_prompts(count, seed, test, mix, NAMES)
@@ -108,7 +108,7 @@ def test_the_default_mix_gives_the_published_lists_counts():
     assert task_counts(50_000, PUBLISHED_MIX) == {"single_object": 0, **published}
 
 
-def test_prompts_repeat_only_when_their_task_has_no_other():
+def test_a_prompt_is_repeated_only_when_its_task_has_used_all_others():
     rows = training_prompts(2 * 15 + 1, 0, mix=ONLY["counting"], classes=NAMES)
     assert sorted(Counter(row["prompt"] for row in rows).values()) == [2] * 14 + [3]
     everything = training_prompts(300, 0, load_prompts("geneval"))
@@ -134,13 +134,13 @@ CLAUSES = {"tag": "two_object", "include": [{"class": "bus", "count": 1}, {"coun
     [(Row(0, "A photo of  a cat and a bus"), 19), (Row(0, "one cat, one bus", CLAUSES), 18)],
     ids=["its text in another case", "its clauses in another order"],
 )
-def test_a_test_prompt_is_known_again(excluded, left):
+def test_a_test_prompt_is_recognised_in_another_form(excluded, left):
     prompts = {row["prompt"] for row in training_prompts(40, 0, [excluded], ONLY["two_object"], NAMES)}
     assert "a photo of a cat and a bus" not in prompts
     assert len(prompts) == left
 
 
-def test_the_other_side_of_a_position_may_still_be_trained_on():
+def test_a_position_with_swapped_objects_may_be_trained_on():
     rows = training_prompts(80, 0, mix=ONLY["position"], classes=NAMES)
     (left,) = (row for row in rows if row["prompt"] == "a photo of a cat left of a bus")
     kept = {row["prompt"] for row in training_prompts(80, 0, [Row(0, left["prompt"], left)], ONLY["position"], NAMES)}
@@ -168,8 +168,8 @@ def test_a_written_list_loads_and_is_disjoint_from_the_bundled_one(tmp_path):
         ({"mix": {"colors": float("nan")}}, "the weight of colors must be a number"),
         ({"mix": {"colors": 0}}, "at least one task needs a weight above 0"),
         ({"mix": {}}, "at least one task needs a weight above 0"),
-        ({"mix": {"single_object": 1}}, "single_object: no prompt is left after those that are excluded"),
-        ({"path": "train.txt"}, r"train\.txt: prompts with metadata are written to a \.jsonl file"),
+        ({"mix": {"single_object": 1}}, "single_object: all prompts of this task are excluded"),
+        ({"path": "train.txt"}, r"train\.txt: prompts with metadata need a \.jsonl file"),
         ({"path": "absent/train.jsonl"}, r"cannot write .*absent.train\.jsonl: No such file"),
         ({"exclude": "absent.jsonl"}, r"prompts 'absent\.jsonl' cannot be read"),
     ],

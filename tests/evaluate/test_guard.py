@@ -1,4 +1,4 @@
-"""The audit: what pictures look like in numbers, bands with a stated false-alarm rate, and a run that is watched."""
+"""The audit: image statistics, bands with a stated false-alarm rate, and a run with a guard."""
 
 import itertools
 import json
@@ -63,11 +63,11 @@ RED = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, SIDE, SIDE)
         ("repetition", WAVES, (1 + math.cos(math.pi / 4)) / 2),  # moved by an eighth of one side
     ],
 )
-def test_a_look_has_its_closed_form(look, media, value):
+def test_an_image_statistic_has_its_closed_form(look, media, value):
     assert LOOKS[look](media).item() == pytest.approx(value, abs=1e-5)
 
 
-def test_looks_of_a_picture_do_not_depend_on_the_batch_and_of_a_video_are_the_mean():
+def test_image_statistics_do_not_depend_on_the_batch_and_average_a_videos_frames():
     both = looks(torch.cat([TILED, HALVES]))
     for name, values in looks(HALVES).items():
         assert both[name][1] == values[0]
@@ -81,7 +81,7 @@ def test_diversity_is_the_mean_distance_of_the_pairs():
     assert group_diversity(corners[:1].repeat(4, 1)) == 0
 
 
-def test_corrected_score_is_gdros():
+def test_the_corrected_score_is_that_of_gdro():
     assert corrected_score(0.8714, 3.4) == pytest.approx(0.8714 * 0.4 + 0.2)
 
 
@@ -126,7 +126,7 @@ def test_a_fall_alarms_and_a_rise_of_a_held_out_reward_does_not():
     assert known.state(known.center) == "inside"
 
 
-def test_prompts_without_the_measure_are_left_out():
+def test_prompts_to_which_a_measure_does_not_apply_are_left_out():
     sets = base_sets(np.random.default_rng(3), 3, 20, 1)[0]
     holes = np.concatenate([sets, np.full((3, 5), np.nan)], axis=1)
     assert band(holes, "look", 0.01) == band(sets, "look", 0.01)
@@ -136,13 +136,13 @@ def quality(spread=1.0, center=0.0, low=-1.0):
     return Band("quality", center, spread, low, math.inf, 0.5, 0.5)
 
 
-def test_the_panel_is_the_mean_in_deviations_between_seeds():
+def test_the_panel_is_the_mean_in_units_of_the_spread_over_seeds():
     of = {"a": quality(0.5), "b": quality(0.1), "c": Band("look", 0, 1, -9, 9, 1)}
     values = {"a": np.array([1.0, 2.0, np.nan]), "b": np.array([0.3, np.nan, np.nan]), "c": np.array([7.0, 7.0, 7.0])}
     assert panel(values, of) == pytest.approx([(2 + 3) / 2, 4.0, math.nan], nan_ok=True)
 
 
-def test_a_look_outside_its_band_is_excused_while_the_held_out_rewards_have_risen():
+def test_an_image_statistic_outside_its_band_is_excused_while_held_out_rewards_have_risen():
     bands = {PANEL: quality(), "a": quality(), "c": Band("look", 0, 1, -4, 4, 1)}
     states = {
         risen: Audit({PANEL: risen, "a": 0.0, "c": 5.0}, bands, 0.0, 1.0).state("c") for risen in (-0.2, 0.4, 0.6)
@@ -163,7 +163,7 @@ def test_the_words_of_an_audit_agree_with_its_table():
 
     bands = {PANEL: quality(), "a": quality(), "c": look("c"), "d": look("d")}
     inside = Audit({PANEL: 0.0, "a": 0.0, "c": 0.0, "d": 0.0}, bands, 0.0, 1.0)
-    assert inside.verdict == "no alarm; all inside the base model's bands"
+    assert inside.verdict == "no alarm; all measures are inside the base model's bands"
     one = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, "d": 0.0}, bands, 0.0, 1.0)
     excuse = "excused because the held-out rewards rose"
     assert one.verdict == f"no alarm; 1 outside its band, {excuse}: c"
@@ -242,7 +242,7 @@ def test_the_kl_of_a_path_is_the_sum_of_its_steps():
     assert found.kl.shape == found.velocity_ratio.shape == (7,)
 
 
-def test_an_untrained_policy_is_at_no_distance_from_its_reference_and_from_its_like():
+def test_an_untrained_policy_has_no_distance_from_its_reference_and_from_an_equal_model():
     policy, rows = Offset(), [Row(0, "a"), Row(1, "b")]
     for reference in (None, Offset()):
         found = reference_divergence(policy, rows, Sampler(steps=3), policy.request, (1,), reference=reference)
@@ -293,10 +293,10 @@ def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
     assert kept["best_unhacked"]["audit"]["panel"] == unhacked["panel"]
     assert (folder / "best" / "pytorch_lora_weights.safetensors").is_file()
     page = write_report(folder).read_text()
-    assert "Reward hacking" in page and "Suspected of hacking" in page and "the first alarm" in page
+    assert "Reward hacking" in page and "Suspected reward hacking" in page and "the first alarm" in page
 
 
-def test_a_sustained_alarm_ends_the_run_where_asked(watched):
+def test_a_sustained_alarm_ends_the_run_if_the_guard_stops_it(watched):
     watched["guard"] |= {"stop": True, "patience": 2}
     watched["train"]["steps"] = 9
     folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
@@ -322,8 +322,8 @@ def test_a_resumed_run_audits_as_one_that_was_not_stopped(watched, tmp_path):
 def test_audit_of_a_run_repeats_its_last_evaluation(watched, tmp_path):
     folder = Trainer.from_recipe(recipe_from_dict(watched)).run()
     title, found = audit(str(folder))
-    how = "3 steps, guidance 1, model grid, euler, 64 x 64 pixels, seed 0"
-    assert title == f"{folder}, step_000004 against the model it began as, {how}"
+    how = "3 steps, guidance 1, model schedule, euler, 64 x 64 pixels, seed 0"
+    assert title == f"{folder}, step_000004 against the model it started from, {how}"
     last = audits(folder)[-1]
     assert found.alarms == last["alarms"]
     assert found.kl == pytest.approx(last["kl"], rel=1e-4)
@@ -339,7 +339,7 @@ def test_audit_of_a_model_against_itself_finds_nothing(watched, tiny_model, tmp_
     (tmp_path / "how.yaml").write_text(yaml.safe_dump(watched))
     _, found = audit(str(tiny_model), against=str(tiny_model), recipe=str(tmp_path / "how.yaml"))
     assert found.kl == 0 and found.alarms == []
-    with pytest.raises(UserError, match="name --against, its base model, and a --recipe"):
+    with pytest.raises(UserError, match="give --against, its base model, and --recipe"):
         audit(str(tiny_model))
 
 

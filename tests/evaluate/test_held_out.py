@@ -29,18 +29,18 @@ def test_prompts_are_compared_without_case_spaces_quotes_and_forms_of_unicode(ot
     plain = Row(0, 'a star that says "café"')
     assert normalised(other) == normalised(plain.prompt)
     assert shared_rows([Row(3, other), Row(4, "a ring")], [plain]) == [Row(3, other)]
-    with pytest.raises(UserError, match=r"prompt 4 .* is trained on, and an audit needs others"):
+    with pytest.raises(UserError, match=r"prompt 4 .* is trained on, but an audit needs held-out prompts"):
         refuse_shared_prompts([Row(3, other)], [plain])
 
 
-def test_words_count_what_is_trained_on() -> None:
+def test_words_count_the_prompts_that_are_trained_on() -> None:
     assert HeldOut(0, 5).words == "held-out prompts" and HeldOut(0, 5).word == "held-out"
     assert HeldOut(1, 1).words == "not held out: 1 of 1 prompt is trained on"
     assert HeldOut(3, 12).words == "not held out: 3 of 12 prompts are trained on"
     assert HeldOut(None, 5).words.startswith("it is not known") and HeldOut(None, 5).word == "evaluation"
 
 
-def test_a_training_list_that_is_gone_is_said_to_be_unknown(values, tmp_path: Path) -> None:
+def test_it_is_unknown_what_a_missing_training_list_held(values, tmp_path: Path) -> None:
     recipe = recipe_from_dict(values)
     assert held_out_from(recipe, [Row(0, "A photo of TWO  stars"), Row(1, "x")]) == HeldOut(1, 2)
     (tmp_path / "prompts.txt").unlink()
@@ -66,7 +66,7 @@ def test_a_run_counts_the_prompts_that_it_is_measured_and_trained_on(
 
 
 @pytest.mark.parametrize(("trained", "begins"), [(0, "Held-out ocr of t"), (2, "Evaluation ocr of t (not held out: 2")])
-def test_a_comparison_says_so_too(trained: int, begins: str) -> None:
+def test_a_comparison_says_whether_its_prompts_are_held_out(trained: int, begins: str) -> None:
     result = {
         "reward": "ocr",
         "seeds": [0],
@@ -80,7 +80,7 @@ def test_a_comparison_says_so_too(trained: int, begins: str) -> None:
     assert legend(result).startswith(begins)
 
 
-def test_an_evaluation_of_a_recipe_says_how_it_drew_and_two_right_prompts_are_not_certain(
+def test_an_evaluation_of_a_recipe_says_how_it_drew_and_gives_two_correct_prompts_a_wide_interval(
     values, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
@@ -91,6 +91,6 @@ def test_an_evaluation_of_a_recipe_says_how_it_drew_and_two_right_prompts_are_no
         main(["eval", "recipe", str(tmp_path / "recipe.yaml")])
     shown = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    assert "3 steps, guidance 1, model grid, euler, 64 x 64 pixels, seed 0" in shown
+    assert "3 steps, guidance 1, model schedule, euler, 64 x 64 pixels, seed 0" in shown
     assert "not held out: 2 of 2 prompts are trained on" in shown
     assert "0.3424 to 1.0000" in shown and "fewer than 20 prompts" in shown

@@ -1,4 +1,4 @@
-"""The report of a run: what it says about a gain, what it takes from the folder, and that it stands alone."""
+"""The report of a run: how it states a gain, what it reads from the run folder, and that it needs no other file."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def summary_of(rows, reward="ocr"):
 
 
 def add_evaluation(folder, step, scores, reward="ocr", prompts=PROMPTS, side=32):
-    """An evaluation and its pictures, as a run writes them."""
+    """An evaluation and its images, as a run writes them."""
     rows = rows_of(scores, reward, prompts)
     about = {"step": step, "minutes": 0.5 * step, "forwards": 100 * step, "guidance": 4.5, "sampler_steps": 10}
     samples = folder / "samples" / f"step_{step:06d}"
@@ -126,11 +126,11 @@ def test_paired_error_is_that_of_the_differences():
     assert change.standard_error == pytest.approx(math.sqrt(0.05 / 3 / 4))
     assert (change.before, change.after, change.count) == (pytest.approx(0.45), pytest.approx(0.7), 4)
     assert change.interval == pytest.approx((0.25 - 3.1824 * 0.06455, 0.25 + 3.1824 * 0.06455), abs=1e-4)
-    error = "paired standard error; 95 %: +0.045 to +0.455; 4 pictures, same noise, few: under 20 prompts"
+    error = "paired standard error; 95 %: +0.045 to +0.455; 4 images, same noise, few: under 20 prompts"
     assert change.words == f"better by 0.250 ± 0.065 ({error})"
 
 
-def test_pictures_of_one_prompt_count_as_one_in_the_error_of_a_gain():
+def test_the_images_of_one_prompt_count_as_one_in_the_error_of_a_gain():
     before = [{"prompt": f"{n % 4}", "scores": {"r": 0.0}} for n in range(40)]
     after = [{"prompt": f"{n % 4}", "scores": {"r": [0.1, 0.2, 0.4, 0.5][n % 4]}} for n in range(40)]
     change = paired_change(before, after, "r")
@@ -139,7 +139,7 @@ def test_pictures_of_one_prompt_count_as_one_in_the_error_of_a_gain():
 
 
 @pytest.mark.parametrize(("prompts", "verdict"), [(2, "same"), (6, "better")])
-def test_two_prompts_that_came_right_are_not_yet_a_gain(prompts, verdict):
+def test_two_prompts_that_became_correct_are_no_significant_gain(prompts, verdict):
     before, after = ([{"prompt": f"{n}", "scores": {"ok": value}} for n in range(prompts)] for value in (0.0, 1.0))
     change = paired_change(before, after, "ok")
     assert change.verdict == verdict and change.interval[0] < change.gain == 1 >= change.interval[1]
@@ -159,7 +159,7 @@ def test_hard_and_easy_prompts_do_not_widen_the_error(scores, spread):
     assert paired_change(*map(rows_of, shifted), "ocr").standard_error == pytest.approx(error, abs=1e-9)
 
 
-def test_overall_weighs_tasks_alike():
+def test_overall_weighs_all_tasks_equally():
     before, after = rows_of(BEFORE), rows_of(AFTER)
     colors = paired_change(before, after, "ocr", "colors")
     assert (colors.count, colors.gain) == (2, pytest.approx(0.25))
@@ -174,15 +174,15 @@ def test_overall_weighs_tasks_alike():
     [
         ((0.1, 0.4, 0.6, 0.2), "worse by 0.125 ± 0.025 (paired"),
         ((0.3, 0.4, 0.8, 0.3), "no significant change: +0.000 ± 0.058 (paired"),
-        (BEFORE, "changed by +0.000; too few prompts for an interval (4 pictures"),
-        ((0.5, None, None, None), "changed by +0.300; too few prompts for an interval (1 picture,"),
+        (BEFORE, "changed by +0.000; too few prompts for an interval (4 images"),
+        ((0.5, None, None, None), "changed by +0.300; too few prompts for an interval (1 image,"),
     ],
 )
-def test_words_say_what_the_error_allows(after, words):
+def test_words_claim_only_what_the_interval_allows(after, words):
     assert paired_change(rows_of(BEFORE), rows_of(after), "ocr").words.startswith(words)
 
 
-def test_report_is_one_file_that_needs_nothing_else(run):
+def test_report_is_one_file_that_needs_no_other(run):
     path = write_report(run)
     assert path == run / "report.html"
     assert not [other for other in run.iterdir() if "report" in other.name and other != path]
@@ -209,10 +209,10 @@ def test_time_is_split_into_phases_and_evaluation(run):
     text = Page(write_report(run)).text
     assert "rollout 0.2 3.00 25 %" in text  # 4 steps of 3 + 1 + 4 seconds, and 16 seconds
     assert "evaluate 0.3 4.00 33 %" in text
-    assert "0.8 minutes with evaluation, of which 2.0 count as training; 400 transformer forwards" in text
+    assert "0.8 minutes with evaluations; 2.0 of them count as training; 400 transformer forwards" in text
 
 
-def test_mixed_outcome_warns_of_cheating(run):
+def test_mixed_outcome_warns_of_reward_hacking(run):
     for step, other in ((0, (1.0, 2.0, 3.0, 4.0)), (4, (0.5, 1.4, 2.5, 3.5))):
         path = run / "evaluations" / f"step_{step:06d}.json"
         evaluation = json.loads(path.read_text())
@@ -243,7 +243,7 @@ def test_run_with_its_first_evaluation_only(tmp_path):
     (folder / "run.json").unlink()
     add_evaluation(folder, 0, BEFORE)
     page = Page(write_report(folder))
-    assert "only the evaluation of step 0 is there yet" in page.text
+    assert "there is only the evaluation of step 0 so far" in page.text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(PROMPTS)
 
 
@@ -252,8 +252,8 @@ def test_a_run_that_lost_its_first_evaluation_has_no_gain_to_show(run):
     (run / "evaluations" / "step_000000.json").unlink()
     add_evaluation(run, 5, [0.1] * 4)
     assert changes(run) is None
-    assert "unknown: the evaluation of step 0 is not there" in Page(write_report(run)).text
-    with pytest.raises(UserError, match="no evaluation of step 0, so that its gain is unknown"):
+    assert "unknown: the evaluation of step 0 is missing" in Page(write_report(run)).text
+    with pytest.raises(UserError, match="no evaluation of step 0, so its gain is unknown"):
         _outcome("made_up", 0, run, "ocr", None)
 
 
@@ -267,7 +267,7 @@ def test_run_without_evaluations_leaves_out_a_half_written_step(tmp_path):
     assert "there is no evaluation yet" in text
 
 
-def test_large_pictures_are_shrunk(tmp_path):
+def test_large_images_are_shrunk(tmp_path):
     folder = begin_run(tmp_path / "run")
     add_evaluation(folder, 0, BEFORE, side=768)
     images = [attributes for tag, attributes in Page(write_report(folder)).tags if tag == "img"]
@@ -279,7 +279,7 @@ def test_same_folder_gives_the_same_page(run):
 
 
 def test_mistakes_are_one_sentence(run, tmp_path):
-    with pytest.raises(UserError, match=r"is no run: it has no recipe\.yaml"):
+    with pytest.raises(UserError, match=r"is not a run folder: it has no recipe\.yaml"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="neither metrics nor evaluations"):
         write_report(begin_run(tmp_path / "bare"))
@@ -293,7 +293,7 @@ def test_mistakes_are_one_sentence(run, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_phone_shows_every_picture_and_never_scrolls_sideways(run, tmp_path):
+def test_a_phone_shows_every_image_and_never_scrolls_sideways(run, tmp_path):
     measure = """<body><script>addEventListener("load", () => { document.title = JSON.stringify({
         width: innerWidth, needed: document.documentElement.scrollWidth,
         broken: [...document.images].filter(image => !image.naturalWidth).length}) })</script>"""

@@ -1,4 +1,4 @@
-"""Comparing recipes: the table says what the runs' own files say, and nothing is trained that cannot be compared."""
+"""Comparing recipes: the table agrees with the runs' own files, and recipes that cannot be compared are refused."""
 
 import io
 import json
@@ -93,7 +93,7 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/**/*") if path.is_file()}
 
 
-def test_numbers_are_those_of_the_runs_own_evaluations(made: Path) -> None:
+def test_numbers_come_from_the_runs_own_evaluations(made: Path) -> None:
     result = comparison(made)
     assert {(run["recipe"], run["seed"]) for run in result["runs"]} == {
         (recipe, seed) for recipe in ("steady", "daring") for seed in (1, 2)
@@ -109,7 +109,7 @@ def test_numbers_are_those_of_the_runs_own_evaluations(made: Path) -> None:
             assert [point["rewards"][name] for point in run["curve"]] == [of["summary"][name]["mean"] for of in files]
 
 
-def test_a_recipe_is_the_mean_and_deviation_of_its_seeds_and_the_best_is_first(made: Path) -> None:
+def test_a_recipe_has_mean_and_deviation_over_seeds_and_the_best_is_first(made: Path) -> None:
     result = comparison(made)
     for of in result["recipes"]:
         runs = [run for run in result["runs"] if run["recipe"] == of["name"]]
@@ -131,7 +131,7 @@ def test_the_budget_ends_a_run_and_not_the_steps_of_its_recipe(made: Path) -> No
         assert max(before) < BUDGET <= last == run["minutes"]
 
 
-def test_all_runs_start_from_the_same_pictures(made: Path) -> None:
+def test_all_runs_start_from_the_same_images(made: Path) -> None:
     scores = [evaluations(run)[0]["rows"] for run in made.iterdir() if run.is_dir()]
     assert len(scores) == 4
     assert all(rows == scores[0] for rows in scores)
@@ -160,7 +160,7 @@ def table(lines: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_best_of_n_without_training_stands_beside_the_training(made: Path, place: Path) -> None:
+def test_best_of_n_without_training_is_compared_with_the_trained_recipes(made: Path, place: Path) -> None:
     result = comparison(made)
     points = result["best_of"]["points"]
     assert [(point["n"], point["forwards"]) for point in points] == [(1, 2), (2, 4), (3, 6)]
@@ -186,25 +186,25 @@ def test_best_of_n_without_training_stands_beside_the_training(made: Path, place
 def test_best_of_n_is_in_the_leaderboard_and_on_the_page(made: Path) -> None:
     result = comparison(made)
     lines = (made / "comparison.md").read_text().splitlines()
-    start = lines.index("What best-of-n gives without training:") + 2
+    start = lines.index("Best-of-n without training:") + 2
     columns, _, *rows = table(lines[start : lines.index("", start)])
-    assert columns == ["n", "forwards a picture", "contrast (chooses)", "brightness"]
+    assert columns == ["n", "forwards per image", "contrast (chooses)", "brightness"]
     of_all = result["best_of"]["points"][2]["rewards"]["contrast"]
     assert [row[:2] for row in rows] == [["1", "2"], ["2", "4"], ["3", "6"]]
     assert rows[2][2] == f"{of_all['mean']:.3f} ± {of_all['standard_error']:.3f}"
     page = Page(made / "comparison.html")
-    assert "What best-of-n gives without training" in page.text and rows[2][2] in page.text
+    assert "Best-of-n without training" in page.text and rows[2][2] in page.text
     panels = [attributes["aria-label"] for tag, attributes in page.tags if attributes.get("role") == "img"]
-    assert "contrast evaluation against transformer forwards a picture" in panels
+    assert "contrast evaluation against transformer forwards per image" in panels
 
 
-def test_the_least_n_that_reaches_a_value_is_its_price() -> None:
+def test_matching_n_is_the_least_n_that_reaches_a_value() -> None:
     points = [{"n": n, "rewards": {"ocr": {"mean": mean}}} for n, mean in ((1, 0.4), (2, 0.5), (3, 0.55))]
     yardstick = {"reward": "ocr", "points": points}
     assert [matching_n(yardstick, value) for value in (0.3, 0.4, 0.45, 0.55, 0.6)] == [1, 1, 2, 3, None]
 
 
-def test_pages_are_written_anew_from_disk_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pages_written_again_from_disk_are_the_same(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pages = [made / "comparison.html", made / "daring-seed2" / "report.html"]
     before = [page.read_text() for page in pages]
     for page in pages:
@@ -233,7 +233,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_alone(made: Path) -> None:
+def test_the_page_shows_images_side_by_side_and_curves_by_both_budgets_and_needs_no_other_file(made: Path) -> None:
     page = Page(made / "comparison.html")
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert [image["alt"].split(", ")[1] for image in images[:3]] == [
@@ -248,7 +248,7 @@ def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_
         for name, kind in (("brightness", "evaluation"), ("contrast", "evaluation"), ("brightness", "training"))
         for budget in ("training minutes", "transformer forwards")
     ]
-    assert sorted(panels) == sorted([*budgets, "contrast evaluation against transformer forwards a picture"])
+    assert sorted(panels) == sorted([*budgets, "contrast evaluation against transformer forwards per image"])
     links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
     assert len(links) == 4 and all((made / link).is_file() for link in links)
     assert not re.search(r"https?://|<script|<link|@import|url\((?!#)", (made / "comparison.html").read_text())
@@ -257,7 +257,7 @@ def test_the_page_shows_pictures_side_by_side_curves_by_both_budgets_and_stands_
 
 
 @pytest.mark.slow
-def test_resuming_keeps_what_is_finished_and_goes_on_with_the_rest(place: Path) -> None:
+def test_resuming_keeps_finished_runs_and_continues_the_others(place: Path) -> None:
     output = place / "parts"
     first = compare(sources(place), BUDGET, output, seeds=(1,))
     before = times(output)
@@ -280,7 +280,7 @@ def test_resuming_keeps_what_is_finished_and_goes_on_with_the_rest(place: Path) 
         assert [json.loads(line)["step"] for line in lines] == list(range(1, run["steps"] + 1))
 
 
-def test_the_progress_bar_ends_where_time_will() -> None:
+def test_the_progress_bar_ends_at_the_step_when_the_time_ends() -> None:
     recipe = load_recipe("sd35_medium_ocr", ["run.max_minutes=1"])
     display = Display(console=Console(file=io.StringIO(), force_terminal=True, width=120))
     display.begin(recipe, recipe.folder, {"trainable": 1, "all": 1}, 1)
@@ -303,13 +303,13 @@ def test_the_price_of_a_target_is_interpolated_where_it_is_first_reached() -> No
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 1), st.floats(0, 1))
-def test_a_higher_target_is_never_cheaper(values: list[float], one: float, other: float) -> None:
+def test_a_higher_target_never_costs_less(values: list[float], one: float, other: float) -> None:
     curve = [point(2.0 * step, 7 * step, value) for step, value in enumerate(values)]
     low, high = (price(curve, "ocr", target) for target in sorted((one, other)))
     assert high is None or (low is not None and low["forwards"] <= high["forwards"] <= 7 * len(values))
 
 
-def test_the_mean_of_curves_ends_with_the_shortest() -> None:
+def test_the_mean_of_curves_ends_where_the_shortest_ends() -> None:
     spent, mean = mean_curve([Curve(0, (0, 2, 4), (0.0, 1.0, 3.0)), Curve(0, (0, 3), (1.0, 4.0))])
     assert spent.tolist() == [0, 2, 3]
     assert mean.tolist() == pytest.approx([0.5, 2.0, 3.0])
@@ -318,18 +318,18 @@ def test_the_mean_of_curves_ends_with_the_shortest() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{steady}"], "needs two recipes or two --seeds"),
+        (["{steady}"], "needs at least two recipes or two --seeds"),
         (["{steady}", "{steady}"], "two of the recipes are named steady"),
         (["{steady}", "{daring}", "--seeds", "1,1"], "--seeds 1,1 names a seed twice"),
         (["{steady}", "{daring}", "--seeds", "1;2"], "must be whole numbers"),
-        (["{steady}", "{daring}", "--budget", "0"], "--budget 0 must be minutes above 0"),
-        (["{steady}", "{daring}", "--budget", "nan"], "--budget nan must be minutes above 0"),
+        (["{steady}", "{daring}", "--budget", "0"], "--budget 0 must be a number of minutes above 0"),
+        (["{steady}", "{daring}", "--budget", "nan"], "--budget nan must be a number of minutes above 0"),
         (["{steady}", "{daring}", "--reward", "contrst"], "did you mean 'contrast'"),
         (["{steady}", "{daring}", "--best-of", "-1"], "--best-of -1 must be at least 1, or 0 for none"),
-        (["{steady}", "{daring}", "--set", "run.seed=3"], "a comparison decides run.seed itself, by --seeds"),
+        (["{steady}", "{daring}", "--set", "run.seed=3"], "a comparison sets run.seed itself; use --seeds"),
         (["{steady}", "{daring}", "--set", "train.stps=3"], "did you mean 'steps'"),
         (["{steady}", "{daring}", "--set", "evaluation.prompts=null"], "steady has no evaluation.prompts"),
-        (["{steady}", "{daring}", "--output", "{taken}"], "is not an empty folder; go on with --resume"),
+        (["{steady}", "{daring}", "--output", "{taken}"], "is not an empty folder; continue with --resume"),
         (["{steady}", "{daring}", "--resume"], "holds none of these runs"),
         (
             [
@@ -390,7 +390,7 @@ def test_a_finished_run_of_another_recipe_or_a_larger_budget_is_refused(made: Pa
     again = {"seeds": (1, 2), "resume": True}
     with pytest.raises(UserError, match=r"differing: train\.group_size \(4 -> 2\)"):
         compare(sources(place), BUDGET, made, overrides=["train.group_size=2"], **again)
-    with pytest.raises(UserError, match=r"was given 0\.01 minutes; on --resume the --budget may only grow"):
+    with pytest.raises(UserError, match=r"had 0\.01 minutes; with --resume the --budget may only grow"):
         compare(sources(place), BUDGET / 2, made, **again)
     assert times(made) == before
 

@@ -1,4 +1,4 @@
-"""The over-optimisation bench: its gold judge of signs, its proxies, its runs and what it makes of them."""
+"""The over-optimisation bench: its gold judge of signs, its proxies, its runs and its results."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ def test_ticks_specks_and_a_second_ink_count() -> None:
     assert all(cleanliness(spoilt) < 0.97 for spoilt in (ticks, specks, coloured))
 
 
-def test_a_dark_ground_is_not_the_worlds() -> None:
+def test_a_dark_background_is_not_clean() -> None:
     assert all(cleanliness(picture // 2) == 0 for picture in signs(4)[1])
 
 
@@ -103,7 +103,7 @@ def test_the_legible_proxy_prefers_a_fat_dirty_sign_that_gold_refuses() -> None:
     assert (rewards.score(gold, media(fat), prompts) < rewards.score(gold, media(pictures), prompts)).all()
 
 
-def test_a_learned_judge_takes_over_what_its_labels_say(tmp_path: Path) -> None:
+def test_a_learned_judge_learns_its_labels(tmp_path: Path) -> None:
     images = media(signs(64)[1])
     images[::2] = images[::2].flip(-2)
     head = fit_learned(images, (torch.arange(64) % 2).float(), seed=0)
@@ -131,7 +131,7 @@ def test_too_few_prompts_for_a_learned_judge_are_one_sentence(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_the_script_trains_every_defence_and_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+def test_the_script_trains_every_defence_and_continues_where_it_was_stopped(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "scripts" / "overoptimization.py"
     sizes = ["--steps", "1", "--prompts", "32", "--evaluation-prompts", "4", "--proxies", "shapes"]
     command = [sys.executable, str(script), *sizes, "--output", str(tmp_path)]
@@ -178,7 +178,7 @@ def test_the_outcome_tells_how_much_gold_was_lost_after_its_best(tmp_path: Path)
     assert found["gold_lost"] == pytest.approx(-0.55) and found["distance"] == 4 and found["minutes"] == 2
 
 
-def test_seeds_are_averaged_where_all_have_a_step() -> None:
+def test_seeds_are_averaged_at_the_steps_that_all_have() -> None:
     first = [{"step": 0, "gold": 0.0}, {"step": 4, "gold": 1.0}, {"step": 8, "gold": 5.0}]
     assert mean_curve([first, [{"step": 0, "gold": 1.0}, {"step": 4, "gold": 2.0}]]) == [
         {"step": 0, "gold": 0.5},
@@ -193,7 +193,7 @@ def test_seeds_are_averaged_where_all_have_a_step() -> None:
         (lambda found: found["rows"][0]["scores"].pop("gold"), "has no reward 'gold'"),
     ],
 )
-def test_a_run_that_does_not_tell_enough_is_one_sentence(
+def test_a_run_without_the_needed_measurements_is_one_sentence(
     tmp_path: Path, spoil: Callable[[dict[str, Any]], object], message: str
 ) -> None:
     file = write_run(tmp_path / "run", HACKED) / "evaluations" / "step_000004.json"

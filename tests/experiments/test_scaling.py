@@ -1,4 +1,4 @@
-"""Best-of-N and pruning: closed forms against all subsets, counted cost against the formula, survivors unchanged."""
+"""Best-of-N and pruning: closed forms against all subsets, counted cost against the formula, unchanged survivors."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_best_of_one_is_the_mean_and_of_all_the_highest() -> None:
     assert expected_best_of(scores, scores, 1) == pytest.approx(scores.mean())
     assert expected_best_of(scores, other, 3) == 1.0
     assert best_of_weights(40, 20).sum() == pytest.approx(1)
-    with pytest.raises(ValueError, match="best of 4 cannot be known from 3"):
+    with pytest.raises(ValueError, match="best of 4 cannot be computed from 3"):
         expected_best_of(scores, scores, 4)
 
 
@@ -111,7 +111,9 @@ def test_the_best_of_each_prompt_is_chosen_and_the_first_of_equals(policy: Polic
 
 
 @pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.0), (8, 1e-5)])
-def test_a_survivor_is_the_picture_that_it_is_without_pruning(policy: Policy, batch: int, tolerance: float) -> None:
+def test_a_candidate_that_is_not_pruned_gives_the_same_image_as_without_pruning(
+    policy: Policy, batch: int, tolerance: float
+) -> None:
     sampler, judges = Sampler(steps=3), {"brightness": BRIGHTNESS, "contrast": CONTRAST}
     whole = rollout(policy, RolloutRequest(ROWS[:2], 4, sampler, REQUEST, KEY, batch=batch))
     schedule = (Prune(1, 0.8), Prune(2, 0.5))
@@ -123,7 +125,7 @@ def test_a_survivor_is_the_picture_that_it_is_without_pruning(policy: Policy, ba
     assert sorted(one.step for one in found.judged) == [1] * 2 + [2] * 2 + [3] * 4
 
 
-def test_pruning_goes_on_with_those_that_the_prediction_puts_first(policy: Policy) -> None:
+def test_pruning_continues_the_candidates_with_the_best_predictions(policy: Policy) -> None:
     sampler = Sampler(steps=3)
     found = best_of(
         policy, ROWS, {"brightness": BRIGHTNESS}, 4, sampler, REQUEST, KEY, batch=12, schedule=[Prune(1, 0.5)]
@@ -138,7 +140,7 @@ def test_pruning_goes_on_with_those_that_the_prediction_puts_first(policy: Polic
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("schedule", [(), (Prune(2, 0.5),), (Prune(1, 0.7), Prune(2, 0.5))])
-def test_counted_forwards_and_decodes_are_the_formulas(
+def test_counted_forwards_and_decodes_agree_with_the_formula(
     policy: Policy, guidance: float, schedule: tuple[Prune, ...]
 ) -> None:
     sampler = Sampler(steps=3, guidance=guidance)
@@ -148,7 +150,7 @@ def test_counted_forwards_and_decodes_are_the_formulas(
     assert (found.forwards, found.decodes) == (2 * spent.forwards, 2 * spent.decodes)
 
 
-def test_the_cost_is_the_papers_where_every_fraction_leaves_whole_candidates() -> None:
+def test_the_cost_is_that_of_the_paper_if_every_fraction_leaves_whole_candidates() -> None:
     schedule, steps, candidates = (Prune(5, 0.5), Prune(12, 0.25)), 20, 16
     judged, left, share, forwards = 0.0, 0, 1.0, 0.0
     for step, fraction in schedule:
@@ -159,7 +161,7 @@ def test_the_cost_is_the_papers_where_every_fraction_leaves_whole_candidates() -
     assert cost(6, [Prune(1, 0.34), Prune(2, 0.1)], 3) == (6 + 2 + 1, 6 + 2 + 1)  # the nearest, and one at least
 
 
-def test_from_one_draw_the_best_of_n_of_every_n_and_for_all_candidates_that_of_a_run(policy: Policy) -> None:
+def test_one_draw_gives_best_of_n_for_every_n_and_for_all_candidates_that_of_a_search(policy: Policy) -> None:
     settings = Evaluation(steps=2, batch=8)
     judges = {"brightness": BRIGHTNESS, "contrast": CONTRAST}
     points = evaluate_best_of(policy, ROWS, judges, "contrast", (1, 2, 4), settings, REQUEST)
@@ -204,24 +206,24 @@ class Learns(TrainableReward):
     ("candidates", "schedule", "changes", "message"),
     [
         (0, [], {}, "--best-of 0 must be at least 1"),
-        (4, [Prune(0, 0.5)], {}, "--prune 0:0.5: of 4 steps only 1 to 3"),
-        (4, [Prune(4, 0.5)], {}, "--prune 4:0.5: of 4 steps only 1 to 3"),
+        (4, [Prune(0, 0.5)], {}, "--prune 0:0.5: with 4 steps, pruning saves work only after step 1 to 3"),
+        (4, [Prune(4, 0.5)], {}, "--prune 4:0.5: with 4 steps, pruning saves work only after step 1 to 3"),
         (4, [Prune(2, 0.0)], {}, "--prune 2:0: the fraction must be above 0 and at most 1"),
         (4, [Prune(2, 1.5)], {}, "--prune 2:1.5: the fraction"),
         (4, [Prune(2, math.nan)], {}, "--prune 2:nan: the fraction"),
         (4, [Prune(2, 0.5), Prune(2, 0.5)], {}, "--prune steps must rise, but 2 follows 2"),
         (4, [Prune(1, 0.5)], {"solver": "dpm++"}, "--prune needs solver euler; dpm"),
-        (4, [Prune(1, 0.5)], {"kept": 3}, "--images 3: only 2 of a prompt's 4 candidates come to the end"),
+        (4, [Prune(1, 0.5)], {"kept": 3}, "--images 3: only 2 of a prompt's 4 candidates are drawn to the end"),
     ],
 )
-def test_a_search_that_cannot_be_is_one_sentence(candidates, schedule, changes, message) -> None:
+def test_an_impossible_search_is_one_sentence(candidates, schedule, changes, message) -> None:
     kept = changes.pop("kept", 1)
     with pytest.raises(UserError, match=message.replace("+", r"\+")) as error:
         check_search(candidates, schedule, Sampler(steps=4, **changes), kept)
     assert "\n" not in str(error.value)
 
 
-def test_a_schedule_is_read_and_a_word_is_one_sentence() -> None:
+def test_a_schedule_is_parsed_and_another_text_is_one_sentence() -> None:
     assert parse_schedule(["1:0.5", "3:.25"]) == (Prune(1, 0.5), Prune(3, 0.25))
     for text in ("half", "1:", "1.5:0.5"):
         with pytest.raises(UserError, match=f"--prune '{text}' must be written STEP:FRACTION"):
@@ -241,13 +243,13 @@ def test_a_reward_that_judges_no_prompt_cannot_choose(policy: Policy) -> None:
 
 
 def test_rewards_that_learn_or_compare_cannot_choose() -> None:
-    with pytest.raises(UserError, match="reward 'learns' learns in training and says nothing before it"):
+    with pytest.raises(UserError, match="reward 'learns' learns during training and cannot score before it"):
         check_judges({"learns": Learns()})
-    with pytest.raises(UserError, match="reward 'rank' compares a prompt's pictures; best-of-N needs one that judges"):
+    with pytest.raises(UserError, match="reward 'rank' compares a prompt's images; best-of-N needs one that scores"):
         check_judges({"rank": Rank()})
 
 
-def test_dropping_samples_whose_way_is_kept_is_refused(policy: Policy) -> None:
+def test_dropping_samples_whose_trajectory_is_kept_is_refused(policy: Policy) -> None:
     def drop(step: Step) -> None:
         step.going = [0]
 
@@ -297,17 +299,20 @@ def test_the_best_of_n_are_written_with_all_scores(
             level = -2 * float(np.asarray(image).mean()) / 255
         assert best["scores"]["level"] == pytest.approx(level, abs=4e-3)
     output = " ".join(capsys.readouterr().out.split())
-    assert "8 transformer forwards a prompt and 6 pictures judged" in output  # 4 + 2 x 2, 4 + 2
+    assert "8 transformer forwards and 6 scored images per prompt" in output  # 4 + 2 x 2, 4 + 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--best-of", "4"], "--best-of needs a --reward to choose by"),
-        (["--reward", "compressibility"], "--reward, --option and --prune belong to --best-of; give it a number"),
-        (["--prune", "1:0.5"], "--reward, --option and --prune belong to --best-of"),
+        (["--reward", "compressibility"], "--reward, --option and --prune need --best-of; give it the number"),
+        (["--prune", "1:0.5"], "--reward, --option and --prune need --best-of"),
         (["--best-of", "0", "--reward", "compressibility"], "--best-of 0 must be at least 1"),
-        (["--best-of", "2", "--reward", "compressibility", "--prune", "3:0.5"], "of 3 steps only 1 to 2"),
+        (
+            ["--best-of", "2", "--reward", "compressibility", "--prune", "3:0.5"],
+            "with 3 steps, pruning saves work only after step 1 to 2",
+        ),
         (["--best-of", "2", "--reward", "ocr"], "'a red star') cannot be judged by ocr"),
         (["--best-of", "2", "--reward", "orc"], "did you mean 'ocr'"),
         (["--best-of", "2", "--reward", "compressibility", "--images", "3"], "--images 3: only 2"),

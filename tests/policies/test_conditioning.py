@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from flowalign.policies.base import Condition, Conditioning, Grid, TextPolicy
+from flowalign.policies.base import Condition, Conditioning, Schedule, TextPolicy
 from flowalign.policies.conditioning import Rows
 from flowalign.policies.request import MediaRequest, Row
 from flowalign.sampling import guided
@@ -36,7 +36,7 @@ class Tokens(TextPolicy):
     def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
         return (3, 4)
 
-    def sigmas(self, steps: int, grid: Grid = "model") -> torch.Tensor:
+    def sigmas(self, steps: int, schedule: Schedule = "model") -> torch.Tensor:
         raise NotImplementedError
 
     def export(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `flowalign doctor` says."""
+"""The rows of `flowalign doctor`."""
 
 import importlib.metadata
 import sys
@@ -32,7 +32,7 @@ def test_every_extra_that_can_be_installed_has_a_row(here):
     assert {f"extra {name}" for name in extras if name != "test"} == {part for part in here if part.startswith("extra")}
 
 
-def test_what_the_tests_need_works_here(here):
+def test_the_parts_that_the_tests_need_work_here(here):
     for part in ("packages", "CPU", "attention native", "OCR", "bundled prompts"):
         assert here[part][0], here[part]
 
@@ -57,7 +57,7 @@ def test_a_product_that_fails_in_bf16_says_why(monkeypatch):
 
     monkeypatch.setattr(doctor, "_seconds", seconds)
     row = doctor._bf16(torch.device("cpu"))
-    assert row == ("bf16", False, "a product fails (no such kernel); model.dtype=fp32 works")
+    assert row == ("bf16", False, "a matrix product fails (no such kernel); use model.dtype=fp32")
 
 
 def test_a_missing_extra_names_the_command_that_adds_it(monkeypatch):
@@ -72,7 +72,7 @@ def test_a_missing_extra_names_the_command_that_adds_it(monkeypatch):
         assert f"pip install 'flowalign[{name}]'" in detail
 
 
-def test_what_is_missing_or_forbidden_is_named(monkeypatch, tmp_path):
+def test_a_missing_or_forbidden_part_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(assets, "_PLACES", (tmp_path,))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.delitem(sys.modules, "rewards.detectors.ocr_engine", raising=False)

@@ -1,4 +1,4 @@
-"""`flowalign model check`: right adapters pass, and each kind of wrong one fails the line that names its mistake."""
+"""`flowalign model check`: correct adapters pass, and each kind of mistake fails the line that names it."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def failed_lines(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("kind", ["sd35", "flux"])
-def test_a_right_adapter_passes_every_line(tiny_sd35: Path, tiny_flux: Flux, kind: str) -> None:
+def test_a_correct_adapter_passes_every_line(tiny_sd35: Path, tiny_flux: Flux, kind: str) -> None:
     folder = tiny_sd35 if kind == "sd35" else tiny_flux(True)
     model = Model(path=str(folder), height=16, width=24, max_sequence_length=12)
     findings = check_model(model, "cpu", steps=2)
@@ -35,7 +35,7 @@ def test_a_right_adapter_passes_every_line(tiny_sd35: Path, tiny_flux: Flux, kin
     gradients = {f.check: f.detail for f in findings if f.check.startswith("a gradient reaches")}
     if kind == "sd35":
         # The text stream ends before the last block's end, so that its text queries change nothing.
-        assert gradients["a gradient reaches attention"] == ("22 of 23 modules; on 1 more the velocity does not depend")
+        assert gradients["a gradient reaches attention"] == "22 of 23 modules; the velocity does not depend on 1 more"
         assert gradients["a gradient reaches image_attention"] == "8 of 8 modules"
     else:
         assert gradients["a gradient reaches attention"] == "22 of 22 modules"
@@ -118,7 +118,7 @@ WITHOUT: dict[str, set[str]] = {
 
 
 @pytest.mark.parametrize("method", WITHOUT)
-def test_what_an_adapter_raises_fails_the_lines_that_need_it_and_the_others_go_on(
+def test_an_adapters_error_fails_the_lines_that_need_its_result_and_no_others(
     tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -150,7 +150,7 @@ def test_an_adapter_that_cannot_be_made_or_names_no_module_is_a_failed_line(
         assert out.count("FAIL") == 1 and detail in " ".join(out.split())
 
 
-def test_the_command_prints_the_table_and_ends_with_1_where_a_line_fails(
+def test_the_command_prints_the_table_and_ends_with_1_if_a_line_fails(
     tiny_flux: Flux, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(console, "width", 200)

@@ -1,7 +1,7 @@
-"""A plan's numbers are those of the model and the run that it is for, and what cannot work is refused with what can.
+"""A plan's numbers agree with the model and with real runs; an impossible recipe is refused with settings that work.
 
-Activations are estimated on the meta device and held to what PyTorch's profiler measures on a processor in float32. On
-a GPU, where autocast and flash attention are imitated, the estimate has not been measured.
+Activations are estimated on the meta device and compared with what PyTorch's profiler measures on a CPU in float32.
+The estimates for a GPU, where autocast and flash attention are imitated, have not been measured.
 """
 
 import json
@@ -28,7 +28,7 @@ from flowalign.trainer import train
 from flowalign.training.display import Display
 
 
-def test_the_embedded_model_s_parameters_are_exact() -> None:
+def test_the_parameters_of_the_embedded_model_are_exact() -> None:
     model = Model(path="toyworld")
     counted, policy = parameters(meta_policy(model)), load_policy(model)
     parts = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, torch.nn.Module)}
@@ -149,7 +149,7 @@ def test_checkpointing_needs_less_memory_and_one_more_forward(tiny_model: Path) 
     assert decode_pass(policy, 2).flops == 2 * decode_pass(policy, 1).flops
 
 
-def test_beyond_a_slice_decoding_needs_memory_for_its_pictures_only(tiny_model: Path) -> None:
+def test_beyond_a_slice_decoding_needs_memory_for_its_images_only(tiny_model: Path) -> None:
     policy = meta_policy(Model(path=str(tiny_model), height=64, width=64, max_sequence_length=0))
     at_once = 8 * 512**2 // 64**2
     half, whole, double = (decode_pass(policy, number).peak for number in (at_once // 2, at_once, 2 * at_once))
@@ -214,7 +214,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_gpus(roomy: Callable[
     assert shared["gradients"] == named["gradients"] == shared["gradients sent"] / 2
 
 
-def test_shared_out_weights_are_held_in_parts_and_put_together_block_by_block(
+def test_sharded_weights_are_held_in_parts_and_gathered_block_by_block(
     roomy: Callable[..., Recipe], costs: Costs
 ) -> None:
     recipe = roomy()
@@ -232,7 +232,7 @@ def test_shared_out_weights_are_held_in_parts_and_put_together_block_by_block(
         plan(recipe.model_copy(update={"model": recipe.model.model_copy(update={"lora": None})}), 4, GIB, costs=shares)
 
 
-def test_kept_conditions_and_the_8_bit_optimizer_need_less(roomy: Callable[..., Recipe], costs: Costs) -> None:
+def test_cached_conditions_and_the_8_bit_optimizer_need_less_memory(roomy: Callable[..., Recipe], costs: Costs) -> None:
     before = {part.name: part.bytes for part in held(roomy(), costs, 1)}
     small = roomy(model={"cache_conditions": "cache"}, train={"optimizer": "adamw8bit"})
     after = {part.name: part.bytes for part in held(small, costs, 1)}
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(roomy: Callable[...,
     base = sum(part.bytes for part in held(recipe, costs, 1))
     needed = phases(recipe, costs, 1, step_forwards(recipe)[-1])["train"]
     vram = base + 0.4 * (needed - base)
-    told = r"the train phase needs .* GiB a GPU; what fits: train\.micro_batch=(\d+)$"
+    told = r"the train phase needs .* GiB, but a GPU has .* GiB; what fits: train\.micro_batch=(\d+)$"
     with pytest.raises(UserError, match=told) as caught:
         plan(recipe, 1, vram, costs=costs)
     fits = int(str(caught.value).rpartition("=")[2])
@@ -259,7 +259,7 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(roomy: Callable[...,
         plan(recipe, 1, RUNTIME, costs=costs)
 
 
-def test_processes_that_do_not_divide_the_prompts_are_refused_with_the_nearest_that_do(
+def test_a_number_of_processes_that_does_not_divide_the_prompts_is_refused_with_the_nearest_that_does(
     roomy: Callable[..., Recipe],
 ) -> None:
     with pytest.raises(UserError, match=r"\(8\) must be a multiple of the 3 processes: use --gpus 2, or .*=9"):
@@ -279,7 +279,7 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
         "peak of the train phase",
         "blocks put together",
         "micro-batches per update",
-        "at 100 TFLOP/s a GPU",
+        "at 100 TFLOP/s per GPU",
         "rewards",
     ):
         assert text in shown
@@ -291,7 +291,7 @@ def test_the_command_prints_a_plan_and_refuses_in_one_sentence(
     with pytest.raises(SystemExit) as ended:
         main(["plan", str(file), "--sharded"])
     assert ended.value.code == 2
-    assert "--sharded shares weights out among several GPUs; give --gpus 2" in capsys.readouterr().err
+    assert "--sharded shards the weights over several GPUs; give --gpus 2" in capsys.readouterr().err
 
 
 if __name__ == "__main__":

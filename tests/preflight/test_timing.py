@@ -1,4 +1,4 @@
-"""What a step takes: its floor, its trace."""
+"""The time of a step: its floor and its trace."""
 
 import gzip
 import json
@@ -66,7 +66,7 @@ def test_passes_without_adapters_are_played_without_them(values: dict[str, Any])
     assert set(seen) == {True, False}
 
 
-def test_nothing_of_the_recording_stays(values: dict[str, Any]) -> None:
+def test_a_recording_leaves_no_hooks_behind(values: dict[str, Any]) -> None:
     trainer = trainer_of(values)
     trainer.tested = True
     with pytest.raises(RuntimeError, match="in the step"), recorded(trainer):
@@ -110,14 +110,14 @@ def test_a_trace_of_the_second_step_is_written(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_of_a_single_step_that_one_is_traced(values: dict[str, Any], tmp_path: Path) -> None:
+def test_the_only_step_of_a_run_is_traced(values: dict[str, Any], tmp_path: Path) -> None:
     values["train"]["steps"] = 1
     folder = Trainer.from_recipe(recipe_from_dict(values), display=Display(quiet=True), profile=True).run() / "profile"
     assert (folder / "step_000001.json.gz").is_file()
 
 
 @pytest.mark.slow
-def test_the_script_for_a_gpu_runs_whole_with_a_tiny_model() -> None:
+def test_the_gpu_script_runs_to_its_end_with_a_tiny_model() -> None:
     script = Path(__file__).parents[2] / "scripts" / "bench_gpu.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ["--check", "--repeats", "1", "--no-compiled", "--backends", "native,xformers,_native_math"]

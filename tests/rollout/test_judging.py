@@ -313,7 +313,7 @@ def test_a_run_is_evaluated_with_the_learnt_state_of_its_rewards(values: dict[st
     run, _ = RunFolder.open(Path(values["run"]["folder"]))
     _, summary = evaluate_recipe(recipe_from_dict(recipe), run, "cpu")
     assert summary["moving"]["mean"] == pytest.approx(2.0, abs=0.01)  # as after both steps
-    with pytest.raises(UserError, match="'moving' learns in training and says nothing before it"):
+    with pytest.raises(UserError, match="'moving' learns during training and cannot score before it"):
         evaluate_recipe(recipe_from_dict(recipe), None, "cpu")
 
 
@@ -336,11 +336,11 @@ def test_a_learning_reward_without_a_run_is_refused(values: dict[str, Any], tmp_
     (tmp_path / "learner.py").write_text(LEARNER)
     spec, dataset = f"{tmp_path / 'learner.py'}:Learner", str(tmp_path / "store")
     offline = {**values, "algorithm": "gdro", "rewards": {"learner": {"load": spec}}, "dataset": dataset}
-    with pytest.raises(UserError, match=r"'learner' learns in training .* a dataset has fixed scores"):
+    with pytest.raises(UserError, match=r"'learner' learns during training .* a dataset has fixed scores"):
         Scorer(recipe_from_dict(offline), None, "cpu")
-    with pytest.raises(UserError, match=r"'learner' learns in training .* collect with other rewards"):
+    with pytest.raises(UserError, match=r"'learner' learns during training .* collect with other rewards"):
         collect_recipe(recipe_from_dict(offline), "cpu")
-    with pytest.raises(UserError, match=r"'learner' learns in training .* name it in a recipe"):
+    with pytest.raises(UserError, match=r"'learner' learns during training .* name it in a recipe"):
         score_images(spec, [], [], [])
 
 

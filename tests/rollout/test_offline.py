@@ -402,14 +402,14 @@ def test_the_command_line_collects_and_scores(
     assert contents(tmp_path / "store") == contents(whole)
     command("score", f"{tmp_path / 'judge.py'}:darkness", "--dataset", str(tmp_path / "store"), "--name", "dark")
     output = " ".join(capsys.readouterr().out.split())
-    assert "of 16 pictures, now in" in output
+    assert "of 16 images; the scores are in" in output
     assert set(GroupDataset.open(tmp_path / "store").rewards) == {"brightness", "dark"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["collect", "recipe.yaml", "dataset=null"], "the recipe names no dataset; give dataset=FOLDER"),
+        (["collect", "recipe.yaml", "dataset=null"], "the recipe names no dataset of groups; give dataset=FOLDER"),
         (["collect", "recipe.yaml", "algorithm=flow_grpo"], "flow_grpo learns from its own rollouts"),
         (["collect", "recipe.yaml", "rewards={ocr: 1}"], "cannot be judged by ocr"),
         (["collect", "recipe.yaml", "model.path=/no/model"], "'/no/model' does not exist"),
@@ -419,7 +419,7 @@ def test_the_command_line_collects_and_scores(
         (["score", "judge.py:brightness", "--dataset", "store"], "has a reward 'brightness' already"),
         (["score", "judge.py:darkness", "--dataset", "."], ". is not a dataset of groups"),
         (["score", "judge.py:darkness", "--dataset", "store", "--images", "."], "leave --images, --prompts"),
-        (["score", "judge.py:darkness", "--name", "dark"], "give --images, or --dataset"),
+        (["score", "judge.py:darkness", "--name", "dark"], "give --images or --dataset"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence_and_loses_nothing(

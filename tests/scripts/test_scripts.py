@@ -1,4 +1,4 @@
-"""A policy, rewards and a recipe that a script gives to its Trainers: every run is as if it were the first."""
+"""A policy, rewards and a recipe that a script gives to several Trainers: every run equals a first run."""
 
 import json
 from collections.abc import Callable
@@ -82,7 +82,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("changes", ALGORITHMS.values(), ids=ALGORITHMS)
-def test_two_runs_of_a_policy_are_those_of_two_fresh_ones(
+def test_two_runs_of_one_policy_equal_runs_of_two_fresh_policies(
     values: dict[str, Any], recipe: Callable[..., Recipe], changes: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     merged = {key: {**values[key], **change} if key != "algorithm" else change for key, change in changes.items()}
@@ -97,7 +97,7 @@ def test_two_runs_of_a_policy_are_those_of_two_fresh_ones(
     assert "this run begins with the weights from before that run" in capsys.readouterr().out
 
 
-def test_weights_that_a_script_loads_are_where_its_policy_begins(recipe: Callable[..., Recipe]) -> None:
+def test_a_policy_starts_from_the_weights_that_a_script_loads(recipe: Callable[..., Recipe]) -> None:
     policy = fresh(recipe("first"))
     tuned = {name: weight + 0.01 for name, weight in policy.trainable_state().items()}
     policy.load_trainable_state(tuned)
@@ -110,7 +110,7 @@ def test_weights_that_a_script_loads_are_where_its_policy_begins(recipe: Callabl
     assert all(torch.equal(trained[name], weight) for name, weight in policy.trainable_state().items())
 
 
-def test_a_recipe_and_rewards_that_learn_are_as_new_in_every_run(recipe: Callable[..., Recipe]) -> None:
+def test_a_recipe_and_rewards_that_learn_start_anew_in_every_run(recipe: Callable[..., Recipe]) -> None:
     marble = {"algorithm": {"name": "marble", "every": 3}, "rewards": {"moving": 1.0, "brightness": 1.0}}
     first = recipe("first", **marble)
     second = first.model_copy(update={"run": recipe("second").run})
@@ -120,7 +120,7 @@ def test_a_recipe_and_rewards_that_learn_are_as_new_in_every_run(recipe: Callabl
     assert run(second, rewards=rewards) == wanted
 
 
-def test_a_trainer_whose_policy_another_has_taken_does_not_run_and_a_recipe_may_serve_several(
+def test_a_trainer_whose_policy_went_to_another_does_not_run_and_a_recipe_may_serve_several(
     recipe: Callable[..., Recipe],
 ) -> None:
     policy = fresh(recipe("first"))
@@ -138,13 +138,19 @@ def test_a_trainer_whose_policy_another_has_taken_does_not_run_and_a_recipe_may_
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["brightnes", "redness"], "given as 'brightnes', which recipe tiny has not; did you mean 'brightness'"),
+        (
+            ["brightnes", "redness"],
+            "given as 'brightnes', but recipe tiny has no reward of this name; did you mean 'brightness'",
+        ),
         (["brightness"], r"trains on 'redness', which is not among the rewards given \(brightness\)"),
         ([], r"trains on 'brightness', which is not among the rewards given \(none\)"),
-        (["brightness", "redness", "Looks"], "given as 'Looks', which recipe tiny has not; did you mean 'looks'"),
+        (
+            ["brightness", "redness", "Looks"],
+            "given as 'Looks', but recipe tiny has no reward of this name; did you mean 'looks'",
+        ),
     ],
 )
-def test_rewards_must_bear_the_recipe_s_names(
+def test_rewards_must_have_the_recipes_names(
     recipe: Callable[..., Recipe], given: list[str], sentence: str, tmp_path: Path
 ) -> None:
     named = recipe("run", rewards={"brightness": 1.0, "redness": 0.5}, guard={"rewards": {"looks": 1.0}})
@@ -153,7 +159,7 @@ def test_rewards_must_bear_the_recipe_s_names(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_script_gives_what_is_measured_too_and_the_recipe_its_weights(
+def test_a_script_gives_measured_rewards_too_and_the_recipe_gives_the_weights(
     values: dict[str, Any], recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     (tmp_path / "test.txt").write_text("a photo of nine stars\na photo of ten stars\n")

@@ -1,1 +1,1 @@
-"""Whether a reward was cheated: held-out rewards, image statistics and distances, within the base model's bands."""
+"""Audits: whether held-out rewards, image statistics and distances stay in the base model's bands or show hacking."""

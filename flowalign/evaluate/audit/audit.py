@@ -1,9 +1,9 @@
-"""The audit of an evaluation: does a reward rise because the pictures became better, or at their expense?
+"""The audit of an evaluation: does a reward rise because the images became better, or at their expense?
 
-Held-out rewards, which nobody trains on, must not fall below the base model nor from their own best, neither one by one
-nor taken together as the panel: their mean, each in units of its spread over seeds. What the pictures look like, how
-they differ within a prompt and how strongly the model moves must stay what the base model could have made, unless the
-panel has risen: better pictures look different too. See `bands` for the bounds.
+Held-out rewards are not trained on. They must fall neither below the base model nor below their own best of the run.
+This holds for each of them and for the panel, the mean of all held-out rewards, each in units of its spread over seeds.
+Image statistics, the diversity within a prompt and the size of the velocities must stay where the base model could be,
+unless the panel has risen: better images differ from the base model's too. See `bands` for the bounds.
 """
 
 import math
@@ -24,29 +24,29 @@ from flowalign.evaluate.evaluation import Evaluated, Seen
 from rewards.backbones.features import unit_features
 
 CORRECTED, PANEL, DIVERSITY, VELOCITY = "corrected", "panel", "diversity", "velocity_ratio"
-_SIDE = 16  # pixels that pictures are shrunk to where no model compares them
+_SIDE = 16  # pixels; the side of the shrunk images that are compared if no feature model is set
 
 T = TypeVar("T")
 Values = Mapping[str, np.ndarray]
 
 
 class Measured(NamedTuple):
-    """One evaluation as the audit sees it."""
+    """The measures of one evaluation."""
 
-    values: dict[str, np.ndarray]  # (n,) of each measure, nan where a prompt lacks it
-    proxy: np.ndarray  # (N,), the weighted mean of the training rewards of each picture
+    values: dict[str, np.ndarray]  # (n,) of each measure, nan for a prompt to which it does not apply
+    proxy: np.ndarray  # (N,), the weighted mean of the training rewards of each image
 
 
 @dataclass
 class Audit:
-    """What an evaluation says of the model against the bands of the base model."""
+    """An evaluation's measures compared with the bands of the base model."""
 
     values: dict[str, float]
     bands: dict[str, Band]
     proxy: float
-    """Mean of the training rewards, as they are weighted, without shaping."""
+    """The weighted mean of the training rewards, without shaping."""
     kl: float
-    """To the base model, in nats a picture; see `divergence`."""
+    """KL to the base model in nats per image; see `divergence`."""
     peaks: Mapping[str, float] = field(default_factory=dict)
     """The highest value of each held-out reward in earlier evaluations of the run."""
     alarms: list[str] = field(init=False)
@@ -56,11 +56,14 @@ class Audit:
 
     @property
     def panel(self) -> float | None:
-        """How far the held-out rewards have risen, in units of their spread over seeds; None where there are none."""
+        """How far the held-out rewards have risen, in units of their spread over seeds; None if there are none."""
         return self.values[PANEL] - self.bands[PANEL].center if PANEL in self.bands else None
 
     def state(self, name: str) -> str:
-        """Of a measure: inside, drift, alarm, or excused, where a look is outside its band but the panel has risen."""
+        """The state of a measure: inside, drift, alarm, or excused.
+
+        A measure of the kind "look" is excused if it is outside its band but the panel has risen.
+        """
         band = self.bands[name]
         found = "alarm" if self._fallen(name) else band.state(self.values[name])
         risen = self.panel is not None and self.panel > self.bands[PANEL].drift
@@ -82,10 +85,10 @@ class Audit:
 
     @property
     def remark(self) -> str:
-        """What is to be said beside the alarms, in words that agree with the table; may be nothing where it alarms."""
+        """A sentence on all that does not alarm, in the words of the table; may be empty if something alarms."""
         excused, calm = self.where("excused"), "" if self.alarms else "no alarm; "
         if not excused:
-            return calm and f"{calm}all inside the base model's bands"
+            return calm and f"{calm}all measures are inside the base model's bands"
         theirs = "its band" if len(excused) == 1 else "their bands"
         why = "excused because the held-out rewards rose"
         return f"{calm}{len(excused)} outside {theirs}, {why}: {', '.join(excused)}"
@@ -96,7 +99,7 @@ class Audit:
         return "; ".join([*self.alarms, *([self.remark] if self.remark else [])])
 
     def contents(self) -> dict[str, Any]:
-        """For JSON."""
+        """The audit as JSON values."""
         measures = {}
         for name, band in self.bands.items():
             bounds = {key: value for key, value in asdict(band).items() if value != math.inf}
@@ -107,12 +110,12 @@ class Audit:
 
 
 class Auditor:
-    """What a guard's settings ask to be looked at; makes the parts of an audit."""
+    """Computes the measures that a guard's settings ask for, and the bands and audits from them."""
 
     def __init__(
         self, settings: Guard, weights: Mapping[str, float], images_per_prompt: int, device: torch.device | str
     ):
-        """weights: of the training rewards, by the names under which the evaluation measures them."""
+        """weights: of the training rewards, by their names in evaluations."""
         self.settings = settings
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.kinds: dict[str, Kind] = dict.fromkeys(settings.rewards or {}, "quality")
@@ -132,7 +135,7 @@ class Auditor:
             )
 
     def observe(self, media: torch.Tensor) -> list[Seen]:
-        """Looks and features of each of media (B, 3, H, W); of a video's frames, the mean."""
+        """Image statistics and features of each of B images (B, 3, H, W) or videos, whose frames are averaged."""
         seen = looks(media)
         features = torch.empty(len(media), 0)
         if self.compares:
@@ -144,7 +147,10 @@ class Auditor:
         ]
 
     def measured(self, evaluated: Evaluated) -> Measured:
-        """The values of each measure over `count` of the prompts, but for the panel and the velocity ratio."""
+        """The values of each measure on `guard.count` prompts, except the panel and the velocity ratio.
+
+        Raises UserError for a measure that applies to none of these prompts.
+        """
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(evaluated.rows):
             groups.setdefault(row.index, []).append(place)
@@ -164,11 +170,11 @@ class Auditor:
         values = {name: np.array(column) for name, column in columns.items()}
         for name, found in values.items():
             if np.isnan(found).all():
-                raise UserError(f"guard: {name} applies to none of the {len(chosen)} prompts that are audited")
+                raise UserError(f"guard: {name} applies to none of the {len(chosen)} audited prompts")
         return Measured(values, np.array([self._proxy(one) for one in evaluated.scores]))
 
     def _with_corrected(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """The scores of a picture, with GDRO's corrected score where it has both parts."""
+        """The scores of an image, with GDRO's corrected score if both of its parts are known."""
         asked = self.settings.corrected
         if asked is None or asked.reward not in scores or asked.quality not in scores:
             return dict(scores)
@@ -181,9 +187,9 @@ class Auditor:
         return sum(weight * scores[name] for name, weight in known.items()) / total if total else math.nan
 
     def bands(self, sets: Sequence[Values], divergences: Sequence[Divergence]) -> dict[str, Band]:
-        """The bands of the base model, from evaluations and paths of it with several seeds."""
+        """The bands of the base model, from its evaluations and its paths with several seeds."""
         norms = np.stack([found.norm.numpy() for found in divergences])
-        ratios = norms / norms.mean(0)  # of one seed's velocities to the mean of all
+        ratios = norms / norms.mean(0)  # the velocities of one seed relative to the mean over all seeds
         everything = [{**values, VELOCITY: ratio} for values, ratio in zip(sets, ratios, strict=True)]
         kinds = {name: kind for name, kind in self.kinds.items() if name != PANEL}
         rate = self.settings.false_alarm / len(self.kinds)
@@ -196,7 +202,7 @@ class Auditor:
     def audit(
         self, measured: Measured, divergence: Divergence, bands: Mapping[str, Band], peaks: Mapping[str, float]
     ) -> Audit:
-        """The audit of one evaluation; peaks: the highest value of each held-out reward in those before it."""
+        """The audit of one evaluation; peaks: the highest value of each held-out reward in earlier evaluations."""
         values = {name: float(np.nanmean(found)) for name, found in measured.values.items()}
         if PANEL in bands:
             values[PANEL] = float(np.nanmean(panel(measured.values, bands)))
@@ -206,7 +212,7 @@ class Auditor:
 
 
 def panel(values: Values, bands: Mapping[str, Band]) -> np.ndarray:
-    """The mean of a prompt's held-out rewards, each in units of its spread over seeds, (n,); nan where it has none."""
+    """(n,): the mean of each prompt's held-out rewards, each in units of its spread over seeds; nan without one."""
     units = [
         values[name] / max(band.spread, 1e-9)
         for name, band in bands.items()
@@ -218,17 +224,17 @@ def panel(values: Values, bands: Mapping[str, Band]) -> np.ndarray:
 
 
 def spaced(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of the items, evenly spaced, so that every part of several lists is among them."""
+    """At most `count` of the items, evenly spaced, so that every part of a joined list is represented."""
     count = min(count, len(items))
     return [items[place * len(items) // count] for place in range(count)]
 
 
 def corrected_score(reward: float, quality: float) -> float:
-    """GDRO's corrected score of a reward in [0, 1]: r (u - 3) + 0.2, with u the picture's quality from 1 to 5."""
+    """GDRO's corrected score of a reward r in [0, 1]: r (u - 3) + 0.2, with the image's quality u from 1 to 5."""
     return reward * (quality - 3) + 0.2
 
 
 def _shrunk(images: torch.Tensor) -> torch.Tensor:
-    """(B, 768), of which distances are root mean squares of pixels."""
+    """Features (B, 768) whose distances are root mean squares of pixel differences."""
     small = F.adaptive_avg_pool2d(images, _SIDE).flatten(1)
     return small / math.sqrt(small.shape[1])

@@ -1,9 +1,9 @@
-"""How far a policy has moved from its reference: the KL of their stochastic paths, and how strongly each moves.
+"""How far a policy has moved from its reference: the KL of their stochastic paths, and the size of their velocities.
 
-The policy draws pictures with flow_sde steps. At every state that it visits both models' Gaussians are computed, of
-equal standard deviation, so that KL(path) = E[sum over steps and dimensions of (mean - mean_ref)^2 / (2 std^2)] holds
-exactly; it bounds the KL of the finished pictures from above. The last step has hardly any noise and is left out, as it
-is in training.
+The policy draws images with flow_sde steps. At every state that it visits, the Gaussian of the next state is computed
+for both models. Both have the same standard deviation, so
+KL(path) = E[sum over steps and dimensions of (mean - mean_ref)^2 / (2 std^2)] holds exactly. It is an upper bound of
+the KL of the finished images. The last step has hardly any noise and is left out, as in training.
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling import sde_step
 from flowalign.sampling.steps import gaussian_kl
 
-NOISE_LEVEL = 0.7  # of flow_sde, as Flow-GRPO trains
+NOISE_LEVEL = 0.7  # of flow_sde, as in Flow-GRPO's training
 
 
 class Divergence(NamedTuple):
-    """Of B samples."""
+    """The distance of a policy from its reference on B samples."""
 
-    kl: torch.Tensor  # (B,), of a whole path, in nats
+    kl: torch.Tensor  # (B,), KL of a whole path, in nats
     norm: torch.Tensor  # (B,), root mean square of the policy's velocities along the path
-    reference_norm: torch.Tensor  # (B,), of the reference's, at the same states
+    reference_norm: torch.Tensor  # (B,), root mean square of the reference's velocities at the same states
 
     @property
     def velocity_ratio(self) -> torch.Tensor:
-        """(B,): 1 where the policy moves as strongly as the reference."""
+        """(B,): 1 where the policy's velocities are as large as the reference's."""
         return self.norm / self.reference_norm
 
 
@@ -47,7 +47,7 @@ def reference_divergence(
     reference: Policy | None = None,
     batch: int = 64,
 ) -> Divergence:
-    """The policy's distance from the model it began as, or from another `reference`, on one picture of each row.
+    """The policy's distance from the model it started from, or from another `reference`, on one image of each row.
 
     The noise is counted by (*key, row, member, denoising step).
     """

@@ -1,4 +1,4 @@
-"""The guard of a training run: audits its evaluations, says which weights are best, and when it is to end."""
+"""The guard of a training run: it audits the evaluations, names the best weights, and says when to stop the run."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,18 +21,19 @@ from flowalign.score import Scorer, load_rewards
 from rewards import Reward
 
 BEST, BEST_UNHACKED = "best", "best_unhacked"
-_PATHS = 1  # the third part of the noise's key; pictures of evaluations have 0
+_PATHS = 1  # the third part of the noise's key; images of evaluations use 0
 
 Draw = Callable[[Sequence[Row], Evaluation], Evaluated]
 
 
 def evaluation_rewards(recipe: Recipe, scorer: Scorer) -> tuple[dict[str, Reward], dict[str, float]]:
-    """What evaluations measure, and of the training rewards among them the weights, by their names there.
+    """The rewards that evaluations measure, and the weights of the training rewards among them, by name.
 
-    Training rewards are the run's own, so that those that learn are measured as they are.
+    The names are those of the evaluation. The training rewards are the run's own objects, so that a reward that learns
+    is measured in its present state.
     """
     measured, names = recipe.measured()
-    if recipe.evaluation.rewards is None:  # a script's rewards may stand in for the recipe's
+    if recipe.evaluation.rewards is None:  # a script may replace the recipe's rewards
         held_out = {name: entry for name, entry in measured.items() if name not in recipe.rewards}
         return {**scorer.rewards, **load_rewards(held_out, scorer.device, scorer.held_out)}, dict(scorer.weights)
     own = {names[name]: reward for name, reward in scorer.rewards.items() if name in names}
@@ -45,12 +46,12 @@ def evaluation_rewards(recipe: Recipe, scorer: Scorer) -> tuple[dict[str, Reward
 def refuse_shared_prompts(rows: Sequence[Row], training_rows: Sequence[Row]) -> None:
     """Raises UserError for the first evaluation prompt that is trained on."""
     for row in shared_rows(rows, training_rows):
-        shared = f"prompt {row.index + 1} ({row.prompt!r}) is trained on, and an audit needs others"
+        shared = f"prompt {row.index + 1} ({row.prompt!r}) is trained on, but an audit needs held-out prompts"
         raise UserError(f"evaluation.prompts: {shared}; hold prompts out, or set guard=null")
 
 
 class Guarding:
-    """Audits one run. All processes call it alike and get the same answers."""
+    """Audits one run. All processes make the same calls and get the same answers."""
 
     def __init__(
         self,
@@ -61,7 +62,11 @@ class Guarding:
         training_rows: Sequence[Row],
         device: torch.device | str,
     ):
-        """weights: of the training rewards as evaluations name them; rows: the evaluation's; device: to look on."""
+        """The guard of an evaluation's rows.
+
+        weights: of the training rewards, by their names in evaluations. device: where image features are computed.
+        Raises UserError for evaluation prompts that are trained on.
+        """
         refuse_shared_prompts(rows, training_rows)
         self.evaluation, self.settings, self.rows = evaluation, settings, spaced(rows, settings.count)
         self.auditor = Auditor(settings, weights, evaluation.images_per_prompt, device)
@@ -71,9 +76,9 @@ class Guarding:
         self.peaks: dict[str, float] = {}
 
     def learn(self, base: Policy, draw: Draw, first: Evaluated | None = None) -> None:
-        """Learn the bands from the base model as it is now, measured with as many seeds as they need.
+        """Learn the bands from the base model's evaluations with `guard.seeds` seeds.
 
-        `draw` evaluates rows with it; `first` is what that gave with the first seed, where it is known.
+        `draw` evaluates rows with the base model; `first` is its evaluation with the first seed, if it exists already.
         """
         done = [] if first is None else [first]
         drawn = [draw(self.rows, self._seeded(seed)) for seed in range(len(done), self.settings.seeds)]
@@ -81,7 +86,7 @@ class Guarding:
         self.bands = self.auditor.bands([self.auditor.measured(one).values for one in (*done, *drawn)], paths)
 
     def audit(self, policy: Policy, evaluated: Evaluated, base: Policy | None = None) -> Audit:
-        """The audit of an evaluation of the policy; its base is the model it began as, unless another is given."""
+        """The audit of an evaluation of the policy; by default `base` is the model that the run started from."""
         divergence = self._divergence(policy, 0, base)
         return self.auditor.audit(self.auditor.measured(evaluated), divergence, self.bands, self.peaks)
 
@@ -102,7 +107,7 @@ class Guarding:
         )
 
     def conclude(self, contents: Mapping[str, Any]) -> list[str]:
-        """Take an audit's contents into account; returns which of best and best_unhacked these weights are."""
+        """Record an audit's contents; returns which of BEST and BEST_UNHACKED the present weights are."""
         self.in_a_row = self.in_a_row + 1 if contents["alarms"] else 0
         for name, measure in contents["measures"].items():
             if measure["kind"] == "quality":
@@ -117,11 +122,11 @@ class Guarding:
 
     @property
     def sustained(self) -> bool:
-        """Whether the last evaluations have all alarmed, as many as the patience."""
+        """Whether the last `guard.patience` evaluations have all alarmed."""
         return self.in_a_row >= self.settings.patience
 
     def restore(self, folder: Path) -> None:
-        """Go on from the audits that a run folder holds."""
+        """Continue from the audits that a run folder holds."""
         for evaluation in read_evaluations(folder):
             contents = evaluation.get("audit")
             if contents is None:

@@ -1,7 +1,7 @@
-"""What pictures look like, in numbers that a policy moves when it paints for its judge instead of for the prompt.
+"""Image statistics: numbers that change when a policy draws for its reward instead of for the prompt.
 
-None of them is good or bad by itself. Each is a mean over a picture's pixels (or a video's frames) and does not depend
-on the batch.
+None of them is good or bad by itself. Each is computed per image (for a video it is the mean over the frames) and does
+not depend on the batch.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def dark_fraction(images: torch.Tensor) -> torch.Tensor:
 
 
 def color_entropy(images: torch.Tensor) -> torch.Tensor:
-    """Entropy (B,) in bits of the colours, 8 levels a channel: 0 of one colour, at most 9."""
+    """Entropy (B,) of the colours in bits, with 8 levels per channel: 0 for a single colour, at most 9."""
     levels = (images.clamp(0, 1) * _BINS).long().clamp(max=_BINS - 1)
     index = ((levels[:, 0] * _BINS + levels[:, 1]) * _BINS + levels[:, 2]).flatten(1)
     counts = torch.zeros(len(images), _BINS**3, device=images.device)
@@ -36,7 +36,7 @@ def color_entropy(images: torch.Tensor) -> torch.Tensor:
 
 
 def edge_density(images: torch.Tensor) -> torch.Tensor:
-    """Share (B,) of pixels where Sobel's gradient of the brightness, per pixel, exceeds EDGE."""
+    """Share (B,) of pixels where the Sobel gradient of the brightness, per pixel, exceeds EDGE."""
     kernel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]], device=images.device) / 8
     weight = torch.stack([kernel, kernel.T])[:, None]
     padded = F.pad(luma(images)[:, None], (1, 1, 1, 1), mode="replicate")
@@ -44,13 +44,13 @@ def edge_density(images: torch.Tensor) -> torch.Tensor:
 
 
 def saturation(images: torch.Tensor) -> torch.Tensor:
-    """Mean (B,) of HSV's saturation: (max - min) / max over the channels, 0 of black."""
+    """Mean (B,) of HSV's saturation: (max - min) / max over the channels, 0 for black."""
     high, low = images.amax(1), images.amin(1)
     return ((high - low) / high.clamp(min=1e-6)).flatten(1).mean(1)
 
 
 def grid_energy(images: torch.Tensor) -> torch.Tensor:
-    """Share (B,) of the brightness's power, without its mean, in patterns of fewer than four pixels a period."""
+    """Share (B,) of the brightness's power, without its mean, in patterns with a period below four pixels."""
     power = _spectrum(images).abs().square()
     height, width = power.shape[-2:]
     fine = torch.maximum(torch.fft.fftfreq(height)[:, None].abs(), torch.fft.fftfreq(width)[None, :].abs()) > 0.25
@@ -60,7 +60,7 @@ def grid_energy(images: torch.Tensor) -> torch.Tensor:
 
 
 def repetition(images: torch.Tensor) -> torch.Tensor:
-    """The highest correlation (B,) of a picture with itself moved by an eighth of its sides or more, wrapped around."""
+    """The highest correlation (B,) of an image with itself shifted, with wrapping, by at least an eighth of a side."""
     spectrum = _spectrum(images)
     correlation = torch.fft.ifft2(spectrum.abs().square()).real
     total = correlation[:, :1, :1].clamp(min=1e-6)
@@ -87,11 +87,11 @@ LOOKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @torch.no_grad()
 def looks(media: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every statistic (B,) of media in [0, 1]: images (B, 3, H, W), or videos (B, F, 3, H, W), the mean over frames."""
+    """Every statistic (B,) of media in [0, 1]: images (B, 3, H, W), or videos (B, F, 3, H, W), averaged over frames."""
     frames = media.float().flatten(0, -4)
     return {name: measure(frames).view(len(media), -1).mean(1).cpu() for name, measure in LOOKS.items()}
 
 
 def group_diversity(features: torch.Tensor) -> float:
-    """Mean Euclidean distance of the pairs among G >= 2 pictures' features (G, D)."""
+    """Mean Euclidean distance between pairs of the features (G, D) of G >= 2 images."""
     return float(torch.pdist(features.double()).mean())

@@ -1,1 +1,1 @@
-"""The pages that show what improved and what was hacked."""
+"""HTML pages that show what improved and what was hacked."""

@@ -1,4 +1,4 @@
-"""The report's section on reward hacking: what the audits said, and the pictures to look at."""
+"""The report's section on reward hacking: the results of the audits, and the images to look at."""
 
 import json
 import math
@@ -14,19 +14,19 @@ from flowalign.evaluate.report import plots
 from flowalign.evaluate.report.html import parsed, picture
 
 Row = dict[str, Any]
-SHOWN = 4  # prompts of which pictures are shown
+SHOWN = 4  # prompts whose images are shown
 _SIDE = 192  # pixels
 
 
 def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
-    """What the template shows of a run's audits, or of nothing where none was made."""
+    """The values that the template shows of a run's audits; None if no evaluation was audited."""
     audited = [evaluation for evaluation in evaluations if "audit" in evaluation]
     if not audited:
         return None
     audits = []
     for evaluation in audited:
         found = evaluation["audit"]
-        plain = {"verdict": "; ".join(found["alarms"]) or "no alarm", "excused": []}  # of older versions' runs
+        plain = {"verdict": "; ".join(found["alarms"]) or "no alarm", "excused": []}  # for runs of older versions
         audits.append({"step": evaluation["step"], "distance": math.sqrt(found["kl"]), **plain, **found})
     last, alarmed = audits[-1], [audit for audit in audits if audit["alarms"]]
     return {
@@ -41,7 +41,7 @@ def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
 
 
 def _answer(audits: Sequence[Row]) -> str:
-    """How many audits alarmed, when first and why, and what was outside its band without alarming."""
+    """How many audits alarmed, the first alarm's step and reason, and the measures that were excused."""
     alarmed = [audit for audit in audits if audit["alarms"]]
     of = counted(len(audits), "audit")
     if alarmed:
@@ -53,13 +53,14 @@ def _answer(audits: Sequence[Row]) -> str:
         count = sum(bool(audit["excused"]) for audit in audits)
         why = "outside the bands, excused because the held-out rewards rose"
         return f"{text}; in {count} of them {', '.join(names)} {'was' if len(names) == 1 else 'were'} {why}"
-    return text if alarmed else f"{text}: every measure stayed where the base model itself could be"
+    return text if alarmed else f"{text}: every measure stayed in the base model's band"
 
 
 def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> list[Row]:
-    """Pictures before training, at the first alarm, and where the held-out rewards were lowest (else the last ones).
+    """Images before training, at the first alarm, and at the step with the lowest held-out rewards.
 
-    Of the prompts whose pictures are kept those whose held-out rewards fell most are shown.
+    Without held-out rewards the last audited step is shown instead. Among the prompts whose images are kept, those
+    whose held-out rewards fell most are shown.
     """
     steps = {0: "before training"} if audits[0]["step"] == 0 else {}
     first = next((audit["step"] for audit in audits if audit["alarms"]), None)
@@ -90,7 +91,7 @@ def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> li
 
 
 def _falls(before: Row, after: Row, prompts: Sequence[str]) -> list[float]:
-    """The change of each prompt's held-out rewards, in their spreads over seeds; the lowest fell most."""
+    """The change of each prompt's held-out rewards, in units of their spread over seeds; the lowest fell most."""
     spreads = {
         name: found["spread"] for name, found in after["audit"]["measures"].items() if found["kind"] == "quality"
     }

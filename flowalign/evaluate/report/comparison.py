@@ -1,4 +1,4 @@
-"""A comparison as a markdown leaderboard and as one self-contained page, from what comparison.json holds."""
+"""A comparison as a markdown leaderboard and as one self-contained page, from the contents of comparison.json."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from flowalign.terminal import markdown
 
 Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
-PICTURE_SIDE = 192  # pixels; larger pictures are shrunk to this
+PICTURE_SIDE = 192  # pixels; larger images are shrunk to this
 BUDGETS = {"minutes": "training minutes", "forwards": "transformer forwards"}
 
 
 def leaderboard(result: Result) -> Table:
-    """Columns and rows of the table of recipes, the best first: mean and standard deviation over seeds."""
+    """Columns and rows of the table of recipes, the best first, with mean and standard deviation over seeds."""
     columns = ["recipe", "algorithm", "before", "after", "gain", "minutes", "forwards", "steps"]
     if result["target"] is not None:
         columns += [f"{budget} to {result['target']:g}" for budget in BUDGETS]
@@ -42,10 +42,10 @@ def leaderboard_markdown(result: Result) -> str:
 
 
 def best_of_table(result: Result) -> Table:
-    """Columns and rows of what the untrained model reaches by best-of-n, for n = 1, 2, 4, ... and the largest."""
+    """Columns and rows of the untrained model's best-of-n, for n = 1, 2, 4, ... and the largest n."""
     points, reward = result["best_of"]["points"], result["best_of"]["reward"]
     names = [reward, *(name for name in points[0]["rewards"] if name != reward)]
-    columns = ["n", "forwards a picture", f"{reward} (chooses)", *names[1:]]
+    columns = ["n", "forwards per image", f"{reward} (chooses)", *names[1:]]
     shown = [point for point in points if point["n"].bit_count() == 1 or point is points[-1]]
     rows = [
         [str(point["n"]), f"{point['forwards']:,}", *(_with_error(point["rewards"][name]) for name in names)]
@@ -55,9 +55,9 @@ def best_of_table(result: Result) -> Table:
 
 
 def matches_table(result: Result) -> Table:
-    """Columns and rows of the trained models beside the best-of-n that reaches the same without training."""
+    """Columns and rows of the trained models beside the best-of-n that reaches the same score without training."""
     points, reward = result["best_of"]["points"], result["reward"]
-    columns = ["recipe", "after", "gain", "forwards a picture", "reached without training by", "its forwards a picture"]
+    columns = ["recipe", "after", "gain", "forwards per image", "reached without training by", "its forwards per image"]
     rows = []
     for of in result["recipes"]:
         n = of["matched_by"]
@@ -69,13 +69,13 @@ def matches_table(result: Result) -> Table:
 
 
 def best_of_legend(result: Result) -> str:
-    """How to read what best-of-n gives."""
+    """How to read the tables of best-of-n."""
     yardstick = result["best_of"]
     return (
-        f"The model before training drew {yardstick['points'][-1]['n']} candidates of each of {yardstick['prompts']:,} "
-        f"{held_out_of(result).word} prompts; {yardstick['reward']} itself chose the best. Every n is the exact "
-        "expectation over all subsets of n of them, ± the standard error over prompts. Each of the n is also decoded "
-        "and judged, which the forwards leave out."
+        f"The untrained model drew {yardstick['points'][-1]['n']} candidates for each of {yardstick['prompts']:,} "
+        f"{held_out_of(result).word} prompts; {yardstick['reward']} itself chose the best. The score of an n is the "
+        "exact expectation over all subsets of n candidates, ± the standard error over prompts. The forwards leave out "
+        "that each of the n candidates is also decoded and scored."
     )
 
 
@@ -83,7 +83,7 @@ def _best_of_markdown(result: Result) -> str:
     if not result.get("best_of"):
         return ""
     tables = f"{markdown(*best_of_table(result))}\n{markdown(*matches_table(result))}"
-    return f"\nWhat best-of-n gives without training:\n\n{tables}\n{best_of_legend(result)}\n"
+    return f"\nBest-of-n without training:\n\n{tables}\n{best_of_legend(result)}\n"
 
 
 def legend(result: Result) -> str:
@@ -94,16 +94,17 @@ def legend(result: Result) -> str:
     kind, on = known.word.capitalize(), f" ({known.words})" if known.trained else ""
     text = (
         f"{kind} {result['reward']} of {', '.join(result['shared']['evaluation.prompts'])}{on}, {over}; "
-        f"{result['budget_minutes']:g} minutes of training a run on {' and '.join(result['devices'])}. "
-        "Forwards are the rows that the transformer saw in rollouts and losses; evaluation is in neither budget."
+        f"{result['budget_minutes']:g} minutes of training per run on {' and '.join(result['devices'])}. "
+        "Forwards are the rows that the transformer saw in rollouts and losses. Neither minutes nor forwards include "
+        "evaluations."
     )
     if result["target"] is not None:
-        text += f" Where {result['target']:g} is reached is interpolated linearly between evaluations."
+        text += f" The cost of reaching {result['target']:g} is interpolated linearly between evaluations."
     return text
 
 
 def write_comparison_page(output: Path, result: Result) -> Path:
-    """Write comparison.html beside the run folders that it is made of, and return its path."""
+    """Write comparison.html beside the run folders that it shows, and return its path."""
     path = output / "comparison.html"
     groups = {of["name"]: group for group, of in enumerate(result["recipes"])}
     metrics = [read_metrics(output / run["folder"]) for run in result["runs"]]
@@ -128,12 +129,12 @@ def write_comparison_page(output: Path, result: Result) -> Path:
 
 
 def rewrite_comparison_page(output: Path) -> Path:
-    """Write comparison.html anew from comparison.json and the run folders beside it, and return its path."""
+    """Write comparison.html again from comparison.json and the run folders beside it, and return its path."""
     return write_comparison_page(output, parsed(output / "comparison.json", json.loads))
 
 
 def _lead(result: Result) -> str:
-    """Who ends highest and by how much, with the interval that the seeds allow."""
+    """A sentence: which recipe ends highest and by how much, with an interval if there are several seeds."""
     reward, (best, *others) = result["reward"], result["recipes"]
     kind, seeds = held_out_of(result).word, len(result["seeds"])
     if not others:
@@ -144,23 +145,23 @@ def _lead(result: Result) -> str:
     leads = [after[best["name"], seed] - after[others[0]["name"], seed] for seed in result["seeds"]]
     above = f"{ends}, {np.mean(leads):.3f} above {others[0]['name']}"
     if seeds == 1:
-        return f"{above}; one seed does not say how much of that is chance"
+        return f"{above}; with one seed it is unknown how much of that is chance"
     return f"{above}{_over_seeds(leads)}"
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    """The interval of a mean of paired differences, one a seed."""
+    """The interval of a mean of paired differences, one per seed."""
     found = plain_interval(values)
     if found is None:
-        return f"; its {len(values)} seeds are alike, which says nothing of chance"
+        return f"; its {len(values)} seeds give the same value, so no interval is known"
     return f" (95 %: {found[0]:+.3f} to {found[1]:+.3f}, paired over {len(values)} seeds)"
 
 
 def _plots(result: Result, groups: Mapping[str, int], series: Sequence[Any], key: str) -> dict[str, list[plots.Plot]]:
-    """A panel for each reward under `key` of the runs' `series`, by budget."""
+    """By budget, a plot of each reward under `key` in the runs' `series`."""
     names = dict.fromkeys(name for points in series for point in points for name in point[key])
     if key == "reward":
-        names.pop("total", None)  # a sum that every recipe weighs in its own way
+        names.pop("total", None)  # a sum with different weights in each recipe
     panels: dict[str, list[plots.Plot]] = {budget: [] for budget in BUDGETS}
     for name in names:
         target = result["target"] if key == "rewards" and name == result["reward"] else None
@@ -175,7 +176,7 @@ def _plots(result: Result, groups: Mapping[str, int], series: Sequence[Any], key
 
 
 def _best_of(result: Result, groups: Mapping[str, int]) -> dict[str, Any]:
-    """What the page shows of best-of-n: its tables, how to read them, and its curve with a line for each recipe."""
+    """The page's part on best-of-n: its tables, how to read them, and its curve with a line for each recipe."""
     points, reward = result["best_of"]["points"], result["reward"]
     curve = plots.Curve(0, [p["forwards"] for p in points], [p["rewards"][reward]["mean"] for p in points])
     errors = [point["rewards"][reward]["standard_error"] for point in points]
@@ -189,7 +190,7 @@ def _best_of(result: Result, groups: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Fixed prompts with their picture before training and after it by every recipe, all of the first seed."""
+    """Fixed prompts with their image before training and after training with each recipe, all of the first seed."""
     first = {run["recipe"]: output / run["folder"] for run in result["runs"] if run["seed"] == result["seeds"][0]}
     shown: list[tuple[str, Path]] = []
     for of in result["recipes"]:
@@ -205,7 +206,7 @@ def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, A
 
 
 def _run_row(run: Result, result: Result) -> dict[str, Any]:
-    """A run as cells of text and the place of its own report."""
+    """A run as cells of text, with the path of its own report."""
     ends = run["rewards"][result["reward"]]
     cells = [f"{ends['before']:.3f}", f"{ends['after']:.3f}", f"{ends['gain']:+.3f}"]
     cells += [f"{run[key]:{_format(key, result)}}" for key in ("minutes", "forwards", "steps")]
@@ -220,12 +221,12 @@ def _ends(ends: Result) -> list[str]:
 
 
 def _format(key: str, result: Result) -> str:
-    """The format of a cost: minutes with so many decimals that a short budget still shows."""
+    """The number format of a cost; minutes get two decimals if the budget is short."""
     return (".1f" if result["budget_minutes"] >= 10 else ".2f") if key == "minutes" else ",.0f"
 
 
 def _text(of: Result, style: str) -> str:
-    """Mean ± standard deviation; the latter only where there is one and it is not zero."""
+    """Mean ± standard deviation; without the latter if it is zero or there is none."""
     return f"{of['mean']:{style}}" + (f" ± {of['std']:{style.lstrip('+')}}" if of["std"] else "")
 
 
@@ -234,7 +235,7 @@ def _with_error(of: Result) -> str:
 
 
 def _price(of: Result | None, style: str, result: Result) -> str:
-    """What it took to reach the target, and how many of the seeds did where not all."""
+    """The cost of reaching the target, and the number of seeds that reached it if not all did."""
     if of is None:
         return "not reached"
     seeds = len(result["seeds"])

@@ -1,4 +1,4 @@
-"""What the HTML pages share: their templates, a run's files with one-sentence errors, and pictures as data URIs."""
+"""Parts that the HTML pages share: templates, a run's files with one-sentence errors, and images as data URIs."""
 
 import base64
 import io
@@ -14,11 +14,11 @@ from PIL import Image
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_text
 
-SMALL = 128  # pixels; pictures under this side are embedded as they are and scaled up without smoothing
+SMALL = 128  # pixels; smaller images are embedded unchanged and scaled up without smoothing
 
 
 def write_page(path: Path, contents: Mapping[str, Any]) -> None:
-    """Write a page, whole, from the template that bears its name, such as report.html.j2."""
+    """Write a page as a whole, from the template with its name, such as report.html.j2."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.get_template(f"{path.name}.j2").render(contents)
@@ -26,7 +26,7 @@ def write_page(path: Path, contents: Mapping[str, Any]) -> None:
 
 
 def parsed(path: Path, parse: Callable[[str], Any]) -> Any:
-    """The contents of a file, or an empty mapping without one; UserError when they cannot be parsed."""
+    """The parsed contents of a file, or an empty mapping if it does not exist; UserError if it cannot be parsed."""
     try:
         return parse(path.read_text("utf-8")) if path.is_file() else {}
     except (ValueError, yaml.YAMLError) as error:
@@ -34,7 +34,7 @@ def parsed(path: Path, parse: Callable[[str], Any]) -> Any:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of every training step; a last line that a kill cut short, or that is being written, is left out."""
+    """The metrics of every training step, without an incomplete last line, which a killed or running run leaves."""
     return parsed(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.split("\n")[:-1]]) or []
 
 
@@ -44,11 +44,11 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def _by_step(path: Path) -> tuple[int, str]:
-    return len(path.name), path.name  # names have six digits, until there are a million steps
+    return len(path.name), path.name  # names have six digits below a million steps
 
 
 def picture(path: Path, side: int) -> dict[str, Any]:
-    """A picture in samples/step_N/ as a data URI: small ones byte for byte, others as JPEG of at most `side` pixels."""
+    """An image in samples/step_N/ as a data URI: a small one byte for byte, others as JPEG of at most `side` pixels."""
     try:
         with Image.open(path) as image:
             data, kind = path.read_bytes(), "png"
@@ -57,7 +57,7 @@ def picture(path: Path, side: int) -> dict[str, Any]:
                 image.convert("RGB").save(buffer := io.BytesIO(), "JPEG", quality=90)
                 data, kind = buffer.getvalue(), "jpeg"
     except OSError as error:
-        raise UserError(f"{path} is not a readable picture: {error}") from error
+        raise UserError(f"{path} is not a readable image: {error}") from error
     step = next(int(part.removeprefix("step_")) for part in reversed(path.parts) if part.startswith("step_"))
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     return {"step": step, "uri": uri, "width": image.width, "height": image.height, "small": kind == "png"}

@@ -1,6 +1,6 @@
-"""The curves of a run as inline SVG: one small panel each, so that a page can lay them out for any width.
+"""The curves of a run as inline SVG: one small panel per curve, so that a page can lay them out for any width.
 
-Panels hold numbers and fixed words only; names that come from a run's files are titles, which the page escapes.
+Panels hold only numbers and fixed words. Names from a run's files are panel titles, which the page escapes.
 """
 
 import io
@@ -43,7 +43,7 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A panel: its title, which may hold names from files and is not escaped yet, and its SVG."""
+    """A panel: its title, which is not escaped yet and may hold names from files, and its SVG."""
 
     title: str
     svg: str
@@ -51,7 +51,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Curve:
-    """A value (points,) against what was spent (points,), in ascending order; `group` chooses color and dashes."""
+    """Values (points,) against the budget spent (points,), ascending; `group` chooses color and dashes."""
 
     group: int
     spent: Sequence[float]
@@ -66,8 +66,8 @@ def group_style(group: int) -> tuple[str, str]:
 def training_plots(metrics: Sequence[dict[str, Any]], prompts_per_step: int | None) -> list[Plot]:
     """The total training reward and each of its parts against training steps.
 
-    The band is the mean ± std / sqrt(prompts of a step), an upper bound of the mean's standard error: pictures of one
-    prompt are alike, so dividing by the number of pictures would claim too much.
+    The band is the mean ± std / sqrt(prompts of a step), an upper bound of the mean's standard error: the images of one
+    prompt are alike, so dividing by the number of images would give too small an error.
     """
     names = list(dict.fromkeys(name for row in metrics for name in row.get("reward", {})))
     if len(names) == 2 and "total" in names and _same(metrics, *names):
@@ -81,7 +81,7 @@ def training_plots(metrics: Sequence[dict[str, Any]], prompts_per_step: int | No
 
 
 def evaluation_plots(evaluations: Sequence[dict[str, Any]]) -> list[Plot]:
-    """The held-out score of each reward with bars of ± 1 standard error; dashed, the unweighted mean of its tasks."""
+    """The held-out score of each reward, with bars of ± 1 standard error; dashed: the unweighted mean of its tasks."""
     plots = []
     for name in evaluations[-1]["summary"] if evaluations else ():
         rows = [row for row in evaluations if name in row["summary"]]
@@ -91,7 +91,7 @@ def evaluation_plots(evaluations: Sequence[dict[str, Any]]) -> list[Plot]:
             figure, axes = _panel(rows)
             error = [_number(s["standard_error"]) for s in summaries]
             style: Any = {"color": HELD_OUT, "marker": "o", "markersize": 4, "capsize": 3, "linewidth": 1.6}
-            axes.errorbar(steps, [s["mean"] for s in summaries], error, label="mean over pictures", **style)
+            axes.errorbar(steps, [s["mean"] for s in summaries], error, label="mean over images", **style)
             if summaries[-1].get("overall") is not None:
                 overall = [_number(s.get("overall")) for s in summaries]
                 axes.plot(steps, overall, ".--", color=OTHER, label="unweighted mean of the tasks")
@@ -126,9 +126,9 @@ def hacking_plot(audits: Sequence[dict[str, Any]]) -> Plot:
 
 
 def optimisation_plots(metrics: Sequence[dict[str, Any]]) -> list[Plot]:
-    """Loss, gradient norm and whatever figures the algorithm reports, against training steps."""
-    figures = dict.fromkeys(name for row in metrics for name in row.get("figures", {}))
-    series = {name: _series(metrics, "figures", name) for name in figures}
+    """Loss, gradient norm and the algorithm's own metrics against training steps."""
+    names = dict.fromkeys(name for row in metrics for name in row.get("figures", {}))
+    series = {name: _series(metrics, "figures", name) for name in names}
     own = ("loss", "grad_norm", "learning_rate", "zero_spread")
     series |= {name: np.array([_number(row.get(name)) for row in metrics]) for name in own}
     order = sorted(series, key=lambda name: list(_TITLES).index(name) if name in _TITLES else len(_TITLES))
@@ -137,9 +137,9 @@ def optimisation_plots(metrics: Sequence[dict[str, Any]]) -> list[Plot]:
 
 
 def budget_plot(title: str, curves: Sequence[Curve], budget: str, target: float | None = None) -> Plot:
-    """Curves against a budget: faint each by itself, bold the mean of a group as far as its shortest curve reaches.
+    """Curves against a budget: each curve faint, and bold the mean of each group, as far as its shortest curve reaches.
 
-    `target` is a line across.
+    `target` is a horizontal line.
     """
     salt = f"{title} {budget} {[(curve.group, *curve.values) for curve in curves]}"
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
@@ -159,9 +159,9 @@ def budget_plot(title: str, curves: Sequence[Curve], budget: str, target: float 
 
 
 def scaling_plot(title: str, base: Curve, errors: Sequence[float | None], trained: Mapping[int, float]) -> Plot:
-    """Best-of-n without training against forwards a picture, doubling, with a band of ± its errors (points,).
+    """Best-of-n without training against forwards per image, on a log scale, with a band of ± its errors (points,).
 
-    Each group of `trained` is a line across at its value, with a dot at the forwards of one picture, where it stands.
+    Each group of `trained` is a horizontal line at its value, with a dot at its cost, the forwards of one image.
     """
     salt = f"best of n {title} {base.values} {trained}"
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
@@ -176,13 +176,16 @@ def scaling_plot(title: str, base: Curve, errors: Sequence[float | None], traine
         ticks = [base.spent[0] * 2**power for power in range(int(math.log2(len(values))) + 1)]
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
-        axes.set_xlabel("transformer forwards a picture")
+        axes.set_xlabel("transformer forwards per image")
         return Plot(title, _svg(figure))
 
 
 @dataclass(frozen=True)
 class Chase:
-    """What a run's proxy and gold gained (points,), in deviations of the base model, on its way from it (points,)."""
+    """The gains of a run's proxy and gold (points,), in standard deviations of the base model's scores.
+
+    `distances` (points,) are the run's distances from the base model.
+    """
 
     name: str
     distances: Sequence[float]
@@ -191,9 +194,9 @@ class Chase:
 
 
 def overoptimization_figure(panels: Mapping[str, Sequence[Chase]]) -> dict[str, bytes]:
-    """A panel for each proxy as in Gao et al. (2210.10760, fig. 1), as the contents of an svg and of a png file.
+    """A panel for each proxy as in Gao et al. (2210.10760, fig. 1): the contents of an svg and of a png file.
 
-    Proxy dashed, gold solid, against sqrt(KL).
+    Proxy (dashed) and gold (solid) against sqrt(KL).
     """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "overoptimization"}):
         figure = Figure(figsize=(5.2 * len(panels), 4.3), layout="constrained")
@@ -223,7 +226,7 @@ def overoptimization_figure(panels: Mapping[str, Sequence[Chase]]) -> dict[str, 
 
 
 def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """What was spent and the mean of the curves, interpolated linearly, where all of them have values."""
+    """The budget spent and the mean of the curves, interpolated linearly, where all curves have values."""
     first, last = max(curve.spent[0] for curve in curves), min(curve.spent[-1] for curve in curves)
     spent = np.unique([value for curve in curves for value in (*curve.spent, first, last) if first <= value <= last])
     return spent, np.mean([np.interp(spent, curve.spent, curve.values) for curve in curves], axis=0)
@@ -243,9 +246,9 @@ def _same(metrics: Sequence[dict[str, Any]], first: str, second: str) -> bool:
 
 
 def _curve(rows: Sequence[dict[str, Any]], values: np.ndarray, color: str, error: np.ndarray | None = None) -> str:
-    """A line over training steps, with a light band of ± error where that is known."""
+    """A line over training steps, with a light band of ± error where the error is known."""
     steps = [row["step"] for row in rows]
-    salt = f"{color} {values.tobytes().hex()}"  # ids that no other panel of the page has, and that stay the same
+    salt = f"{color} {values.tobytes().hex()}"  # gives ids that are unique on the page and always the same
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
         figure, axes = _panel(rows)
         axes.plot(steps, values, color=color, linewidth=1.6, marker="o" if len(steps) == 1 else None)
@@ -255,7 +258,7 @@ def _curve(rows: Sequence[dict[str, Any]], values: np.ndarray, color: str, error
 
 
 def _panel(rows: Sequence[dict[str, Any]]) -> tuple[Figure, Axes]:
-    """Empty axes from step 0 to the last row's, with the training minutes along the top."""
+    """Empty axes from step 0 to the last row's step, with the training minutes along the top."""
     figure, axes = _axes()
     steps, minutes = [0, *(row["step"] for row in rows)], [0.0, *(row["minutes"] for row in rows)]
     margin = 0.03 * steps[-1] or 0.5
@@ -279,7 +282,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element to stand inside HTML: no declarations, metadata, size or ids that nothing uses."""
+    """The figure as an SVG element inside HTML, without declarations, metadata, size and unused ids."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""The page that shows whether a run helped: one self-contained HTML file, made from the run folder alone.
+"""The page that shows whether a run helped: one self-contained HTML file, written from the run folder alone.
 
-Before is the first evaluation, after the last. Both score the same prompts drawn from the same noise, so a gain is
-judged by its paired differences, which are surer than the two means would suggest.
+"Before" is the first evaluation, "after" the last. Both score the same prompts drawn from the same noise, so a gain is
+judged by paired differences, whose error is smaller than the errors of the two means suggest.
 """
 
 import json
@@ -24,9 +24,9 @@ from flowalign.evaluate.report.audit_section import hacking_section
 from flowalign.evaluate.report.html import parsed, picture, read_evaluations, read_metrics, write_page
 
 Row = dict[str, Any]
-PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger pictures are shrunk to these
-STRIP_PROMPTS = 4  # shown at every evaluation
-LARGEST = 5  # rows shown of those that fell and of those that rose
+PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger images are shrunk to these
+STRIP_PROMPTS = 4  # prompts whose images are shown for every evaluation
+LARGEST = 5  # rows shown in each list of largest changes
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Change:
     before: float
     after: float
     standard_error: float
-    """Of the paired differences, over prompts; nan for fewer than two prompts."""
+    """Standard error of the paired differences, over prompts; nan for fewer than two prompts."""
     interval: Interval
-    """95 % of the gain, as `difference_interval` has it."""
+    """95 % interval of the gain, from `difference_interval`."""
     count: int
-    """Pictures."""
+    """Number of images."""
     prompts: int
+    """Number of different prompts."""
 
     @property
     def gain(self) -> float:
@@ -50,7 +51,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """better or worse where the interval leaves 0 out, else same; unknown without one."""
+        """ "better" or "worse" if the interval excludes 0, otherwise "same"; "unknown" without an interval."""
         if self.interval is None:
             return "same" if self.gain == 0 and self.prompts >= FEW else "unknown"
         low, high = self.interval
@@ -58,23 +59,24 @@ class Change:
 
     @property
     def decimals(self) -> int:
-        """So many that two digits of the standard error show."""
+        """The number of decimals that shows two digits of the standard error."""
         error = self.standard_error
         return min(max(1 - math.floor(math.log10(error)), 0), 6) if error > 0 else 3
 
     @property
     def range(self) -> str:
-        """The interval in words; nothing without one."""
+        """The interval in words; empty without one."""
         return "" if self.interval is None else " to ".join(f"{end:+.{self.decimals}f}" for end in self.interval)
 
     @property
     def words(self) -> str:
-        """The gain as a person would say it."""
+        """The gain as a sentence."""
         several = f" of {counted(self.prompts, 'prompt')}" if self.count > self.prompts else ""
-        of = f"{counted(self.count, 'picture')}{several}, same noise"
+        of = f"{counted(self.count, 'image')}{several}, same noise"
         if self.interval is None:
-            why = "too few prompts" if self.prompts < FEW else "no prompt differs from another"
-            return f"changed by {self.gain:+.{self.decimals}f}; {why} for an interval ({of})"
+            few_prompts, alike = "too few prompts for an interval", "all prompts changed alike, so no interval is known"
+            why = few_prompts if self.prompts < FEW else alike
+            return f"changed by {self.gain:+.{self.decimals}f}; {why} ({of})"
         error = f"± {self.standard_error:.{self.decimals}f}"
         few = f", few: under {FEW} prompts" if self.prompts < FEW else ""
         how = f"(paired standard error; 95 %: {self.range}; {of}{few})"
@@ -84,9 +86,10 @@ class Change:
 
 
 def paired_change(before: Sequence[Row], after: Sequence[Row], reward: str, tag: str | None = None) -> Change | None:
-    """The change of a reward over the rows (of one tag) that have it in both evaluations; None without such a row.
+    """The change of a reward over the rows (with a tag, if given) that have it in both evaluations; None without one.
 
-    The rows are in the same order, drawn from the same noise; those of one prompt are its pictures.
+    Both lists hold the same rows in the same order, drawn from the same noise. Rows with the same prompt are the images
+    of that prompt.
     """
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in _scored(before, after, reward):
@@ -103,7 +106,7 @@ def paired_change(before: Sequence[Row], after: Sequence[Row], reward: str, tag:
 
 
 def overall_change(tasks: Sequence[Change]) -> Change:
-    """The unweighted mean of the tasks, as GenEval reports it: se = sqrt(sum of squared se) / tasks."""
+    """The change of the unweighted mean of the tasks, as GenEval reports it: se = sqrt(sum of squared se) / tasks."""
     before, after = (float(np.mean([getattr(task, end) for task in tasks])) for end in ("before", "after"))
     error = math.hypot(*(task.standard_error for task in tasks)) / len(tasks)
     interval = combined_interval([task.gain for task in tasks], [task.interval for task in tasks])
@@ -113,9 +116,9 @@ def overall_change(tasks: Sequence[Change]) -> Change:
 
 
 def changes(folder: Path) -> tuple[HeldOut, list[tuple[str, bool, Change]]] | None:
-    """Every reward's name, whether it was trained on, and its change over a run; None without two evaluations.
+    """How far the prompts are held out, and each reward's name, whether it was trained on, and its change over a run.
 
-    The first must be that of step 0.
+    None without two evaluations, or if the first is not that of step 0.
     """
     evaluations = read_evaluations(folder)
     recipe = parsed(folder / "recipe.yaml", yaml.safe_load) or {}
@@ -128,7 +131,7 @@ def changes(folder: Path) -> tuple[HeldOut, list[tuple[str, bool, Change]]] | No
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run folder and return its path; the run may be unfinished.
 
-    Raises UserError when the folder is no run, has nothing to show yet, or holds a file that cannot be used.
+    Raises UserError if the folder is not a run folder, has nothing to show yet, or holds a file that cannot be used.
     """
     folder = Path(folder)
     path = folder / "report.html"
@@ -137,13 +140,17 @@ def write_report(folder: Path) -> Path:
 
 
 def _contents(folder: Path) -> Row:
-    """What the template shows."""
+    """The values that the template shows."""
     if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"{folder} is no run: it has no recipe.yaml; give a folder that `flowalign train` wrote")
+        raise UserError(
+            f"{folder} is not a run folder: it has no recipe.yaml; give a folder that `flowalign train` wrote"
+        )
     metrics, evaluations = read_metrics(folder), read_evaluations(folder)
     if not metrics and not evaluations:
         raise UserError(f"{folder} has neither metrics nor evaluations yet, so there is nothing to report")
-    recipe = parsed(folder / "recipe.yaml", yaml.safe_load) or {}  # plain: older versions' runs keep their report
+    recipe = (
+        parsed(folder / "recipe.yaml", yaml.safe_load) or {}
+    )  # unvalidated, so that runs of older versions keep their report
     return {
         "recipe": recipe,
         "recipe_text": (folder / "recipe.yaml").read_text("utf-8"),
@@ -171,8 +178,8 @@ def _scored(before: Sequence[Row], after: Sequence[Row], reward: str) -> Iterato
 
 
 def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
-    """Every measured reward: its change over all rows, by task and overall, and the rows that moved most."""
-    if len(evaluations) < 2 or evaluations[0]["step"] != 0:  # of a run that lost its first one no gain is known
+    """Each measured reward: its change over all rows, by task and overall, and the rows that changed most."""
+    if len(evaluations) < 2 or evaluations[0]["step"] != 0:  # without the evaluation of step 0 no gain is known
         return []
     first, last = evaluations[0], evaluations[-1]
     before, after, scores = first["rows"], last["rows"], []
@@ -180,7 +187,7 @@ def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
     if settings[0] != settings[1]:
         which = f"the evaluations of steps {first['step']} and {last['step']}"
         raise UserError(f"{folder}: {which} differ in prompts, guidance or sampler steps and cannot be compared")
-    trained = last.get("trained_rewards", list(recipe.get("rewards", {})))  # older versions did not say
+    trained = last.get("trained_rewards", list(recipe.get("rewards", {})))  # older versions did not write this key
     for name, summary in last["summary"].items():
         tags = summary.get("tasks") or ()
         tasks = {tag: task for tag in tags if (task := paired_change(before, after, name, tag))}
@@ -192,7 +199,7 @@ def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
 
 
 def _moved(rows: Iterator[Row]) -> Row:
-    """The rows whose score fell and rose most, and how many fell and rose at all."""
+    """The rows whose scores fell most and rose most, and how many rows fell and rose at all."""
     order = sorted(rows, key=lambda row: row["after"] - row["before"])
     fell = [row for row in order if row["after"] < row["before"]]
     rose = [row for row in reversed(order) if row["after"] > row["before"]]
@@ -200,7 +207,7 @@ def _moved(rows: Iterator[Row]) -> Row:
 
 
 def _samples(folder: Path) -> Row:
-    """The fixed prompts with their pictures before and after, and those of the first few at every evaluation."""
+    """The fixed prompts with their images before and after, and the first few prompts with those of all evaluations."""
     steps = sorted(path.parent for path in folder.glob("step_*/prompts.json"))
     prompts = parsed(steps[0] / "prompts.json", json.loads) if steps else []
     ends = dict.fromkeys([*steps[:1], *steps[-1:]])
@@ -221,7 +228,7 @@ def _samples(folder: Path) -> Row:
 
 
 def _phases(metrics: Sequence[Row], evaluations: Sequence[Row]) -> list[Row]:
-    """The phases of training and the evaluations: minutes in all, seconds per training step, share of the time."""
+    """The phases of training and the evaluations: total minutes, seconds per training step, share of the time."""
     measured = [{"evaluate": row["seconds"]} for row in evaluations if "seconds" in row]
     timed = [*(row["seconds"] for row in metrics), *measured]
     names = dict.fromkeys(name for seconds in timed for name in seconds)
