@@ -28,7 +28,7 @@ from flowalign.training.checkpoint import Restore, checkpoints, load_checkpoint,
 from flowalign.training.claims import Claims
 from flowalign.training.display import Display
 from flowalign.training.finite import not_finite_explained
-from flowalign.training.idle import Idle, score_figures
+from flowalign.training.idle import Idle, score_metrics
 from flowalign.training.inputs import check_inputs, inputs_of
 from flowalign.training.interrupt import Interrupted, asked_to_stop
 from flowalign.training.measuring import Leave
@@ -173,7 +173,7 @@ class Trainer:
         with self._phase("reward", "scoring"):
             scored = self._scored(generated)
             weighted = self._weighted(scored)
-            metrics = score_figures(scored, weighted)
+            metrics = score_metrics(scored, weighted)
             if answers := processes.summed_counts(self.accelerator, tally(self.scorer.rewards)):
                 metrics["answers"] = answers
             learnt, alarms = self.scorer.learn(generated, self.step, self.accelerator)
@@ -243,7 +243,7 @@ class Trainer:
             dtype = str(self.policy.dtype).removeprefix("torch.")
             about: dict[str, Any] = {"name": recipe.name, "device": device, "dtype": dtype, "parameters": counts}
             about["media"] = asdict(self.policy.request)  # the recipe's sizes, or the model's own
-            shared = {"processes": self.world, "shared_out": self.learner.in_lockstep}
+            shared = {"processes": self.world, "sharded": self.learner.in_lockstep}
             started = {"started" if self.step == 0 else "resumed": now(), "finished": None, "stopped": None}
             self.run_folder.update_info(**about, **shared, **started, versions=versions(), command=command_line())
         self.display.begin(recipe, self.run_folder.path, counts, self.world)

@@ -27,7 +27,7 @@ from rewards.backbones.vit import VisionBackbone
 from rewards.base import RewardError, TrainableReward, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, load_training_state, training_state
-from rewards.media import folder_pictures
+from rewards.media import folder_images
 
 PATCH_WEIGHT = 0.3
 SATURATED_LOSS = 0.02  # an untrained head has 1.3; here nearly every image lies beyond its margin
@@ -79,7 +79,7 @@ class AdversarialDINO(TrainableReward):
         at_least_one(self.name, patches=patches, frames=frames)
         if not learning_rate > 0:
             raise RewardError(f"reward {self.name!r}: learning_rate must be above 0, not {learning_rate}")
-        files = folder_pictures(references, self.name, "references")
+        files = folder_images(references, self.name, "references")
         self.backbone = VisionBackbone(model, device, batch_size, self.name)
         self.updates, self.every, self.batch, self.buffer = updates, every, batch, buffer
         self.patches, self.frames, self.seed = patches, frames, seed

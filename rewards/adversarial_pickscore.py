@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from rewards.base import RewardError, TrainableReward, at_least_one
 from rewards.frames import chosen_frames
 from rewards.learning import counted, load_training_state, training_state
-from rewards.media import pictures_by_prompt, read_picture
+from rewards.media import images_by_prompt, read_image
 from rewards.pickscore import MODEL, PickScore
 
 COLLAPSED_SPREAD = 1e-4  # standard deviation of cosines
@@ -57,14 +57,14 @@ class AdversarialPickScore(PickScore, TrainableReward):
         at_least_one(self.name, layers=layers, updates=updates, batch=batch)
         if not learning_rate > 0:
             raise RewardError(f"reward {self.name!r}: learning_rate must be above 0, not {learning_rate}")
-        files = pictures_by_prompt(references, self.name, "references")
+        files = images_by_prompt(references, self.name, "references")
         super().__init__(model, processor, divisor, batch_size, frames, device)
         blocks = _vision_blocks(self.clip)
         if layers > len(blocks):
             raise RewardError(f"reward {self.name!r}: layers {layers} exceeds the model's {len(blocks)} vision blocks")
         self.blocks = nn.ModuleList(blocks[-layers:]).requires_grad_(True)
         self.optimizer = torch.optim.Adam(self.blocks.parameters(), lr=learning_rate)
-        self.references = {prompt: [read_picture(path) for path in paths] for prompt, paths in files.items()}
+        self.references = {prompt: [read_image(path) for path in paths] for prompt, paths in files.items()}
         self.updates, self.batch, self.seed = updates, batch, seed
         self.taken = 0
         self.beaten = 0  # training steps in a row in which the references lost

@@ -62,7 +62,7 @@ class Aesthetic(ClipReward):
             raise RewardError(f"reward 'aesthetic': head {head} does not fit CLIP model {model}: {error}") from error
         self.layers = [[part.to(self.device) for part in layer] for layer in layers]
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         hidden = self.image_features(images)

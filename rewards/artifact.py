@@ -31,7 +31,7 @@ from rewards.backbones.weights import located
 from rewards.base import RewardError, TrainableReward, reason
 from rewards.frames import FrameReward, chosen_frames
 from rewards.learning import Head, counted, load_training_state, training_state
-from rewards.media import folder_pictures
+from rewards.media import folder_images
 
 SHARPNESS = 4.0  # the factor 4 in the smooth maximum
 
@@ -46,7 +46,7 @@ class Refresh(NamedTuple):
     clean_share: float
 
 
-def picture_logits(patch_logits: torch.Tensor) -> torch.Tensor:
+def image_logits(patch_logits: torch.Tensor) -> torch.Tensor:
     """The image logits (B,): the smooth maximum of the patch logits (B, P)."""
     count = torch.tensor(float(patch_logits.shape[1]), device=patch_logits.device)
     return ((SHARPNESS * patch_logits).logsumexp(1) - count.log()) / SHARPNESS
@@ -57,7 +57,7 @@ def head_logits(head: Head, images: Sequence[torch.Tensor]) -> torch.Tensor:
     alike: dict[int, list[torch.Tensor]] = {}
     for patches in images:
         alike.setdefault(len(patches), []).append(patches)
-    return torch.cat([picture_logits(head(torch.stack(some))) for some in alike.values()])
+    return torch.cat([image_logits(head(torch.stack(some))) for some in alike.values()])
 
 
 def labelled_loss(clean: torch.Tensor, artifacts: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def _batch(images: Sequence[torch.Tensor], size: int, *key: int) -> list[torch.T
     return [images[place] for place in torch.randperm(len(images), generator=counted(*key))[:size].tolist()]
 
 
-def picture_patches(backbone: VisionBackbone, files: Sequence[Path]) -> list[torch.Tensor]:
+def image_patches(backbone: VisionBackbone, files: Sequence[Path]) -> list[torch.Tensor]:
     """The patches (P, D) of each image file; the files may have any sizes."""
     return [patches.flatten(0, 1) for _, patches in backbone.tiles_of_files(files)]
 
@@ -178,8 +178,8 @@ class Artifact(FrameReward, TrainableReward):
             if clean is None or artifacts is None:
                 raise RewardError(f"reward {self.name!r}: refresh needs the folders `clean` and `artifacts`")
             kinds = {"clean": clean, "artifacts": artifacts}
-            files = [folder_pictures(folder, self.name, option) for option, folder in kinds.items()]
-            known = [picture_patches(self.backbone, paths) for paths in files]
+            files = [folder_images(folder, self.name, option) for option, folder in kinds.items()]
+            known = [image_patches(self.backbone, paths) for paths in files]
             self.refresh = Refresh(known[0], known[1], refresh, updates, clean_share)
         elif clean is not None or artifacts is not None:
             raise RewardError(
@@ -187,10 +187,10 @@ class Artifact(FrameReward, TrainableReward):
             )
 
     @torch.no_grad()
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
-        return (-picture_logits(self.head(self._patches(images)))).sigmoid()
+        return (-image_logits(self.head(self._patches(images)))).sigmoid()
 
     def _patches(self, frames: torch.Tensor) -> torch.Tensor:
         """The patches (B, P, D) of all tiles of each image."""

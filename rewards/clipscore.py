@@ -43,7 +43,7 @@ class CLIPScore(ClipReward):
         if scale == "hessel":
             self.range = (0.0, HESSEL_WEIGHT)
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         cosines = self.cosines(images, prompts)

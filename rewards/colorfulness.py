@@ -24,7 +24,7 @@ class Colorfulness(FrameReward):
         grey, red = torch.full((3, 8, 8), 0.5), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
         return Golden(torch.stack([grey, red]), ["grey", "red"], [{}, {}], [0.0, 0.3 * math.sqrt(1.25)], 1e-5)
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         red, green, blue = images.float().flatten(-2).unbind(1)

@@ -31,7 +31,7 @@ class Compressibility(FrameReward):
         self.sign = 1.0 if reverse else -1.0
         self.range = (0.0, math.inf) if reverse else (-math.inf, 0.0)
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         levels: np.ndarray = as_levels(images).permute(0, 2, 3, 1).cpu().numpy()

@@ -12,8 +12,8 @@ _given: ContextVar[torch.device | None] = ContextVar("device", default=None)
 def chosen_device(device: str | torch.device | None = None) -> torch.device:
     """`device` with its index (the CPU has none); None stands for that of `on_device`, else for the current card.
 
-    That card is one of CUDA or ROCm; other accelerators are used where they are named. The index tells cards apart where
-    a loaded model is kept under its device and used again.
+    That card is one of CUDA or ROCm; other accelerators are used where they are named. The index tells cards apart
+    where a loaded model is kept under its device and used again.
     """
     found = _given.get() if device is None else torch.device(device)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -38,11 +38,11 @@ class FrameReward(Reward):
         """Scores (B,) of images (B, 3, H, W) or videos (B, F, 3, H, W)."""
         images, count = chosen_frames(media, self.frames)
         items = [item for item in range(len(prompts)) for _ in range(count)]
-        scores = self.of_pictures(images, [prompts[item] for item in items], [metadata[item] for item in items])
+        scores = self.of_images(images, [prompts[item] for item in items], [metadata[item] for item in items])
         return mean_of_frames(scores, count)
 
     @abstractmethod
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (N,) of images (N, 3, H, W), each with its prompt and its metadata row."""

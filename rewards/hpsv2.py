@@ -35,7 +35,7 @@ class HPSv2(ClipReward):
         file = str(checkpoint(weights, self.name))
         super().__init__(model, batch_size, frames, device, pretrained=file, resize_mode="longest")
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         return self.cosines(images, prompts)

@@ -136,7 +136,7 @@ class ImageReward(FrameReward):
             hidden = F.linear(hidden, weight, bias)
         return hidden.squeeze(-1)
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         starts = range(0, len(prompts), self.batch_size)

@@ -50,13 +50,13 @@ def as_levels(images: torch.Tensor) -> torch.Tensor:
     return (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """The image in a file, (3, H, W) in [0, 1], of any size; RewardError as in `open_picture`."""
-    pixels = np.asarray(open_picture(path), dtype=np.float32) / 255
+def read_image(path: Path) -> torch.Tensor:
+    """The image in a file, (3, H, W) in [0, 1], of any size; RewardError as in `open_image`."""
+    pixels = np.asarray(open_image(path), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_image(path: Path) -> Image.Image:
     """The image as a viewer shows it, 8-bit RGB; RewardError for a file that is no image or holds several."""
     try:
         with Image.open(path, formats=FORMATS) as image:
@@ -74,7 +74,7 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def as_viewed(image: Image.Image) -> Image.Image:
-    """An opened image as `open_picture` returns it; ValueError if it cannot be shown as one 8-bit image."""
+    """An opened image as `open_image` returns it; ValueError if it cannot be shown as one 8-bit image."""
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # an MPO's second frame is a preview, which no viewer shows
         raise ValueError(f"it has {frames} frames or pages; save the one that is meant as an image of its own")
@@ -165,7 +165,7 @@ def natural(name: str) -> tuple[object, ...]:
     return tuple(parts), suffix, name
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     """The image files of a folder, in natural order and without hidden files; empty if there are none.
 
     Raises RewardError for a folder that cannot be read, and for an image of a kind that is not read.
@@ -179,16 +179,16 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted((path for path in there if path.suffix.lower() in SUFFIXES), key=lambda path: natural(path.name))
 
 
-def folder_pictures(folder: str, reward: str, option: str) -> list[Path]:
-    """The image files as in `pictures_in`; RewardError that names the reward and its option if there are none."""
+def folder_images(folder: str, reward: str, option: str) -> list[Path]:
+    """The image files as in `images_in`; RewardError that names the reward and its option if there are none."""
     place = Path(folder).expanduser()
-    found = pictures_in(place) if place.is_dir() else []
+    found = images_in(place) if place.is_dir() else []
     if not found:
         raise RewardError(f"reward {reward!r}: {option} {folder} is no folder with images ({', '.join(SUFFIXES)})")
     return found
 
 
-def pictures_by_prompt(file: str, reward: str, option: str) -> dict[str, list[Path]]:
+def images_by_prompt(file: str, reward: str, option: str) -> dict[str, list[Path]]:
     """The image files of each prompt, from a .json file {prompt: [image, ...]} with paths relative to its folder.
 
     Raises RewardError that names the reward and its option, for a file of another form and for a missing image.

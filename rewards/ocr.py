@@ -140,7 +140,7 @@ class OCR(FrameReward):
         # The engine's models take the channels as blue, green, red.
         return self.reader(levels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (N,) in [0, 1]; RewardError, before any image is read, for a prompt whose text cannot be read."""

@@ -70,7 +70,7 @@ class Pairwise(VLMReward):
             if len(members) == 1:
                 where = shown(members[0], prompts)
                 raise RewardError(f"reward 'pairwise': {where} is the only item of its prompt; a pair needs two")
-        images, items = self.pictures(media)
+        images, items = self.images_of(media)
         count = len(images) // len(media)
         contents = [hashlib.sha256(image.tobytes()).digest() for image in images]
         wins, judged = torch.zeros(2, len(media), dtype=torch.float64)

@@ -44,7 +44,7 @@ class PickScore(ClipReward):
         self.factor = self.clip.model.logit_scale.exp().item() / divisor
         self.range = (-self.factor, self.factor)
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         return self.factor * self.cosines(images, prompts)

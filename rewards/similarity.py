@@ -14,7 +14,7 @@ import torch
 from rewards.backbones.features import unit_features
 from rewards.base import Reward, RewardError, at_least_one, reason, shown
 from rewards.frames import chosen_frames, mean_of_frames
-from rewards.media import read_picture
+from rewards.media import read_image
 
 
 class Similarity(Reward):
@@ -67,7 +67,7 @@ class Similarity(Reward):
     def _reference(self, name: str) -> torch.Tensor:
         """The features (D,), of length 1, of one reference file."""
         if name not in self.known:
-            self.known[name] = self.features(read_picture(self.folder / name)[None])[0]
+            self.known[name] = self.features(read_image(self.folder / name)[None])[0]
         return self.known[name]
 
     def __call__(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from rewards.base import RewardError, shown
 from rewards.frames import mean_of_frames
-from rewards.media import open_picture
+from rewards.media import open_image
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 
@@ -56,7 +56,7 @@ class YesNo(VLMReward):
     ) -> torch.Tensor:
         """Scores (B,); RewardError for a reference that is no image file."""
         references = [self._reference(index, prompts, row.get("reference")) for index, row in enumerate(metadata)]
-        images, items = self.pictures(media)
+        images, items = self.images_of(media)
         shows = [[*references[item], image] for item, image in zip(items, images, strict=True)]
         templates = [self.comparison if references[item] else self.question for item in items]
         texts = [text.replace("{prompt}", prompts[item]) for item, text in zip(items, templates, strict=True)]
@@ -68,7 +68,7 @@ class YesNo(VLMReward):
         if path is None:
             return []
         try:
-            return [open_picture(Path(path))]
+            return [open_image(Path(path))]
         except (RewardError, TypeError) as error:
             where = f"reward {self.name!r}: {shown(index, prompts)}"
             raise RewardError(f"{where} has the reference {path!r}, which is no image: {error}") from error

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import rewards
-from flowalign.disk.media import save_picture, to_uint8
+from flowalign.disk.media import save_image, to_uint8
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.render import render
 from rewards import Items
@@ -80,7 +80,7 @@ def main() -> None:
     signs, shapes, page = pictures(options.images, 0), pictures(options.images, 1), pages(max(options.images // 8, 2))
     with tempfile.TemporaryDirectory() as folder:
         for index, picture in enumerate(to_uint8(shapes.media)):
-            save_picture(Path(folder) / f"{index:03d}.png", picture)
+            save_image(Path(folder) / f"{index:03d}.png", picture)
         turns = {
             "ocr, engine image by image (signs)": (one_by_one(signs), len(signs.media)),
             "ocr, mode lines (signs)": (scoring("ocr", signs, mode="lines"), len(signs.media)),

@@ -59,7 +59,7 @@ JUNK: list[Any] = [
     "{}",
 ]
 # Kinds that may give a valid request by chance, for example if only a pixel or a letter was changed.
-LUCKY = {"damaged", "cut_picture", "misstated", "wrong_row"}
+LUCKY = {"damaged", "cut_image", "misstated", "wrong_row"}
 
 Sent = tuple[str, str, dict[str, str], bytes]  # method, path, headers, body
 
@@ -146,7 +146,7 @@ def picture() -> bytes:
     return file.getvalue()
 
 
-def cut_picture(dice: random.Random) -> Sent:
+def cut_image(dice: random.Random) -> Sent:
     """A PNG with bytes changed or its end missing."""
     data = bytearray(picture())
     data[dice.randrange(len(data))] = dice.randrange(256)
@@ -161,7 +161,7 @@ def bomb(dice: random.Random) -> Sent:
     return posted(rows(dice.choice([png(*size, zeros), png(16, 16, b"", text, text), png(0, 0, zeros)])), JSON)
 
 
-def other_picture(dice: random.Random) -> Sent:
+def other_image(dice: random.Random) -> Sent:
     """A file of another format, or images of two sizes."""
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, format=dice.choice(["JPEG", "GIF", "TIFF", "BMP"]))
@@ -228,9 +228,9 @@ KINDS: list[Callable[[random.Random], Sent]] = [
     wrong_values,
     wrong_count,
     wrong_row,
-    cut_picture,
+    cut_image,
     bomb,
-    other_picture,
+    other_image,
     deep_json,
     oversized,
     wrong_kind,

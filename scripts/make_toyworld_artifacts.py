@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 
 from flowalign.disk.assets import asset
 from flowalign.disk.files import make_folder
-from flowalign.disk.media import save_picture
+from flowalign.disk.media import save_image
 from flowalign.toyworld.grammar import random_example, words
 from flowalign.toyworld.making.artifacts import HELD_OUT, KINDS, damaged
 from flowalign.toyworld.render import render
@@ -41,7 +41,7 @@ def main() -> None:
                 image = decoded(autoencoder, image)
             if name == "artifacts":
                 image = damaged(image, kinds[index // 2 % len(kinds)], rng)
-            save_picture(options.output / name / f"{index:05d}.png", image)
+            save_image(options.output / name / f"{index:05d}.png", image)
     print(f"wrote {options.count} clean and {options.count} damaged images into {options.output}")
 
 

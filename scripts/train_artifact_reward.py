@@ -13,9 +13,9 @@ import torch
 from scipy.stats import rankdata
 
 from rewards import RewardError
-from rewards.artifact import Head, fit, head_logits, load_head, picture_patches, save_head
+from rewards.artifact import Head, fit, head_logits, image_patches, load_head, save_head
 from rewards.backbones.vit import VisionBackbone
-from rewards.media import folder_pictures
+from rewards.media import folder_images
 
 
 def area_under_curve(clean: torch.Tensor, artifacts: torch.Tensor) -> float:
@@ -52,7 +52,7 @@ def main() -> None:
 def train(options: argparse.Namespace) -> None:
     """Compute the features, train the head, measure it on the held-out images, save it."""
     files = [
-        folder_pictures(folder, "artifact", option)
+        folder_images(folder, "artifact", option)
         for option, folder in (("--clean", options.clean), ("--artifacts", options.artifacts))
     ]
     if min(len(paths) for paths in files) < 5:
@@ -61,7 +61,7 @@ def train(options: argparse.Namespace) -> None:
     backbone = VisionBackbone(model)
     kept, held = [], []
     for place, paths in enumerate(files):
-        patches = picture_patches(backbone, paths)
+        patches = image_patches(backbone, paths)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(options.seed + place)).tolist()
         count = max(1, round(options.held_out * len(paths)))
         held.append([patches[index] for index in order[:count]])

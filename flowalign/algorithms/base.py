@@ -16,7 +16,7 @@ from flowalign.rollout.stages import Keep, Scored, Weighted
 if TYPE_CHECKING:
     from flowalign.policies.base import Policy
 
-Figures: TypeAlias = "dict[str, torch.Tensor]"
+Metrics: TypeAlias = "dict[str, torch.Tensor]"
 
 
 class Cost(NamedTuple):
@@ -156,7 +156,7 @@ class Algorithm(ABC):
         """The items of one inner epoch, as `Transitions` or `NoisedFinals`."""
 
     @abstractmethod
-    def loss(self, policy: Policy, batch: Any) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: Any) -> tuple[torch.Tensor, Metrics]:
         """The mean loss over the batch's items, and detached metrics to log, each (n,) or a scalar.
 
         A loss of shape (L,) is L losses: the loop computes their gradients one by one and combines them by `join`. The

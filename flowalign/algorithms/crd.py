@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Figures
+from flowalign.algorithms.base import Metrics
 from flowalign.algorithms.batches import NoisedBatch
 from flowalign.algorithms.forward import (
     Decay,
@@ -149,7 +149,7 @@ class CRD(ForwardAlgorithm):
         policy.snapshot("old")
         policy.snapshot("sampling")
 
-    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         """The loss in the module's formula; metrics: its parts and the implicit reward's standard deviation."""
         seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         target = batch.noise - batch.latents

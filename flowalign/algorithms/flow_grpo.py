@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from flowalign.advantages import RewardTable, value_advantages
-from flowalign.algorithms.base import Algorithm, Figures, guided_velocity
+from flowalign.algorithms.base import Algorithm, Metrics, guided_velocity
 from flowalign.algorithms.batches import TransitionBatch, Transitions, Turn
 from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.lazy import torch
@@ -139,7 +139,7 @@ class FlowGRPO(Algorithm):
             scored.previews, groups, discount=self.settings.discount, absolute=self.settings.absolute
         )
 
-    def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Metrics]:
         """The loss in the module's formula; metrics: policy loss, the ratio's distance from 1, clipped share, KL."""
         taken = replay(policy, batch, batch.guidance)
         advantages = batch.advantages.clamp(-self.settings.advantage_clip, self.settings.advantage_clip)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Cost, Figures
+from flowalign.algorithms.base import Cost, Metrics
 from flowalign.algorithms.batches import NoisedBatch
 from flowalign.algorithms.forward import ForwardAlgorithm, ForwardSettings, TimestepSampling, predictions, squared_error
 from flowalign.config.algorithm import AlgorithmSettings
@@ -112,7 +112,7 @@ class GDRO(ForwardAlgorithm):
         """One forward pass of the reference."""
         return Cost(references=1)
 
-    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         """The loss in the module's formula; metrics: ranking loss, implicit reward's deviation, best samples' error."""
         seen = predictions(policy, batch, None, reference=True)
         target = batch.noise - batch.latents

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from flowalign.advantages import RewardTable, reward_advantages
-from flowalign.algorithms.base import Cost, Figures
+from flowalign.algorithms.base import Cost, Metrics
 from flowalign.algorithms.batches import NoisedBatch
 from flowalign.algorithms.forward import Level, predictions, reward_level, squared_error
 from flowalign.algorithms.nft import NFT, NFTSettings, contrast
@@ -181,7 +181,7 @@ class Marble(NFT):
         """An update that balances computes the rewards' gradients separately."""
         return super().cost(current)._replace(apart=self._balances(0))
 
-    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         """The loss in the module's formula, (L,) in an update that balances; metrics: those of NFT."""
         seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         errors = contrast(batch.latents, batch.noise, batch.sigma, seen.policy, seen.snapshot, self.settings.beta)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Figures
+from flowalign.algorithms.base import Metrics
 from flowalign.algorithms.batches import NoisedBatch
 from flowalign.algorithms.forward import (
     Decay,
@@ -111,7 +111,7 @@ class NFT(ForwardAlgorithm):
         """The old policy starts equal to the trained one."""
         policy.snapshot("old")
 
-    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: NoisedBatch) -> tuple[torch.Tensor, Metrics]:
         """The loss in the module's formula; metrics: its parts and the distance to the old policy."""
         seen = predictions(policy, batch, "old", reference=self.settings.kl_weight > 0)
         result = nft_loss(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from flowalign.algorithms.base import Algorithm, Cost, Figures
+from flowalign.algorithms.base import Algorithm, Cost, Metrics
 from flowalign.algorithms.batches import TransitionBatch, Transitions, Turn
 from flowalign.algorithms.flow_grpo import replay
 from flowalign.config.algorithm import AlgorithmSettings
@@ -92,7 +92,7 @@ class PRDP(Algorithm):
         """One forward pass of the reference."""
         return Cost(references=1)
 
-    def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Figures]:
+    def loss(self, policy: Policy, batch: TransitionBatch) -> tuple[torch.Tensor, Metrics]:
         """The loss in the module's formula; metrics: the log-ratios and their change since the rollout."""
         dimensions = batch.latents[0].numel()
         own = replay(policy, batch, batch.guidance, exact=True).log_prob

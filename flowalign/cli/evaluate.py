@@ -237,12 +237,12 @@ def _mix(text: str) -> dict[str, float]:
 
 def _check(model: str | None, images: Path | None, prompts: str | None, rewards: Sequence[str] = ()) -> None:
     """The checks of a benchmark's sources that need no heavy import; raises UserError or RewardError."""
-    from flowalign.cli.existing import check_model, check_pictures, check_prompts, check_rewards
+    from flowalign.cli.existing import check_images, check_model, check_prompts, check_rewards
 
     if (model is None) is (images is None):
         raise UserError("give either MODEL, to draw images with it, or --images, to judge existing ones")
     check_model(model)
-    check_pictures(images)
+    check_images(images)
     check_prompts(prompts)
     check_rewards(rewards)
 

@@ -46,7 +46,7 @@ def check_rewards(names: Sequence[str]) -> None:
         check_name(name)
 
 
-def check_pictures(folder: Path | None) -> None:
+def check_images(folder: Path | None) -> None:
     """Raises UserError unless the path is a folder; None passes."""
     if folder is not None and not folder.is_dir():
         raise UserError(f"--images {folder} is not a folder")

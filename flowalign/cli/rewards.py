@@ -35,10 +35,10 @@ def check_reward(
     option: RewardOptions = None,
 ) -> None:
     """Check a reward: order, batch size, determinism, range, prompts, known scores. Exit code 1 if a check fails."""
-    from flowalign.cli.existing import check_pictures, check_prompts, check_rewards
+    from flowalign.cli.existing import check_images, check_prompts, check_rewards
 
     check_rewards([reward])
-    check_pictures(images)
+    check_images(images)
     check_prompts(prompts)
     quiet_libraries()
     from flowalign.cli.scoring import check_reward as findings_of

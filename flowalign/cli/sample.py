@@ -108,7 +108,7 @@ def _check(model: str, prompts: Sequence[str], output: Path | None, rewards: Seq
 
 def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path) -> list[tuple[Path, str]]:
     """Draw and save the images of every prompt; returns each image's path and prompt."""
-    from flowalign.disk.media import save_pictures
+    from flowalign.disk.media import save_images
     from flowalign.rollout.generate import rollout
     from flowalign.rollout.stages import RolloutRequest
     from flowalign.sampling.noise import EVALUATION
@@ -117,7 +117,7 @@ def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path
     drawn = rollout(
         policy, RolloutRequest(rows, drawing.images, drawing.sampler, policy.request, key, batch=drawing.batch)
     )
-    paths = save_pictures(output, drawn.media, [row.about for row in drawn.rows])
+    paths = save_images(output, drawn.media, [row.about for row in drawn.rows])
     return list(zip(paths, drawn.prompts, strict=True))
 
 

@@ -26,10 +26,10 @@ def score(
     output: Annotated[Path | None, typer.Option(help="write the scores to this .csv or .jsonl file")] = None,
 ) -> None:
     """Score a folder of images, or a dataset of groups, with a reward."""
-    from flowalign.cli.existing import check_pictures, check_prompts, check_rewards, check_scores
+    from flowalign.cli.existing import check_images, check_prompts, check_rewards, check_scores
 
     check_rewards([reward])
-    check_pictures(images)
+    check_images(images)
     check_prompts(prompts)
     check_scores(output)
     import numpy as np

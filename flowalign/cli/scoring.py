@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import rewards as zoo
-from flowalign.cli.existing import check_pictures
+from flowalign.cli.existing import check_images
 from flowalign.config import Recipe
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
@@ -31,7 +31,7 @@ from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import check_prompts, learning, load_learnt, load_rewards, refuse_learning, tally, unread
 from flowalign.terminal import Terminal
 from flowalign.training.checkpoint import checkpoints, load_weights
-from rewards.media import pictures_in, read_picture
+from rewards.media import images_in, read_image
 
 _BATCH = 16
 
@@ -42,8 +42,8 @@ def read_images(folder: Path, prompts: str | None) -> tuple[list[Row], list[Path
     Without `prompts` the rows come from the folder's own MANIFEST. Rows that name files belong to those files; other
     rows belong to the images in natural order. Raises UserError if images and rows do not match.
     """
-    check_pictures(folder)
-    paths = pictures_in(folder)
+    check_images(folder)
+    paths = images_in(folder)
     manifest = manifest_of(folder)
     if prompts is None:
         if manifest is None:
@@ -74,7 +74,7 @@ def score_images(reward: str, options: Sequence[str], rows: Sequence[Row], paths
     scores: list[float | None] = [None] * len(paths)
     with _scoring({judge.name: judge}, len(paths)) as progress:
         for places in _batches(judge, rows):
-            images = [read_picture(paths[place]) for place in places]
+            images = [read_image(paths[place]) for place in places]
             for shape in dict.fromkeys(image.shape for image in images):
                 chosen = [i for i, image in enumerate(images) if image.shape == shape]
                 if judge.scope == "group" and len(chosen) < len(images):
@@ -138,7 +138,7 @@ def check_reward(reward: str, options: Sequence[str], images: Path | None, promp
     if images is None:
         return zoo.check(judge)
     rows, paths = read_images(images, prompts)
-    media = [read_picture(path) for path in paths]
+    media = [read_image(path) for path in paths]
     if len({image.shape for image in media}) > 1:
         raise UserError(f"--images {images}: the images must have the same size to be checked together")
     items = zoo.Items(torch.stack(media), [row.prompt for row in rows], [row.metadata for row in rows])

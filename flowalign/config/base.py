@@ -55,5 +55,5 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 prompt`, `2 prompts`, `1,000 pictures`."""
+    """`1 prompt`, `2 prompts`, `1,000 images`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -22,28 +22,28 @@ def marked(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return grey + 0.8 * maps[:, None] * (red - grey)
 
 
-def save_pictures(folder: Path, images: torch.Tensor, about: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
-    """Write images (B, 3, H, W) in [0, 1] as the PNG files `picture_names`; the folder is replaced whole.
+def save_images(folder: Path, images: torch.Tensor, about: Sequence[Mapping[str, Any]] = ()) -> list[Path]:
+    """Write images (B, 3, H, W) in [0, 1] as the PNG files `image_names`; the folder is replaced whole.
 
     `about` holds one line of the folder's MANIFEST for each image, such as its prompt. Returns the files' paths.
     """
-    names = picture_names(len(images))
+    names = image_names(len(images))
     with replaced_folder(folder) as partial:
         for name, pixels in zip(names, to_uint8(images), strict=True):
-            save_picture(partial / name, pixels)
+            save_image(partial / name, pixels)
         if about:
             lines = [{FILE_NAME: name} | dict(one) | {FILE_NAME: name} for name, one in zip(names, about, strict=True)]
             replace_json_lines(partial / MANIFEST, lines)
     return [folder / name for name in names]
 
 
-def save_picture(path: Path, pixels: np.ndarray) -> None:
+def save_image(path: Path, pixels: np.ndarray) -> None:
     """Write pixels (H, W, 3) uint8 as a PNG, whole."""
     with replaced_file(path) as partial:
         Image.fromarray(pixels).save(partial, format="PNG")
 
 
-def picture_names(count: int) -> list[str]:
+def image_names(count: int) -> list[str]:
     """00.png, 01.png, ..., padded to one width, so that sorting the names keeps the order of the images."""
     width = max(2, len(str(count - 1)))
     return [f"{index:0{width}d}.png" for index in range(count)]

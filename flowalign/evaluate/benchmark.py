@@ -8,7 +8,7 @@ from typing import Any
 
 from flowalign.config.base import UserError
 from flowalign.disk.media import MANIFEST
-from flowalign.evaluate.drawing import Drawing, Picture, draw, folder_name, listed
+from flowalign.evaluate.drawing import Drawing, Sample, draw, folder_name, listed
 from flowalign.evaluate.held_out import said_of
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
 from flowalign.rollout.manifest import manifest_of
@@ -39,7 +39,7 @@ class Benchmark:
             return load_prompts(self.prompts, self.count)
         if isinstance(self.source, Drawing):
             raise UserError("--prompts is missing; this benchmark has no list of its own for this model")
-        return [picture.row for picture in listed(self.source, self.images)[:: self.images]]
+        return [sample.row for sample in listed(self.source, self.images)[:: self.images]]
 
     def placed(self, kind: str, about: Mapping[str, Any]) -> "Benchmark":
         """This benchmark with a folder under runs/ if none was given; `about` are the settings of the judge."""
@@ -54,8 +54,8 @@ class Benchmark:
     def _given(self, folder: Path) -> dict[str, Any]:
         """The folder of given images and a checksum of them, so that results of changed images are refused."""
         digest = hashlib.sha256()
-        for picture in listed(folder, self.images):
-            digest.update(picture.name.encode() + picture.path.read_bytes())
+        for sample in listed(folder, self.images):
+            digest.update(sample.name.encode() + sample.path.read_bytes())
         return {"images": str(folder.resolve()), "pictures": digest.hexdigest()}
 
     def about(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Benchmark:
         self,
         rows: Sequence[Row],
         settings: Mapping[str, Any],
-        judge: Callable[[Sequence[Picture]], Sequence[Line]],
+        judge: Callable[[Sequence[Sample]], Sequence[Line]],
     ) -> list[Line]:
         """Draw and judge the missing images; returns the lines of results.jsonl, one per image.
 
@@ -95,14 +95,14 @@ class Benchmark:
         if isinstance(self.source, Drawing):
             with Terminal().evaluating(len(rows) * self.images, "drawing") as progress:
                 draw(self.folder, self.source, rows, stopwatch, progress)
-        pictures = listed(given or self.folder, self.images, rows)
+        samples = listed(given or self.folder, self.images, rows)
         keep_settings(self.folder, EVALUATION, settings)
 
         def judge_places(places: range) -> Sequence[Line]:
-            lines = judge([pictures[place] for place in places])
+            lines = judge([samples[place] for place in places])
             stopwatch.lap("judge")
             return lines
 
         stopwatch.start()
-        with Terminal().evaluating(len(pictures), "judging") as progress:
-            return continued(self.folder / RESULTS, len(pictures), BATCH, judge_places, progress)
+        with Terminal().evaluating(len(samples), "judging") as progress:
+            return continued(self.folder / RESULTS, len(samples), BATCH, judge_places, progress)

@@ -23,7 +23,7 @@ from PIL import Image
 from flowalign.config import Model, Sampler
 from flowalign.config.base import UserError, counted
 from flowalign.disk.files import checksum_of, make_folder, replace_json
-from flowalign.disk.media import MANIFEST, save_picture, to_uint8
+from flowalign.disk.media import MANIFEST, save_image, to_uint8
 from flowalign.evaluate.results import DRAWING, Stopwatch, check_folder, keep_settings
 from flowalign.policies.adapters import adapter_files, further_adapters
 from flowalign.policies.base import Policy, forward_dtype
@@ -36,14 +36,14 @@ from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from flowalign.terminal import Terminal
-from rewards.media import FORMATS, natural, pictures_in, read_picture
+from rewards.media import FORMATS, images_in, natural, read_image
 
 # Settings of a model that do not decide its images, or that `Drawing.settings` records in another form.
 _NOT_DECISIVE = {"path", "adapter", "dtype", "attention", "compile", "lora", "gradient_checkpointing"}
 
 
 @dataclass(frozen=True)
-class Picture:
+class Sample:
     """One image of a prompt; `name` is its path inside the folder of images, as results name it."""
 
     path: Path
@@ -174,7 +174,7 @@ def draw(
     policy: Policy | None = None
     stopwatch.start()
     for chunk in drawing.chunks(rows):
-        paths = [folder / picture_name(row.index, member) for row in chunk for member in range(drawing.images)]
+        paths = [folder / image_name(row.index, member) for row in chunk for member in range(drawing.images)]
         missing = [place for place, path in enumerate(paths) if not _is_whole(path)]
         if missing:
             if policy is None:
@@ -195,18 +195,18 @@ def draw(
                 replace_json(own / "metadata.jsonl", row.about, indent=None)
             pixels = to_uint8(drawn.media)
             for place in missing:
-                save_picture(paths[place], pixels[place])
+                save_image(paths[place], pixels[place])
             stopwatch.lap("draw")
         elif progress:
             progress(len(paths))
 
 
-def picture_name(index: int, member: int) -> str:
+def image_name(index: int, member: int) -> str:
     """The path of a prompt's image inside the folder, in GenEval's layout."""
     return f"{index:05d}/samples/{member:04d}.png"
 
 
-def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list[Picture]:
+def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list[Sample]:
     """The images of a folder in GenEval's layout, ordered by prompt and member; every image is checked to be readable.
 
     With `rows` the folders 00000, 00001, ... must match the rows; without, the rows come from the folders. A folder
@@ -237,14 +237,14 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
                 f"{place}/metadata.jsonl does not hold prompt {row.index + 1} of the list: "
                 f"it holds {json.dumps(own.about)}, not {json.dumps(row.about)}"
             )
-    return [picture for place, row in zip(folders, found, strict=True) for picture in _pictures(place, row, images)]
+    return [sample for place, row in zip(folders, found, strict=True) for sample in _samples(place, row, images)]
 
 
-def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list[Picture]:
+def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list[Sample]:
     folder = manifest.parent
     groups: dict[str, list[Path]] = {}
     found: dict[str, Row] = {}
-    for row, path in zip(*rows_of_files(folder, str(manifest), pictures_in(folder)), strict=True):
+    for row, path in zip(*rows_of_files(folder, str(manifest), images_in(folder)), strict=True):
         key = json.dumps(row.about, sort_keys=True)
         found.setdefault(key, replace(row, index=len(found)))
         groups.setdefault(key, []).append(path)
@@ -259,10 +259,10 @@ def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list
     return [_seen(path, folder, row) for row, paths in pairs for path in paths]
 
 
-def _seen(path: Path, folder: Path, row: Row) -> Picture:
+def _seen(path: Path, folder: Path, row: Row) -> Sample:
     if not _is_whole(path, FORMATS):
         raise UserError(f"{path} is not a readable image; draw it again")
-    return Picture(path, path.relative_to(folder).as_posix(), row)
+    return Sample(path, path.relative_to(folder).as_posix(), row)
 
 
 def _metadata_row(folder: Path) -> Row:
@@ -275,17 +275,17 @@ def _metadata_row(folder: Path) -> Row:
     return Row(int(folder.name), rows[0].prompt, rows[0].metadata)
 
 
-def _pictures(folder: Path, row: Row, images: int) -> list[Picture]:
+def _samples(folder: Path, row: Row, images: int) -> list[Sample]:
     samples = folder / "samples"
-    paths = [path for path in pictures_in(samples) if path.stem.isdecimal()] if samples.is_dir() else []
+    paths = [path for path in images_in(samples) if path.stem.isdecimal()] if samples.is_dir() else []
     if len(paths) != images:
         raise UserError(f"{folder}/samples holds {len(paths)} images NNNN.png, not {images}; see --images-per-prompt")
     return [_seen(path, folder.parent, row) for path in paths]
 
 
-def batches_of_a_size(pictures: Sequence[Picture]) -> Iterator[tuple[list[int], torch.Tensor]]:
+def batches_of_a_size(samples: Sequence[Sample]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Read images and batch them by size: their indices among the given ones, and media (B, 3, H, W) in [0, 1]."""
-    media = [read_picture(picture.path) for picture in pictures]
+    media = [read_image(sample.path) for sample in samples]
     for shape in dict.fromkeys(one.shape for one in media):
         places = [place for place, one in enumerate(media) if one.shape == shape]
         yield places, torch.stack([media[place] for place in places])

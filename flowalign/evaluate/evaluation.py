@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 import rewards as zoo
 from flowalign.config import Evaluation
 from flowalign.disk.files import make_folder, replace_json
-from flowalign.disk.media import MAP, marked, save_pictures
+from flowalign.disk.media import MAP, marked, save_images
 from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.intervals import clustered_error, combined_interval, mean_interval
 from flowalign.policies.base import Policy
@@ -27,7 +27,7 @@ from rewards.combine import score_all
 class Seen(NamedTuple):
     """What an audit measures in one image: its image statistics and its features."""
 
-    looks: dict[str, float]
+    statistics: dict[str, float]
     features: np.ndarray  # (D,), float32
 
 
@@ -38,13 +38,13 @@ Observe = Callable[[torch.Tensor], list[Seen]]
 class Evaluated:
     """The scores of all images, in the order of the prompts.
 
-    `pictures` are the first images of the first prompts, (K, 3, H, W). `maps` are a reward's maps of these images,
+    `images` are the first images of the first prompts, (K, 3, H, W). `maps` are a reward's maps of these images,
     (K, H, W) in [0, 1], from the rewards that can show where they see what they punish.
     """
 
     rows: list[Row]
     scores: list[dict[str, float]]  # a reward that does not apply to a row is absent
-    pictures: torch.Tensor
+    images: torch.Tensor
     maps: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: list[Seen] = field(default_factory=list)  # one per image, if `evaluate` was given `observe`
 
@@ -103,7 +103,7 @@ def evaluate(
     """
     scored: list[dict[str, float]] = []
     expanded: list[Row] = []
-    pictures: list[torch.Tensor] = []
+    images: list[torch.Tensor] = []
     seen: list[Seen] = []
     chunk = max(1, settings.batch // settings.images_per_prompt)
     drawn = [*rows, *unscored]
@@ -127,11 +127,11 @@ def evaluate(
         scored += score_rows(rewards, media, own)
         expanded += own
         seen += observe(media) if observe else []
-        if sum(len(part) for part in pictures) < settings.keep_media:
-            pictures.append(media[:: settings.images_per_prompt].cpu())
-    if not pictures:
+        if sum(len(part) for part in images) < settings.keep_media:
+            images.append(media[:: settings.images_per_prompt].cpu())
+    if not images:
         return Evaluated(expanded, scored, torch.empty(0), seen=seen)
-    shown = torch.cat(pictures)[: settings.keep_media]
+    shown = torch.cat(images)[: settings.keep_media]
     maps = {name: found.cpu() for name, reward in rewards.items() if (found := reward.maps(shown.clone())) is not None}
     return Evaluated(expanded, scored, shown, maps, seen)
 
@@ -145,18 +145,19 @@ def score_rows(rewards: Mapping[str, zoo.Reward], media: torch.Tensor, rows: Seq
     ]
 
 
-def evaluated_by_all(own: Evaluated, pictures: int) -> Evaluated:
-    """Join the evaluations of all processes, in the order of the prompts, with the first `pictures` images."""
+def evaluated_by_all(own: Evaluated, keep_media: int) -> Evaluated:
+    """Join the evaluations of all processes, in the order of the prompts, with the media of the first `keep_media`."""
     looked = own.seen or len(own.rows) * (None,)
     judged = gather_object(list(zip(own.rows, own.scores, looked, strict=True)))
     judged.sort(key=lambda one: one[0].index)
-    shown = list(dict.fromkeys(row.index for row in own.rows))[: len(own.pictures)]
+    shown = list(dict.fromkeys(row.index for row in own.rows))[: len(own.images)]
     own_maps = [{name: found[place] for name, found in own.maps.items()} for place in range(len(shown))]
-    kept = gather_object(list(zip(shown, own.pictures, own_maps, strict=True)))
+    kept = gather_object(list(zip(shown, own.images, own_maps, strict=True)))
     kept.sort(key=lambda triple: triple[0])
-    images = [picture for _, picture, _ in kept[:pictures]]
+    kept = kept[:keep_media]
+    images = [image for _, image, _ in kept]
     stacked = torch.stack(images) if images else torch.empty(0)
-    maps = {name: torch.stack([found[name] for _, _, found in kept[:pictures]]) for name in own.maps}
+    maps = {name: torch.stack([found[name] for _, _, found in kept]) for name in own.maps}
     rows, scores, seen = ([one[place] for one in judged] for place in range(3))
     return Evaluated(rows, scores, stacked, maps, [one for one in seen if one is not None])
 
@@ -171,12 +172,12 @@ def write_evaluation(run: RunFolder, name: str, evaluated: Evaluated, about: Map
         for row, scores in zip(evaluated.rows, evaluated.scores, strict=True)
     ]
     summary = evaluated.summary()
-    if len(evaluated.pictures):
+    if len(evaluated.images):
         folder = run.path / "samples" / name
-        shown = list({row.index: row for row in evaluated.rows}.values())[: len(evaluated.pictures)]
-        save_pictures(folder, evaluated.pictures, [row.about for row in shown])
+        shown = list({row.index: row for row in evaluated.rows}.values())[: len(evaluated.images)]
+        save_images(folder, evaluated.images, [row.about for row in shown])
         for reward, found in evaluated.maps.items():
-            save_pictures(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.pictures, found))
+            save_images(folder / f"{MAP}{quote(reward, safe='')}", marked(evaluated.images, found))
         replace_json(folder / "prompts.json", [row.prompt for row in shown], indent=None)
     make_folder(run.path / "evaluations")
     replace_json(run.evaluation(name), {**about, "rows": rows, "summary": summary}, indent=None)

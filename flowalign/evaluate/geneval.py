@@ -17,14 +17,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.evaluate.benchmark import Benchmark
-from flowalign.evaluate.drawing import Picture, batches_of_a_size
+from flowalign.evaluate.drawing import Sample, batches_of_a_size
 from flowalign.evaluate.intervals import combined_interval, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
 from rewards.base import RewardError, import_object
 from rewards.detectors.base import COLORS, Detector
 from rewards.geneval import RELATIONS, TASKS, Verdict, judge, kept_detections, refuse_unknown_classes, soft_score
-from rewards.media import read_picture
+from rewards.media import read_image
 
 __all__ = ["Verdict", "judge", "soft_score"]
 
@@ -117,7 +117,7 @@ def check_sight(judging: Judge) -> str | None:
     """
     if "person" in judging.names:
         # The portrait of Grace Hopper (US Navy, public domain) that comes with matplotlib.
-        wanted, media = {"person"}, read_picture(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
+        wanted, media = {"person"}, read_image(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")
     elif set(SHAPES) <= set(judging.names):
         wanted = {"star", "ring"}
         scene = render(Scene(items=(Item("star", "red", 4, 6, 26), Item("ring", "blue", 34, 30, 26))))
@@ -134,22 +134,22 @@ def check_sight(judging: Judge) -> str | None:
     return " and ".join(sorted(wanted))
 
 
-def verdicts(judging: Judge, pictures: Sequence[Picture]) -> list[Line]:
+def verdicts(judging: Judge, samples: Sequence[Sample]) -> list[Line]:
     """GenEval's line for each image, with the detector's id and checksum."""
-    lines: list[Line] = [{}] * len(pictures)
-    for places, media in batches_of_a_size(pictures):
+    lines: list[Line] = [{}] * len(samples)
+    for places, media in batches_of_a_size(samples):
         for place, detections in zip(places, judging.detector(media), strict=True):
-            picture = pictures[place]
-            verdict = judge(detections, picture.row.metadata)
-            kept = kept_detections(detections, picture.row.metadata["tag"])
+            sample = samples[place]
+            verdict = judge(detections, sample.row.metadata)
+            kept = kept_detections(detections, sample.row.metadata["tag"])
             boxes = {name: [[*map(float, one["box"]), float(one["score"])] for one in kept[name]] for name in kept}
             lines[place] = {
-                "filename": picture.name,
-                "tag": picture.row.metadata["tag"],
-                "prompt": picture.row.prompt,
+                "filename": sample.name,
+                "tag": sample.row.metadata["tag"],
+                "prompt": sample.row.prompt,
                 "correct": verdict.correct,
                 "reason": verdict.reason,
-                "metadata": json.dumps(picture.row.about),
+                "metadata": json.dumps(sample.row.about),
                 "details": json.dumps(boxes),
                 **judging.identity,
             }

@@ -12,7 +12,7 @@ from typing import Any
 
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.evaluate.benchmark import Benchmark
-from flowalign.evaluate.drawing import Picture, batches_of_a_size
+from flowalign.evaluate.drawing import Sample, batches_of_a_size
 from flowalign.evaluate.intervals import Groups, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from rewards.ocr import OCR, quoted_text, text_score
@@ -30,15 +30,15 @@ def length_bin(target: str) -> str:
     return f"over {LENGTHS[-1]}"
 
 
-def readings(reader: OCR, pictures: Sequence[Picture]) -> list[Line]:
+def readings(reader: OCR, samples: Sequence[Sample]) -> list[Line]:
     """A line per image: the text that is read, from top to bottom, and the scores."""
-    lines: list[Line] = [{}] * len(pictures)
-    for places, media in batches_of_a_size(pictures):
+    lines: list[Line] = [{}] * len(samples)
+    for places, media in batches_of_a_size(samples):
         for place, read in zip(places, reader.read(media), strict=True):
-            row = pictures[place].row
+            row = samples[place].row
             similarity = text_score(row.prompt, read, strict=True)
             lines[place] = {
-                "filename": pictures[place].name,
+                "filename": samples[place].name,
                 "prompt": row.prompt,
                 "target": quoted_text(row.prompt),
                 "lines": read,

@@ -16,7 +16,7 @@ import torch
 
 from flowalign.config.base import UserError
 from flowalign.disk.files import replace_csv
-from flowalign.evaluate.drawing import Drawing, Picture, draw, listed
+from flowalign.evaluate.drawing import Drawing, Sample, draw, listed
 from flowalign.evaluate.evaluation import score_rows
 from flowalign.evaluate.held_out import said_of
 from flowalign.evaluate.intervals import Groups, Interval, difference_interval, mean_interval, mean_of
@@ -35,7 +35,7 @@ from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import check_prompts, refuse_learning
 from flowalign.terminal import Terminal
 from rewards import Reward
-from rewards.media import read_picture
+from rewards.media import read_image
 
 BASE, TUNED = "base", "tuned"
 
@@ -86,9 +86,9 @@ def evaluate_panel(
     keep_settings(output, EVALUATION, settings)
     parts = []
     for (model, guidance), (folder, drawing) in places.items():
-        pictures = listed(folder, drawing.images, rows)
-        with Terminal().evaluating(len(pictures), f"judging {model}") as progress:
-            lines = _scored(folder / RESULTS, pictures, drawing, rewards, stopwatch, progress)
+        samples = listed(folder, drawing.images, rows)
+        with Terminal().evaluating(len(samples), f"judging {model}") as progress:
+            lines = _scored(folder / RESULTS, samples, drawing, rewards, stopwatch, progress)
         parts.append(Part(model, guidance, _by_row(lines, drawing.images, list(rewards))))
     for part in parts:
         if mute := [name for name, values in part.scores.items() if np.isnan(values).all()]:
@@ -104,7 +104,7 @@ def evaluate_panel(
 
 def _scored(
     path: Path,
-    pictures: Sequence[Picture],
+    samples: Sequence[Sample],
     drawing: Drawing,
     rewards: Mapping[str, Reward],
     stopwatch: Stopwatch,
@@ -113,8 +113,8 @@ def _scored(
     """A line per image; whole prompts are scored together, since a reward may compare the images of a prompt."""
 
     def judge(places: range) -> list[Line]:
-        chosen = [pictures[place] for place in places]
-        media = torch.stack([read_picture(picture.path) for picture in chosen])
+        chosen = [samples[place] for place in places]
+        media = torch.stack([read_image(sample.path) for sample in chosen])
         scores = score_rows(rewards, media, [one.row for one in chosen])
         stopwatch.lap("judge")
         return [
@@ -124,7 +124,7 @@ def _scored(
 
     stopwatch.start()
     batch = max(1, drawing.batch // drawing.images) * drawing.images
-    return continued(path, len(pictures), batch, judge, progress)
+    return continued(path, len(samples), batch, judge, progress)
 
 
 def _by_row(lines: Sequence[Line], images: int, names: Sequence[str]) -> dict[str, np.ndarray]:

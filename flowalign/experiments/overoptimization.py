@@ -15,7 +15,7 @@ from flowalign.config import Recipe, RewardSettings, load_recipe, recipe_from_di
 from flowalign.config.base import UserError
 from flowalign.disk.assets import asset
 from flowalign.disk.files import make_folder, replace_json_lines, replaced_file
-from flowalign.disk.media import save_pictures
+from flowalign.disk.media import save_images
 from flowalign.experiments.overoptimization_results import GOLD, PROXY
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.dataset import GroupDataset, collect
@@ -27,7 +27,7 @@ from flowalign.toyworld.render import render
 from rewards.artifact import save_head
 from rewards.backbones.weights import whole
 from rewards.devices import chosen_device
-from rewards.media import read_picture
+from rewards.media import read_image
 
 Settings = dict[str, Any]
 
@@ -140,7 +140,7 @@ def prepare(world: str, shared: Path, prompts: int) -> None:
         lines = [{"prompt": prompt, **metadata} for prompt, metadata in rows.items()]
         replace_json_lines(listed, lines[:prompts])
     if not (shared / "references").exists():
-        save_pictures(shared / "references", _references(world))
+        save_images(shared / "references", _references(world))
     dataset = _dataset(world, shared)
     for seed, name in enumerate(_JUDGES):
         if not (shared / f"{name}.safetensors").exists():
@@ -171,7 +171,7 @@ def _fit(dataset: GroupDataset, seed: int, path: Path) -> None:
     """Fit a judge to the gold scores of some prompts' images and write it."""
     files = sorted(dataset.path.glob("shard_*/media/*.png"))
     chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:LABELLED].tolist()
-    images = torch.stack([read_picture(files[row * GROUP + member]) for row in chosen for member in range(GROUP)])
+    images = torch.stack([read_image(files[row * GROUP + member]) for row in chosen for member in range(GROUP)])
     scores = torch.from_numpy(dataset.rewards[GOLD][chosen]).float().flatten()
     with replaced_file(path) as partial:
         save_head(fit_learned(images, scores, seed=seed), BACKBONE, partial)

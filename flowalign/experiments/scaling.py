@@ -24,7 +24,7 @@ from flowalign.config import Sampler
 from flowalign.config.base import UserError
 from flowalign.config.options import parse_options
 from flowalign.disk.files import replace_json_lines
-from flowalign.disk.media import save_pictures
+from flowalign.disk.media import save_images
 from flowalign.evaluate.evaluation import score_rows
 from flowalign.policies.base import Policy
 from flowalign.policies.request import MediaRequest
@@ -261,7 +261,7 @@ def save_best_of(folder: Path, found: BestOf) -> list[tuple[Path, str]]:
     """
     prompts, kept = found.chosen.shape
     rows = [one.row for one in found.judged[:: len(found.judged) // prompts] for _ in range(kept)]
-    paths = save_pictures(folder, found.media, [row.about for row in rows])
+    paths = save_images(folder, found.media, [row.about for row in rows])
     lines = []
     for place, one in enumerate(found.judged):
         picture = None

@@ -93,7 +93,7 @@ def _set_backend(transformer: Any, backend: str, device: torch.device, dtype: to
 def attention_seconds(
     backend: str, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype, turns: int = 5
 ) -> float:
-    """The least time of a forward and backward pass over two pictures of `shape` (tokens, heads, numbers a head).
+    """The least time of a forward and backward pass over two images of `shape` (tokens, heads, numbers a head).
 
     Raises one of the errors in which the backends say that they cannot run here.
     """

@@ -262,13 +262,13 @@ class Policy(ABC):
         in their place.
         """
         parameters = self.trainable_parameters()
-        shared_out = any(isinstance(parameter, DTensor) for parameter in parameters.values())
-        kept = self.trainable_state() if shared_out else {key: weight.data for key, weight in parameters.items()}
+        sharded = any(isinstance(parameter, DTensor) for parameter in parameters.values())
+        kept = self.trainable_state() if sharded else {key: weight.data for key, weight in parameters.items()}
 
         def put(state: dict[str, torch.Tensor]) -> None:
             with torch.no_grad():
                 for key, parameter in parameters.items():
-                    if shared_out:
+                    if sharded:
                         parameter.copy_(state[key])
                     else:
                         parameter.data = state[key]

@@ -103,7 +103,7 @@ class PipelinePolicy(TextPolicy):
 
     @classmethod
     def load_pipeline(cls, path: Path | str, dtype: torch.dtype, *, text_encoders: bool = True) -> Any:
-        """The plain pipeline; its autoencoder is float32, since half precision shows in the pictures.
+        """The plain pipeline; its autoencoder is float32, since half precision shows in the images.
 
         Raises UserError, with the part, for files that are missing, damaged, or not all of a network.
         """
@@ -209,16 +209,16 @@ class PipelinePolicy(TextPolicy):
     def latent_shape(self, request: MediaRequest) -> tuple[int, ...]:
         """(16, height / 8, width / 8) of the published models; ValueError for what the schedule or model is not for."""
         if request.frames is not None:
-            raise ValueError(f"{type(self).__name__} makes pictures, not {request.frames} frames")
+            raise ValueError(f"{type(self).__name__} makes images, not {request.frames} frames")
         if request != self.request and self.pipeline.scheduler.config.use_dynamic_shifting:
             known, asked = (f"{one.height} x {one.width}" for one in (self.request, request))
-            raise ValueError(f"the schedule is that of {known} pictures; load the policy for {asked}")
+            raise ValueError(f"the schedule is that of {known} images; load the policy for {asked}")
         patch = self.latent_scale.patch
         channels, factor = self.pipeline.vae.config.latent_channels, self.pipeline.vae_scale_factor * patch
         return (int(channels) * patch**2, request.height // factor, request.width // factor)
 
     def sigmas(self, steps: int, schedule: Schedule = "model") -> torch.Tensor:
-        """The pipeline's schedule for pictures of the policy's size, or its shift of evenly spaced values.
+        """The pipeline's schedule for images of the policy's size, or its shift of evenly spaced values.
 
         A schedule that shifts with the resolution does so as in Esser et al. (2024), section 5.3.2, by token count.
         """
@@ -238,7 +238,7 @@ class PipelinePolicy(TextPolicy):
         return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
     def _tokens(self) -> int:
-        """Of a picture in the transformer."""
+        """Of a image in the transformer."""
         _, height, width = self.latent_shape(self.request)
         return height * width // self.patch**2
 

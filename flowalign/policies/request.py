@@ -20,11 +20,11 @@ class Row:
 
 @dataclass(frozen=True)
 class MediaRequest:
-    """What media are made: pictures of height x width pixels, or so many frames of them at `fps` a second."""
+    """What media are made: images of height x width pixels, or so many frames of them at `fps` a second."""
 
     height: int
     width: int
-    frames: int | None = None  # None: pictures
+    frames: int | None = None  # None: images
     fps: float | None = None
 
 

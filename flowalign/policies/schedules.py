@@ -46,7 +46,7 @@ def euler_scheduler(scheduler: Any) -> Any:
                     f"model.path: its scheduler has {spacing}, and no flow is drawn so here; set it to false"
                 )
         if config.stochastic_sampling:
-            _say("model.path: its scheduler has stochastic_sampling; pictures are drawn by Euler steps without it")
+            _say("model.path: its scheduler has stochastic_sampling; images are drawn by Euler steps without it")
         return scheduler
     is_flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
     if not is_flow or config.get("prediction_type", "flow_prediction") != "flow_prediction":
@@ -57,7 +57,7 @@ def euler_scheduler(scheduler: Any) -> Any:
     shift = float(config.get("shift", config.get("flow_shift", 1.0)))
     kept = {key: config[key] for key in _SHIFT if key in config}
     how = "a shift by resolution" if kept.get("use_dynamic_shifting") else f"its shift of {shift:g}"
-    _say(f"model.path: its scheduler is a {name}; pictures are drawn by Euler steps with {how}")
+    _say(f"model.path: its scheduler is a {name}; images are drawn by Euler steps with {how}")
     return EvenEuler(shift=shift, **kept)
 
 

@@ -338,15 +338,15 @@ def _matters(
 
 @torch.no_grad()
 def _round_trip(policy: PipelinePolicy) -> Judged:
-    picture = _picture(policy)
-    error = (policy.decode(policy.encode_media(picture)) - picture).square().mean()
+    image = _image(policy)
+    error = (policy.decode(policy.encode_media(image)) - image).square().mean()
     detail = f"PSNR {-10 * error.log10().item():.1f} dB for a rendered sign; above 25 with a trained autoencoder"
     return None, detail
 
 
 @torch.no_grad()
 def _one_step(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditioning) -> Judged:
-    x0, half = policy.encode_media(_picture(policy)), torch.full((1,), 0.5, device=noise.device)
+    x0, half = policy.encode_media(_image(policy)), torch.full((1,), 0.5, device=noise.device)
     x = (x0 + noise[:1]) / 2
     empty = conditioning.negative[[0]]
     error = (x - 0.5 * policy.velocity(x, half, empty) - x0).norm() / (x - x0).norm()
@@ -354,7 +354,7 @@ def _one_step(policy: PipelinePolicy, noise: torch.Tensor, conditioning: Conditi
     return None, detail
 
 
-def _picture(policy: PipelinePolicy) -> torch.Tensor:
+def _image(policy: PipelinePolicy) -> torch.Tensor:
     drawn = torch.from_numpy(render(Scene(lines=("HELLO",)))).permute(2, 0, 1)[None].float() / 255
     size = policy.request.height, policy.request.width
     return torch.nn.functional.interpolate(drawn, size, mode="bilinear").to(policy.device)

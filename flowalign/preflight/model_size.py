@@ -179,9 +179,9 @@ def transformer_pass(policy: PipelinePolicy, rows: int, *, backward: bool, check
     return found
 
 
-def decode_pass(policy: PipelinePolicy, pictures: int) -> Pass:
-    """The cost of decoding `pictures` images, in the policy's slices."""
-    latents = torch.empty(pictures, *policy.latent_shape(policy.request), device="meta")
+def decode_pass(policy: PipelinePolicy, images: int) -> Pass:
+    """The cost of decoding `images` images, in the policy's slices."""
+    latents = torch.empty(images, *policy.latent_shape(policy.request), device="meta")
     known = [*policy.pipeline.vae.parameters(), *policy.pipeline.vae.buffers(), latents]
     return _traced(lambda: policy.decode(latents), _AsOnADevice(torch.float32), known)
 

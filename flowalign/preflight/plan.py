@@ -79,9 +79,9 @@ class Costs:
         self.counts = parameters(policy)
         self.element = policy.dtype.itemsize
         self.latent = 4 * math.prod(policy.latent_shape(policy.request))
-        self.picture = 4 * 3 * policy.request.height * policy.request.width
+        self.image = 4 * 3 * policy.request.height * policy.request.width
         self.condition = sum(x.nbytes for x in condition_rows(policy, 1).tensors.values())
-        self.decoding = cache(lambda pictures: decode_pass(policy, pictures))
+        self.decoding = cache(lambda images: decode_pass(policy, images))
         self._pass = cache(self._measured)
 
     def _measured(self, rows: int, backward: bool, checkpointing: bool) -> Pass:
@@ -111,9 +111,9 @@ def plan(recipe: Recipe, gpus: int, vram: float, tflops: float = TFLOPS, costs: 
         refuse_all_trained(recipe)
     forwards = step_forwards(recipe)[-1]
     refuse_too_large(recipe, costs, gpus, vram, forwards)
-    pictures = 0 if recipe.dataset else recipe.samples_per_step
+    images = 0 if recipe.dataset else recipe.samples_per_step
     decode = costs.decoding(1).flops
-    step = (forwards.rollout + forwards.fixed) * costs.flops(backward=False) + pictures * decode
+    step = (forwards.rollout + forwards.fixed) * costs.flops(backward=False) + images * decode
     checkpointing = recipe.model.gradient_checkpointing
     step += forwards.trained * costs.flops(backward=True, checkpointing=checkpointing)
     return Plan(
@@ -338,8 +338,8 @@ def _evaluation_flops(recipe: Recipe, costs: Costs, decode: float) -> float | No
     if settings.prompts is None:
         return 0.0
     try:
-        pictures = len(load_prompts(settings.prompts, settings.count)) * settings.images_per_prompt
+        images = len(load_prompts(settings.prompts, settings.count)) * settings.images_per_prompt
     except UserError:  # a recipe can be planned before its prompts exist
         return None
     rows = settings.steps * (2 if settings.guidance > 1 else 1)
-    return pictures * (rows * costs.flops(backward=False) + decode)
+    return images * (rows * costs.flops(backward=False) + decode)

@@ -28,7 +28,7 @@ from flowalign.config.base import UserError
 from flowalign.config.paths import sought
 from flowalign.config.renamed import with_names_of_today
 from flowalign.disk.files import checksum, make_folder, replace_json, replace_json_lines, replaced_folder
-from flowalign.disk.media import save_picture, to_uint8
+from flowalign.disk.media import save_image, to_uint8
 from flowalign.disk.tensors import save_tensors
 from flowalign.policies.base import Policy
 from flowalign.rollout.generate import Progress, rollout
@@ -38,7 +38,7 @@ from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import DATASET
 from rewards import Reward
 from rewards.combine import Scores, score_all
-from rewards.media import read_picture
+from rewards.media import read_image
 
 FORMAT = 1
 
@@ -208,9 +208,7 @@ class GroupDataset:
             asked = [place for place, yes in enumerate(applies) if yes]
             for start in range(0, len(asked), whole):
                 chosen = asked[start : start + whole]
-                media = torch.stack(
-                    [read_picture(folder / "media" / _file_name(place, self._size)) for place in chosen]
-                )
+                media = torch.stack([read_image(folder / "media" / _file_name(place, self._size)) for place in chosen])
                 texts, metadata = [rows[i].prompt for i in chosen], [rows[i].metadata for i in chosen]
                 values[chosen] = score_all({name: reward}, media, texts, metadata)[name].values.numpy()
                 progress(len(chosen))
@@ -334,7 +332,7 @@ def _write_shard(
         replace_json_lines(partial / "rows.jsonl", lines)
         make_folder(partial / "media")
         for place, pixels in enumerate(to_uint8(samples.media)):
-            save_picture(partial / "media" / _file_name(place, size), pixels)
+            save_image(partial / "media" / _file_name(place, size), pixels)
         for name, score in scores.items():
             values = torch.where(score.applies, score.values, torch.nan).cpu().numpy()
             _write_rewards(partial, name, values.reshape(len(rows), size))

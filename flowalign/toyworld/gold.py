@@ -87,13 +87,13 @@ class SignQuality(OCR):
     def __init__(self, threads: int | None = None):
         super().__init__(mode="lines", strict=True, threads=threads)
 
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         """Scores (N,) of images of 64 x 64 pixels; RewardError for a prompt that quotes no text."""
         levels = as_levels(images).permute(0, 2, 3, 1).float().cpu().numpy()
         clean = torch.tensor([cleanliness(image) for image in levels], dtype=torch.float32)
-        return super().of_pictures(images, prompts, metadata) * clean
+        return super().of_images(images, prompts, metadata) * clean
 
     def golden(self) -> Golden:
         """A right sign, and an empty image."""

@@ -58,7 +58,7 @@ class Learned(FrameReward):
         self.head = fitted.to(self.backbone.device)
 
     @torch.no_grad()
-    def of_pictures(
+    def of_images(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
     ) -> torch.Tensor:
         return self.head(_described(self.backbone, images))

@@ -64,7 +64,7 @@ class Display(Terminal):
             total = min(total, max(pace, line["step"]))
         self.bars.step(line["step"], total)
         seconds = " ".join(f"{name} {value:.1f} s" for name, value in line["seconds"].items())
-        metrics = " ".join(f"{name} {value:.2g}" for name, value in line["figures"].items())
+        metrics = " ".join(f"{name} {value:.2g}" for name, value in line["metrics"].items())
         self.say(f"step {line['step']}: {rewards} | {metrics} | {seconds}")
 
     def evaluation(self, step: int, summary: Summary, seconds: float, held_out: "HeldOut") -> None:

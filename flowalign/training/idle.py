@@ -11,7 +11,7 @@ from flowalign.rollout.stages import Drawn, Generated, Scored, Weighted
 from flowalign.training.processes import summed
 
 
-def score_figures(samples: Scored, weighted: Weighted) -> dict[str, Any]:
+def score_metrics(samples: Scored, weighted: Weighted) -> dict[str, Any]:
     """The reward metrics of a step over the samples of all processes, with the rewards that are flat."""
     scored = samples.everyone
     groups = torch.arange(len(scored.total), device=scored.total.device) // samples.group_size

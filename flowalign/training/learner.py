@@ -17,7 +17,7 @@ from flowalign.rollout.generate import Progress
 from flowalign.rollout.stages import Weighted
 from flowalign.sampling import counted_generator
 from flowalign.sampling.noise import ITEMS
-from flowalign.training.processes import Share, shared_out, sum_gradients, summed
+from flowalign.training.processes import Share, shares_of_updates, sum_gradients, summed
 from flowalign.training.selftest import LOWEST_SCALE, SelfTest
 
 
@@ -73,7 +73,7 @@ class Learner:
         overflows is skipped, and the loss scale is halved.
         """
         train, algorithm = self.train, self.algorithm
-        figures = Figures()
+        metrics = StepMeans()
         norms: list[float | None] = []
         for turn in range(train.inner_epochs):
             batches = algorithm.batches(weighted, self._turn(step, turn))
@@ -81,22 +81,22 @@ class Learner:
             generator = counted_generator(ITEMS, self.seed, step, 0, turn)
             count = torch.tensor([len(units)], device=self.accelerator.device)
             counts = self.accelerator.gather(count).tolist()
-            for share in shared_out(counts, self.accelerator.process_index, train.updates_per_step, generator):
+            for share in shares_of_updates(counts, self.accelerator.process_index, train.updates_per_step, generator):
                 if share.total == 0:
                     continue
                 chunks = self._chunks(batches, units, share)
                 if test and not norms:
                     test.begin(batches.batch(chunks[0][0], self.update), self.scaler.get_scale())
-                norms.append(self._update(batches, chunks, share.total, step, figures, test, progress))
+                norms.append(self._update(batches, chunks, share.total, step, metrics, test, progress))
         taken = [norm for norm in norms if norm is not None]
         if taken:
             algorithm.after_update(self.policy, self.update)
         if test:
             test.end()
-        means = figures.means(self.accelerator)
+        means = metrics.means(self.accelerator)
         seen = {
             "loss": means.pop("loss", 0.0),
-            "figures": means,
+            "metrics": means,
             "grad_norm": sum(taken) / len(taken) if taken else 0.0,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
@@ -136,7 +136,7 @@ class Learner:
         chunks: Sequence[tuple[torch.Tensor, int]],
         total: int,
         step: int,
-        figures: "Figures",
+        metrics: "StepMeans",
         test: SelfTest | None,
         progress: Progress | None,
     ) -> float | None:
@@ -152,13 +152,13 @@ class Learner:
             share = self.scaler.scale(loss * (counted / total))
             gradients = gradients + self._backward(share)
             finite = finite and bool(loss.isfinite().all())
-            figures.add({"loss": loss.detach(), **seen}, counted)
+            metrics.add({"loss": loss.detach(), **seen}, counted)
             if test:
                 test.saw(chunk, counted, seen)
             if progress:
                 progress(1 / len(chunks))
         if isinstance(gradients, torch.Tensor):
-            self._join(gradients, figures)
+            self._join(gradients, metrics)
         else:
             sum_gradients(self.accelerator, self.parameters)
         self.scaler.unscale_(self.optimizer)
@@ -217,7 +217,7 @@ class Learner:
             rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
         return torch.stack(rows)
 
-    def _join(self, gradients: torch.Tensor, figures: "Figures") -> None:
+    def _join(self, gradients: torch.Tensor, metrics: "StepMeans") -> None:
         """Set the parameters' gradients to the algorithm's combination of the gradients (L, P)."""
         gradients = self.accelerator.reduce(gradients, "sum")
         weights = torch.ones(len(gradients))  # if a gradient is not finite, which the joined norm then shows
@@ -229,20 +229,20 @@ class Learner:
         parts = joined.split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        figures.add({name: torch.tensor(value) for name, value in seen.items()}, 1.0)
+        metrics.add({name: torch.tensor(value) for name, value in seen.items()}, 1.0)
 
 
-class Figures:
+class StepMeans:
     """Means of metrics over the units of a step, from all its updates and processes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.weights: dict[str, float] = defaultdict(float)
 
-    def add(self, figures: dict[str, torch.Tensor], weight: float) -> None:
+    def add(self, metrics: dict[str, torch.Tensor], weight: float) -> None:
         """Add metrics; the mean of each counts `weight` times."""
-        for name, figure in figures.items():
-            self.sums[name] += weight * figure.mean().item()
+        for name, value in metrics.items():
+            self.sums[name] += weight * value.mean().item()
             self.weights[name] += weight
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:

@@ -72,7 +72,7 @@ def load_parts(
     source = _source(recipe, scorer, algorithm, accelerator)
     measuring = Measuring(recipe, scorer, source.rows, accelerator, device, display)
     rows = [*source.rows, *measuring.rows]
-    whole, seed = not processes.shares_out(), recipe.run.seed
+    whole, seed = not processes.shards_weights(), recipe.run.seed
     policy = cached_policy(recipe.model, rows, device, seed, accelerator, given=policy, whole=whole)
     source.check(policy)
     try:

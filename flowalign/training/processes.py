@@ -100,7 +100,7 @@ def _refuse_precision(recipe: Recipe) -> None:
         )
 
 
-def shares_out() -> bool:
+def shards_weights() -> bool:
     """Whether the launcher is configured to shard a model over several processes."""
     return parse_flag_from_env("ACCELERATE_USE_FSDP") and PartialState().num_processes > 1
 
@@ -114,9 +114,9 @@ def prepare(accelerator: Accelerator, policy: Policy) -> None:
     _refuse_untrainable(weights)
     if accelerator.num_processes > 1:
         _refuse_different(accelerator, weights.values())
-    if shares_out() and not policy.in_lockstep:  # a script's policy is sharded from its first run on
+    if shards_weights() and not policy.in_lockstep:  # a script's policy is sharded from its first run on
         for module in policy.modules.values():
-            share_out(module, accelerator.device, accelerator.num_processes)
+            shard(module, accelerator.device, accelerator.num_processes)
 
 
 def _refuse_untrainable(weights: Mapping[str, nn.Parameter]) -> None:
@@ -155,7 +155,7 @@ def _checksum(weight: torch.Tensor) -> torch.Tensor:
     return part.view(bits).sum(dtype=torch.int64)
 
 
-def share_out(transformer: nn.Module, device: torch.device, processes: int) -> None:
+def shard(transformer: nn.Module, device: torch.device, processes: int) -> None:
     """Shard a transformer's frozen weights over the processes, as the launcher's FSDP settings say (FSDP2).
 
     From then on a forward or a backward pass waits for the same pass of every process. Trained weights stay whole, as
@@ -267,7 +267,7 @@ class Share(NamedTuple):
     most: int  # the number of units of the process that has the most
 
 
-def shared_out(counts: Sequence[int], rank: int, updates: int, generator: torch.Generator) -> list[Share]:
+def shares_of_updates(counts: Sequence[int], rank: int, updates: int, generator: torch.Generator) -> list[Share]:
     """The share of process `rank` in each update.
 
     counts: the number of units of each process. An update has the same units, however many processes divide them.

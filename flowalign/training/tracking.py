@@ -31,7 +31,7 @@ def step_values(line: Mapping[str, Any]) -> dict[str, float]:
     values = {name: float(line[name]) for name in _STEP if name in line}
     for name, counts in line.get("answers", {}).items():
         values |= {f"{key}/{name}": float(count) for key, count in counts.items()}
-    for section in ("reward", "reward_std", "figures", "seconds"):
+    for section in ("reward", "reward_std", "metrics", "seconds"):
         values |= {f"{section}/{name}": float(value) for name, value in line[section].items()}
     return values
 

@@ -18,7 +18,7 @@ from rewards.backbones.preprocessing import Mode, Preprocessing
 from rewards.backbones.weights import located
 from rewards.base import RewardError, at_least_one, reason
 from rewards.devices import chosen_device
-from rewards.media import read_picture
+from rewards.media import read_image
 
 _MODES: dict[str, Mode] = {"center": "shortest", "squash": "squash", "border": "longest"}
 
@@ -108,7 +108,7 @@ class VisionBackbone:
 
     def tiles_of_files(self, files: Sequence[Path]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """`tiles` of image files of any sizes, (T, D) and (T, P, D) for each file."""
-        parts = [self.tiles(read_picture(file)[None]) for file in files]
+        parts = [self.tiles(read_image(file)[None]) for file in files]
         return [(own[0], patches[0]) for own, patches in parts]
 
     def maps(self, values: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ class VLMReward(Reward):
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         return counts
 
-    def pictures(self, media: torch.Tensor) -> tuple[list[Image.Image], list[int]]:
+    def images_of(self, media: torch.Tensor) -> tuple[list[Image.Image], list[int]]:
         """The frames of media (B, ...) to be judged, in the items' order, and the item of each frame."""
         frames, count = chosen_frames(media, self.frames)
         images = [Image.fromarray(level) for level in as_levels(frames).permute(0, 2, 3, 1).cpu().numpy()]
@@ -66,7 +66,7 @@ class VLMReward(Reward):
         self, media: torch.Tensor, prompts: Sequence[str], judge: Callable[[Pictures, list[str]], torch.Tensor]
     ) -> torch.Tensor:
         """Scores (B,): for each item, the mean of the scores (N,) that `judge` gives its frames with its prompt."""
-        images, items = self.pictures(media)
+        images, items = self.images_of(media)
         with self.naming(prompts, items):
             scores = judge([[image] for image in images], [prompts[item] for item in items])
         return mean_of_frames(scores, len(images) // len(media))

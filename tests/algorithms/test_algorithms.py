@@ -19,7 +19,7 @@ from flowalign.policies.loading import load_policy
 from flowalign.rollout.stages import Weighted
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
-from flowalign.training.idle import score_figures
+from flowalign.training.idle import score_metrics
 from flowalign.training.processes import Share
 
 JUDGES = """
@@ -331,7 +331,7 @@ def test_a_snapshot_that_lags_behind_is_never_taken_for_the_weights(make: Callab
     lagging = {"kl_weight": 0.0, "old_decay": {"first": 0.5, "last": 0.5}}
     lines = metrics(quiet_train(make("nft", train={"steps": 2}, algorithm=lagging)))
     assert forwards_of_items(lines, rollout=16) == [8 + 2 * 8, 2 * 16]
-    assert lines[1]["figures"]["old_distance"] > 0
+    assert lines[1]["metrics"]["old_distance"] > 0
 
 
 @pytest.fixture
@@ -391,9 +391,9 @@ WEIGHTS = {"weight/brightness", "weight/redness"}
 def test_balancing_updates_log_the_rewards_conflicts(run: str, figures: set[str], make: Callable[..., Recipe]) -> None:
     """2 updates a step, of which every 4th balances: those of the first and the third step."""
     lines = metrics(quiet_train(make(run, train={"steps": 3}, algorithm={"every": 4})))
-    seen = [set(line["figures"]) & (BALANCE | WEIGHTS) for line in lines]
+    seen = [set(line["metrics"]) & (BALANCE | WEIGHTS) for line in lines]
     assert seen == [figures, set(), figures]
-    for line in (lines[0]["figures"], lines[2]["figures"]):
+    for line in (lines[0]["metrics"], lines[2]["metrics"]):
         cosines = [line["cosine/brightness"], line["cosine/redness"]]
         assert line["worst_cosine"] == min(cosines) and all(-1 <= cosine <= 1 for cosine in cosines)
         assert line["conflict"] in (0.0, 1.0)  # of one pair
@@ -404,7 +404,7 @@ def test_balancing_updates_log_the_rewards_conflicts(run: str, figures: set[str]
 
 def test_the_mean_weights_of_the_balance_are_kept_in_checkpoints(make: Callable[..., Recipe]) -> None:
     folder = quiet_train(make("marble_raco", train={"steps": 1}))
-    logged = metrics(folder)[0]["figures"]
+    logged = metrics(folder)[0]["metrics"]
     weights = kept(folder, 1)["algorithm/weights"].tolist()
     assert weights == pytest.approx([logged["weight/brightness"], logged["weight/redness"]])
     assert weights != pytest.approx([0.5, 0.5])
@@ -441,7 +441,7 @@ def test_the_rewards_weights_matter_in_every_balance(balance: str, make: Callabl
         }
         folder = f"of{weight:g}"
         algorithm = {"balance": balance, "every": 1}
-        steps.append(metrics(quiet_train(make("marble", folder, rewards=rewards, algorithm=algorithm)))[0]["figures"])
+        steps.append(metrics(quiet_train(make("marble", folder, rewards=rewards, algorithm=algorithm)))[0]["metrics"])
     even, uneven = steps
     assert uneven["cosine/brightness"] > even["cosine/brightness"] + 0.01
     if balance == "min_norm":  # rewards gain as they weigh, and none is harmed
@@ -479,7 +479,7 @@ def test_a_reward_that_applies_to_some_prompts_is_averaged_over_those(make: Call
     trainer = Trainer.from_recipe(recipe, display=Display(quiet=True))
     scored = trainer._scored(trainer.source.next(trainer.policy, 0))
     samples = trainer._weighted(scored)
-    figures = score_figures(scored, samples)
+    figures = score_metrics(scored, samples)
     red = torch.tensor(["two" in prompt or "four" in prompt for prompt in scored.generated.prompts])
     assert scored.rewards.applies.tolist() == [[True] * 16, red.tolist()]
     assert figures["reward"]["redness"] == pytest.approx(scored.rewards.values[1][red].mean().item())

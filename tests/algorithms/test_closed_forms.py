@@ -328,7 +328,7 @@ def test_flow_grpos_fixed_point_balances_the_pulls_of_reward_and_kl(size, kind, 
         dynamics=dynamics,
         train={"steps": 70, "group_size": group, "learning_rate": 0.1, "ema_decay": 0.97},
     )
-    assert max(line["figures"]["ratio_distance"] for line in metrics) < 1e-6  # each update is the first of its rollout
+    assert max(line["metrics"]["ratio_distance"] for line in metrics) < 1e-6  # each update is the first of its rollout
     reference = reference_steps(data, grid, dynamics)
     start, seen_kl = final_law(reference), kl / (1 - 1 / group)
     wanted = final_law(moved_steps(reference, reward, seen_kl, kl_to_go=False))

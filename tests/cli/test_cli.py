@@ -19,7 +19,7 @@ import flowalign
 from flowalign.cli.app import main
 from flowalign.cli.console import disk_mistake, memory_mistake
 from flowalign.cli.scoring import read_images
-from flowalign.disk.media import save_pictures
+from flowalign.disk.media import save_images
 from flowalign.rollout.prompts import Row
 from flowalign.terminal import plain_console
 from flowalign.training.display import Display, summary_table
@@ -149,7 +149,7 @@ def test_images_and_prompts_are_paired_in_natural_order(tmp_path: Path, pictures
 def test_saved_images_have_names_that_sort_and_keep_their_prompts(tmp_path: Path, pictures: Path, count: int) -> None:
     rows = [Row(index, f"prompt {index}", {"tag": "colors", "file_name": "x"}) for index in range(count)]
     media = (torch.arange(count) % 256)[:, None, None, None].expand(-1, 3, 1, 1) / 255
-    paths = save_pictures(tmp_path / "many", media, [row.about for row in rows])
+    paths = save_images(tmp_path / "many", media, [row.about for row in rows])
     assert sorted(path.name for path in paths) == [path.name for path in paths]
     assert scored(tmp_path) == [(path.name, f"prompt {n}", n % 256) for n, path in enumerate(paths)]
 
@@ -157,7 +157,7 @@ def test_saved_images_have_names_that_sort_and_keep_their_prompts(tmp_path: Path
 def test_images_and_rows_that_do_not_match_are_one_sentence(tmp_path: Path, pictures: Path, failing) -> None:
     rows = [Row(index, prompt) for index, prompt in enumerate(("one", "two", "three"))]
     folder, command = tmp_path / "drawn", ["score", "colorfulness", "--images", str(tmp_path / "drawn")]
-    save_pictures(folder, torch.zeros(3, 3, 8, 8), [row.about for row in rows])
+    save_images(folder, torch.zeros(3, 3, 8, 8), [row.about for row in rows])
     manifest = folder / "metadata.jsonl"
     succeed(*command)
     succeed(*command, "--prompts", str(tmp_path / "prompts.txt"))
@@ -407,7 +407,7 @@ def test_a_progress_bar_shows_names_as_they_are(capsys, monkeypatch: pytest.Monk
     monkeypatch.setenv("FORCE_COLOR", "1")
     display = Display()
     with display.training(2, 0):
-        display.step({"step": 1, "minutes": 1.0, "reward": {"[/x]": 0.5}, "seconds": {}, "figures": {}})
+        display.step({"step": 1, "minutes": 1.0, "reward": {"[/x]": 0.5}, "seconds": {}, "metrics": {}})
         with display.evaluating(3, "[/drawing] :smile:") as advance:
             advance(1)
     display.self_test([Check("[/a]", False, "[b] :smile:")])

@@ -18,7 +18,7 @@ from flowalign.config.sections import Sampler
 from flowalign.evaluate.audit.audit import PANEL, VELOCITY, Audit, corrected_score, panel, spaced
 from flowalign.evaluate.audit.bands import Band, band, learn_bands
 from flowalign.evaluate.audit.divergence import NOISE_LEVEL, reference_divergence
-from flowalign.evaluate.audit.looks import LOOKS, group_diversity, looks
+from flowalign.evaluate.audit.image_statistics import STATISTICS, group_diversity, image_statistics
 from flowalign.evaluate.report.audit_section import hacking_section
 from flowalign.evaluate.report.report import write_report
 from flowalign.policies.base import Condition, TextPolicy
@@ -46,7 +46,7 @@ RED = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, SIDE, SIDE)
 
 
 @pytest.mark.parametrize(
-    ("look", "media", "value"),
+    ("statistic", "media", "value"),
     [
         ("dark_fraction", BLACK, 1.0),
         ("dark_fraction", HALVES, 0.5),
@@ -63,15 +63,15 @@ RED = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, SIDE, SIDE)
         ("repetition", WAVES, (1 + math.cos(math.pi / 4)) / 2),  # moved by an eighth of one side
     ],
 )
-def test_an_image_statistic_has_its_closed_form(look, media, value):
-    assert LOOKS[look](media).item() == pytest.approx(value, abs=1e-5)
+def test_an_image_statistic_has_its_closed_form(statistic, media, value):
+    assert STATISTICS[statistic](media).item() == pytest.approx(value, abs=1e-5)
 
 
 def test_image_statistics_do_not_depend_on_the_batch_and_average_a_videos_frames():
-    both = looks(torch.cat([TILED, HALVES]))
-    for name, values in looks(HALVES).items():
+    both = image_statistics(torch.cat([TILED, HALVES]))
+    for name, values in image_statistics(HALVES).items():
         assert both[name][1] == values[0]
-        video = looks(torch.stack([TILED[0], HALVES[0]])[None])[name]
+        video = image_statistics(torch.stack([TILED[0], HALVES[0]])[None])[name]
         assert video.item() == pytest.approx(both[name].mean().item(), abs=1e-6)
 
 
@@ -101,9 +101,9 @@ def test_an_unchanged_model_alarms_as_often_as_stated():
     assert abs(share - rate) < 4 * math.sqrt(rate * (1 - rate) / worlds)
     falls = [one[3].mean() < one[0].mean() - b.fall for b, one in ((band(w[:3], "quality", rate), w) for w in sets)]
     assert abs(np.mean(falls) - rate) < 4 * math.sqrt(rate * (1 - rate) / worlds)
-    looks_like = [band(one[:3], "look", rate) for one in sets]
-    assert not any(b.state(float(one[3].mean())) == "alarm" for b, one in zip(looks_like, sets, strict=True))
-    drifting = np.mean([b.state(float(one[3].mean())) == "drift" for b, one in zip(looks_like, sets, strict=True)])
+    statistics = [band(one[:3], "statistic", rate) for one in sets]
+    assert not any(b.state(float(one[3].mean())) == "alarm" for b, one in zip(statistics, sets, strict=True))
+    drifting = np.mean([b.state(float(one[3].mean())) == "drift" for b, one in zip(statistics, sets, strict=True)])
     assert abs(drifting - rate) < 4 * math.sqrt(rate * (1 - rate) / worlds)
 
 
@@ -129,7 +129,7 @@ def test_a_fall_alarms_and_a_rise_of_a_held_out_reward_does_not():
 def test_prompts_to_which_a_measure_does_not_apply_are_left_out():
     sets = base_sets(np.random.default_rng(3), 3, 20, 1)[0]
     holes = np.concatenate([sets, np.full((3, 5), np.nan)], axis=1)
-    assert band(holes, "look", 0.01) == band(sets, "look", 0.01)
+    assert band(holes, "statistic", 0.01) == band(sets, "statistic", 0.01)
 
 
 def quality(spread=1.0, center=0.0, low=-1.0):
@@ -137,13 +137,13 @@ def quality(spread=1.0, center=0.0, low=-1.0):
 
 
 def test_the_panel_is_the_mean_in_units_of_the_spread_over_seeds():
-    of = {"a": quality(0.5), "b": quality(0.1), "c": Band("look", 0, 1, -9, 9, 1)}
+    of = {"a": quality(0.5), "b": quality(0.1), "c": Band("statistic", 0, 1, -9, 9, 1)}
     values = {"a": np.array([1.0, 2.0, np.nan]), "b": np.array([0.3, np.nan, np.nan]), "c": np.array([7.0, 7.0, 7.0])}
     assert panel(values, of) == pytest.approx([(2 + 3) / 2, 4.0, math.nan], nan_ok=True)
 
 
 def test_an_image_statistic_outside_its_band_is_excused_while_held_out_rewards_have_risen():
-    bands = {PANEL: quality(), "a": quality(), "c": Band("look", 0, 1, -4, 4, 1)}
+    bands = {PANEL: quality(), "a": quality(), "c": Band("statistic", 0, 1, -4, 4, 1)}
     states = {
         risen: Audit({PANEL: risen, "a": 0.0, "c": 5.0}, bands, 0.0, 1.0).state("c") for risen in (-0.2, 0.4, 0.6)
     }
@@ -159,7 +159,7 @@ def test_an_image_statistic_outside_its_band_is_excused_while_held_out_rewards_h
 
 def test_the_words_of_an_audit_agree_with_its_table():
     def look(name):
-        return Band("look", 0, 1, -4, 4, 1)
+        return Band("statistic", 0, 1, -4, 4, 1)
 
     bands = {PANEL: quality(), "a": quality(), "c": look("c"), "d": look("d")}
     inside = Audit({PANEL: 0.0, "a": 0.0, "c": 0.0, "d": 0.0}, bands, 0.0, 1.0)
@@ -177,7 +177,7 @@ def test_the_words_of_an_audit_agree_with_its_table():
 
 
 def test_the_terminal_and_the_report_say_what_was_excused(tmp_path, capsys):
-    bands = {PANEL: quality(), "a": quality(), "c": Band("look", 0, 1, -4, 4, 1)}
+    bands = {PANEL: quality(), "a": quality(), "c": Band("statistic", 0, 1, -4, 4, 1)}
     found = Audit({PANEL: 0.6, "a": 0.0, "c": 5.0, VELOCITY: 1.0}, bands, 0.0, 1.0)
     Display().audit(3, found)
     words = "1 outside its band, excused because the held-out rewards rose: c"
@@ -286,7 +286,7 @@ def test_a_hacked_run_alarms_and_keeps_the_weights_from_before(watched):
     assert [one["kl"] == 0 for one in found] == [True, False, False, False, False]
     assert found[0]["alarms"] == [] and any("darkness" in alarm for alarm in found[-1]["alarms"])
     assert found[-1]["panel"] < -1 < found[-1]["proxy"]
-    assert set(found[-1]["measures"]) == {"panel", "darkness", *LOOKS, "diversity", "velocity_ratio"}
+    assert set(found[-1]["measures"]) == {"panel", "darkness", *STATISTICS, "diversity", "velocity_ratio"}
     kept = {name: json.loads((folder / name / "evaluation.json").read_text()) for name in ("best", "best_unhacked")}
     assert kept["best"]["audit"]["proxy"] == max(one["proxy"] for one in found)
     unhacked = max((one for one in found if not one["alarms"]), key=lambda one: one["panel"])

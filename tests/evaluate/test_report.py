@@ -65,7 +65,7 @@ def add_metrics(folder, steps, reward="ocr"):
             "reward": {"total": 0.1 * step, reward: 0.1 * step},
             "reward_std": {"total": 0.2, reward: 0.2},
             "loss": 1 / step,
-            "figures": {"policy_loss": 1 / step, "clipped": 0.0},
+            "metrics": {"policy_loss": 1 / step, "clipped": 0.0},
             "grad_norm": 0.3,
             "learning_rate": 3e-4,
             "zero_spread": 0.0,

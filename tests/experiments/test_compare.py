@@ -285,7 +285,7 @@ def test_the_progress_bar_ends_at_the_step_when_the_time_ends() -> None:
     display = Display(console=Console(file=io.StringIO(), force_terminal=True, width=120))
     display.begin(recipe, recipe.folder, {"trainable": 1, "all": 1}, 1)
     with display.training(1_000_000, 0):
-        display.step({"step": 3, "minutes": 0.45, "reward": {}, "figures": {}, "seconds": {}})
+        display.step({"step": 3, "minutes": 0.45, "reward": {}, "metrics": {}, "seconds": {}})
     assert "3/7" in display.console.file.getvalue()
 
 

@@ -206,7 +206,7 @@ def test_another_flow_scheduler_gives_its_shift_and_that_is_said_once(
         for _ in range(2):
             policy = load_policy(settings(copied))
     said = [record.message for record in caplog.records if record.name.startswith("flowalign")]
-    assert said == [f"model.path: its scheduler is a {kind}; pictures are drawn by Euler steps with {how}"]
+    assert said == [f"model.path: its scheduler is a {kind}; images are drawn by Euler steps with {how}"]
     even = torch.tensor([1, 0.75, 0.5, 0.25])
     torch.testing.assert_close(policy.sigmas(4), torch.cat([3 * even / (1 + 2 * even), torch.zeros(1)]))
     assert policy.sigmas(7)[0] == 1

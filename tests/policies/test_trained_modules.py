@@ -279,7 +279,7 @@ def test_a_module_without_rows_in_one_process_takes_the_gradient_of_the_others()
     assert nowhere.grad is None
 
 
-SHARED_OUT = """
+SHARDED = """
 import os, sys
 from pathlib import Path
 
@@ -327,4 +327,4 @@ def test_processes_that_share_experts_out_wait_for_no_pass_that_is_not_made(tiny
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_FSDP": "true"}
     environment |= {"FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     environment |= {"FSDP_RESHARD_AFTER_FORWARD": "true"}
-    subprocess.run([sys.executable, "-c", SHARED_OUT, str(tiny_model)], check=True, timeout=300, env=environment)
+    subprocess.run([sys.executable, "-c", SHARDED, str(tiny_model)], check=True, timeout=300, env=environment)

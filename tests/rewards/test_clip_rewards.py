@@ -362,7 +362,7 @@ def test_the_worlds_clip_finds_the_true_prompt_among_64():
     reward, hits = rewards.load("clipscore", model=JUDGE), []
     for seed in range(4):
         prompts, scenes = examples.held_out_examples(seed, count=64)
-        likeness = reward.image_features(examples.pictures(scenes)) @ reward.text_features(prompts).T
+        likeness = reward.image_features(examples.drawn(scenes)) @ reward.text_features(prompts).T
         others = examples.also_true(prompts, scenes) & ~torch.eye(64, dtype=torch.bool)
         hits.append(likeness.masked_fill(others, -2).argmax(1) == torch.arange(64))
     assert torch.stack(hits).float().mean() >= 0.9  # 0.927 over 1,024 pictures

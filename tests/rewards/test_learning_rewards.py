@@ -18,7 +18,7 @@ from flowalign.disk.assets import asset
 from rewards import Reward, RewardError, TrainableReward
 from rewards.adversarial_dino import AdversarialDINO, hinge_loss
 from rewards.adversarial_pickscore import PATIENCE, AdversarialPickScore
-from rewards.artifact import Artifact, fit, picture_logits, save_head, unlabelled_loss
+from rewards.artifact import Artifact, fit, image_logits, save_head, unlabelled_loss
 from rewards.backbones.preprocessing import Preprocessing
 from rewards.backbones.vit import VisionBackbone
 from rewards.learning import Head
@@ -26,7 +26,7 @@ from rewards.learning import Head
 PROMPTS = ["a red sky", "a blue sea"]
 
 
-def save_pictures(folder: Path, pictures: torch.Tensor) -> Path:
+def save_images(folder: Path, pictures: torch.Tensor) -> Path:
     folder.mkdir()
     for index, picture in enumerate(pictures):
         levels = (picture.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
@@ -61,7 +61,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def references(tmp_path: Path) -> Path:
-    return save_pictures(tmp_path / "references", smooth(12, seed=1))
+    return save_images(tmp_path / "references", smooth(12, seed=1))
 
 
 def dino(vit: Path, references: Path, **options: Any) -> AdversarialDINO:
@@ -144,9 +144,9 @@ def spoilt(pictures: torch.Tensor, rows: slice, columns: slice, seed: int = 3) -
 
 
 def test_the_discriminator_sees_images_that_are_not_square_whole(vit: Path, tmp_path: Path) -> None:
-    folder = save_pictures(tmp_path / "square", smooth(8, seed=1))
+    folder = save_images(tmp_path / "square", smooth(8, seed=1))
     for number, other in enumerate(SHAPES):  # references of several shapes, in one folder
-        (picture,) = save_pictures(tmp_path / f"shape{number}", wide(1, number, other)).iterdir()
+        (picture,) = save_images(tmp_path / f"shape{number}", wide(1, number, other)).iterdir()
         picture.rename(folder / f"other{number}.png")
     reward = dino(vit, folder, learning_rate=1e-2, updates=20)
     for step in range(12):
@@ -211,7 +211,7 @@ def test_square_images_are_scored_and_mapped_as_the_models_own_preprocessing_sho
     reward.backbone.preprocessing = reward.backbone.preprocessing._replace(resize=(32, 32))
     for images in (pictures, torch.nn.functional.interpolate(pictures, (56, 56))):
         logits = reward.head(reward.backbone.features(images)[1])
-        assert torch.equal(rewards.score(reward, images, ["any"] * 5), (-picture_logits(logits)).sigmoid())
+        assert torch.equal(rewards.score(reward, images, ["any"] * 5), (-image_logits(logits)).sigmoid())
         local = logits.sigmoid().view(5, 1, 4, 4)
         side = images.shape[-1]
         expected = torch.nn.functional.interpolate(local, size=(side, side), mode="bilinear", align_corners=False)
@@ -245,7 +245,7 @@ def test_tiles_cover_every_pixel_of_images_that_are_not_square(height: int, widt
 def test_one_bad_patch_among_many_lowers_the_score() -> None:
     logits = torch.full((2, 64), -5.0)
     logits[1, 7] = 5.0
-    clean, bad = picture_logits(logits)
+    clean, bad = image_logits(logits)
     assert clean.item() == pytest.approx(-5) and bad.item() > 3.9
 
 
@@ -258,12 +258,12 @@ def test_the_unlabelled_risk_is_the_one_of_kiryo() -> None:
 
 
 def test_a_refresh_learns_an_artifact_that_the_head_had_not_seen(head: Path, tmp_path: Path) -> None:
-    (other,) = save_pictures(tmp_path / "wide", wide(1, 5, (32, 80))).iterdir()
-    clean = save_pictures(tmp_path / "clean", smooth(24, 3))
+    (other,) = save_images(tmp_path / "wide", wide(1, 5, (32, 80))).iterdir()
+    clean = save_images(tmp_path / "clean", smooth(24, 3))
     other.rename(clean / "wide.png")
     folders = {
         "clean": str(clean),
-        "artifacts": str(save_pictures(tmp_path / "bad", spotted(24, 4))),
+        "artifacts": str(save_images(tmp_path / "bad", spotted(24, 4))),
     }
     reward = rewards.load("artifact", head=str(head), refresh=1, learning_rate=1e-2, clean_share=0.3, **folders)
     assert isinstance(reward, TrainableReward)
@@ -306,7 +306,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    save_pictures(tmp_path / "pictures", smooth(4, seed=21))
+    save_images(tmp_path / "pictures", smooth(4, seed=21))
     names = [[f"pictures/{2 * place:02d}.png", f"pictures/{2 * place + 1:02d}.png"] for place in range(2)]
     listed = dict(zip(PROMPTS, names, strict=True))
     (tmp_path / "references.json").write_text(json.dumps(listed))
@@ -325,7 +325,7 @@ def beaten(clip: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
     pool = torch.cat([smooth(8, seed=21), spotted(8, seed=3)])
     plain = rewards.load("pickscore", model=str(clip))
     scores = torch.stack([rewards.score(plain, pool, [prompt] * 16) for prompt in PROMPTS])
-    save_pictures(tmp_path / "pictures", pool[scores.argmin(1)])
+    save_images(tmp_path / "pictures", pool[scores.argmin(1)])
     listed = {prompt: [f"pictures/{place:02d}.png"] for place, prompt in enumerate(PROMPTS)}
     (tmp_path / "references.json").write_text(json.dumps(listed))
     return tmp_path / "references.json", pool[scores.argmax(1)]
@@ -387,7 +387,7 @@ def test_scoring_all_images_alike_raises_an_alarm(clip: Path, beaten: tuple[Path
 def test_references_of_any_size_are_each_scored_once(
     clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_pictures(tmp_path / "pictures", smooth(2, seed=21))
+    save_images(tmp_path / "pictures", smooth(2, seed=21))
     Image.new("RGB", (48, 40), (200, 30, 60)).save(tmp_path / "pictures" / "02.png")
     names = [f"pictures/{place:02d}.png" for place in range(3)]
     (tmp_path / "references.json").write_text(json.dumps({PROMPTS[0]: names, PROMPTS[1]: names[2:]}))

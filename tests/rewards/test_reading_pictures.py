@@ -17,14 +17,14 @@ from PIL import Image, ImageCms
 import rewards.media
 from rewards import RewardError
 from rewards.http.wire import JSON, Limits, decode
-from rewards.media import folder_pictures, natural, open_picture, pictures_in, read_picture
+from rewards.media import folder_images, images_in, natural, open_image, read_image
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def levels(path):
     """(H, W, 3) in 0 to 255."""
-    return (read_picture(path) * 255).round().int().permute(1, 2, 0).tolist()
+    return (read_image(path) * 255).round().int().permute(1, 2, 0).tolist()
 
 
 def other_primaries():
@@ -61,7 +61,7 @@ def test_a_photograph_is_turned_as_its_exif_data_say(tmp_path, kind, orientation
     image.paste((0, 0, 0), (0, 0, 16, 16))
     exif[0x0112] = orientation
     image.save(tmp_path / f"a.{kind}", exif=exif)
-    shown = read_picture(tmp_path / f"a.{kind}")
+    shown = read_image(tmp_path / f"a.{kind}")
     assert shown.shape == ((3, 48, 32) if orientation in (6, 8) else (3, 32, 48))
     assert shown[:, corner[0], corner[1]].max() < 0.1 and shown.mean() > 0.7
 
@@ -128,7 +128,7 @@ def test_a_transparent_colour_is_found_among_pixels_of_any_bits(tmp_path):
         assert levels(path) == [[[255, 255, 255], [0, 0, 255]]]
     path.write_bytes(png(2, 16, bytes(6), tRNS=bytes(6)))
     with pytest.raises(RewardError, match=r"a\.png cannot be read as an image: its transparent colour has 16 bits"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_a_pngs_gamma_is_applied_only_if_it_has_no_better_colour_data(tmp_path):
@@ -185,7 +185,7 @@ def test_every_kind_of_file_is_read(tmp_path, mode, kind, colour):
         image.putpalette([255, 0, 0])
     image.save(tmp_path / f"A.{kind.upper()}", "JPEG" if kind == "jfif" else None)
     white = mode in ("1", "L")
-    assert [path.name for path in pictures_in(tmp_path)] == [f"A.{kind.upper()}"]
+    assert [path.name for path in images_in(tmp_path)] == [f"A.{kind.upper()}"]
     assert (
         np.abs(np.array(levels(tmp_path / f"A.{kind.upper()}")[0][0]) - ([255] * 3 if white else [255, 0, 0])).max() < 3
     )
@@ -198,7 +198,7 @@ def test_an_animation_and_several_pages_are_refused_by_name(tmp_path, kind):
     with pytest.raises(
         RewardError, match=rf"a\.{kind} cannot be read as an image: it has 3 frames or pages; save the one"
     ):
-        read_picture(tmp_path / f"a.{kind}")
+        read_image(tmp_path / f"a.{kind}")
     frames[0].save(tmp_path / f"b.{kind}")
     assert levels(tmp_path / f"b.{kind}")[0][0] == pytest.approx([255, 0, 0], abs=2)
 
@@ -206,7 +206,7 @@ def test_an_animation_and_several_pages_are_refused_by_name(tmp_path, kind):
 def test_of_a_photograph_with_a_preview_the_photograph_is_read(tmp_path):
     photo, preview = Image.new("RGB", (16, 16), (0, 0, 255)), Image.new("RGB", (4, 4))
     photo.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview])
-    assert read_picture(tmp_path / "a.jpg").shape == (3, 16, 16)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 16, 16)
 
 
 def noise(kind):
@@ -235,7 +235,7 @@ def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, contents, why):
     else:
         file.write_bytes(contents)
     with pytest.raises(RewardError, match=rf"{file} cannot be read as an image: .*{why}") as caught:
-        open_picture(file)
+        open_image(file)
     assert "\n" not in str(caught.value)
 
 
@@ -243,9 +243,9 @@ def test_missing_files_and_folders_are_refused_by_name(tmp_path):
     (tmp_path / "a.png").mkdir()
     for name, why in (("a.png", "Is a directory"), ("b.png", "No such file")):
         with pytest.raises(RewardError, match=rf"{name} cannot be read as an image: {why}"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     with pytest.raises(RewardError, match="no_folder cannot be read as a folder of images: No such file"):
-        pictures_in(tmp_path / "no_folder")
+        images_in(tmp_path / "no_folder")
 
 
 def test_the_server_reads_a_png_as_the_reader_does():
@@ -280,11 +280,11 @@ def test_a_folders_images_come_in_natural_order(tmp_path):
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "sub.png").mkdir()
     expected = ["01.bmp", "1 (2).tiff", "1 (10).webp", "2.png", "10.JPG", "img2_1.png", "img2_10.png", "IMG10_1.png"]
-    assert [path.name for path in pictures_in(tmp_path)] == expected
-    assert folder_pictures(str(tmp_path), "similarity", "references") == pictures_in(tmp_path)
+    assert [path.name for path in images_in(tmp_path)] == expected
+    assert folder_images(str(tmp_path), "similarity", "references") == images_in(tmp_path)
     (tmp_path / "3.HEIC").write_bytes(b"")
     with pytest.raises(RewardError, match=r"3\.HEIC is an image of a kind that is not read; save it as PNG"):
-        pictures_in(tmp_path)
+        images_in(tmp_path)
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, unique=True), st.sampled_from(["{}", "{:03d}", "step_{}_x", "٣{}"]))

@@ -32,7 +32,7 @@ from flowalign.score import load_rewards
 from flowalign.trainer import Trainer, train
 from flowalign.training.display import Display
 from rewards import RewardError
-from rewards.media import read_picture
+from rewards.media import read_image
 
 JUDGES = """
 import torch
@@ -160,7 +160,7 @@ def test_a_dataset_holds_what_was_drawn_and_scored(whole: Path) -> None:
     ] * 2
     assert dataset.rewards["brightness"].shape == (4, 4)
     assert len(np.unique(dataset.rewards["brightness"])) == 16
-    image = read_picture(whole / "shard_000001" / "media" / "0001_03.png")
+    image = read_image(whole / "shard_000001" / "media" / "0001_03.png")
     assert image.mean().item() == pytest.approx(dataset.rewards["brightness"][3, 3], abs=1 / 255)
 
 

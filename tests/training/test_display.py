@@ -17,7 +17,7 @@ from flowalign.training.interrupt import Interrupted
 LINE = {
     "minutes": 1.0,
     "reward": {"total": 0.5, "ocr": 0.5, "aesthetic": 5.25},
-    "figures": {"policy_loss": 0.01, "clipped": 0.0},
+    "metrics": {"policy_loss": 0.01, "clipped": 0.0},
     "seconds": {"rollout": 3.0, "reward": 0.5, "train": 4.0},
 }
 

@@ -22,7 +22,7 @@ from flowalign.config.base import UserError
 from flowalign.policies.loading import load_policy
 from flowalign.rollout.prompts import Row
 from flowalign.training import processes
-from flowalign.training.processes import prepare, refuse_launcher, rows_of_process, share_out, sum_gradients
+from flowalign.training.processes import prepare, refuse_launcher, rows_of_process, shard, sum_gradients
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
@@ -66,7 +66,7 @@ def test_a_model_without_frozen_weights_is_not_sharded(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r"model\.lora null trains all weights, but FSDP shards only frozen weights"):
         refuse_launcher(recipe_from_dict({**VALUES, "model": {"dtype": "bf16", "lora": None}}))
     with pytest.raises(UserError, match="this policy trains all its weights, but FSDP"):
-        share_out(nn.Linear(2, 2), torch.device("cpu"), 2)
+        shard(nn.Linear(2, 2), torch.device("cpu"), 2)
 
 
 @given(st.integers(0, 9), st.integers(1, 4))
@@ -141,7 +141,7 @@ def test_the_launcher_shards_a_model_with_the_configuration_in_scripts(values: d
     ended = launch(recipe, SCRIPTS / "accelerate" / "fsdp2.yaml")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     about = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (about["processes"], about["shared_out"]) == (2, True)
+    assert (about["processes"], about["sharded"]) == (2, True)
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
@@ -176,7 +176,7 @@ def test_the_checksum_sees_a_weights_last_bit_and_ignores_the_order_of_addition(
     assert not torch.equal(processes._checksum(weight), processes._checksum(moved))
 
 
-ALL_SHARED_OUT = """
+ALL_SHARDED = """
 import os, sys
 import torch
 from accelerate import Accelerator
@@ -250,4 +250,4 @@ def test_snapshots_of_sharded_weights_take_effect() -> None:
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parents[1]}", "OMP_NUM_THREADS": "1"}
     environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-c", ALL_SHARED_OUT], check=True, timeout=300, env=environment)
+    subprocess.run([sys.executable, "-c", ALL_SHARDED], check=True, timeout=300, env=environment)

@@ -30,7 +30,7 @@ from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import UserError
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.results import write_summary
-from rewards.media import read_picture
+from rewards.media import read_image
 
 
 class PluggedSettings(NFTSettings):
@@ -72,7 +72,7 @@ def brightness_benchmark(images: Path, output: Path) -> None:
     benchmark = Benchmark(images, 1, output, None)
 
     def judge(pictures):
-        return [{"image": one.name, "brightness": float(read_picture(one.path).mean())} for one in pictures]
+        return [{"image": one.name, "brightness": float(read_image(one.path).mean())} for one in pictures]
 
     lines = benchmark.judged(benchmark.rows(), {"benchmark": "brightness"}, judge)
     write_summary(benchmark.folder, {"mean": sum(line["brightness"] for line in lines) / len(lines)})

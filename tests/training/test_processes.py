@@ -20,16 +20,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from flowalign.sampling import counted_generator
-from flowalign.training.processes import shared_out
+from flowalign.training.processes import shares_of_updates
 
 HERE = Path(__file__).parent
 
 
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
 def test_an_update_has_the_same_units_however_many_processes_divide_them(counts, updates, seed):
-    whole = shared_out([sum(counts)], 0, updates, counted_generator(seed))
+    whole = shares_of_updates([sum(counts)], 0, updates, counted_generator(seed))
     assert torch.cat([share.places for share in whole]).sort().values.tolist() == list(range(sum(counts)))
-    parts = [shared_out(counts, rank, updates, counted_generator(seed)) for rank in range(len(counts))]
+    parts = [shares_of_updates(counts, rank, updates, counted_generator(seed)) for rank in range(len(counts))]
     for update, (places, total, _) in enumerate(whole):
         shares = [part[update].places + sum(counts[:rank]) for rank, part in enumerate(parts)]
         assert torch.cat(shares).sort().values.tolist() == places.sort().values.tolist()
@@ -50,7 +50,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 LONE = ("flow_grpo", "nft", "crd", "marble", "prdp")
 SKIPS = {"algorithm": {"name": "marble", "equal_groups": "skip"}}
 WORLDS = (1, 2, 3)
-SHARED_OUT = ("flow_grpo", "nft", "marble")
+SHARDED = ("flow_grpo", "nft", "marble")
 ONE_DEVICE = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 JUDGES = """
 def darkness(media, prompts, metadata):
@@ -137,7 +137,7 @@ def adapter_cases(folder: Path, label: str, tiny: dict[str, Any]) -> list[dict[s
         flat = more.pop("flat", ())
         add(name, algorithm, more, recipe_of(folder, name, label, {}), dtype=dtype, flat=flat, adapters=True)
 
-    for name in SHARED_OUT:
+    for name in SHARDED:
         small(f"adapters_{name}_float32", name, "float32")
         small(f"adapters_{name}_float64", name)
     small("adapters_parts", "prdp", train={"micro_batch": 3})  # a loss needs the 8 samples of a unit together
@@ -320,7 +320,7 @@ def test_evaluations_and_audits_equal_those_of_one_process(runs: Path, name: str
     assert (runs / f"{name}_{world}" / "best" / "evaluation.json").is_file()
 
 
-SHARED_RUNS = [f"adapters_{name}_{dtype}" for name in SHARED_OUT for dtype in ("float32", "float64")]
+SHARED_RUNS = [f"adapters_{name}_{dtype}" for name in SHARDED for dtype in ("float32", "float64")]
 PIPELINE_RUNS = ["pipeline_flow_grpo", "pipeline_nft", "pipeline_marble"]
 SHARED_CASES = [(name, f"{world}s") for name in (*SHARED_RUNS, "adapters_uneven") for world in (2, 3)]
 SHARED_CASES += [(name, "2s") for name in (*PIPELINE_RUNS, "adapters_parts")]

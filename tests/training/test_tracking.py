@@ -47,7 +47,7 @@ def test_rewards_loss_metrics_and_evaluations_arrive(values: dict[str, Any]) -> 
         assert told["loss"] == line["loss"]
         assert told["learning_rate"] == line["learning_rate"]
         assert told["reward/brightness"] == line["reward"]["brightness"]
-        assert told["figures/ratio_distance"] == line["figures"]["ratio_distance"]
+        assert told["metrics/ratio_distance"] == line["metrics"]["ratio_distance"]
         assert told["seconds/rollout"] == line["seconds"]["rollout"]
         assert all(isinstance(value, float) for value in told.values())
     measured = {step: told["evaluation/brightness"] for step, told in notebook.told if "evaluation/brightness" in told}

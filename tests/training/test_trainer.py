@@ -70,8 +70,8 @@ def test_a_run_writes_metrics_images_weights_and_report(values: dict[str, Any]) 
 def test_the_first_ratio_is_one_and_forwards_are_counted(values: dict[str, Any]) -> None:
     recipe = changed(values, train={"updates_per_step": 1, "steps": 1}, algorithm={"kl_weight": 0.1})
     first = metrics(quiet_train(recipe))[0]
-    assert first["figures"]["ratio_distance"] < 1e-6
-    assert first["figures"]["kl"] < 1e-9
+    assert first["metrics"]["ratio_distance"] < 1e-6
+    assert first["metrics"]["kl"] < 1e-9
     assert first["forwards"] == 8 * 3 + 16 * 2  # a rollout of 3 steps, 16 items with their reference
 
 
@@ -264,7 +264,7 @@ def test_an_evaluation_repeats_itself(values: dict[str, Any]) -> None:
     fewer = evaluate(policy, rows[2:], rewards, recipe.evaluation.model_copy(update={"batch": 1}), policy.request)
     a = [scores["brightness"] for scores in first.scores[2:]]
     assert a == pytest.approx([scores["brightness"] for scores in fewer.scores], rel=1e-4)
-    assert first.pictures.shape == (2, 3, 64, 64)
+    assert first.images.shape == (2, 3, 64, 64)
 
 
 def test_the_loss_trace_of_flow_grpo_is_unchanged(values: dict[str, Any]) -> None:
@@ -274,7 +274,7 @@ def test_the_loss_trace_of_flow_grpo_is_unchanged(values: dict[str, Any]) -> Non
     )
     kept = ("loss", "grad_norm")
     trace = [
-        {**{key: line[key] for key in kept}, "reward": line["reward"]["total"], **line["figures"]}
+        {**{key: line[key] for key in kept}, "reward": line["reward"]["total"], **line["metrics"]}
         for line in metrics(quiet_train(recipe))
     ]
     saved = json.loads((Path(__file__).parent / "traces" / "flow_grpo.json").read_text())

@@ -19,7 +19,7 @@ from flowalign.config import Guard
 from flowalign.config.base import UserError
 from flowalign.evaluate.audit.bands import Band, Kind, learn_bands
 from flowalign.evaluate.audit.divergence import Divergence
-from flowalign.evaluate.audit.looks import LOOKS, group_diversity, looks
+from flowalign.evaluate.audit.image_statistics import STATISTICS, group_diversity, image_statistics
 from flowalign.evaluate.evaluation import Evaluated, Seen
 from rewards.backbones.features import unit_features
 
@@ -62,12 +62,12 @@ class Audit:
     def state(self, name: str) -> str:
         """The state of a measure: inside, drift, alarm, or excused.
 
-        A measure of the kind "look" is excused if it is outside its band but the panel has risen.
+        A measure that is not a quality is excused if it is outside its band but the panel has risen.
         """
         band = self.bands[name]
         found = "alarm" if self._fallen(name) else band.state(self.values[name])
         risen = self.panel is not None and self.panel > self.bands[PANEL].drift
-        return "excused" if found == "alarm" and band.kind == "look" and risen else found
+        return "excused" if found == "alarm" and band.kind != "quality" and risen else found
 
     def _fallen(self, name: str) -> bool:
         return self.values[name] < self.peaks.get(name, -math.inf) - self.bands[name].fall
@@ -123,10 +123,10 @@ class Auditor:
             self.kinds[CORRECTED] = "quality"
         if self.kinds:
             self.kinds = {PANEL: "quality", **self.kinds}
-        self.kinds |= dict.fromkeys(LOOKS, "look")
+        self.kinds |= dict.fromkeys(STATISTICS, "statistic")
         if images_per_prompt > 1:
-            self.kinds[DIVERSITY] = "look"
-        self.kinds[VELOCITY] = "look"
+            self.kinds[DIVERSITY] = "statistic"
+        self.kinds[VELOCITY] = "statistic"
         self.compares = images_per_prompt > 1
         self.features: Callable[[torch.Tensor], torch.Tensor] = _shrunk
         if settings.features and self.compares:
@@ -136,7 +136,7 @@ class Auditor:
 
     def observe(self, media: torch.Tensor) -> list[Seen]:
         """Image statistics and features of each of B images (B, 3, H, W) or videos, whose frames are averaged."""
-        seen = looks(media)
+        seen = image_statistics(media)
         features = torch.empty(len(media), 0)
         if self.compares:
             of_frames = self.features(media.float().flatten(0, -4))
@@ -162,8 +162,8 @@ class Auditor:
                 if name == DIVERSITY:
                     features = np.stack([evaluated.seen[place].features for place in places])
                     column.append(group_diversity(torch.from_numpy(features)))
-                elif name in LOOKS:
-                    column.append(float(np.mean([evaluated.seen[place].looks[name] for place in places])))
+                elif name in STATISTICS:
+                    column.append(float(np.mean([evaluated.seen[place].statistics[name] for place in places])))
                 else:
                     known = [scores[place][name] for place in places if name in scores[place]]
                     column.append(float(np.mean(known)) if known else math.nan)

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-Kind = Literal["quality", "look"]
+Kind = Literal["quality", "statistic"]
 State = Literal["inside", "drift", "alarm"]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from flowalign.config.base import counted
-from flowalign.disk.media import picture_names
+from flowalign.disk.media import image_names
 from flowalign.evaluate.report import plots
-from flowalign.evaluate.report.html import parsed, picture
+from flowalign.evaluate.report.html import embedded, parsed
 
 Row = dict[str, Any]
 SHOWN = 4  # prompts whose images are shown
@@ -36,7 +36,7 @@ def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
         "alarmed": alarmed,
         "measures": [(name, found, found.get("high")) for name, found in last["measures"].items()],
         "plot": plots.hacking_plot(audits),
-        "pictures": _pictures(audited, audits, folder),
+        "pictures": _images(audited, audits, folder),
     }
 
 
@@ -56,7 +56,7 @@ def _answer(audits: Sequence[Row]) -> str:
     return text if alarmed else f"{text}: every measure stayed in the base model's band"
 
 
-def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> list[Row]:
+def _images(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> list[Row]:
     """Images before training, at the first alarm, and at the step with the lowest held-out rewards.
 
     Without held-out rewards the last audited step is shown instead. Among the prompts whose images are kept, those
@@ -75,13 +75,13 @@ def _pictures(audited: Sequence[Row], audits: Sequence[Row], folder: Path) -> li
     steps[worst] = f"{steps[worst]}; {kind}" if worst in steps else f"step {worst}, {kind}"
     prompts = parsed(folder / "samples" / f"step_{worst:06d}" / "prompts.json", json.loads) or []
     falls = _falls(audited[0], next(one for one in audited if one["step"] == worst), prompts)
-    names = picture_names(len(prompts))
+    names = image_names(len(prompts))
     order = sorted(range(len(prompts)), key=lambda place: falls[place])[:SHOWN]
     return [
         {
             "prompt": prompts[place],
             "images": [
-                (title, picture(path, _SIDE))
+                (title, embedded(path, _SIDE))
                 for step, title in sorted(steps.items())
                 if (path := folder / "samples" / f"step_{step:06d}" / names[place]).is_file()
             ],

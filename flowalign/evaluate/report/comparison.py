@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from flowalign.disk.media import picture_names
+from flowalign.disk.media import image_names
 from flowalign.evaluate.held_out import held_out_of
 from flowalign.evaluate.intervals import plain_interval
 from flowalign.evaluate.report import plots
-from flowalign.evaluate.report.html import parsed, picture, read_metrics, write_page
+from flowalign.evaluate.report.html import embedded, parsed, read_metrics, write_page
 from flowalign.terminal import markdown
 
 Result = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
-PICTURE_SIDE = 192  # pixels; larger images are shrunk to this
+IMAGE_SIDE = 192  # pixels; larger images are shrunk to this
 BUDGETS = {"minutes": "training minutes", "forwards": "transformer forwards"}
 
 
@@ -119,7 +119,7 @@ def write_comparison_page(output: Path, result: Result) -> Path:
         "styles": {name: plots.group_style(group) for name, group in groups.items()},
         "held_out_plots": _plots(result, groups, [run["curve"] for run in result["runs"]], "rewards"),
         "training_plots": _plots(result, groups, metrics, "reward"),
-        "pictures": _pictures(output, result),
+        "pictures": _images(output, result),
         "best_of": _best_of(result, groups) if result.get("best_of") else None,
         "runs": [_run_row(run, result) for run in result["runs"]],
         "budgets": BUDGETS,
@@ -189,7 +189,7 @@ def _best_of(result: Result, groups: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
+def _images(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Fixed prompts with their image before training and after training with each recipe, all of the first seed."""
     first = {run["recipe"]: output / run["folder"] for run in result["runs"] if run["seed"] == result["seeds"][0]}
     shown: list[tuple[str, Path]] = []
@@ -200,8 +200,8 @@ def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, A
         shown += [("before", steps[0])] * (not shown) + [(of["name"], steps[-1])]
     prompts = min((parsed(step / "prompts.json", json.loads) for _, step in shown), key=len)
     return [
-        (prompt, [(label, picture(step / name, PICTURE_SIDE)) for label, step in shown])
-        for prompt, name in zip(prompts, picture_names(len(prompts)), strict=True)
+        (prompt, [(label, embedded(step / name, IMAGE_SIDE)) for label, step in shown])
+        for prompt, name in zip(prompts, image_names(len(prompts)), strict=True)
     ]
 
 

@@ -35,7 +35,8 @@ def parsed(path: Path, parse: Callable[[str], Any]) -> Any:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The metrics of every training step, without an incomplete last line, which a killed or running run leaves."""
-    return parsed(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.split("\n")[:-1]]) or []
+    steps = parsed(folder / "metrics.jsonl", lambda text: [json.loads(line) for line in text.split("\n")[:-1]]) or []
+    return [{"metrics": step.get("figures", {}), **step} for step in steps]  # their name in earlier runs
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -47,7 +48,7 @@ def _by_step(path: Path) -> tuple[int, str]:
     return len(path.name), path.name  # names have six digits below a million steps
 
 
-def picture(path: Path, side: int) -> dict[str, Any]:
+def embedded(path: Path, side: int) -> dict[str, Any]:
     """An image in samples/step_N/ as a data URI: a small one byte for byte, others as JPEG of at most `side` pixels."""
     try:
         with Image.open(path) as image:

@@ -127,8 +127,8 @@ def hacking_plot(audits: Sequence[dict[str, Any]]) -> Plot:
 
 def optimisation_plots(metrics: Sequence[dict[str, Any]]) -> list[Plot]:
     """Loss, gradient norm and the algorithm's own metrics against training steps."""
-    names = dict.fromkeys(name for row in metrics for name in row.get("figures", {}))
-    series = {name: _series(metrics, "figures", name) for name in names}
+    names = dict.fromkeys(name for row in metrics for name in row.get("metrics", {}))
+    series = {name: _series(metrics, "metrics", name) for name in names}
     own = ("loss", "grad_norm", "learning_rate", "zero_spread")
     series |= {name: np.array([_number(row.get(name)) for row in metrics]) for name in own}
     order = sorted(series, key=lambda name: list(_TITLES).index(name) if name in _TITLES else len(_TITLES))

@@ -16,12 +16,12 @@ import numpy as np
 import yaml
 
 from flowalign.config.base import UserError, counted
-from flowalign.disk.media import MAP, picture_names
+from flowalign.disk.media import MAP, image_names
 from flowalign.evaluate.held_out import HeldOut, held_out_of
 from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combined_interval, difference_interval
 from flowalign.evaluate.report import plots
 from flowalign.evaluate.report.audit_section import hacking_section
-from flowalign.evaluate.report.html import parsed, picture, read_evaluations, read_metrics, write_page
+from flowalign.evaluate.report.html import embedded, parsed, read_evaluations, read_metrics, write_page
 
 Row = dict[str, Any]
 PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger images are shrunk to these
@@ -211,16 +211,16 @@ def _samples(folder: Path) -> Row:
     steps = sorted(path.parent for path in folder.glob("step_*/prompts.json"))
     prompts = parsed(steps[0] / "prompts.json", json.loads) if steps else []
     ends = dict.fromkeys([*steps[:1], *steps[-1:]])
-    named = list(zip(prompts, picture_names(len(prompts)), strict=True))
+    named = list(zip(prompts, image_names(len(prompts)), strict=True))
     return {
-        "pairs": [(prompt, [picture(step / name, PAIR_SIDE) for step in ends]) for prompt, name in named],
+        "pairs": [(prompt, [embedded(step / name, PAIR_SIDE) for step in ends]) for prompt, name in named],
         "strips": [
-            (prompt, [picture(step / name, STRIP_SIDE) for step in steps])
+            (prompt, [embedded(step / name, STRIP_SIDE) for step in steps])
             for prompt, name in named[: STRIP_PROMPTS if len(steps) > 2 else 0]
         ],
         "maps": {
             unquote(place.name.removeprefix(MAP)): [
-                (prompt, picture(place / name, PAIR_SIDE)) for prompt, name in named
+                (prompt, embedded(place / name, PAIR_SIDE)) for prompt, name in named
             ]
             for place in (sorted(steps[-1].glob(f"{MAP}*")) if steps else ())
         },

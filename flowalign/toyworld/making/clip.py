@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from flowalign.disk.tensors import save_tensors
-from flowalign.toyworld.making.examples import Example, alike_examples, examples, pictures
+from flowalign.toyworld.making.examples import Example, alike_examples, drawn, examples
 from flowalign.toyworld.making.pretraining import MAX_TOKENS, make_tokenizer
 from flowalign.toyworld.making.spoiling import quality_examples, rated
 from flowalign.toyworld.making.training import (
@@ -136,7 +136,7 @@ def _contrast(
     def loss_of(step: int) -> torch.Tensor:
         prompts, scenes = zip(*draw(step), strict=True)
         ids = tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
-        images, rating = rated(pictures(scenes), *key, step, spoilt=len(scenes) // 4)
+        images, rating = rated(drawn(scenes), *key, step, spoilt=len(scenes) // 4)
         found = clip(input_ids=ids, pixel_values=seen(images, *key, step), return_loss=True)
         guess = 10 * taste(found.image_embeds).squeeze(-1)
         return found.loss + F.mse_loss(guess, (rating - 8) / 3)

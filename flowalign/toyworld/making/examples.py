@@ -118,11 +118,11 @@ def also_true(prompts: Sequence[str], scenes: Sequence[Scene]) -> torch.Tensor:
     return found
 
 
-def pictures(scenes: Sequence[Scene]) -> torch.Tensor:
+def drawn(scenes: Sequence[Scene]) -> torch.Tensor:
     """The scenes' images (B, 3, 64, 64) in [0, 1]."""
-    return as_pictures([render(scene) for scene in scenes])
+    return as_images([render(scene) for scene in scenes])
 
 
-def as_pictures(drawn: Sequence[np.ndarray]) -> torch.Tensor:
+def as_images(drawn: Sequence[np.ndarray]) -> torch.Tensor:
     """A tensor (B, 3, H, W) in [0, 1] of B images (H, W, 3), uint8."""
     return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 255

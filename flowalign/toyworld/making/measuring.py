@@ -9,10 +9,10 @@ from flowalign.toyworld import grammar
 from flowalign.toyworld.making.artifacts import HELD_OUT, KINDS
 from flowalign.toyworld.making.examples import (
     also_true,
-    as_pictures,
+    as_images,
+    drawn,
     held_out_examples,
     held_out_shapes,
-    pictures,
 )
 from flowalign.toyworld.making.preference import Pair, held_out_pairs
 from flowalign.toyworld.making.spoiling import quality_examples
@@ -49,7 +49,7 @@ def measure_clip(folder: Path, log: Log, rounds: int) -> None:
     for number in range(rounds):
         prompts, scenes = held_out_examples(1000 + number, 64)
         own = torch.tensor([known.index(prompt) for prompt in prompts])
-        likeness = clip.image_features(pictures(scenes)) @ texts.T
+        likeness = clip.image_features(drawn(scenes)) @ texts.T
         others = also_true(known, scenes).scatter(1, own[:, None], False)
         distance = alike[own].masked_fill(others, 10**6).scatter(1, own[:, None], -1)
         nearest = distance.argsort(stable=True, dim=1)[:, :64]
@@ -76,7 +76,7 @@ def measure_aesthetic(folder: Path, log: Log) -> None:
 def right_choices(reward: Reward, found: list[Pair]) -> torch.Tensor:
     """(B,) bool: whether the reward scores the preferred image of each pair higher."""
     prompts, better, worse = zip(*found, strict=True)
-    scores = [score(reward, as_pictures(drawn), list(prompts)) for drawn in (better, worse)]
+    scores = [score(reward, as_images(drawn), list(prompts)) for drawn in (better, worse)]
     return scores[0] > scores[1]
 
 

@@ -17,7 +17,7 @@ from flowalign.toyworld.detector import detect
 from flowalign.toyworld.making.artifacts import KINDS, Damage, damaged
 from flowalign.toyworld.making.examples import (
     Example,
-    as_pictures,
+    as_images,
     examples,
     held_out_examples,
     shape_rows,
@@ -81,7 +81,7 @@ def train_preference(clip: CLIPModel, seed: int, steps: int, batch: int, log: Lo
         prompts, better, worse = zip(*found, strict=True)
         ids = tokenizer(list(prompts), padding="max_length", return_tensors="pt").input_ids
         texts = F.normalize(clip.get_text_features(ids).pooler_output, dim=-1)
-        pixels = seen(as_pictures([*better, *worse]), seed, 5, step)
+        pixels = seen(as_images([*better, *worse]), seed, 5, step)
         images = F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
         scores = clip.logit_scale.exp() * (images.unflatten(0, (2, -1)) * texts).sum(-1)
         return -F.logsigmoid(scores[0] - scores[1]).mean()

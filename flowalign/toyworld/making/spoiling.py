@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from flowalign.toyworld.making.artifacts import KINDS, damaged
-from flowalign.toyworld.making.examples import examples, pictures
+from flowalign.toyworld.making.examples import drawn, examples
 from flowalign.toyworld.render import SIZE
 
 
@@ -37,7 +37,7 @@ def rated(images: torch.Tensor, seed: int, stage: int, step: int, spoilt: int) -
 
 def quality_examples(seed: int, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`count` images, the first half of them spoilt, and their rating."""
-    images = pictures([scene for _, scene in examples(seed, 2, step, count)])
+    images = drawn([scene for _, scene in examples(seed, 2, step, count)])
     return rated(images, seed, 2, step, spoilt=count // 2)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from flowalign.toyworld import grammar
-from flowalign.toyworld.making.examples import as_pictures, examples, pictures
+from flowalign.toyworld.making.examples import as_images, drawn, examples
 from flowalign.toyworld.making.spoiling import altered
 from flowalign.toyworld.making.training import DEPTH, HEADS, MEAN, MLP_RATIO, PATCH, STD, WIDTH, Log, seen, train
 from flowalign.toyworld.render import CELL_WIDTH, LINE_HEIGHT, PALETTE, SHAPES, SIZE, Scene, render
@@ -69,7 +69,7 @@ def train_vit(seed: int, steps: int, batch: int, log: Log) -> nn.Module:
         scenes = [scene for _, scene in examples(seed, 0, step, batch)]
         covers = torch.from_numpy(np.stack([patch_classes(scene) for scene in scenes]))
         present = torch.zeros(batch, len(CLASSES)).scatter_(1, covers, 1.0)
-        tokens = vit.forward_features(seen(pictures(scenes), seed, 0, step))
+        tokens = vit.forward_features(seen(drawn(scenes), seed, 0, step))
         patches = F.cross_entropy(heads[1](tokens[:, 1:]).flatten(0, 1), covers.flatten(), weight)
         return patches + 5 * F.binary_cross_entropy_with_logits(heads[0](tokens[:, 0]), present)
 
@@ -96,7 +96,7 @@ def sharpen_vit(vit: Any, seed: int, steps: int, batch: int, log: Log) -> nn.Mod
         differing = np.abs(np.stack(shown).astype(int) - np.stack(clean)).max(-1) > 16
         side = SIZE // PATCH
         spoilt = torch.from_numpy(differing.reshape(batch, side, PATCH, side, PATCH).sum((2, 4)).reshape(batch, -1) > 2)
-        patches = vit.forward_features((as_pictures(shown) - MEAN[0]) / STD[0])[:, 1:]
+        patches = vit.forward_features((as_images(shown) - MEAN[0]) / STD[0])[:, 1:]
         covers = torch.from_numpy(np.stack([patch_classes(scene) for scene in scenes]))
         known = torch.where(spoilt, -100, covers)  # what the damage covers is not asked
         things = F.cross_entropy(heads[0](patches).flatten(0, 1), known.flatten(), weight)

@@ -75,7 +75,7 @@ def _spectrum(images: torch.Tensor) -> torch.Tensor:
     return torch.fft.fft2(gray - gray.mean((1, 2), keepdim=True))
 
 
-LOOKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "dark_fraction": dark_fraction,
     "color_entropy": color_entropy,
     "edge_density": edge_density,
@@ -86,10 +86,10 @@ LOOKS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @torch.no_grad()
-def looks(media: torch.Tensor) -> dict[str, torch.Tensor]:
+def image_statistics(media: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every statistic (B,) of media in [0, 1]: images (B, 3, H, W), or videos (B, F, 3, H, W), averaged over frames."""
     frames = media.float().flatten(0, -4)
-    return {name: measure(frames).view(len(media), -1).mean(1).cpu() for name, measure in LOOKS.items()}
+    return {name: measure(frames).view(len(media), -1).mean(1).cpu() for name, measure in STATISTICS.items()}
 
 
 def group_diversity(features: torch.Tensor) -> float:
