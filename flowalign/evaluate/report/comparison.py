@@ -123,7 +123,7 @@ def write_comparison_page(output: Path, result: Result) -> Path:
         "styles": {name: plots.group_style(group) for name, group in groups.items()},
         "held_out_plots": _plots(result, groups, [run["curve"] for run in result["runs"]], "rewards"),
         "training_plots": _plots(result, groups, metrics, "reward"),
-        "pictures": _pictures(output, result),
+        "images": _images(output, result),
         "best_of": _best_of(result, groups) if result.get("best_of") else None,
         "runs": [_run_row(run, result) for run in result["runs"]],
         "budgets": BUDGETS,
@@ -193,7 +193,7 @@ def _best_of(result: Result, groups: Mapping[str, int]) -> dict[str, Any]:
     }
 
 
-def _pictures(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
+def _images(output: Path, result: Result) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Fixed prompts with their image before training and after training with each recipe, all of the first seed."""
     first = {run["recipe"]: output / run["folder"] for run in result["runs"] if run["seed"] == result["seeds"][0]}
     shown: list[tuple[str, Path]] = []
