@@ -86,7 +86,7 @@ def evaluate_geneval(
 ) -> None:
     """Draw GenEval's prompts and judge by detection whether the images show what was asked.
 
-    An interrupted evaluation goes on when the same command is given again.
+    An interrupted evaluation continues when the same command is given again.
     """
     _check(model, images, prompts)
     quiet_libraries()
@@ -138,7 +138,7 @@ def evaluate_ocr(
 ) -> None:
     """Draw prompts that quote a text and measure how much of it can be read in the images.
 
-    An interrupted evaluation goes on when the same command is given again.
+    An interrupted evaluation continues when the same command is given again.
     """
     _check(model, images, prompts)
     quiet_libraries()

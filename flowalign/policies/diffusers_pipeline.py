@@ -238,7 +238,7 @@ class PipelinePolicy(TextPolicy):
         return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
     def _tokens(self) -> int:
-        """Of a image in the transformer."""
+        """The number of tokens that an image is in the transformer."""
         _, height, width = self.latent_shape(self.request)
         return height * width // self.patch**2
 

@@ -74,7 +74,7 @@ def test_the_schedule_shifts_with_the_size_and_another_size_is_refused(tiny_flux
     assert (small.sigmas(4)[1:-1] < large.sigmas(4)[1:-1]).all()
     fixed = [load_policy(settings(tiny_flux(False), height=side, width=side)).sigmas(4) for side in (32, 512)]
     assert torch.equal(*fixed)
-    with pytest.raises(ValueError, match="of 32 x 32 pictures"):
+    with pytest.raises(ValueError, match="of 32 x 32 images"):
         small.latent_shape(MediaRequest(512, 512))
 
 

@@ -150,7 +150,7 @@ def test_a_dataset_records_which_samples_were_left_out(picky: dict[str, Any], tm
 
 
 def test_best_of_n_refuses_a_judge_that_leaves_images_out() -> None:
-    with pytest.raises(UserError, match="reward 'dark' may leave pictures out"):
+    with pytest.raises(UserError, match="reward 'dark' may leave images without a score"):
         check_judges({"dark": Dark()})
 
 

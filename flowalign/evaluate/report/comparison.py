@@ -119,7 +119,7 @@ def write_comparison_page(output: Path, result: Result) -> Path:
         "styles": {name: plots.group_style(group) for name, group in groups.items()},
         "held_out_plots": _plots(result, groups, [run["curve"] for run in result["runs"]], "rewards"),
         "training_plots": _plots(result, groups, metrics, "reward"),
-        "pictures": _images(output, result),
+        "images": _images(output, result),
         "best_of": _best_of(result, groups) if result.get("best_of") else None,
         "runs": [_run_row(run, result) for run in result["runs"]],
         "budgets": BUDGETS,
