@@ -36,7 +36,7 @@ def hacking_section(evaluations: Sequence[Row], folder: Path) -> Row | None:
         "alarmed": alarmed,
         "measures": [(name, found, found.get("high")) for name, found in last["measures"].items()],
         "plot": plots.hacking_plot(audits),
-        "pictures": _images(audited, audits, folder),
+        "images": _images(audited, audits, folder),
     }
 
 

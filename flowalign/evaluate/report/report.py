@@ -193,7 +193,7 @@ def _scores(evaluations: Sequence[Row], recipe: Row, folder: Path) -> list[Row]:
         tasks = {tag: task for tag in tags if (task := paired_change(before, after, name, tag))}
         if change := paired_change(before, after, name):
             main = overall_change(list(tasks.values())) if tasks else change
-            about = {"name": name, "trained": name in trained, "main": main, "pictures": change}
+            about = {"name": name, "trained": name in trained, "main": main, "images": change}
             scores.append({**about, "tasks": tasks, **_moved(_scored(before, after, name))})
     return scores
 
