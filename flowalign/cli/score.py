@@ -47,7 +47,7 @@ def score(
         )
         return
     if images is None:
-        raise UserError("give --images or --store")
+        raise UserError("give --images or --dataset")
     if name is not None:
         raise UserError("--name is the reward's name in a dataset of groups; give --dataset with it")
     rows, paths = read_images(images, prompts)
