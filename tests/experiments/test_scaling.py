@@ -253,7 +253,7 @@ def test_dropping_samples_whose_trajectory_is_kept_is_refused(policy: Policy) ->
     def drop(step: Step) -> None:
         step.going = [0]
 
-    with pytest.raises(ValueError, match="only with solver euler and no trajectory kept"):
+    with pytest.raises(ValueError, match="only with solver euler and no kept trajectory"):
         rollout(policy, RolloutRequest(ROWS, 2, Sampler(solver="dpm++"), REQUEST, KEY, batch=8), watch=drop)
 
 
