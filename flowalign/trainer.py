@@ -236,7 +236,7 @@ class Trainer:
             self.accelerator.init_trackers(recipe.name, config={"recipe": recipe.name})
         counts = {
             "trainable": sum(p.numel() for p in self.learner.parameters),
-            "all": sum(p.numel() for p in self.policy.weights().values()),
+            "all": sum(p.numel() for p in self.policy.named_weights().values()),
         }
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         if self.main:

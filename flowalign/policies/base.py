@@ -181,7 +181,7 @@ class Policy(ABC):
         """Each kind of text encoder's tokenizer (Hugging Face's), and how many tokens it reads; nothing if unknown."""
         return {}
 
-    def weights(self) -> dict[str, nn.Parameter]:
+    def named_weights(self) -> dict[str, nn.Parameter]:
         """All weights of the modules by name, in several modules with the module's own before it."""
         named = {self._prefix(name): module for name, module in self.modules.items()}
         return {prefix + key: p for prefix, module in named.items() for key, p in module.named_parameters()}
@@ -191,7 +191,7 @@ class Policy(ABC):
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The weights that learn, by name."""
-        return {name: p for name, p in self.weights().items() if p.requires_grad}
+        return {name: p for name, p in self.named_weights().items() if p.requires_grad}
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """Copies of the weights that learn."""

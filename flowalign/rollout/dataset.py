@@ -298,7 +298,7 @@ def fingerprint(policy: Policy) -> str:
     """A checksum of the model's weights before training; it does not depend on the precision they are loaded in."""
     digest = hashlib.sha256()
     with policy.reference():
-        weights = {name.replace(".base_layer", ""): value for name, value in policy.weights().items()}
+        weights = {name.replace(".base_layer", ""): value for name, value in policy.named_weights().items()}
         for name in sorted(name for name in weights if "lora_" not in name):
             value = weights[name].detach().to(torch.bfloat16).cpu().contiguous()
             digest.update(name.encode())

@@ -110,7 +110,7 @@ def prepare(accelerator: Accelerator, policy: Policy) -> None:
 
     Raises UserError when the transformers differ, cannot be trained here, or have no frozen weights to shard.
     """
-    weights = policy.weights()
+    weights = policy.named_weights()
     _refuse_untrainable(weights)
     if accelerator.num_processes > 1:
         _refuse_different(accelerator, weights.values())

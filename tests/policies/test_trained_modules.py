@@ -112,7 +112,7 @@ def test_one_module_keeps_its_own_names_and_several_are_named_before_theirs(tiny
     first, second = ([both.trainable_parameters()[f"{m}.{n}"] for n in names] for m in both.modules)
     assert all(map(torch.equal, first, one.trainable_parameters().values()))  # the same seed, the same beginning
     assert not all(map(torch.equal, first, second))
-    assert {len(one.weights()), len(list(one.transformer.parameters()))} == {len(both.weights()) // 2}
+    assert {len(one.named_weights()), len(list(one.transformer.parameters()))} == {len(both.named_weights()) // 2}
     assert fingerprint(one) != fingerprint(both)
 
 
