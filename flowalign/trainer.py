@@ -201,8 +201,7 @@ class Trainer:
             self.accelerator.log(step_values(line), step=self.step)
         self.display.step(line)
         sentences += [f"step {self.step}: {sentence}" for sentence in unread(metrics.get("answers", {}))]
-        for sentence in (*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms)):
-            self.display.say(sentence)
+        self.display.say(*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms))
 
     def _spend(self, minutes: float) -> None:
         """Add a step's minutes and forward passes over all processes, which must agree on when the time is over."""
@@ -249,8 +248,7 @@ class Trainer:
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
         if self.main:
             for what, rows in (("training prompts", self.source.rows), ("evaluation prompts", self.measuring.rows)):
-                for sentence in cut_prompts(self.policy, (row.prompt for row in rows), what):
-                    self.display.say(sentence)
+                self.display.say(*cut_prompts(self.policy, (row.prompt for row in rows), what))
 
     def _self_tested(self, checks: list[Check]) -> None:
         self.tested = True
@@ -299,8 +297,7 @@ class Trainer:
             summary = write_evaluation(self.run_folder, self._name, evaluated, about)
             self.accelerator.log(evaluation_values(summary, about), step=self.step)
             self.display.evaluation(self.step, summary, about["seconds"], measuring.held_out)
-        for sentence in unread(answers):
-            self.display.say(f"evaluation at step {self.step}: {sentence}")
+        self.display.say(*(f"evaluation at step {self.step}: {sentence}" for sentence in unread(answers)))
         if audit:
             self.display.audit(self.step, audit)
         self.evaluated_at = self.step

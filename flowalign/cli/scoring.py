@@ -21,7 +21,6 @@ from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import evaluate, write_evaluation
 from flowalign.evaluate.held_out import held_out_from
-from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout.dataset import GroupDataset, collect
@@ -94,8 +93,7 @@ def _scoring(rewards: Mapping[str, zoo.Reward], images: int) -> Iterator[Progres
     display = Terminal()
     with display.evaluating(images) as progress:
         yield progress
-    for sentence in unread(tally(rewards)):
-        display.say(sentence)
+    display.say(*unread(tally(rewards)))
 
 
 def _batches(judge: zoo.Reward, rows: Sequence[Row]) -> list[list[int]]:
@@ -114,14 +112,9 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupDataset:
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
-    _say_cut(policy, rows)
+    Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
     with _scoring(rewards, len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.dataset), rows, rewards, policy, progress)
-
-
-def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
-    for sentence in cut_prompts(policy, (row.prompt for row in rows)):
-        Terminal().say(sentence)
 
 
 def rescore_dataset(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
@@ -178,7 +171,7 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
-    _say_cut(policy, rows)
+    Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
     title, weights = f"{recipe.model.path}, untrained", None
     if run is not None:
         found = checkpoints(run.checkpoints)

@@ -179,8 +179,7 @@ def draw(
         if missing:
             if policy is None:
                 policy = load(drawing.model, drawing.device)
-                for sentence in cut_prompts(policy, (row.prompt for row in rows)):
-                    Terminal().say(sentence)
+                Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
                 keep_settings(folder, DRAWING, settings)
             key = (EVALUATION, drawing.seed, 0)
             images, batch = drawing.images, drawing.batch
