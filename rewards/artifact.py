@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 from rewards.backbones.vit import VisionBackbone
 from rewards.backbones.weights import located
-from rewards.base import RewardError, Rows, TrainableReward, reason
+from rewards.base import RewardError, Rows, TrainableReward, grouped, reason
 from rewards.frames import FrameReward, chosen_frames
-from rewards.learning import Head, counted, load_training_state, training_state
+from rewards.learning import Head, counted, descend, load_training_state, training_state
 from rewards.media import folder_images
 
 SHARPNESS = 4.0  # the factor 4 in the smooth maximum
@@ -54,10 +54,8 @@ def image_logits(patch_logits: torch.Tensor) -> torch.Tensor:
 
 def head_logits(head: Head, images: Sequence[torch.Tensor]) -> torch.Tensor:
     """Image logits (B,) from each image's patches (P, D), grouped by the images' number of patches."""
-    alike: dict[int, list[torch.Tensor]] = {}
-    for patches in images:
-        alike.setdefault(len(patches), []).append(patches)
-    return torch.cat([image_logits(head(torch.stack(some))) for some in alike.values()])
+    alike = grouped((len(patches), patches) for patches in images).values()
+    return torch.cat([image_logits(head(torch.stack(some))) for some in alike])
 
 
 def labelled_loss(clean: torch.Tensor, artifacts: torch.Tensor) -> torch.Tensor:
@@ -90,9 +88,7 @@ def fit(
     for step in range(steps):
         parts = [_batch(kind, batch, step, place) for place, kind in enumerate((clean, artifacts))]
         loss = labelled_loss(*(head_logits(head, part) for part in parts))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         schedule.step()
         losses.append(loss.item())
     return losses
@@ -211,9 +207,7 @@ class Artifact(FrameReward, TrainableReward):
             parts = [_batch(kind, 64, step, turn, place) for place, kind in enumerate(kinds)]
             good, bad, new = (head_logits(self.head, part) for part in parts)
             labelled, free = labelled_loss(good, bad), unlabelled_loss(good, new, known.clean_share)
-            self.optimizer.zero_grad(set_to_none=True)
-            (labelled + free).backward()
-            self.optimizer.step()
+            descend(self.optimizer, labelled + free)
         return {"labelled_loss": labelled.item(), "unlabelled_loss": free.item()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ import importlib.util
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from rewards.errors import nearest as nearest
 
 # A half-precision decoder rounds by less than this; one step of an 8-bit image is four times as large.
 RANGE_TOLERANCE = 1e-3
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
 Rows = Sequence[Mapping[str, Any]]  # the metadata of B items
 
 
@@ -256,6 +258,14 @@ def shown(index: int, prompts: Sequence[str]) -> str:
     """An item as an error names it: its number and its prompt, cut to 100 characters."""
     prompt = prompts[index]
     return f"item {index} ({prompt if len(prompt) <= 100 else prompt[:97] + '...'!r})"
+
+
+def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """The values of each key, in the order in which the keys first appear."""
+    groups: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import torch
 
-from rewards.base import Reward, RewardError, Rows, as_scores, nearest, reason
+from rewards.base import Reward, RewardError, Rows, as_scores, grouped, nearest, reason
 from rewards.http.asking import Server
 from rewards.http.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
 
@@ -120,9 +120,8 @@ class RemoteReward(Reward):
 
     def _parts(self, media: torch.Tensor, prompts: Sequence[str]) -> list[list[int]]:
         """The items of each request; the items of a group are never split between requests."""
-        groups: dict[str | int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            groups.setdefault(prompt if self.scope == "group" else index, []).append(index)
+        whole = self.scope == "group"
+        groups = grouped((prompt if whole else index, index) for index, prompt in enumerate(prompts))
         most = min(self.limits.items, self.limits.bytes // (4 * media[0].numel()))
         wanted = min(self.batch, most)
         parts: list[list[int]] = []
