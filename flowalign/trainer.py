@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.stages import Generated, Scored, Weighted
-from flowalign.score import tally, unread
+from flowalign.score import load_learnt, tally, unread
 from flowalign.training import processes
 from flowalign.training.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.training.claims import Claims
@@ -328,7 +329,7 @@ class Trainer:
         """Go on from the last checkpoint; a run killed before its first checkpoint begins again."""
         found = checkpoints(self.run_folder.checkpoints)
         if found:
-            remember: dict[str, Restore] = {"rewards": self.scorer.load_state}
+            remember: dict[str, Restore] = {"rewards": partial(load_learnt, self.scorer.trainable)}
             remember["algorithm"] = self.algorithm.load_state_dict
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, remember)
             self.step, self.learner.update = counters["step"], counters["update"]

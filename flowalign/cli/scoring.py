@@ -29,7 +29,7 @@ from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import check_prompts, learning, load_learnt, load_rewards, refuse_learning, tally, unread
 from flowalign.terminal import Terminal
-from flowalign.training.checkpoint import checkpoints, load_weights
+from flowalign.training.checkpoint import load_last_weights
 from rewards.media import images_in, read_image
 
 _BATCH = 16
@@ -174,11 +174,8 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
     title, weights = f"{recipe.model.path}, untrained", None
     if run is not None:
-        found = checkpoints(run.checkpoints)
-        if not found:
-            raise UserError(f"{run.path} has no checkpoint yet")
-        title = f"{run.path}, {found[-1].name}"
-        weights = load_weights(found[-1], policy, partial(load_learnt, learning(rewards)))
+        weights = load_last_weights(run.checkpoints, policy, partial(load_learnt, learning(rewards)))
+        title = f"{run.path}, {weights}"
     with _scoring(rewards, len(rows) * settings.images_per_prompt) as progress:
         evaluated = evaluate(policy, rows, rewards, settings, policy.request, progress)
     if run is not None:
