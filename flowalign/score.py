@@ -187,10 +187,6 @@ class Scorer:
             for key, value in reward.state_dict().items()
         }
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state` returned; KeyError for a reward that it lacks."""
-        load_learnt(self.trainable, state)
-
     def scored(self, scores: Mapping[str, Scores], prompts: Sequence[str]) -> RewardTable:
         """The rewards of B samples, as the algorithm gets them, from their scores and prompts."""
         shaped = {name: self._shaped(name, score, prompts) for name, score in scores.items()}

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console, OverflowMethod
+from rich.console import Console, OverflowMethod, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -44,6 +44,14 @@ def titled(
     table = Table(title=title, title_justify="left", caption_justify="left", **style)
     for name in columns:
         table.add_column(name, justify="left" if name in (left or columns[:1]) else "right", overflow=overflow)
+    return table
+
+
+def table_of(columns: Sequence[str | Column], rows: Iterable[Iterable[RenderableType]], **style: Any) -> Table:
+    """A table of rows, with its columns aligned to the left."""
+    table = Table(*columns, title_justify="left", **style)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -134,9 +142,10 @@ class Terminal:
         self.console = console or plain_console(quiet=quiet)
         self.bars = Bars(self.console)
 
-    def say(self, text: str) -> None:
-        """Print a plain line."""
-        self.console.print(text, soft_wrap=True)
+    def say(self, *texts: str) -> None:
+        """Print plain lines."""
+        for text in texts:
+            self.console.print(text, soft_wrap=True)
 
     def phase(self, doing: str, total: float | None = None) -> AbstractContextManager[Advance]:
         """The bar of a part of a step; total: its samples or updates, None if unknown."""

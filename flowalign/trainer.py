@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from flowalign.policies.base import Policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout.generate import Progress
 from flowalign.rollout.stages import Generated, Scored, Weighted
-from flowalign.score import tally, unread
+from flowalign.score import load_learnt, tally, unread
 from flowalign.training import processes
 from flowalign.training.checkpoint import Restore, checkpoints, load_checkpoint, save_checkpoint
 from flowalign.training.claims import Claims
@@ -201,8 +202,7 @@ class Trainer:
             self.accelerator.log(step_values(line), step=self.step)
         self.display.step(line)
         sentences += [f"step {self.step}: {sentence}" for sentence in unread(metrics.get("answers", {}))]
-        for sentence in (*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms)):
-            self.display.say(sentence)
+        self.display.say(*sentences, *(f"alarm at step {self.step}: {alarm}" for alarm in alarms))
 
     def _spend(self, minutes: float) -> None:
         """Add a step's minutes and forward passes over all processes, which must agree on when the time is over."""
@@ -249,8 +249,7 @@ class Trainer:
         self.display.begin(recipe, self.run_folder.path, counts, self.world)
         if self.main:
             for what, rows in (("training prompts", self.source.rows), ("evaluation prompts", self.measuring.rows)):
-                for sentence in cut_prompts(self.policy, (row.prompt for row in rows), what):
-                    self.display.say(sentence)
+                self.display.say(*cut_prompts(self.policy, (row.prompt for row in rows), what))
 
     def _self_tested(self, checks: list[Check]) -> None:
         self.tested = True
@@ -299,8 +298,7 @@ class Trainer:
             summary = write_evaluation(self.run_folder, self._name, evaluated, about)
             self.accelerator.log(evaluation_values(summary, about), step=self.step)
             self.display.evaluation(self.step, summary, about["seconds"], measuring.held_out)
-        for sentence in unread(answers):
-            self.display.say(f"evaluation at step {self.step}: {sentence}")
+        self.display.say(*(f"evaluation at step {self.step}: {sentence}" for sentence in unread(answers)))
         if audit:
             self.display.audit(self.step, audit)
         self.evaluated_at = self.step
@@ -331,7 +329,7 @@ class Trainer:
         """Go on from the last checkpoint; a run killed before its first checkpoint begins again."""
         found = checkpoints(self.run_folder.checkpoints)
         if found:
-            remember: dict[str, Restore] = {"rewards": self.scorer.load_state}
+            remember: dict[str, Restore] = {"rewards": partial(load_learnt, self.scorer.trainable)}
             remember["algorithm"] = self.algorithm.load_state_dict
             counters = load_checkpoint(found[-1], self.policy, self.learner.optimizer, remember)
             self.step, self.learner.update = counters["step"], counters["update"]

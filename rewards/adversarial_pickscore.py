@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rewards.base import RewardError, TrainableReward, at_least_one
+from rewards.base import RewardError, Rows, TrainableReward, at_least_one, grouped
 from rewards.frames import chosen_frames
-from rewards.learning import counted, load_training_state, training_state
+from rewards.learning import counted, descend, load_training_state, training_state
 from rewards.media import images_by_prompt, read_image
 from rewards.pickscore import MODEL, PickScore
 
@@ -73,9 +73,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
         """True for prompts with reference images."""
         return row["prompt"] in self.references
 
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Tunes the blocks if the generated images beat the references; metrics: both means and, if tuned, the loss."""
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]
@@ -95,9 +93,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
             won = self._embedded([self._image(pairs[i]) for i in chosen])
             lost = self._embedded(list(frames[chosen]))
             loss = -F.logsigmoid(scale * ((won - lost) * words).sum(-1)).mean()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            descend(self.optimizer, loss)
             self.taken += 1
             metrics["loss"] = loss.item()
         metrics["updates"] = float(self.taken)
@@ -120,9 +116,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
 
     def _reference_scores(self, references: Sequence[Reference]) -> torch.Tensor:
         """Scores (B,); each distinct reference is scored once, and references of one size together."""
-        sizes: dict[torch.Size, list[Reference]] = {}
-        for one in dict.fromkeys(references):
-            sizes.setdefault(self._image(one).shape, []).append(one)
+        sizes = grouped((self._image(one).shape, one) for one in dict.fromkeys(references))
         found: dict[Reference, torch.Tensor] = {}
         for alike in sizes.values():
             cosines = self.cosines(torch.stack([self._image(one) for one in alike]), [text for text, _ in alike])

@@ -19,7 +19,7 @@ the non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6)
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,9 +28,9 @@ from torch.nn import functional as F
 
 from rewards.backbones.vit import VisionBackbone
 from rewards.backbones.weights import located
-from rewards.base import RewardError, TrainableReward, reason
+from rewards.base import RewardError, Rows, TrainableReward, grouped, reason
 from rewards.frames import FrameReward, chosen_frames
-from rewards.learning import Head, counted, load_training_state, training_state
+from rewards.learning import Head, counted, descend, load_training_state, training_state
 from rewards.media import folder_images
 
 SHARPNESS = 4.0  # the factor 4 in the smooth maximum
@@ -54,10 +54,8 @@ def image_logits(patch_logits: torch.Tensor) -> torch.Tensor:
 
 def head_logits(head: Head, images: Sequence[torch.Tensor]) -> torch.Tensor:
     """Image logits (B,) from each image's patches (P, D), grouped by the images' number of patches."""
-    alike: dict[int, list[torch.Tensor]] = {}
-    for patches in images:
-        alike.setdefault(len(patches), []).append(patches)
-    return torch.cat([image_logits(head(torch.stack(some))) for some in alike.values()])
+    alike = grouped((len(patches), patches) for patches in images).values()
+    return torch.cat([image_logits(head(torch.stack(some))) for some in alike])
 
 
 def labelled_loss(clean: torch.Tensor, artifacts: torch.Tensor) -> torch.Tensor:
@@ -90,9 +88,7 @@ def fit(
     for step in range(steps):
         parts = [_batch(kind, batch, step, place) for place, kind in enumerate((clean, artifacts))]
         loss = labelled_loss(*(head_logits(head, part) for part in parts))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
         schedule.step()
         losses.append(loss.item())
     return losses
@@ -187,9 +183,7 @@ class Artifact(FrameReward, TrainableReward):
             )
 
     @torch.no_grad()
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return (-image_logits(self.head(self._patches(images)))).sigmoid()
 
     def _patches(self, frames: torch.Tensor) -> torch.Tensor:
@@ -201,9 +195,7 @@ class Artifact(FrameReward, TrainableReward):
         """The probability of an artifact (B, H, W) in images (B, 3, H, W), at the resolution of the patches."""
         return self.backbone.maps(self.head(self.backbone.tiles(images)[1]).sigmoid(), *images.shape[-2:])
 
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Every `refresh` steps, trains the head on the images too; metrics: both losses of the last head step."""
         known = self.refresh
         if known is None or (step + 1) % known.every:
@@ -215,9 +207,7 @@ class Artifact(FrameReward, TrainableReward):
             parts = [_batch(kind, 64, step, turn, place) for place, kind in enumerate(kinds)]
             good, bad, new = (head_logits(self.head, part) for part in parts)
             labelled, free = labelled_loss(good, bad), unlabelled_loss(good, new, known.clean_share)
-            self.optimizer.zero_grad(set_to_none=True)
-            (labelled + free).backward()
-            self.optimizer.step()
+            descend(self.optimizer, labelled + free)
         return {"labelled_loss": labelled.item(), "unlabelled_loss": free.item()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:

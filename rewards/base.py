@@ -10,11 +10,11 @@ import importlib.util
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from rewards.errors import nearest as nearest
 
 # A half-precision decoder rounds by less than this; one step of an 8-bit image is four times as large.
 RANGE_TOLERANCE = 1e-3
+Key = TypeVar("Key", bound=Hashable)
+Value = TypeVar("Value")
+Rows = Sequence[Mapping[str, Any]]  # the metadata of B items
 
 
 class Golden(NamedTuple):
@@ -32,7 +35,7 @@ class Golden(NamedTuple):
 
     media: torch.Tensor
     prompts: Sequence[str]
-    metadata: Sequence[Mapping[str, Any]]
+    metadata: Rows
     scores: Sequence[float]
     tolerance: float = 1e-3
 
@@ -79,9 +82,7 @@ class Reward(ABC):
         return True
 
     @abstractmethod
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,), float32, of media (B, ...) generated from B prompts with their B metadata rows."""
 
 
@@ -105,9 +106,7 @@ class TrainableReward(Reward):
         self.alarm = None
 
     @abstractmethod
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Learns from the media (B, ...) of training step `step`, after they were scored; returns metrics to log."""
 
     @abstractmethod
@@ -123,7 +122,7 @@ def score(
     reward: Reward,
     media: torch.Tensor,
     prompts: Sequence[str],
-    metadata: Sequence[Mapping[str, Any]] | None = None,
+    metadata: Rows | None = None,
 ) -> torch.Tensor:
     """The reward's scores (B,), float32, finite, detached, on the media's device.
 
@@ -136,9 +135,7 @@ def score(
     return score_in_place(reward, media.clone(), list(prompts), copy.deepcopy(metadata))
 
 
-def score_in_place(
-    reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> torch.Tensor:
+def score_in_place(reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
     """As `score`, without checking or copying: the reward gets the items themselves."""
     try:
         with torch.no_grad():
@@ -153,9 +150,7 @@ def score_in_place(
     return as_scores(result, prompts, reward.name, reward.masks).to(media.device)
 
 
-def check_inputs(
-    name: str, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None
-) -> Sequence[Mapping[str, Any]]:
+def check_inputs(name: str, media: torch.Tensor, prompts: Sequence[str], metadata: Rows | None) -> Rows:
     """The metadata (None: B empty rows); RewardError if an input breaks the contract of `Reward.__call__`."""
     if not isinstance(media, torch.Tensor) or not media.is_floating_point():
         kind = media.dtype if isinstance(media, torch.Tensor) else type(media).__name__
@@ -263,6 +258,14 @@ def shown(index: int, prompts: Sequence[str]) -> str:
     """An item as an error names it: its number and its prompt, cut to 100 characters."""
     prompt = prompts[index]
     return f"item {index} ({prompt if len(prompt) <= 100 else prompt[:97] + '...'!r})"
+
+
+def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """The values of each key, in the order in which the keys first appear."""
+    groups: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
 
 
 def reason(error: BaseException) -> str:

@@ -11,13 +11,13 @@ w_i = sum over j of y_ij / (G - 1), with y 1 for a win, 1/2 for a tie, 0 for a l
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 
-from rewards.base import RewardError, shown
+from rewards.base import RewardError, Rows, grouped, shown
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 from rewards.vlm.verdicts import preferred
@@ -59,14 +59,10 @@ class Pairwise(VLMReward):
         self.seed = seed
         self.question = question
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,); RewardError for a prompt with one image only."""
-        groups: dict[str, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(index)
-        for members in groups.values():
+        groups = grouped((prompt, index) for index, prompt in enumerate(prompts)).values()
+        for members in groups:
             if len(members) == 1:
                 where = shown(members[0], prompts)
                 raise RewardError(f"reward 'pairwise': {where} is the only item of its prompt; a pair needs two")
@@ -75,7 +71,7 @@ class Pairwise(VLMReward):
         contents = [hashlib.sha256(image.tobytes()).digest() for image in images]
         wins, judged = torch.zeros(2, len(media), dtype=torch.float64)
         duels = []  # the numbers of the images shown first and second
-        for members in groups.values():
+        for members in groups:
             for pair in combinations(members, 2):
                 for a, b in ((pair[0] * count + frame, pair[1] * count + frame) for frame in range(count)):
                     if contents[a] == contents[b]:

@@ -21,7 +21,7 @@ from flowalign.policies.loading import load_policy, model_settings
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import Scorer, check_prompts, load_learnt
 from flowalign.terminal import Terminal
-from flowalign.training.checkpoint import checkpoints, load_weights
+from flowalign.training.checkpoint import load_last_weights
 
 
 def audit(
@@ -73,10 +73,7 @@ def _audited(
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
     title = target
     if run is not None:
-        found = checkpoints(run.checkpoints)
-        if not found:
-            raise UserError(f"{run.path} has no checkpoint yet")
-        title = f"{target}, {load_weights(found[-1], policy, partial(load_learnt, judging.trainable))}"
+        title += f", {load_last_weights(run.checkpoints, policy, partial(load_learnt, judging.trainable))}"
     base = None if against is None else _base(recipe, against, device, policy)
 
     def draw(policy: Policy, rows: Sequence[Row], asked: Evaluation) -> Evaluated:

@@ -3,10 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from flowalign.cli.console import Overrides, console, device, quiet_libraries
 from flowalign.config.base import UserError
+from flowalign.terminal import table_of
 
 
 def collect(
@@ -28,8 +28,6 @@ def collect(
     from flowalign.cli.scoring import collect_recipe
 
     dataset = collect_recipe(resolved, device())
-    table = Table("reward", "mean", "std", title=f"{dataset.path}: {len(dataset)} prompts", title_justify="left")
-    for name, values in dataset.rewards.items():
-        known = values[~np.isnan(values)]
-        table.add_row(name, f"{known.mean():.4f}", f"{known.std():.4f}")
-    console.print(table)
+    known = {name: values[~np.isnan(values)] for name, values in dataset.rewards.items()}
+    rows = [(name, f"{values.mean():.4f}", f"{values.std():.4f}") for name, values in known.items()]
+    console.print(table_of(("reward", "mean", "std"), rows, title=f"{dataset.path}: {len(dataset)} prompts"))

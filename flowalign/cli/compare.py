@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column
 
 from flowalign.cli.console import console, quiet_libraries
 from flowalign.config.base import MOST
+from flowalign.terminal import table_of
 
 
 def compare(
@@ -56,10 +57,6 @@ def compare(
     )
     columns, rows = leaderboard(result)
     shown = [place for place, name in enumerate(columns) if name in ("recipe", "after", "gain") or " to " in name]
-    table = Table()
-    for place in shown:
-        table.add_column(columns[place], no_wrap=columns[place] == "recipe")
-    for row in rows:
-        table.add_row(*(row[place] for place in shown))
-    console.print(table)
+    names = [Column(columns[place], no_wrap=columns[place] == "recipe") for place in shown]
+    console.print(table_of(names, ([row[place] for place in shown] for row in rows)))
     console.print(f"{legend(result)}\nwrote comparison.json, .md and .html into {output}", soft_wrap=True)

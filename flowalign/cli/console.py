@@ -6,12 +6,15 @@ import re
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flowalign.config.paths import expanded
-from flowalign.terminal import plain_console
+from flowalign.terminal import plain_console, table_of, verdict
+
+if TYPE_CHECKING:
+    from rewards.contract import Finding
 
 Overrides = Annotated[
     list[str] | None,
@@ -52,6 +55,14 @@ def quiet_libraries() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+
+
+def show_findings(title: str, findings: "Sequence[Finding]") -> None:
+    """Print the findings of a check as a table; the exit code is 1 if one failed."""
+    rows = ((check, verdict(passed), detail) for check, passed, detail in findings)
+    console.print(table_of(("check", "result", "detail"), rows, title=title))
+    if any(finding.passed is False for finding in findings):
+        raise typer.Exit(1)
 
 
 def disk_mistake(error: OSError) -> str | None:

@@ -1,10 +1,10 @@
 """`flowalign doctor`: what works on this machine."""
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from flowalign.cli.console import console, quiet_libraries
+from flowalign.terminal import table_of
 
 
 def doctor() -> None:
@@ -12,9 +12,8 @@ def doctor() -> None:
     quiet_libraries()
     from flowalign.preflight.doctor import NEEDED, diagnose
 
-    table, found = Table("part", "state", "detail"), diagnose()
-    for part, works, detail in found:
-        table.add_row(part, Text("works", "green") if works else Text("missing", "yellow"), detail)
-    console.print(table)
+    found = diagnose()
+    words = {True: Text("works", "green"), False: Text("missing", "yellow")}
+    console.print(table_of(("part", "state", "detail"), ((part, words[works], how) for part, works, how in found)))
     if any(part in NEEDED and not works for part, works, _ in found):
         raise typer.Exit(1)

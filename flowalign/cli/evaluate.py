@@ -94,11 +94,8 @@ def evaluate_geneval(
     from flowalign.evaluate.geneval import evaluate_geneval as evaluate
     from flowalign.evaluate.geneval import load_judge
 
-    drawing = _drawing(model, how)
-    embedded = drawing is not None and drawing.embedded
-    listed = prompts or (None if drawing is None else "toyworld/shapes_test" if embedded else "geneval")
-    benchmark = _benchmark(drawing, images, how, listed)
-    spec = detector or (EXACT_DETECTOR if embedded else DETECTOR)
+    benchmark = _benchmark(model, images, prompts, how, "toyworld/shapes_test", "geneval")
+    spec = detector or (EXACT_DETECTOR if benchmark.embedded else DETECTOR)
     judging = load_judge(spec, parse_options([spec], detector_option or [], "--detector-option")[spec])
     summary, folder = evaluate(benchmark, judging, check_detector=check_detector)
     table = titled(f"GenEval of {model or images}", "task", "score", "95 %", "prompts")
@@ -145,11 +142,8 @@ def evaluate_ocr(
     from flowalign.evaluate.ocr import SCORES
     from flowalign.evaluate.ocr import evaluate_ocr as evaluate
 
-    drawing = _drawing(model, how)
-    embedded = drawing is not None and drawing.embedded
-    listed = prompts or ("toyworld/words_test" if embedded else None)
-    benchmark = _benchmark(drawing, images, how, listed)
-    summary, folder = evaluate(benchmark, mode or ("lines" if embedded else "page"), recogniser, keys)
+    benchmark = _benchmark(model, images, prompts, how, "toyworld/words_test", None)
+    summary, folder = evaluate(benchmark, mode or ("lines" if benchmark.embedded else "page"), recogniser, keys)
     table = titled(f"OCR of {model or images}", "letters", "score", "mean", "95 %", "prompts")
     for length, row in {"all": summary, **summary["lengths"]}.items():
         for place, name in enumerate(SCORES):
@@ -182,7 +176,6 @@ def evaluate_panel(
     from flowalign.experiments.scaling import load_by_name
 
     tuned = _drawing(model, how)
-    assert tuned is not None  # MODEL is required
     options = parse_options(reward, option or [])
     loaded = load_by_name(reward, options, device())
     base = replace(tuned, model=tuned.model.model_copy(update={"adapter": None}))
@@ -247,29 +240,32 @@ def _check(model: str | None, images: Path | None, prompts: str | None, rewards:
     check_rewards(rewards)
 
 
-def _drawing(model: str | None, how: BenchmarkOptions) -> "Drawing | None":
-    """How to draw; None where --images names existing images."""
+def _drawing(model: str, how: BenchmarkOptions) -> "Drawing":
+    """How to draw."""
     from flowalign.evaluate.drawing import drawing_of
 
-    if model is None:
-        for name, value in {"adapter": how.adapter, **how.given()}.items():
-            if value is not None:
-                raise UserError(f"--{name.replace('_', '-')} changes how images are drawn; leave it out with --images")
-        return None
     drawing = drawing_of(model, how.adapter, device=device(), images=how.images_per_prompt, **how.given())
     console.print(drawing.words, markup=False, soft_wrap=True)
     return drawing
 
 
 def _benchmark(
-    drawing: "Drawing | None", images: Path | None, how: BenchmarkOptions, prompts: str | None
+    model: str | None, images: Path | None, prompts: str | None, how: BenchmarkOptions, toyworld: str, usual: str | None
 ) -> "Benchmark":
+    """What to judge; `toyworld` and `usual` are the benchmark's own lists, for the embedded model and for others."""
     from flowalign.evaluate.benchmark import Benchmark
 
+    if model is None:
+        for name, value in {"adapter": how.adapter, **how.given()}.items():
+            if value is not None:
+                raise UserError(f"--{name.replace('_', '-')} changes how images are drawn; leave it out with --images")
+        assert images is not None  # one of the two was given
+        source: Drawing | Path = images
+    else:
+        source = _drawing(model, how)
+        prompts = prompts or (toyworld if source.embedded else usual)
     if prompts is None and how.count is not None:
         raise UserError("--count takes the first prompts of a list; give --prompts with it")
-    source = drawing or images
-    assert source is not None  # one of the two was given
     return Benchmark(source, how.images_per_prompt, how.output, prompts, how.count)
 
 

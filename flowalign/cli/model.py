@@ -3,12 +3,10 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from flowalign.cli.console import console, device, quiet_libraries
+from flowalign.cli.console import device, quiet_libraries, show_findings
 from flowalign.cli.options import ModelArgument, SequenceLength
 from flowalign.config.base import MOST
-from flowalign.terminal import verdict
 
 model_app = typer.Typer(help="Check a model before it is trained.", no_args_is_help=True)
 
@@ -43,9 +41,4 @@ def check(
     findings = check_model(settings, device(), steps=steps, guidance=guidance)
     request = sizes_of(settings).request
     sides = f"{request.height} x {request.width} pixels, {steps} steps, float32"
-    table = Table("check", "result", "detail", title=f"{path}: {sides}", title_justify="left")
-    for line, passed, detail in findings:
-        table.add_row(line, verdict(passed), detail)
-    console.print(table)
-    if any(finding.passed is False for finding in findings):
-        raise typer.Exit(1)
+    show_findings(f"{path}: {sides}", findings)

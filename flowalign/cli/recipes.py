@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from flowalign.cli.console import console
 from flowalign.config.base import UserError
+from flowalign.terminal import table_of
 
 recipes_app = typer.Typer(help="List and copy the bundled recipes.", invoke_without_command=True)
 
@@ -18,10 +18,9 @@ def recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         from flowalign.config import bundled_recipes
 
-        table = Table("recipe", "what it does")
-        for name, path in bundled_recipes().items():
-            table.add_row(name, path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# "))
-        console.print(table)
+        first = {name: path.read_text(encoding="utf-8").splitlines()[0] for name, path in bundled_recipes().items()}
+        rows = ((name, line.removeprefix("# ")) for name, line in first.items())
+        console.print(table_of(("recipe", "what it does"), rows))
 
 
 @recipes_app.command("copy")

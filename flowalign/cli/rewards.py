@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from flowalign.cli.console import ImagePrompts, RewardOptions, console, quiet_libraries
+from flowalign.cli.console import ImagePrompts, RewardOptions, console, quiet_libraries, show_findings
 from flowalign.config.base import UserError
-from flowalign.terminal import verdict
+from flowalign.terminal import table_of
 
 rewards_app = typer.Typer(help="List the rewards, and check that one keeps the contract.", invoke_without_command=True)
 
@@ -19,10 +18,7 @@ def list_rewards(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         from rewards.catalogue import available, describe
 
-        table = Table("reward", "what it judges")
-        for name in available():
-            table.add_row(name, describe(name))
-        console.print(table)
+        console.print(table_of(("reward", "what it judges"), ((name, describe(name)) for name in available())))
 
 
 @rewards_app.command("check")
@@ -45,10 +41,4 @@ def check_reward(
 
     if images is None and prompts is not None:
         raise UserError("--prompts belong to --images; give --images too")
-    findings = findings_of(reward, option or [], images, prompts)
-    table = Table("check", "result", "detail", title=reward, title_justify="left")
-    for check, passed, detail in findings:
-        table.add_row(check, verdict(passed), detail)
-    console.print(table)
-    if any(finding.passed is False for finding in findings):
-        raise typer.Exit(1)
+    show_findings(reward, findings_of(reward, option or [], images, prompts))

@@ -10,6 +10,7 @@ import typer
 from flowalign.cli.console import RewardOptions, console, device, quiet_libraries
 from flowalign.cli.options import Adapter, DrawingOptions, ModelArgument, with_options
 from flowalign.config.base import MOST, UserError
+from flowalign.terminal import Terminal
 
 if TYPE_CHECKING:
     from flowalign.evaluate.drawing import Drawing
@@ -79,8 +80,7 @@ def sample(
     output = output or Path("samples") / drawing.name(rows, about)
     console.print(drawing.words, soft_wrap=True)
     policy = load_policy(drawing.model, drawing.device)
-    for sentence in cut_prompts(policy, prompts):
-        console.print(sentence, soft_wrap=True)
+    Terminal().say(*cut_prompts(policy, prompts))
     if best_of is None:
         written, costs = _drawn(policy, rows, drawing, output), None
     else:
@@ -110,13 +110,8 @@ def _drawn(policy: "Policy", rows: "list[Row]", drawing: "Drawing", output: Path
     """Draw and save the images of every prompt; returns each image's path and prompt."""
     from flowalign.disk.media import save_images
     from flowalign.rollout.generate import rollout
-    from flowalign.rollout.stages import RolloutRequest
-    from flowalign.sampling.noise import EVALUATION
 
-    key = (EVALUATION, drawing.seed, 0)
-    drawn = rollout(
-        policy, RolloutRequest(rows, drawing.images, drawing.sampler, policy.request, key, batch=drawing.batch)
-    )
+    drawn = rollout(policy, drawing.request(rows, policy.request))
     paths = save_images(output, drawn.media, [row.about for row in drawn.rows])
     return list(zip(paths, drawn.prompts, strict=True))
 

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from flowalign.cli.console import ImagePrompts, RewardOptions, console
 from flowalign.config.base import UserError
+from flowalign.terminal import table_of
 
 
 def score(
@@ -52,10 +52,9 @@ def score(
         raise UserError("--name is the reward's name in a dataset of groups; give --dataset with it")
     rows, paths = read_images(images, prompts)
     scores = score_images(reward, option or [], rows, paths)
-    table = Table("image", "prompt", "score")
-    for path, row, value in zip(paths, rows, scores, strict=True):
-        table.add_row(path.name, row.prompt, "left out" if value is None else f"{value:.4f}")
-    console.print(table)
+    shown = ["left out" if value is None else f"{value:.4f}" for value in scores]
+    lines = [(path.name, row.prompt, text) for path, row, text in zip(paths, rows, shown, strict=True)]
+    console.print(table_of(("image", "prompt", "score"), lines))
     known = [value for value in scores if value is not None]
     if not known:
         raise UserError(f"reward {reward} left out all {len(scores)} images")

@@ -21,7 +21,6 @@ from flowalign.disk.run_folder import RunFolder
 from flowalign.evaluate.drawing import sampling_words
 from flowalign.evaluate.evaluation import evaluate, write_evaluation
 from flowalign.evaluate.held_out import held_out_from
-from flowalign.policies.base import Policy
 from flowalign.policies.conditions import cached_policy
 from flowalign.policies.cutting import cut_prompts
 from flowalign.rollout.dataset import GroupDataset, collect
@@ -30,7 +29,7 @@ from flowalign.rollout.manifest import manifest_of, rows_of_files
 from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.score import check_prompts, learning, load_learnt, load_rewards, refuse_learning, tally, unread
 from flowalign.terminal import Terminal
-from flowalign.training.checkpoint import checkpoints, load_weights
+from flowalign.training.checkpoint import load_last_weights
 from rewards.media import images_in, read_image
 
 _BATCH = 16
@@ -94,8 +93,7 @@ def _scoring(rewards: Mapping[str, zoo.Reward], images: int) -> Iterator[Progres
     display = Terminal()
     with display.evaluating(images) as progress:
         yield progress
-    for sentence in unread(tally(rewards)):
-        display.say(sentence)
+    display.say(*unread(tally(rewards)))
 
 
 def _batches(judge: zoo.Reward, rows: Sequence[Row]) -> list[list[int]]:
@@ -114,14 +112,9 @@ def collect_recipe(recipe: Recipe, device: str) -> GroupDataset:
     rows = load_prompts(recipe.prompts, recipe.collect.prompts)
     check_prompts(rows, rewards, recipe.prompts)
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
-    _say_cut(policy, rows)
+    Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
     with _scoring(rewards, len(rows) * recipe.collect.group_size) as progress:
         return collect(recipe, Path(recipe.dataset), rows, rewards, policy, progress)
-
-
-def _say_cut(policy: Policy, rows: Sequence[Row]) -> None:
-    for sentence in cut_prompts(policy, (row.prompt for row in rows)):
-        Terminal().say(sentence)
 
 
 def rescore_dataset(path: Path, reward: str, options: Sequence[str], name: str | None) -> np.ndarray:
@@ -178,14 +171,11 @@ def evaluate_recipe(recipe: Recipe, run: RunFolder | None, device: str) -> tuple
     if run is None:
         refuse_learning(rewards, "evaluate a run, or give evaluation.rewards")
     policy = cached_policy(recipe.model, rows, device, recipe.run.seed)
-    _say_cut(policy, rows)
+    Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
     title, weights = f"{recipe.model.path}, untrained", None
     if run is not None:
-        found = checkpoints(run.checkpoints)
-        if not found:
-            raise UserError(f"{run.path} has no checkpoint yet")
-        title = f"{run.path}, {found[-1].name}"
-        weights = load_weights(found[-1], policy, partial(load_learnt, learning(rewards)))
+        weights = load_last_weights(run.checkpoints, policy, partial(load_learnt, learning(rewards)))
+        title = f"{run.path}, {weights}"
     with _scoring(rewards, len(rows) * settings.images_per_prompt) as progress:
         evaluated = evaluate(policy, rows, rewards, settings, policy.request, progress)
     if run is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from flowalign.config.base import Section
 
@@ -15,27 +15,30 @@ def _form(section: Any) -> Any:
     return section.get("form") if isinstance(section, Mapping) else getattr(section, "form", None)
 
 
-def _own(section: type[Section], values: Any, earlier: Mapping[str, Any]) -> Any:
-    """The values without defaults of other forms, which earlier versions wrote into every recipe of a run."""
-    if not isinstance(values, Mapping):
-        return values
-    known = section.model_fields
-    return {key: value for key, value in values.items() if key in known or earlier.get(key, section) != value}
+class _OfAForm(Section):
+    """A section of which there are several forms."""
+
+    earlier: ClassVar[Mapping[str, Any]]
+    """Defaults of all forms, which earlier versions wrote into every recipe of a run: those of others are dropped."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_other_forms(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        known, earlier = cls.model_fields, cls.earlier
+        return {key: value for key, value in values.items() if key in known or earlier.get(key, cls) != value}
 
 
-class _Shaped(Section):
+class _Shaped(_OfAForm):
     """How a reward is shaped before it is learnt from; `rewards.combine` names the sources."""
 
+    earlier = {"scale": 1.0, "quantile": 0.85}
     form: str
     """The shape: standardise, sigmoid or log_sigmoid."""
     reference: str | Annotated[tuple[float, ...], Field(min_length=1)]
     """Scores of the model before training: a dataset of groups that has this reward, or numbers that hold for every
     prompt."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_other_forms(cls, values: Any) -> Any:
-        return _own(cls, values, {"scale": 1.0, "quantile": 0.85})
 
 
 class Standardise(_Shaped):
@@ -75,19 +78,15 @@ Shaping = Annotated[
 ]
 
 
-class _Combination(Section):
+class _Combination(_OfAForm):
     """How several rewards become the total that is learnt from; `rewards.combine` names the sources."""
 
+    earlier = {"penalty": 1.0, "base": None, "bonus": None, "floor": 0.4}
     form: str
     """The combination: sum, worst, uncertainty or bonus."""
     disagreement: Annotated[float, Field(ge=0)] = 0.0
     """c: a sample on which the rewards disagree by U weighs exp(-c U) in the loss. Raise it to trust disagreement
     less; 0 gives every sample the same weight."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_other_forms(cls, values: Any) -> Any:
-        return _own(cls, values, {"penalty": 1.0, "base": None, "bonus": None, "floor": 0.4})
 
     @property
     def needed(self) -> Mapping[str, str]:
@@ -176,12 +175,13 @@ class RewardSettings(Section):
         return self.loads(key) == other.loads(other_key or key) and self.options == other.options
 
 
-Rewards = Annotated[dict[str, RewardSettings], Field(min_length=1)]
-
-
-def unshaped(rewards: dict[str, RewardSettings] | None) -> dict[str, RewardSettings] | None:
+def _unshaped(rewards: dict[str, RewardSettings]) -> dict[str, RewardSettings]:
     """Rewards to measure by; ValueError for one with a shaping or a weight."""
-    for name, entry in (rewards or {}).items():
+    for name, entry in rewards.items():
         if key := entry.changed("shaping", "weight"):
             raise ValueError(f"{name}.{key}: an evaluation measures rewards as they are; leave it out")
     return rewards
+
+
+Rewards = Annotated[dict[str, RewardSettings], Field(min_length=1)]
+MeasuredRewards = Annotated[Rewards, AfterValidator(_unshaped)]

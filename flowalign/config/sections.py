@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from flowalign.config.base import MOST, Section
 from flowalign.config.paths import expanded
-from flowalign.config.rewards import Rewards, RewardSettings, unshaped
+from flowalign.config.rewards import MeasuredRewards
 from flowalign.lazy import torch
 from flowalign.sampling.noise import WINDOW, counted_generator
 from flowalign.sampling.steps import Dynamics
@@ -256,17 +256,12 @@ class Evaluation(Sampler):
     """Training steps between evaluations. There is always one before and one after training; 0: only those two."""
     batch: Positive = 64
     """Samples drawn at once. Lower it when memory runs out; the numbers do not depend on it."""
-    rewards: Rewards | None = None
+    rewards: MeasuredRewards | None = None
     """The rewards to measure; null: the training rewards."""
     keep_media: NotNegative = 12
     """How many prompts have their media kept at every evaluation, for the report; always the same ones."""
     seed: Seed = 0
     """Seed of the noise."""
-
-    @field_validator("rewards")
-    @classmethod
-    def _measured_as_they_are(cls, rewards: dict[str, RewardSettings] | None) -> dict[str, RewardSettings] | None:
-        return unshaped(rewards)
 
 
 class Run(Section):
@@ -328,7 +323,7 @@ class Features(Section):
 class Guard(Section):
     """The audit of every evaluation: whether a reward rises at the cost of what it does not see."""
 
-    rewards: Rewards | None = None
+    rewards: MeasuredRewards | None = None
     """Held-out rewards, none of which is trained on; null: only image statistics and the KL are audited."""
     corrected: Corrected | None = None
     """Also audit GDRO's corrected score; null: do not."""
@@ -347,8 +342,3 @@ class Guard(Section):
     """End the run at a sustained alarm."""
     kl_samples: Positive = 16
     """Samples from whose trajectories the KL to the reference is measured. Raise it for less noise."""
-
-    @field_validator("rewards")
-    @classmethod
-    def _measured_as_they_are(cls, rewards: dict[str, RewardSettings] | None) -> dict[str, RewardSettings] | None:
-        return unshaped(rewards)

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowalign.config.base import UserError
 from flowalign.disk.media import MANIFEST
-from flowalign.evaluate.drawing import Drawing, Sample, draw, folder_name, listed
+from flowalign.evaluate.drawing import Drawing, Sample, draw, folder_name, listed, seen_by_size
 from flowalign.evaluate.held_out import said_of
 from flowalign.evaluate.results import EVALUATION, RESULTS, Line, Stopwatch, check_folder, continued, keep_settings
 from flowalign.rollout.manifest import manifest_of
@@ -58,6 +60,11 @@ class Benchmark:
             digest.update(sample.name.encode() + sample.path.read_bytes())
         return {"images": str(folder.resolve()), "pictures": digest.hexdigest()}
 
+    @property
+    def embedded(self) -> bool:
+        """Whether the images are drawn with the embedded model."""
+        return isinstance(self.source, Drawing) and self.source.embedded
+
     def about(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What a summary says about its images and prompts."""
         if not isinstance(self.source, Drawing):
@@ -82,11 +89,13 @@ class Benchmark:
         self,
         rows: Sequence[Row],
         settings: Mapping[str, Any],
-        judge: Callable[[Sequence[Sample]], Sequence[Line]],
+        see: Callable[[torch.Tensor], Sequence[Any]],
+        line_of: Callable[[Sample, Any], Line],
     ) -> list[Line]:
         """Draw and judge the missing images; returns the lines of results.jsonl, one per image.
 
-        `settings` decide the judge's answers. Raises UserError for a folder of results with other settings.
+        `line_of` gives a line from what `see` finds in an image of a batch (B, 3, H, W) in [0, 1]; `settings` decide
+        its answers. Raises UserError for a folder of results with other settings.
         """
         given = self.source if isinstance(self.source, Path) else None
         settings = {**settings, **(self._given(given) if given else {"images": "drawn"})}
@@ -99,7 +108,8 @@ class Benchmark:
         keep_settings(self.folder, EVALUATION, settings)
 
         def judge_places(places: range) -> Sequence[Line]:
-            lines = judge([samples[place] for place in places])
+            chosen = [samples[place] for place in places]
+            lines = list(map(line_of, chosen, seen_by_size(chosen, see)))
             stopwatch.lap("judge")
             return lines
 

@@ -10,9 +10,10 @@ was never stopped, on the same machine with the same number of threads.
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from flowalign.rollout.prompts import Row, load_prompts
 from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
 from flowalign.terminal import Terminal
+from rewards.base import grouped
 from rewards.media import FORMATS, images_in, natural, read_image
 
 # Settings of a model that do not decide its images, or that `Drawing.settings` records in another form.
@@ -112,6 +114,11 @@ class Drawing:
         size = max(1, self.batch // self.images)
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
+    def request(self, rows: Sequence[Row], media: MediaRequest) -> RolloutRequest:
+        """What a rollout of some rows is asked for."""
+        key = (EVALUATION, self.seed, 0)
+        return RolloutRequest(rows, self.images, self.sampler, media, key, batch=self.batch)
+
 
 def drawing_of(
     model: str,
@@ -174,21 +181,15 @@ def draw(
     policy: Policy | None = None
     stopwatch.start()
     for chunk in drawing.chunks(rows):
-        paths = [folder / image_name(row.index, member) for row in chunk for member in range(drawing.images)]
+        images = itertools.product(chunk, range(drawing.images))
+        paths = [folder / f"{row.index:05d}/samples/{member:04d}.png" for row, member in images]
         missing = [place for place, path in enumerate(paths) if not _is_whole(path)]
         if missing:
             if policy is None:
                 policy = load(drawing.model, drawing.device)
-                for sentence in cut_prompts(policy, (row.prompt for row in rows)):
-                    Terminal().say(sentence)
+                Terminal().say(*cut_prompts(policy, (row.prompt for row in rows)))
                 keep_settings(folder, DRAWING, settings)
-            key = (EVALUATION, drawing.seed, 0)
-            images, batch = drawing.images, drawing.batch
-            drawn = rollout(
-                policy,
-                RolloutRequest(chunk, images, drawing.sampler, policy.request, key, batch=batch),
-                progress=progress,
-            )
+            drawn = rollout(policy, drawing.request(chunk, policy.request), progress=progress)
             for row in chunk:
                 own = folder / f"{row.index:05d}"
                 make_folder(own / "samples")
@@ -199,11 +200,6 @@ def draw(
             stopwatch.lap("draw")
         elif progress:
             progress(len(paths))
-
-
-def image_name(index: int, member: int) -> str:
-    """The path of a prompt's image inside the folder, in GenEval's layout."""
-    return f"{index:05d}/samples/{member:04d}.png"
 
 
 def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list[Sample]:
@@ -242,21 +238,16 @@ def listed(folder: Path, images: int, rows: Sequence[Row] | None = None) -> list
 
 def _manifested(manifest: Path, images: int, rows: Sequence[Row] | None) -> list[Sample]:
     folder = manifest.parent
-    groups: dict[str, list[Path]] = {}
-    found: dict[str, Row] = {}
-    for row, path in zip(*rows_of_files(folder, str(manifest), images_in(folder)), strict=True):
-        key = json.dumps(row.about, sort_keys=True)
-        found.setdefault(key, replace(row, index=len(found)))
-        groups.setdefault(key, []).append(path)
-    for key, paths in groups.items():
-        if len(paths) != images:
-            prompt = found[key].prompt
-            raise UserError(f"{folder} holds {len(paths)} images of {prompt!r}, not {images}; see --images-per-prompt")
-    wanted = [row.prompt for row in rows or found.values()]
-    if wanted != [row.prompt for row in found.values()]:
+    there = zip(*rows_of_files(folder, str(manifest), images_in(folder)), strict=True)
+    groups = grouped((json.dumps(row.about, sort_keys=True), (row, path)) for row, path in there).values()
+    found = [replace(own[0][0], index=index) for index, own in enumerate(groups)]
+    for row, own in zip(found, groups, strict=True):
+        if (count := len(own)) != images:
+            raise UserError(f"{folder} holds {count} images of {row.prompt!r}, not {images}; see --images-per-prompt")
+    if rows and [row.prompt for row in rows] != [row.prompt for row in found]:
         raise UserError(f"{manifest} does not hold the prompts of the list in their order; leave --prompts out")
-    pairs = zip(rows or found.values(), groups.values(), strict=True)
-    return [_seen(path, folder, row) for row, paths in pairs for path in paths]
+    pairs = zip(rows or found, groups, strict=True)
+    return [_seen(path, folder, row) for row, own in pairs for _, path in own]
 
 
 def _seen(path: Path, folder: Path, row: Row) -> Sample:
@@ -283,12 +274,13 @@ def _samples(folder: Path, row: Row, images: int) -> list[Sample]:
     return [_seen(path, folder.parent, row) for path in paths]
 
 
-def batches_of_a_size(samples: Sequence[Sample]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Read images and batch them by size: their indices among the given ones, and media (B, 3, H, W) in [0, 1]."""
+def seen_by_size(samples: Sequence[Sample], see: Callable[[torch.Tensor], Sequence[Any]]) -> list[Any]:
+    """What `see` finds in each image; it is given the images of one size together, (B, 3, H, W) in [0, 1]."""
     media = [read_image(sample.path) for sample in samples]
-    for shape in dict.fromkeys(one.shape for one in media):
-        places = [place for place, one in enumerate(media) if one.shape == shape]
-        yield places, torch.stack([media[place] for place in places])
+    found: dict[int, Any] = {}
+    for places in grouped((one.shape, place) for place, one in enumerate(media)).values():
+        found.update(zip(places, see(torch.stack([media[place] for place in places])), strict=True))
+    return [found[place] for place in range(len(samples))]
 
 
 def _is_whole(path: Path, formats: tuple[str, ...] = ("PNG",)) -> bool:

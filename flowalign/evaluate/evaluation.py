@@ -21,6 +21,7 @@ from flowalign.rollout.generate import Progress, rollout
 from flowalign.rollout.prompts import Row
 from flowalign.rollout.stages import RolloutRequest
 from flowalign.sampling.noise import EVALUATION
+from rewards.base import grouped
 from rewards.combine import score_all
 
 
@@ -76,10 +77,8 @@ def _mean(judged: Sequence[tuple[Row, float]], intervals: bool) -> dict[str, Any
 
     The standard error is over prompts, because the images of one prompt succeed and fail together.
     """
-    groups: dict[str, list[float]] = {}
-    for row, value in judged:
-        groups.setdefault(row.prompt, []).append(value)
-    mean, own = float(np.mean([value for _, value in judged])), list(groups.values())
+    own = list(grouped((row.prompt, value) for row, value in judged).values())
+    mean = float(np.mean([value for _, value in judged]))
     result = {"mean": mean, "standard_error": clustered_error(own), "count": len(judged)}
     return {**result, "prompts": len(own), "interval": mean_interval(own)} if intervals else result
 

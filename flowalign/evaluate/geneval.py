@@ -17,11 +17,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, 
 
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.evaluate.benchmark import Benchmark
-from flowalign.evaluate.drawing import Sample, batches_of_a_size
+from flowalign.evaluate.drawing import Sample
 from flowalign.evaluate.intervals import combined_interval, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from flowalign.toyworld.render import SHAPES, Item, Scene, render
-from rewards.base import RewardError, import_object
+from rewards.base import RewardError, grouped, import_object
 from rewards.detectors.base import COLORS, Detector
 from rewards.geneval import RELATIONS, TASKS, Verdict, judge, kept_detections, refuse_unknown_classes, soft_score
 from rewards.media import read_image
@@ -134,26 +134,21 @@ def check_sight(judging: Judge) -> str | None:
     return " and ".join(sorted(wanted))
 
 
-def verdicts(judging: Judge, samples: Sequence[Sample]) -> list[Line]:
-    """GenEval's line for each image, with the detector's id and checksum."""
-    lines: list[Line] = [{}] * len(samples)
-    for places, media in batches_of_a_size(samples):
-        for place, detections in zip(places, judging.detector(media), strict=True):
-            sample = samples[place]
-            verdict = judge(detections, sample.row.metadata)
-            kept = kept_detections(detections, sample.row.metadata["tag"])
-            boxes = {name: [[*map(float, one["box"]), float(one["score"])] for one in kept[name]] for name in kept}
-            lines[place] = {
-                "filename": sample.name,
-                "tag": sample.row.metadata["tag"],
-                "prompt": sample.row.prompt,
-                "correct": verdict.correct,
-                "reason": verdict.reason,
-                "metadata": json.dumps(sample.row.about),
-                "details": json.dumps(boxes),
-                **judging.identity,
-            }
-    return lines
+def line_of(judging: Judge, sample: Sample, detections: Sequence[Mapping[str, Any]]) -> Line:
+    """GenEval's line for an image, with the detector's id and checksum."""
+    verdict = judge(detections, sample.row.metadata)
+    kept = kept_detections(detections, sample.row.metadata["tag"])
+    boxes = {name: [[*map(float, one["box"]), float(one["score"])] for one in kept[name]] for name in kept}
+    return {
+        "filename": sample.name,
+        "tag": sample.row.metadata["tag"],
+        "prompt": sample.row.prompt,
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(sample.row.about),
+        "details": json.dumps(boxes),
+        **judging.identity,
+    }
 
 
 def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
@@ -164,9 +159,7 @@ def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
     correct image.
     """
     prompts = by_prompt(lines, _asked)
-    by_task: dict[str, list[list[float]]] = {}
-    for group in prompts:
-        by_task.setdefault(group[0]["tag"], []).append([float(line["correct"]) for line in group])
+    by_task = grouped((group[0]["tag"], [float(line["correct"]) for line in group]) for group in prompts)
     order = sorted(by_task, key=lambda tag: (TASKS.index(tag) if tag in TASKS else len(TASKS), tag))
     groups = [by_task[tag] for tag in order]
     sizes = [float(sum(map(len, own))) for own in groups]
@@ -213,7 +206,7 @@ def evaluate_geneval(
     seen = check_sight(judging) if check_detector else None
     about = {"benchmark": "geneval", **judging.identity}
     benchmark = benchmark.placed("geneval", about)
-    lines = benchmark.judged(rows, about, partial(verdicts, judging))
+    lines = benchmark.judged(rows, about, judging.detector, partial(line_of, judging))
     if not any(line["correct"] for line in lines):
         raise CheckFailed(
             f"every score is 0: none of the {len(lines)} images is correct; look at them and at the reasons in "

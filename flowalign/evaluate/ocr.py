@@ -6,13 +6,12 @@ image that holds exactly the text.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flowalign.config.base import CheckFailed, UserError
 from flowalign.evaluate.benchmark import Benchmark
-from flowalign.evaluate.drawing import Sample, batches_of_a_size
+from flowalign.evaluate.drawing import Sample
 from flowalign.evaluate.intervals import Groups, mean_interval, mean_of
 from flowalign.evaluate.results import RESULTS, Line, by_prompt, write_summary
 from rewards.ocr import OCR, quoted_text, text_score
@@ -30,23 +29,19 @@ def length_bin(target: str) -> str:
     return f"over {LENGTHS[-1]}"
 
 
-def readings(reader: OCR, samples: Sequence[Sample]) -> list[Line]:
-    """A line per image: the text that is read, from top to bottom, and the scores."""
-    lines: list[Line] = [{}] * len(samples)
-    for places, media in batches_of_a_size(samples):
-        for place, read in zip(places, reader.read(media), strict=True):
-            row = samples[place].row
-            similarity = text_score(row.prompt, read, strict=True)
-            lines[place] = {
-                "filename": samples[place].name,
-                "prompt": row.prompt,
-                "target": quoted_text(row.prompt),
-                "lines": read,
-                "accuracy": text_score(row.prompt, read),
-                "similarity": similarity,
-                "exact": similarity == 1.0,
-            }
-    return lines
+def line_of(sample: Sample, read: Sequence[str]) -> Line:
+    """The line for an image: the text that is read, from top to bottom, and the scores."""
+    prompt = sample.row.prompt
+    similarity = text_score(prompt, read, strict=True)
+    return {
+        "filename": sample.name,
+        "prompt": prompt,
+        "target": quoted_text(prompt),
+        "lines": read,
+        "accuracy": text_score(prompt, read),
+        "similarity": similarity,
+        "exact": similarity == 1.0,
+    }
 
 
 def summarise(lines: Sequence[Line], images: int) -> dict[str, Any]:
@@ -100,7 +95,7 @@ def evaluate_ocr(
     own = {"recogniser": recogniser, "keys": keys}
     about = {"benchmark": "ocr", "mode": mode, **{key: value for key, value in own.items() if value is not None}}
     benchmark = benchmark.placed("ocr", about)
-    lines = benchmark.judged(rows, about, partial(readings, reader))
+    lines = benchmark.judged(rows, about, reader.read, line_of)
     if not any(line["accuracy"] for line in lines):
         raise CheckFailed(
             f"every score is 0: no letter of the text was read in any of the {len(lines)} images; look at them and at "

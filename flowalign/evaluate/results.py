@@ -17,6 +17,7 @@ from flowalign.config.renamed import with_names_of_today
 from flowalign.disk.files import append_json_line, make_folder, replace_json, whole_lines, writing
 from flowalign.evaluate.report.html import parsed
 from flowalign.rollout.generate import Progress
+from rewards.base import grouped
 
 Line = dict[str, Any]
 DRAWING, EVALUATION, RESULTS = "drawing.json", "evaluation.json", "results.jsonl"
@@ -84,10 +85,7 @@ def continued(
 
 def by_prompt(lines: Sequence[Line], prompt_of: Callable[[Line], Any]) -> list[list[Line]]:
     """The lines of each prompt, in the order in which the prompts first appear; equal rows count as one prompt."""
-    groups: dict[Any, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(prompt_of(line), []).append(line)
-    return list(groups.values())
+    return list(grouped((prompt_of(line), line) for line in lines).values())
 
 
 def _whole_lines(path: Path) -> list[Line]:

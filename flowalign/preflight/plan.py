@@ -8,7 +8,7 @@ with measured ones to 0.3 % on a CPU in float32 (tests/preflight/test_planning.p
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 from flowalign.algorithms.base import algorithm_of
@@ -18,7 +18,6 @@ from flowalign.policies.diffusers_pipeline import PipelinePolicy
 from flowalign.preflight.forwards import Forwards, Snapshots, step_forwards
 from flowalign.preflight.model_size import (
     Line,
-    Pass,
     condition_rows,
     decode_pass,
     meta_policy,
@@ -82,18 +81,15 @@ class Costs:
         self.image = 4 * 3 * policy.request.height * policy.request.width
         self.condition = sum(x.nbytes for x in condition_rows(policy, 1).tensors.values())
         self.decoding = cache(lambda images: decode_pass(policy, images))
-        self._pass = cache(self._measured)
-
-    def _measured(self, rows: int, backward: bool, checkpointing: bool) -> Pass:
-        return transformer_pass(self.policy, rows, backward=backward, checkpointing=checkpointing)
+        self._pass = cache(partial(transformer_pass, policy))
 
     def flops(self, *, backward: bool, checkpointing: bool = False) -> float:
         """Floating point operations of one row."""
-        return self._pass(1, backward, checkpointing).flops
+        return self._pass(1, backward=backward, checkpointing=checkpointing).flops
 
     def bytes(self, *, backward: bool, checkpointing: bool = False) -> Line:
         """Bytes as a function of rows, without weights and gradients."""
-        one, two = (self._pass(rows, backward, checkpointing).peak for rows in (1, 2))
+        one, two = (self._pass(rows, backward=backward, checkpointing=checkpointing).peak for rows in (1, 2))
         return Line(two - one, 2 * one - two)
 
 

@@ -23,22 +23,18 @@ MAX_STRETCH = 1.3  # a silhouette's proportions relative to its template's
 _TEMPLATE = 24  # pixels of a template's side
 
 
-def _silhouette(mask: np.ndarray) -> np.ndarray:
-    """A soft mask (h, w) in [0, 1], resized to the template's side."""
-    image = Image.fromarray(mask.astype(np.float32))
-    return np.asarray(image.resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BOX), dtype=np.float32)
+def _silhouette(mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """A soft mask (h, w) in [0, 1], cropped to its ink and resized to the template's side, and its width / height."""
+    ys, xs = np.nonzero(mask > 0.5)  # the half-covered rim is left out
+    mask = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    image = Image.fromarray(mask.astype(np.float32)).resize((_TEMPLATE, _TEMPLATE), Image.Resampling.BOX)
+    return np.asarray(image, dtype=np.float32), mask.shape[1] / mask.shape[0]
 
 
 @functools.cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """The classes' silhouettes (7, 24, 24), cropped to their ink, and their width / height (7,)."""
-    silhouettes, aspects = [], []
-    for shape in SHAPES:
-        mask = coverage(shape, 96)
-        ys, xs = np.nonzero(mask > 0.5)
-        mask = mask[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
-        silhouettes.append(_silhouette(mask))
-        aspects.append(mask.shape[1] / mask.shape[0])
+    """The classes' silhouettes (7, 24, 24) and their width / height (7,)."""
+    silhouettes, aspects = zip(*(_silhouette(coverage(shape, 96)) for shape in SHAPES), strict=True)
     return np.stack(silhouettes), np.array(aspects)
 
 
@@ -65,12 +61,10 @@ def detect(image: np.ndarray) -> list[dict[str, Any]]:
 def _shape_of(difference: np.ndarray) -> str | None:
     silhouettes, aspects = _templates()
     soft = np.clip(difference / max(float(np.percentile(difference[difference > 0], 80)), 1.0), 0, 1)
-    rows, columns = np.nonzero(soft > 0.5)  # the half-covered rim is left out, as in the templates
-    soft = soft[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
-    own = _silhouette(soft)
+    own, aspect = _silhouette(soft)
     shared = np.minimum(silhouettes, own).sum(axis=(1, 2))
     iou = shared / np.maximum(silhouettes, own).sum(axis=(1, 2))
-    stretch = (soft.shape[1] / soft.shape[0]) / aspects
+    stretch = aspect / aspects
     iou[np.maximum(stretch, 1 / stretch) > MAX_STRETCH] = 0
     best = int(iou.argmax())
     return SHAPES[best] if iou[best] >= MIN_IOU else None

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from rewards import Reward
 from rewards.artifact import load_head
 from rewards.backbones.vit import VisionBackbone
+from rewards.base import Rows
 from rewards.frames import FrameReward, chosen_frames, mean_of_frames
-from rewards.learning import Head, counted
+from rewards.learning import Head, counted, descend
 from rewards.ocr import OCR
 
 BACKBONE = "toyworld/judges/vit"
@@ -32,9 +33,7 @@ def fit_learned(images: torch.Tensor, scores: torch.Tensor, *, seed: int, steps:
     for step in range(steps):
         rows = torch.randperm(len(features), generator=counted(seed, step))[:64]
         loss = F.binary_cross_entropy_with_logits(head(features[rows]), scores[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
     return head
 
 
@@ -58,9 +57,7 @@ class Learned(FrameReward):
         self.head = fitted.to(self.backbone.device)
 
     @torch.no_grad()
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return self.head(_described(self.backbone, images))
 
 
@@ -82,9 +79,7 @@ class Legible(Reward):
         """True for prompts that quote a text."""
         return self.ocr.applies_to(row)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,) of images or videos; RewardError for a prompt that quotes no text."""
         frames, count = chosen_frames(media)
         grey = (frames.float() * frames.new_tensor(_GREY).view(3, 1, 1)).sum(1)

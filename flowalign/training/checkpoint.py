@@ -106,11 +106,16 @@ def load_checkpoint(
     return counters
 
 
-def load_weights(path: Path, policy: Policy, rewards: Restore) -> str:
-    """Load a checkpoint's weights into the policy, the average (EMA) if it has one; returns the checkpoint's name.
+def load_last_weights(folder: Path, policy: Policy, rewards: Restore) -> str:
+    """Load the weights of a run's last checkpoint into the policy, the average (EMA) if it has one; returns its name.
 
-    rewards: called with the state of the run's rewards. Raises UserError as `load_checkpoint` does.
+    rewards: called with the state of the run's rewards. Raises UserError without a checkpoint in the folder, and as
+    `load_checkpoint` does.
     """
+    found = checkpoints(folder)
+    if not found:
+        raise UserError(f"{folder.parent} has no checkpoint yet")
+    path = found[-1]
     with _explained(path):
         _verify(path, "weights", "snapshots", "rewards")
         _load_policy_state(path, policy)

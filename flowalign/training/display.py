@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flowalign.terminal import Terminal, titled, verdict
+from flowalign.terminal import Terminal, table_of, titled, verdict
 
 if TYPE_CHECKING:
     from flowalign.config import Recipe
@@ -94,10 +94,7 @@ class Display(Terminal):
 
 def arithmetic_table(recipe: "Recipe", processes: int = 1) -> Table:
     """The batch arithmetic of a recipe."""
-    table = Table(show_header=False, box=None, padding=(0, 2))
-    for quantity, how in recipe.arithmetic(processes):
-        table.add_row(quantity, how)
-    return table
+    return table_of((), recipe.arithmetic(processes), show_header=False, box=None, padding=(0, 2))
 
 
 def gain_table(folder: Path) -> Table | None:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import torch
 
-from rewards.base import Reward, RewardError, as_scores, nearest, reason
+from rewards.base import Reward, RewardError, Rows, as_scores, grouped, nearest, reason
 from rewards.http.asking import Server
 from rewards.http.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
 
@@ -96,9 +96,7 @@ class RemoteReward(Reward):
     def _ask_whether(self, row: str) -> bool:
         return self._values("applies", f'{{"rows": [{row}]}}'.encode(), JSON, 1, threading.Event())[0]
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,) from the server; RewardError that names it when it refuses or patience is over."""
         scores = torch.empty(len(prompts))
         over = threading.Event()
@@ -122,9 +120,8 @@ class RemoteReward(Reward):
 
     def _parts(self, media: torch.Tensor, prompts: Sequence[str]) -> list[list[int]]:
         """The items of each request; the items of a group are never split between requests."""
-        groups: dict[str | int, list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            groups.setdefault(prompt if self.scope == "group" else index, []).append(index)
+        whole = self.scope == "group"
+        groups = grouped((prompt if whole else index, index) for index, prompt in enumerate(prompts))
         most = min(self.limits.items, self.limits.bytes // (4 * media[0].numel()))
         wanted = min(self.batch, most)
         parts: list[list[int]] = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rewards.backbones.weights import located, whole
-from rewards.base import reason
+from rewards.base import grouped, reason
 from rewards.devices import chosen_device
 from rewards.vlm.base import REASONING, VLM, Pictures, Unfinished, Unparsable, VLMError, at_least, plain, switches
 
@@ -221,10 +221,8 @@ class LocalVLM(VLM):
     def _tokens(self) -> dict[str, list[int]]:
         """The vocabulary's tokens by their text in lower case, without the spaces around it."""
         tokenizer = self.processor.tokenizer
-        tokens: dict[str, list[int]] = {}
-        for index, text in enumerate(tokenizer.batch_decode([[index] for index in range(len(tokenizer))])):
-            tokens.setdefault(plain(text), []).append(index)
-        return tokens
+        texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+        return grouped((plain(text), index) for index, text in enumerate(texts))
 
 
 _loaded: weakref.WeakValueDictionary[tuple[str, str, str], Any] = weakref.WeakValueDictionary()

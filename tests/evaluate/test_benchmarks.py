@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from flowalign.cli.app import main
 from flowalign.config import Sampler
 from flowalign.config.base import UserError
 from flowalign.evaluate import panel
-from flowalign.evaluate.drawing import Drawing, draw, drawing_of, listed
-from flowalign.evaluate.geneval import Judge, check_sight, load_judge, summarise, verdicts
+from flowalign.evaluate.drawing import Drawing, draw, drawing_of, listed, seen_by_size
+from flowalign.evaluate.geneval import Judge, check_sight, line_of, load_judge, summarise
 from flowalign.evaluate.intervals import (
     clustered_error,
     combined_interval,
@@ -204,7 +205,8 @@ def test_an_image_of_another_object_is_judged_wrong_with_a_reason(shapes, tmp_pa
     folder, rows = shapes
     Image.new("RGB", (64, 64), "white").save(folder / "00003" / "samples" / "0001.png")
     judging = load_judge(EXACT)
-    lines = verdicts(judging, listed(folder, 2))
+    samples = listed(folder, 2)
+    lines = list(map(partial(line_of, judging), samples, seen_by_size(samples, judging.detector)))
     assert [line["filename"] for line in lines if not line["correct"]] == ["00003/samples/0001.png"]
     assert lines[7]["reason"] == f"expected {rows[3]['include'][0]['class']}>=1, found 0"
 

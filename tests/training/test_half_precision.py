@@ -54,8 +54,8 @@ class Said(Display):
         super().__init__(quiet=True)
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def say(self, *texts: str) -> None:
+        self.said += texts
 
 
 def lines(recipe: Recipe) -> list[dict[str, Any]]:

@@ -72,8 +72,8 @@ class Said(Display):
         super().__init__(quiet=True)
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
-        self.said.append(text)
+    def say(self, *texts: str) -> None:
+        self.said += texts
 
 
 def trained(recipe: Recipe, **more: Any) -> tuple[Trainer, list[str]]:

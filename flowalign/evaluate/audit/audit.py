@@ -22,6 +22,7 @@ from flowalign.evaluate.audit.divergence import Divergence
 from flowalign.evaluate.audit.image_statistics import STATISTICS, group_diversity, image_statistics
 from flowalign.evaluate.evaluation import Evaluated, Seen
 from rewards.backbones.features import unit_features
+from rewards.base import grouped
 
 CORRECTED, PANEL, DIVERSITY, VELOCITY = "corrected", "panel", "diversity", "velocity_ratio"
 _SIDE = 16  # pixels; the side of the shrunk images that are compared if no feature model is set
@@ -151,9 +152,7 @@ class Auditor:
 
         Raises UserError for a measure that applies to none of these prompts.
         """
-        groups: dict[int, list[int]] = {}
-        for place, row in enumerate(evaluated.rows):
-            groups.setdefault(row.index, []).append(place)
+        groups = grouped((row.index, place) for place, row in enumerate(evaluated.rows))
         chosen = spaced(list(groups.values()), self.settings.count)
         scores = [self._with_corrected(one) for one in evaluated.scores]
         columns: dict[str, list[float]] = {name: [] for name in self.kinds if name not in (PANEL, VELOCITY)}

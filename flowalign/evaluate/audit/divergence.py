@@ -7,6 +7,7 @@ the KL of the finished images. The last step has hardly any noise and is left ou
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -61,18 +62,15 @@ def reference_divergence(
     drawn = rollout(policy, RolloutRequest(rows, 1, stochastic, request, key, batch=batch), keep={"trajectory"})
     path = drawn.trajectory
     assert path is not None
-    known = reference.encode(drawn.rows)[drawn.groups] if reference else drawn.condition[drawn.groups]
+    known = (reference.encode(drawn.rows) if reference else drawn.condition)[drawn.groups]
     condition = drawn.condition[drawn.groups]
     kl, squares, reference_squares = torch.zeros(3, len(drawn), dtype=torch.float64, device=policy.device)
     for step in range(len(path.sigmas) - 1):
         states = path.states[:, step]
         levels = path.sigmas[step].to(states.device)
         own = velocity_in_batches(policy, states, levels, condition, sampler.guidance, batch)
-        if reference:
-            other = velocity_in_batches(reference, states, levels, known, sampler.guidance, batch)
-        else:
-            with policy.reference():
-                other = velocity_in_batches(policy, states, levels, known, sampler.guidance, batch)
+        with policy.reference() if reference is None else nullcontext():
+            other = velocity_in_batches(reference or policy, states, levels, known, sampler.guidance, batch)
         taken, expected = (
             sde_step(
                 velocity,

@@ -22,6 +22,7 @@ from flowalign.evaluate.intervals import FEW, Interval, clustered_error, combine
 from flowalign.evaluate.report import plots
 from flowalign.evaluate.report.audit_section import hacking_section
 from flowalign.evaluate.report.html import embedded, parsed, read_evaluations, read_metrics, write_page
+from rewards.base import grouped
 
 Row = dict[str, Any]
 PAIR_SIDE, STRIP_SIDE = 512, 192  # pixels; larger images are shrunk to these
@@ -91,10 +92,8 @@ def paired_change(before: Sequence[Row], after: Sequence[Row], reward: str, tag:
     Both lists hold the same rows in the same order, drawn from the same noise. Rows with the same prompt are the images
     of that prompt.
     """
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for row in _scored(before, after, reward):
-        if tag is None or row["tag"] == tag:
-            groups.setdefault(row["prompt"], []).append((row["before"], row["after"]))
+    rows = [row for row in _scored(before, after, reward) if tag is None or row["tag"] == tag]
+    groups = grouped((row["prompt"], (row["before"], row["after"])) for row in rows)
     if not groups:
         return None
     first, last = ([[pair[end] for pair in pairs] for pairs in groups.values()] for end in (0, 1))
