@@ -81,10 +81,10 @@ def sde_step(
 
     velocity, sample, next_sample, noise: (B, ...); sigma, sigma_next, sigma_max: scalars or (B,). `sigma_max`, the
     schedule's second value, replaces sigma = 1 in flow_sde's denominator and scales linear_sde's noise. `std_limit`
-    caps std. `noise` or `generator` decides the draw. `mask`, bool and broadcastable to the sample, is true for the part of
-    a latent that is sampled and not given; the log-probability is the mean over that part. Computed in float32 or
-    better; see the module for the formulas. Raises ValueError for unknown dynamics and for a `noise_level`, `sigma_max`
-    or `std_limit` that is missing or not allowed.
+    caps std. `noise` or `generator` decides the draw. `mask`, bool and broadcastable to the sample, is true for the
+    part of a latent that is sampled and not given; the log-probability is the mean over that part. Computed in float32
+    or better; see the module for the formulas. Raises ValueError for unknown dynamics and for a `noise_level`,
+    `sigma_max` or `std_limit` that is missing or not allowed.
     """
     if dynamics not in DYNAMICS:
         raise ValueError(f"unknown dynamics {dynamics!r}; choose one of {', '.join(DYNAMICS)}")
