@@ -115,7 +115,9 @@ def mean_of_best(scores: torch.Tensor, share: float = 0.3) -> torch.Tensor:
 
 
 def _change(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The mean difference of two uint8 frames, in [0, 1]."""
+    """The mean difference of two uint8 frames, in [0, 1]; ValueError for another type."""
+    if one.dtype != torch.uint8 or other.dtype != torch.uint8:
+        raise ValueError(f"frames must be uint8 levels, not {one.dtype} and {other.dtype}")
     return ((one.short() - other.short()).abs().double().mean() / 255).item()
 
 

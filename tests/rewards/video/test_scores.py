@@ -149,6 +149,13 @@ def test_a_still_video_has_the_highest_scores_and_does_not_move():
     assert is_static(flows(torch.cat([still, still[:2]])), height=16, width=16)
 
 
+def test_frames_in_the_unit_interval_are_refused():
+    video = noise(5) / 255
+    for score in (lambda: flickering(video), lambda: smoothness(video, video[:2])):
+        with pytest.raises(ValueError, match=r"frames must be uint8 levels, not torch\.float32"):
+            score()
+
+
 def test_black_and_white_in_turn_flicker_the_most():
     video = torch.zeros(6, 4, 4, 3, dtype=torch.uint8)
     video[::2] = 255
@@ -205,6 +212,9 @@ def test_flow_finds_a_known_motion_and_what_is_dynamic(video_golden, preset):
 def test_flow_of_one_frame_is_refused():
     with pytest.raises(ValueError, match="optical flow needs 2 frames or more, and the video has 1"):
         flows(noise(1))
+    for frames in (noise(2), noise(2, 16) / 255):
+        with pytest.raises(ValueError, match="optical flow needs uint8 frames of 12 pixels or more, not torch"):
+            flows(frames)
 
 
 # Motion binding
