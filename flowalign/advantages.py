@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from flowalign.lazy import torch
 
-Scale = Literal["global", "group", "none"]
+Scale = Literal["global", "group", "largest_group", "none"]
 
 
 class RewardTable(NamedTuple):
@@ -78,9 +78,14 @@ def group_advantages(
 
 
 def advantages(rewards: torch.Tensor, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Advantages (N,): divided by the group's or the global deviation, or undivided (Dr. GRPO, Liu et al. 2025)."""
-    if scale == "none":
-        return _centred(rewards.double(), groups)[0].float()
+    """Advantages (N,): divided by the group's or the global deviation, or undivided (Dr. GRPO, Liu et al. 2025).
+
+    largest_group: divided by the deviation of the group with the largest (LongCat-Video, 2510.22200), which does not
+    enlarge the small differences within a group of nearly equal rewards.
+    """
+    if scale in ("largest_group", "none"):
+        centred, std = _centred(rewards.double(), groups)
+        return (centred if scale == "none" else centred / (std.max() + 1e-4)).float()
     return group_advantages(rewards, groups, global_std=scale == "global")
 
 

@@ -1,5 +1,6 @@
 """What every test may lean on."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from hypothesis import settings
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flowalign.sampling import counted_generator
@@ -49,6 +51,22 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip(f"{folder} with the golden numbers is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def video_golden(shared: Path) -> Callable[[str], list[dict[str, Any]]]:
+    """The golden cases of a name in golden/video: the fields of each case and its tensors, in one table."""
+
+    def cases(name: str) -> list[dict[str, Any]]:
+        place = shared / "golden" / "video"
+        tensors = load_file(place / f"{name}.safetensors") if (place / f"{name}.safetensors").is_file() else {}
+        fields = json.loads((place / f"{name}.json").read_text())["cases"]
+        for key, tensor in tensors.items():
+            case, _, field = key.partition(".")
+            fields[case][field] = tensor
+        return [{"case": case, **known} for case, known in fields.items()]
+
+    return cases
 
 
 @pytest.fixture(scope="session")

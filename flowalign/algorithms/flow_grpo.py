@@ -94,8 +94,8 @@ class FlowGRPOSettings(AlgorithmSettings):
         super().check(rollout, train, rewards)
         if not self.kl_weight:
             self.refuse("there is no KL with kl_weight 0; leave it out", "kl")
-        elif self.kl == "flow_grpo" and rollout.dynamics == "memoryless":
-            raise ValueError("algorithm.kl flow_grpo: nothing is published for rollout.dynamics memoryless; use exact")
+        elif self.kl == "flow_grpo" and rollout.dynamics in ("memoryless", "linear_sde"):
+            raise ValueError(f"algorithm.kl flow_grpo: no such KL is published for {rollout.dynamics}; use exact")
         if self.ratio == "guard" and rollout.dynamics == "cps":
             raise ValueError("algorithm.ratio guard needs true log-probabilities; rollout.dynamics cps has none")
         if self.values == "final":

@@ -49,8 +49,8 @@ class AlgorithmSettings(Section):
     """total: advantages of the weighted total. summed: the weighted sum of each reward's own advantages (GDPO),
     which keeps a reward with a small spread from being drowned."""
     advantage_std: Scale = "global"
-    """The standard deviation that advantages are divided by: that of the whole step's rewards, of the group's, or
-    none."""
+    """The standard deviation that advantages are divided by: that of the whole step's rewards, of the group's, the
+    largest of a group's (LongCat-Video), or none."""
     advantage_clip: Annotated[float, Field(gt=0)] = 5.0
     """Advantages are clipped to between minus this value and this value."""
     equal_groups: Literal["skip", "keep"] = "skip"

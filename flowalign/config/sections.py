@@ -99,11 +99,11 @@ class Rollout(Sampler):
     """How the samples to learn from are drawn."""
 
     dynamics: Literal[Dynamics, "ode"] = "flow_sde"
-    """The rule of a stochastic step: flow_sde, dance_sde, cps or memoryless. ode takes no stochastic step; it is the
-    default of algorithms that need no trajectory."""
+    """The rule of a stochastic step: flow_sde, dance_sde, cps, memoryless or linear_sde. ode takes no stochastic step;
+    it is the default of algorithms that need no trajectory."""
     noise_level: Annotated[float, Field(gt=0)] | None = 0.7
-    """Amount of noise in a stochastic step: a of flow_sde, eta of dance_sde, a in (0, 1) of cps; memoryless and ode
-    take none. Raise it for more exploration; too much shows as grain."""
+    """Amount of noise in a stochastic step: a of flow_sde, eta of dance_sde, a in (0, 1) of cps, a factor of linear_sde
+    (1 unless it is given); memoryless and ode take none. Raise it for more exploration; too much shows as grain."""
     window: tuple[NotNegative, NotNegative] | None = None
     """The stochastic steps, as the first and the one after the last; all others are ODE steps. Null: all steps but the
     last."""
@@ -136,6 +136,8 @@ class Rollout(Sampler):
             if self.noise_level and "noise_level" in self.model_fields_set:
                 raise ValueError(f"dynamics {self.dynamics} takes no noise_level; leave it out")
             object.__setattr__(self, "noise_level", None)
+        elif self.dynamics == "linear_sde" and "noise_level" not in self.model_fields_set:
+            object.__setattr__(self, "noise_level", 1.0)
         elif self.noise_level is None:
             raise ValueError(f"dynamics {self.dynamics} needs a noise_level")
         if self.shared_noise and self.dynamics == "ode":

@@ -7,7 +7,7 @@ x = (1 - sigma) x0 + sigma eps, velocity v = eps - x0.
 from flowalign.sampling.guidance import GuidanceForm, guided
 from flowalign.sampling.noise import counted_generator, counted_noise
 from flowalign.sampling.solvers import ode_solver
-from flowalign.sampling.steps import DYNAMICS, SdeStep, gaussian_kl, ode_step, sde_step
+from flowalign.sampling.steps import DYNAMICS, SdeStep, gaussian_kl, longcat_weight, ode_step, sde_step
 
 __all__ = [
     "DYNAMICS",
@@ -17,6 +17,7 @@ __all__ = [
     "counted_noise",
     "gaussian_kl",
     "guided",
+    "longcat_weight",
     "ode_solver",
     "ode_step",
     "sde_step",

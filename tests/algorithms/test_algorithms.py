@@ -70,6 +70,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "algorithm": {"name": "flow_grpo", "clip_range": 1e-2},
         "rollout": {"steps": 3, "dynamics": "memoryless", "shared_noise": True},
     },
+    "linear": {
+        "algorithm": {"name": "flow_grpo", "advantage_std": "largest_group", "kl_weight": 0.004, "clip_range": 1e-2},
+        "rollout": {"steps": 3, "dynamics": "linear_sde"},
+    },
     "random_window": {
         "algorithm": {"name": "flow_grpo", "values": "dense", "clip_range": 1e-2},
         "rollout": {"steps": 4, "window_size": 1},

@@ -235,7 +235,8 @@ def _sections_in(annotation) -> list[type[Section]]:
         (
             "  steps: 10",
             "  dynamics: csp",
-            "demo.yaml, line 13: rollout.dynamics should be 'flow_sde', 'dance_sde', 'cps', 'memoryless' or 'ode', not",
+            "demo.yaml, line 13: rollout.dynamics should be 'flow_sde', 'dance_sde', 'cps', 'memoryless', "
+            "'linear_sde' or 'ode', not",
         ),
         (
             "  path: toyworld",
@@ -464,7 +465,7 @@ def test_no_number_is_infinite_or_a_truth_and_no_truth_a_number(name):
                 "algorithm": {"name": "flow_grpo", "kl": "flow_grpo", "kl_weight": 1},
                 "rollout": {"dynamics": "memoryless"},
             },
-            "algorithm.kl flow_grpo: nothing is published for rollout.dynamics memoryless; use exact",
+            "algorithm.kl flow_grpo: no such KL is published for memoryless; use exact",
         ),
         (
             {"algorithm": {"name": "crd", "kl_weight": 0, "adaptive_kl": True}},

@@ -19,8 +19,8 @@ def log_prob(dynamics: Any) -> Callable[..., torch.Tensor]:
     level = None if dynamics == "memoryless" else 0.5
 
     def of(velocity: torch.Tensor, sample: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        given = {"dynamics": dynamics, "noise_level": level, "next_sample": velocity - sample, "mask": mask}
-        return sde_step(velocity, sample, 0.7, 0.5, **given).log_prob
+        how = {"dynamics": dynamics, "noise_level": level, "sigma_max": 0.9}
+        return sde_step(velocity, sample, 0.7, 0.5, **how, next_sample=velocity - sample, mask=mask).log_prob
 
     return of
 

@@ -40,8 +40,8 @@ from torch.distributions import Normal
 
 from flowalign.sampling import DYNAMICS, gaussian_kl, ode_solver, ode_step, sde_step
 
-GAUSSIAN = ("flow_sde", "dance_sde")
-NOISY = ("flow_sde", "dance_sde", "cps")  # with a noise level
+GAUSSIAN = ("flow_sde", "dance_sde", "linear_sde")
+NOISY = (*GAUSSIAN, "cps")  # with a noise level
 
 
 def numbers(*shape, seed=0, dtype=torch.float64):
@@ -52,6 +52,8 @@ def any_step(dynamics, *, noise_level=0.7, dtype=torch.float64, sigma=0.6, sigma
     """A step of 3 rows of shape (2, 5) with random velocities."""
     sample, velocity = numbers(3, 2, 5, seed=seed, dtype=dtype), numbers(3, 2, 5, seed=seed + 1, dtype=dtype)
     level = None if dynamics == "memoryless" else noise_level
+    if dynamics == "linear_sde":
+        more.setdefault("sigma_max", 0.9)
     return sde_step(velocity, sample, sigma, sigma_next, dynamics=dynamics, noise_level=level, **more)
 
 
@@ -487,9 +489,8 @@ def test_the_log_probability_has_a_gradient_for_the_velocity(dynamics):
     velocity = numbers(3, 2, 5, seed=1).requires_grad_()
     drawn = any_step(dynamics)
     level = None if dynamics == "memoryless" else 0.7
-    step = sde_step(
-        velocity, numbers(3, 2, 5), 0.6, 0.5, dynamics=dynamics, noise_level=level, next_sample=drawn.next_sample
-    )
+    how = {"dynamics": dynamics, "noise_level": level, "sigma_max": 0.9}
+    step = sde_step(velocity, numbers(3, 2, 5), 0.6, 0.5, **how, next_sample=drawn.next_sample)
     (grad,) = torch.autograd.grad(step.log_prob.sum(), velocity, retain_graph=True)
     (slope,) = torch.autograd.grad(step.mean.sum(), velocity)
     assert torch.equal(grad.sign(), (slope * (drawn.next_sample - drawn.mean)).sign())
