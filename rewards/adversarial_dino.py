@@ -18,13 +18,12 @@ An untrained head scores 0, so the policy learns nothing before the head has lea
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from rewards.backbones.vit import VisionBackbone
-from rewards.base import RewardError, TrainableReward, at_least_one
+from rewards.base import RewardError, Rows, TrainableReward, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, load_training_state, training_state
 from rewards.media import folder_images
@@ -94,9 +93,7 @@ class AdversarialDINO(TrainableReward):
         self.bad = 0  # saturated or collapsed training steps in a row
 
     @torch.no_grad()
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Rewards (B,): logits without bounds."""
         frames, count = chosen_frames(media, self.frames)
         features, tiles = self._tiles(frames)
@@ -111,9 +108,7 @@ class AdversarialDINO(TrainableReward):
         own, patches = features
         return (1 - PATCH_WEIGHT) * self.head(own) + PATCH_WEIGHT * self.head(patches).mean(1)
 
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Adds the images to the buffer and, every `every` steps, trains the head; returns the last batch's metrics."""
         frames, _ = chosen_frames(media, self.frames)
         new = self._some_patches(self._tiles(frames)[0], 1, step)

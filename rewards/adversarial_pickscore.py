@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rewards.base import RewardError, TrainableReward, at_least_one
+from rewards.base import RewardError, Rows, TrainableReward, at_least_one
 from rewards.frames import chosen_frames
 from rewards.learning import counted, load_training_state, training_state
 from rewards.media import images_by_prompt, read_image
@@ -73,9 +73,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
         """True for prompts with reference images."""
         return row["prompt"] in self.references
 
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Tunes the blocks if the generated images beat the references; metrics: both means and, if tuned, the loss."""
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]

@@ -6,14 +6,13 @@ on the CLIP ViT-L/14 image embedding of length 1; used as a reward since DDPO (B
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from rewards.backbones.clip import ClipReward
 from rewards.backbones.weights import read_weights
-from rewards.base import RewardError
+from rewards.base import RewardError, Rows
 
 
 def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -62,9 +61,7 @@ class Aesthetic(ClipReward):
             raise RewardError(f"reward 'aesthetic': head {head} does not fit CLIP model {model}: {error}") from error
         self.layers = [[part.to(self.device) for part in layer] for layer in layers]
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         hidden = self.image_features(images)
         for weight, bias in self.layers:
             hidden = F.linear(hidden, weight, bias)

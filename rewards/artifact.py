@@ -19,7 +19,7 @@ the non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6)
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from rewards.backbones.vit import VisionBackbone
 from rewards.backbones.weights import located
-from rewards.base import RewardError, TrainableReward, reason
+from rewards.base import RewardError, Rows, TrainableReward, reason
 from rewards.frames import FrameReward, chosen_frames
 from rewards.learning import Head, counted, load_training_state, training_state
 from rewards.media import folder_images
@@ -187,9 +187,7 @@ class Artifact(FrameReward, TrainableReward):
             )
 
     @torch.no_grad()
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return (-image_logits(self.head(self._patches(images)))).sigmoid()
 
     def _patches(self, frames: torch.Tensor) -> torch.Tensor:
@@ -201,9 +199,7 @@ class Artifact(FrameReward, TrainableReward):
         """The probability of an artifact (B, H, W) in images (B, 3, H, W), at the resolution of the patches."""
         return self.backbone.maps(self.head(self.backbone.tiles(images)[1]).sigmoid(), *images.shape[-2:])
 
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Every `refresh` steps, trains the head on the images too; metrics: both losses of the last head step."""
         known = self.refresh
         if known is None or (step + 1) % known.every:

@@ -5,12 +5,12 @@ R = 1 - P(yes) of the first token, over yes and no; the prompt is not shown. Wha
 which the paper optimises for Qwen2.5-VL-7B, is ours; a failed call is an error and not a missing score.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from rewards.base import RewardError
+from rewards.base import RewardError, Rows
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 
@@ -43,7 +43,5 @@ class ArtifactVLM(VLMReward):
         super().__init__(frames, backend, options, unparsable)
         self.question = question
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return self.of_frames(media, prompts, lambda images, _: 1 - self.yes(images, [self.question] * len(images)))

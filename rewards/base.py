@@ -23,6 +23,7 @@ from rewards.catalogue import module_named
 from rewards.errors import RewardError as RewardError
 from rewards.errors import nearest as nearest
 
+Rows = Sequence[Mapping[str, Any]]  # metadata, one row for each item
 # A half-precision decoder rounds by less than this; one step of an 8-bit image is four times as large.
 RANGE_TOLERANCE = 1e-3
 
@@ -32,7 +33,7 @@ class Golden(NamedTuple):
 
     media: torch.Tensor
     prompts: Sequence[str]
-    metadata: Sequence[Mapping[str, Any]]
+    metadata: Rows
     scores: Sequence[float]
     tolerance: float = 1e-3
 
@@ -79,9 +80,7 @@ class Reward(ABC):
         return True
 
     @abstractmethod
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,), float32, of media (B, ...) generated from B prompts with their B metadata rows."""
 
 
@@ -105,9 +104,7 @@ class TrainableReward(Reward):
         self.alarm = None
 
     @abstractmethod
-    def update(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]], step: int
-    ) -> dict[str, float]:
+    def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Learns from the media (B, ...) of training step `step`, after they were scored; returns metrics to log."""
 
     @abstractmethod
@@ -119,12 +116,7 @@ class TrainableReward(Reward):
         """Restores the state that `state_dict` returned."""
 
 
-def score(
-    reward: Reward,
-    media: torch.Tensor,
-    prompts: Sequence[str],
-    metadata: Sequence[Mapping[str, Any]] | None = None,
-) -> torch.Tensor:
+def score(reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Rows | None = None) -> torch.Tensor:
     """The reward's scores (B,), float32, finite, detached, on the media's device.
 
     The reward gets copies of its inputs, so that a reward which writes into them does not change the caller's items.
@@ -136,9 +128,7 @@ def score(
     return score_in_place(reward, media.clone(), list(prompts), copy.deepcopy(metadata))
 
 
-def score_in_place(
-    reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> torch.Tensor:
+def score_in_place(reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
     """As `score`, without checking or copying: the reward gets the items themselves."""
     try:
         with torch.no_grad():
@@ -153,9 +143,7 @@ def score_in_place(
     return as_scores(result, prompts, reward.name, reward.masks).to(media.device)
 
 
-def check_inputs(
-    name: str, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None
-) -> Sequence[Mapping[str, Any]]:
+def check_inputs(name: str, media: torch.Tensor, prompts: Sequence[str], metadata: Rows | None) -> Rows:
     """The metadata (None: B empty rows); RewardError if an input breaks the contract of `Reward.__call__`."""
     if not isinstance(media, torch.Tensor) or not media.is_floating_point():
         kind = media.dtype if isinstance(media, torch.Tensor) else type(media).__name__

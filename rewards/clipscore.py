@@ -5,13 +5,12 @@ is the plain cosine, as DiffusionNFT and Flow-Factory use it (other papers repor
 What differs from the paper: ViT-L/14 by default, not ViT-B/32, and no "A photo depicts" before the prompt.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from rewards.backbones.clip import ClipReward
-from rewards.base import RewardError
+from rewards.base import RewardError, Rows
 
 HESSEL_WEIGHT = 2.5
 
@@ -43,8 +42,6 @@ class CLIPScore(ClipReward):
         if scale == "hessel":
             self.range = (0.0, HESSEL_WEIGHT)
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         cosines = self.cosines(images, prompts)
         return HESSEL_WEIGHT * cosines.clamp(min=0) if self.scale == "hessel" else cosines

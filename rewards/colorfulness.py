@@ -1,12 +1,11 @@
 """How colourful an image is, by a formula."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from rewards.base import Golden
+from rewards.base import Golden, Rows
 from rewards.frames import FrameReward
 
 
@@ -24,9 +23,7 @@ class Colorfulness(FrameReward):
         grey, red = torch.full((3, 8, 8), 0.5), torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, 8, 8)
         return Golden(torch.stack([grey, red]), ["grey", "red"], [{}, {}], [0.0, 0.3 * math.sqrt(1.25)], 1e-5)
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         red, green, blue = images.float().flatten(-2).unbind(1)
         opponents = torch.stack([red - green, (red + green) / 2 - blue])  # (2, N, pixels)
         spread = opponents.var(-1, correction=0).sum(0).sqrt()

@@ -6,12 +6,12 @@ training. Each function names its source.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from rewards.base import Reward, RewardError, check_inputs, score, shown
+from rewards.base import Reward, RewardError, Rows, check_inputs, score, shown
 
 
 class Scores(NamedTuple):
@@ -26,10 +26,7 @@ class Scores(NamedTuple):
 
 
 def score_all(
-    rewards: Mapping[str, Reward],
-    media: torch.Tensor,
-    prompts: Sequence[str],
-    metadata: Sequence[Mapping[str, Any]] | None = None,
+    rewards: Mapping[str, Reward], media: torch.Tensor, prompts: Sequence[str], metadata: Rows | None = None
 ) -> dict[str, Scores]:
     """The Scores of every named reward; each reward scores only the items to which it applies.
 

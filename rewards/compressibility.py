@@ -2,14 +2,13 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
-from rewards.base import RewardError
+from rewards.base import RewardError, Rows
 from rewards.frames import FrameReward
 from rewards.media import as_levels
 
@@ -31,9 +30,7 @@ class Compressibility(FrameReward):
         self.sign = 1.0 if reverse else -1.0
         self.range = (0.0, math.inf) if reverse else (-math.inf, 0.0)
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         levels: np.ndarray = as_levels(images).permute(0, 2, 3, 1).cpu().numpy()
         sizes = [self._bytes(image) / image[..., 0].size for image in levels]
         return self.sign * torch.tensor(sizes)

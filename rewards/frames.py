@@ -1,12 +1,11 @@
 """Image rewards on videos: some frames of a video are judged, and its score is their mean."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from rewards.base import Reward
+from rewards.base import Reward, Rows
 
 
 def chosen_frames(media: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, int]:
@@ -32,9 +31,7 @@ class FrameReward(Reward):
 
     frames: int | None = None
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,) of images (B, 3, H, W) or videos (B, F, 3, H, W)."""
         images, count = chosen_frames(media, self.frames)
         items = [item for item in range(len(prompts)) for _ in range(count)]
@@ -42,7 +39,5 @@ class FrameReward(Reward):
         return mean_of_frames(scores, count)
 
     @abstractmethod
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (N,) of images (N, 3, H, W), each with its prompt and its metadata row."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from rewards.base import Reward, RewardError, import_object, nearest
+from rewards.base import Reward, RewardError, Rows, import_object, nearest
 from rewards.detectors.base import COLORS, SCORE_THRESHOLD, Detection, Detector
 
 RELATIONS = ("left of", "right of", "above", "below")
@@ -203,9 +203,7 @@ class GenEval(Reward):
         """True for rows that carry GenEval's clauses."""
         return "include" in row
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,) in [0, 1] of images (B, 3, H, W)."""
         for index, row in enumerate(metadata):
             if "include" not in row or "tag" not in row:

@@ -6,8 +6,7 @@ name them otherwise.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from rewards.aesthetic import linear_layers
 from rewards.backbones.preprocessing import Preprocessing
 from rewards.backbones.weights import located, read_weights
-from rewards.base import RewardError, at_least_one, reason
+from rewards.base import RewardError, Rows, at_least_one, reason
 from rewards.devices import chosen_device
 from rewards.frames import FrameReward
 
@@ -136,9 +135,7 @@ class ImageReward(FrameReward):
             hidden = F.linear(hidden, weight, bias)
         return hidden.squeeze(-1)
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         starts = range(0, len(prompts), self.batch_size)
         parts = [(images[i : i + self.batch_size], prompts[i : i + self.batch_size]) for i in starts]
         scores = torch.cat([self.raw_scores(some, texts) for some, texts in parts])

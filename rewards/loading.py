@@ -1,12 +1,12 @@
 """`load` builds a reward from its name, file or module, and imports no other reward."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from rewards.base import Reward, RewardError, as_scores, import_object, nearest, reason
+from rewards.base import Reward, RewardError, Rows, as_scores, import_object, nearest, reason
 from rewards.catalogue import BUILT_IN, check_name, installed
 from rewards.devices import given_device, on_device
 
@@ -21,9 +21,7 @@ class FunctionReward(Reward):
         self.scope = getattr(function, "scope", "sample")
         _check_scope(self)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return as_scores(self.function(media, prompts, metadata, **self.options), prompts, self.name)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.fuzz import partial_ratio_alignment
 
-from rewards.base import Golden, RewardError, at_least_one
+from rewards.base import Golden, RewardError, Rows, at_least_one
 from rewards.detectors.quotes import plain, quoted_texts, unwrapped
 from rewards.frames import FrameReward
 from rewards.media import as_levels
@@ -140,9 +140,7 @@ class OCR(FrameReward):
         # The engine's models take the channels as blue, green, red.
         return self.reader(levels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (N,) in [0, 1]; RewardError, before any image is read, for a prompt whose text cannot be read."""
         for prompt in dict.fromkeys(prompts):
             self._check(prompt)

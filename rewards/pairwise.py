@@ -11,13 +11,13 @@ w_i = sum over j of y_ij / (G - 1), with y 1 for a win, 1/2 for a tie, 0 for a l
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 
-from rewards.base import RewardError, shown
+from rewards.base import RewardError, Rows, shown
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 from rewards.vlm.verdicts import preferred
@@ -59,9 +59,7 @@ class Pairwise(VLMReward):
         self.seed = seed
         self.question = question
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,); RewardError for a prompt with one image only."""
         groups: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):

@@ -5,12 +5,12 @@ question), by teacher forcing. What differs: nothing; the tokens that close the 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from rewards.base import RewardError
+from rewards.base import RewardError, Rows
 from rewards.vlm.base import VLM
 from rewards.vlm.reward import VLMReward
 
@@ -35,9 +35,7 @@ class PromptEcho(VLMReward):
         super().__init__(frames, backend, options)
         self.question = question
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return self.of_frames(
             media, prompts, lambda images, texts: self.vlm.continuation_log_prob(images, self.question, texts)
         )

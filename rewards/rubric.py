@@ -7,12 +7,12 @@ wording of the question is ours, so set `question` to the wording that your mode
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from rewards.base import RewardError
+from rewards.base import RewardError, Rows
 from rewards.vlm.base import VLM, Pictures
 from rewards.vlm.reward import VLMReward
 from rewards.vlm.verdicts import mark, statement
@@ -82,9 +82,7 @@ class Rubric(VLMReward):
         self.prompt_sensitive = "{prompt}" in question
         self.middle = self._mapped((self.low + self.high) / 2)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,); RewardError for an answer that lacks a mark, unless `unparsable` says otherwise."""
 
         def marked(images: Pictures, texts: list[str]) -> torch.Tensor:

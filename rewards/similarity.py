@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rewards.backbones.features import unit_features
-from rewards.base import Reward, RewardError, at_least_one, reason, shown
+from rewards.base import Reward, RewardError, Rows, at_least_one, reason, shown
 from rewards.frames import chosen_frames, mean_of_frames
 from rewards.media import read_image
 
@@ -70,9 +70,7 @@ class Similarity(Reward):
             self.known[name] = self.features(read_image(self.folder / name)[None])[0]
         return self.known[name]
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,); RewardError for an item without a reference, and for a reference that cannot be read."""
         means = []
         for index, (prompt, row) in enumerate(zip(prompts, metadata, strict=True)):

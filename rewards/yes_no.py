@@ -5,14 +5,14 @@ prompt, instruction) for an item with a reference image that it should surpass. 
 model, not trained for the task; "yes" is normalised over yes and no; the wording of the questions is ours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from rewards.base import RewardError, shown
+from rewards.base import RewardError, Rows, shown
 from rewards.frames import mean_of_frames
 from rewards.media import open_image
 from rewards.vlm.base import VLM
@@ -51,9 +51,7 @@ class YesNo(VLMReward):
         self.comparison = comparison
         self.prompt_sensitive = "{prompt}" in question + comparison
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,); RewardError for a reference that is no image file."""
         references = [self._reference(index, prompts, row.get("reference")) for index, row in enumerate(metadata)]
         images, items = self.images_of(media)

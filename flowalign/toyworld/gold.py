@@ -4,15 +4,14 @@ OCR alone reads through dirt: specks, stripes and letters of several colours do 
 sign in one dark ink over a gradient that is linear in x and y, so all other pixels can be counted as dirt.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from flowalign.toyworld.render import Scene, render
-from rewards.base import Golden
+from rewards.base import Golden, Rows
 from rewards.media import as_levels
 from rewards.ocr import OCR
 
@@ -87,9 +86,7 @@ class SignQuality(OCR):
     def __init__(self, threads: int | None = None):
         super().__init__(mode="lines", strict=True, threads=threads)
 
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (N,) of images of 64 x 64 pixels; RewardError for a prompt that quotes no text."""
         levels = as_levels(images).permute(0, 2, 3, 1).float().cpu().numpy()
         clean = torch.tensor([cleanliness(image) for image in levels], dtype=torch.float32)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rewards import Reward
 from rewards.artifact import load_head
 from rewards.backbones.vit import VisionBackbone
+from rewards.base import Reward, Rows
 from rewards.frames import FrameReward, chosen_frames, mean_of_frames
 from rewards.learning import Head, counted
 from rewards.ocr import OCR
@@ -58,9 +58,7 @@ class Learned(FrameReward):
         self.head = fitted.to(self.backbone.device)
 
     @torch.no_grad()
-    def of_images(
-        self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         return self.head(_described(self.backbone, images))
 
 
@@ -82,9 +80,7 @@ class Legible(Reward):
         """True for prompts that quote a text."""
         return self.ocr.applies_to(row)
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,) of images or videos; RewardError for a prompt that quotes no text."""
         frames, count = chosen_frames(media)
         grey = (frames.float() * frames.new_tensor(_GREY).view(3, 1, 1)).sum(1)

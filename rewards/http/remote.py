@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import torch
 
-from rewards.base import Reward, RewardError, as_scores, nearest, reason
+from rewards.base import Reward, RewardError, Rows, as_scores, nearest, reason
 from rewards.http.asking import Server
 from rewards.http.wire import JSON, PROTOCOL, SAFETENSORS, Limits, encode, secret, to_json
 
@@ -96,9 +96,7 @@ class RemoteReward(Reward):
     def _ask_whether(self, row: str) -> bool:
         return self._values("applies", f'{{"rows": [{row}]}}'.encode(), JSON, 1, threading.Event())[0]
 
-    def __call__(
-        self, media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> torch.Tensor:
+    def __call__(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         """Scores (B,) from the server; RewardError that names it when it refuses or patience is over."""
         scores = torch.empty(len(prompts))
         over = threading.Event()

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from rewards.base import RewardError, reason
+from rewards.base import RewardError, Rows, reason
 from rewards.media import as_levels, as_viewed
 
 PROTOCOL = 1
@@ -86,7 +86,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def encode(media: torch.Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> bytes:
+def encode(media: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> bytes:
     """The safetensors form of a request; media are sent as 8-bit levels only if these give exactly the same float32."""
     if media.dtype not in DTYPES.values():
         known = ", ".join(str(dtype) for dtype in DTYPES.values())
