@@ -218,8 +218,8 @@ class Artifact(FrameReward, TrainableReward):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The head with its optimizer."""
-        return training_state(dict(self.head.named_parameters()), self.optimizer)
+        return training_state(self.head, self.optimizer)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores the state that `state_dict` returned."""
-        load_training_state(state, dict(self.head.named_parameters()), self.optimizer)
+        load_training_state(state, self.head, self.optimizer)

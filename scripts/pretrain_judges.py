@@ -67,7 +67,7 @@ def main(
 
 
 def _read_vit(output: Path) -> Any:
-    return load_vit(str(output / "vit"))[0]
+    return load_vit(str(output / "vit"))
 
 
 def _read_clip(output: Path) -> CLIPModel:
