@@ -1,6 +1,7 @@
 """Draws the embedded world's images: coloured shapes or dark words on a light, tinted gradient."""
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,14 +104,20 @@ def _glyph(letter: str) -> np.ndarray:
     return cell
 
 
-def _text_coverage(lines: tuple[str, ...], offset: tuple[int, int]) -> np.ndarray:
-    canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
-    top = (SIZE - LINE_HEIGHT * len(lines)) // 2 + offset[1]
-    for row, line in enumerate(lines):
-        left = (SIZE - CELL_WIDTH * len(line)) // 2 + offset[0]
+def letter_boxes(scene: Scene) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+    """Each letter of a sign, with its box (x0, y0, x1, y1) in pixels."""
+    top = (SIZE - LINE_HEIGHT * len(scene.lines)) // 2 + scene.offset[1]
+    for row, line in enumerate(scene.lines):
+        left = (SIZE - CELL_WIDTH * len(line)) // 2 + scene.offset[0]
         for column, letter in enumerate(line):
-            y, x = top + row * LINE_HEIGHT, left + column * CELL_WIDTH
-            canvas[y : y + LINE_HEIGHT, x : x + CELL_WIDTH] += _glyph(letter)
+            x, y = left + column * CELL_WIDTH, top + row * LINE_HEIGHT
+            yield letter, (x, y, x + CELL_WIDTH, y + LINE_HEIGHT)
+
+
+def _text_coverage(scene: Scene) -> np.ndarray:
+    canvas = np.zeros((SIZE, SIZE), dtype=np.float32)
+    for letter, (x0, y0, x1, y1) in letter_boxes(scene):
+        canvas[y0:y1, x0:x1] += _glyph(letter)
     return canvas.clip(0, 1)
 
 
@@ -126,6 +133,6 @@ def render(scene: Scene) -> np.ndarray:
         color = np.asarray(PALETTE[item.color], dtype=np.float32)
         canvas[y0:y1, x0:x1] = (1 - alpha) * canvas[y0:y1, x0:x1] + alpha * color
     if scene.lines:
-        alpha = _text_coverage(scene.lines, scene.offset)[..., None]
+        alpha = _text_coverage(scene)[..., None]
         canvas = (1 - alpha) * canvas + alpha * np.asarray(scene.ink, dtype=np.float32)
     return canvas.round().clip(0, 255).astype(np.uint8)

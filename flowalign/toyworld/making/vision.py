@@ -1,7 +1,6 @@
 """The vision transformer: it learns what covers each patch, what the image shows, and which patches were altered."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,10 @@ from flowalign.toyworld import grammar
 from flowalign.toyworld.making.examples import as_images, drawn, examples
 from flowalign.toyworld.making.spoiling import altered
 from flowalign.toyworld.making.training import DEPTH, HEADS, MEAN, MLP_RATIO, PATCH, STD, WIDTH, Log, seen, train
-from flowalign.toyworld.render import CELL_WIDTH, LINE_HEIGHT, PALETTE, SHAPES, SIZE, Scene, render
+from flowalign.toyworld.render import PALETTE, SHAPES, SIZE, Scene, letter_boxes, render
 
 # What can cover a patch: nothing, a shape with its colour, or a letter.
 CLASSES = ("", *(f"{color} {shape}" for shape in SHAPES for color in PALETTE), *grammar.LETTERS)
-
-
-def _letters(scene: Scene) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-    """Each letter of a sign, with its box in pixels."""
-    top = (SIZE - LINE_HEIGHT * len(scene.lines)) // 2 + scene.offset[1]
-    for row, line in enumerate(scene.lines):
-        left = (SIZE - CELL_WIDTH * len(line)) // 2 + scene.offset[0]
-        for column, letter in enumerate(line):
-            x, y = left + column * CELL_WIDTH, top + row * LINE_HEIGHT
-            yield letter, (x, y, x + CELL_WIDTH, y + LINE_HEIGHT)
 
 
 def patch_classes(scene: Scene) -> np.ndarray:
@@ -38,7 +27,7 @@ def patch_classes(scene: Scene) -> np.ndarray:
     things = [(f"{item.color} {item.shape}", item.box) for item in scene.items]
     best, area = np.zeros((side, side), dtype=np.int64), np.full((side, side), 0.2 * PATCH**2)
     starts = np.arange(side) * PATCH
-    for name, (left, top, right, bottom) in [*things, *_letters(scene)]:
+    for name, (left, top, right, bottom) in [*things, *letter_boxes(scene)]:
         across = np.clip(np.minimum(starts + PATCH, right) - np.maximum(starts, left), 0, None)
         down = np.clip(np.minimum(starts + PATCH, bottom) - np.maximum(starts, top), 0, None)
         covered = down[:, None] * across[None, :]
