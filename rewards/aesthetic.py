@@ -48,8 +48,6 @@ class Aesthetic(ClipReward):
     The other options are those of `ClipReward`.
     """
 
-    name = "aesthetic"
-
     def __init__(
         self,
         model: str = "openai/clip-vit-large-patch14",

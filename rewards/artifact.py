@@ -141,7 +141,6 @@ class Artifact(FrameReward, TrainableReward):
         spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "artifact"
     range = (0.0, 1.0)
 
     def __init__(

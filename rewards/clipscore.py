@@ -18,7 +18,6 @@ class CLIPScore(ClipReward):
     The other options are those of `ClipReward`.
     """
 
-    name = "clipscore"
     range = (-1.0, 1.0)
     prompt_sensitive = True
 

@@ -15,7 +15,6 @@ class HPSv2(ClipReward):
     the hub. The other options are those of `ClipReward`.
     """
 
-    name = "hpsv2"
     range = (-1.0, 1.0)
     prompt_sensitive = True
 

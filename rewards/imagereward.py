@@ -92,7 +92,6 @@ class ImageReward(FrameReward):
         spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "imagereward"
     prompt_sensitive = True
 
     def __init__(

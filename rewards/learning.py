@@ -22,8 +22,7 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
         unit = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
-        logits: torch.Tensor = self.outer(F.gelu(self.inner(unit))).squeeze(-1)
-        return logits
+        return self.outer(F.gelu(self.inner(unit))).squeeze(-1)
 
 
 def counted(*key: int) -> torch.Generator:

@@ -20,7 +20,6 @@ class PickScore(ClipReward):
     what the score is divided by. The other options are those of `ClipReward`.
     """
 
-    name = "pickscore"
     prompt_sensitive = True
 
     def __init__(

@@ -50,8 +50,6 @@ class Learned(FrameReward):
     head: the head's file. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "learned"
-
     def __init__(self, head: str, device: str | None = None):
         fitted, model = load_head(head, self.name)
         self.backbone = VisionBackbone(model, device, reward=self.name)
@@ -68,7 +66,6 @@ class Legible(Reward):
     An image's contrast is the standard deviation of its grey levels in [0, 1].
     """
 
-    name = "legible"
     range = (0.0, math.inf)
     prompt_sensitive = True
 

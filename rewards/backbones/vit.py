@@ -77,12 +77,11 @@ class VisionBackbone:
 
         The model's own preprocessing may show only the middle of an image that is not square; `tiles` shows all of it.
         """
-        prefix = self.module.num_prefix_tokens
         batches = [
             self.module.forward_features(self.preprocessing(b.to(self.device))) for b in images.split(self.batch_size)
         ]
         tokens = torch.cat(batches)
-        return tokens[:, 0], tokens[:, prefix:]
+        return tokens[:, 0], tokens[:, self.module.num_prefix_tokens :]
 
     @torch.no_grad()
     def tiles(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
