@@ -249,8 +249,12 @@ def _import_file(path: Path) -> ModuleType:
 
 def shown(index: int, prompts: Sequence[str]) -> str:
     """An item as an error names it: its number and its prompt, cut to 100 characters."""
-    prompt = prompts[index]
-    return f"item {index} ({prompt if len(prompt) <= 100 else prompt[:97] + '...'!r})"
+    return f"item {index} ({cut(prompts[index], 100)!r})"
+
+
+def cut(text: str, most: int) -> str:
+    """The text, of at most `most` characters; "..." stands for what is left out at its end."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def reason(error: BaseException) -> str:

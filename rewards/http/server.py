@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, nearest, reason
+from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, cut, nearest, reason
 from rewards.devices import chosen_device, make_current
 from rewards.http.asking import is_loopback
 from rewards.http.wire import JSON, PROTOCOL, TEXT_BYTES, TOKEN_VARIABLE, Limits, TooLarge, decode, from_json, secret
@@ -240,8 +240,7 @@ def _explain_failures(service: FastAPI) -> None:
             sentence = f"there is no {request.method} {request.url.path}; there are {ENDPOINTS}"
         elif error.status_code == 500:
             logger.error("%s", sentence, exc_info=error.__cause__)
-        sentence = sentence if len(sentence) <= SENTENCE else sentence[: SENTENCE - 3] + "..."
-        return _answer({"error": sentence}, error.status_code, error.headers)
+        return _answer({"error": cut(sentence, SENTENCE)}, error.status_code, error.headers)
 
     @service.exception_handler(RewardError)
     async def wrong(request: Request, error: RewardError) -> Response:
