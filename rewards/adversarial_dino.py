@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from rewards.backbones.vit import VisionBackbone
 from rewards.base import RewardError, Rows, TrainableReward, at_least_one
 from rewards.frames import chosen_frames, mean_of_frames
-from rewards.learning import Head, counted, load_training_state, training_state
+from rewards.learning import Head, counted, descend, load_training_state, training_state
 from rewards.media import folder_images
 
 PATCH_WEIGHT = 0.3
@@ -121,9 +121,7 @@ class AdversarialDINO(TrainableReward):
             loss = hinge_loss(self.head(real[0]), self.head(generated[0])) + PATCH_WEIGHT * hinge_loss(
                 self.head(real[1]), self.head(generated[1])
             )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            descend(self.optimizer, loss)
             self.taken += 1
         with torch.no_grad():
             rewards, wanted = self._reward(new), self._reward(self.real)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from rewards.base import RewardError, Rows, TrainableReward, at_least_one
 from rewards.frames import chosen_frames
-from rewards.learning import counted, load_training_state, training_state
+from rewards.learning import counted, descend, load_training_state, training_state
 from rewards.media import images_by_prompt, read_image
 from rewards.pickscore import MODEL, PickScore
 
@@ -93,9 +93,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
             won = self._embedded([self._image(pairs[i]) for i in chosen])
             lost = self._embedded(list(frames[chosen]))
             loss = -F.logsigmoid(scale * ((won - lost) * words).sum(-1)).mean()
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+            descend(self.optimizer, loss)
             self.taken += 1
             metrics["loss"] = loss.item()
         metrics["updates"] = float(self.taken)

@@ -33,6 +33,13 @@ def counted(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step of the optimizer along the gradient of the loss, a scalar, alone."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
 def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The module's parameters and the optimizer's state of each, by name."""
     state = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}

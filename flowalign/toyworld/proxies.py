@@ -16,7 +16,7 @@ from rewards.artifact import load_head
 from rewards.backbones.vit import VisionBackbone
 from rewards.base import Reward, Rows
 from rewards.frames import FrameReward, chosen_frames, mean_of_frames
-from rewards.learning import Head, counted
+from rewards.learning import Head, counted, descend
 from rewards.ocr import OCR
 
 BACKBONE = "toyworld/judges/vit"
@@ -32,9 +32,7 @@ def fit_learned(images: torch.Tensor, scores: torch.Tensor, *, seed: int, steps:
     for step in range(steps):
         rows = torch.randperm(len(features), generator=counted(seed, step))[:64]
         loss = F.binary_cross_entropy_with_logits(head(features[rows]), scores[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, loss)
     return head
 
 
