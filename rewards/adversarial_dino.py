@@ -84,10 +84,8 @@ class AdversarialDINO(TrainableReward):
         self.patches, self.frames, self.seed = patches, frames, seed
         self.head = Head(self.backbone.dim, hidden, seed).to(self.backbone.device)
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=learning_rate, betas=(0.5, 0.999))
-        tiles = self.backbone.tiles_of_files(files)
-        self.real = self._some_patches(
-            (torch.cat([one for one, _ in tiles]), torch.cat([all_ for _, all_ in tiles])), 0
-        )
+        own, parts = zip(*self.backbone.tiles_of_files(files), strict=True)
+        self.real = self._some_patches((torch.cat(own), torch.cat(parts)), 0)
         self.generated: Features | None = None
         self.taken = 0  # head steps so far
         self.bad = 0  # saturated or collapsed training steps in a row
@@ -164,14 +162,14 @@ class AdversarialDINO(TrainableReward):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The head with its optimizer, the buffer and the counters."""
-        state = training_state(dict(self.head.named_parameters()), self.optimizer)
+        state = training_state(self.head, self.optimizer)
         if self.generated is not None:
             state |= {"buffer.class": self.generated[0], "buffer.patches": self.generated[1]}
         return {**state, "counters": torch.tensor([self.taken, self.bad])}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores the state that `state_dict` returned."""
-        load_training_state(state, dict(self.head.named_parameters()), self.optimizer)
+        load_training_state(state, self.head, self.optimizer)
         self.generated = None
         if "buffer.class" in state:
             device = self.backbone.device

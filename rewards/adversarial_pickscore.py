@@ -78,7 +78,7 @@ class AdversarialPickScore(PickScore, TrainableReward):
         frames, count = chosen_frames(media, self.frames)
         texts = [prompt for prompt in prompts for _ in range(count)]
         pairs = [(text, place % len(self.references[text])) for place, text in enumerate(texts)]
-        generated = self.factor * self.cosines(frames, texts)
+        generated = self.likeness(frames, texts)
         reference = self._reference_scores(pairs)
         metrics = {"generated": generated.mean().item(), "reference": reference.mean().item()}
         self._watch(metrics, generated)
@@ -119,8 +119,8 @@ class AdversarialPickScore(PickScore, TrainableReward):
         sizes = grouped((self._image(one).shape, one) for one in dict.fromkeys(references))
         found: dict[Reference, torch.Tensor] = {}
         for alike in sizes.values():
-            cosines = self.cosines(torch.stack([self._image(one) for one in alike]), [text for text, _ in alike])
-            found.update(zip(alike, self.factor * cosines, strict=True))
+            scores = self.likeness(torch.stack([self._image(one) for one in alike]), [text for text, _ in alike])
+            found.update(zip(alike, scores, strict=True))
         return torch.stack([found[one] for one in references])
 
     def _embedded(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -132,12 +132,12 @@ class AdversarialPickScore(PickScore, TrainableReward):
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The tuned blocks with their optimizer and the counters."""
-        state = training_state(dict(self.blocks.named_parameters()), self.optimizer)
+        state = training_state(self.blocks, self.optimizer)
         return {**state, "counters": torch.tensor([self.taken, self.beaten])}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores the state that `state_dict` returned."""
-        load_training_state(state, dict(self.blocks.named_parameters()), self.optimizer)
+        load_training_state(state, self.blocks, self.optimizer)
         self.taken, self.beaten = (int(value) for value in state["counters"])
 
 

@@ -33,6 +33,13 @@ def linear_layers(weights: Mapping[str, torch.Tensor], width: int) -> list[tuple
     return layers
 
 
+def linear_score(layers: Sequence[Sequence[torch.Tensor]], features: torch.Tensor) -> torch.Tensor:
+    """The number (B,) to which `linear_layers` lead from features (B, width)."""
+    for weight, bias in layers:
+        features = F.linear(features, weight, bias)
+    return features.squeeze(-1)
+
+
 class Aesthetic(ClipReward):
     """The predicted rating; it has no bounds, but the published head gives about 1 to 10.
 
@@ -40,8 +47,6 @@ class Aesthetic(ClipReward):
         "toyworld/judges/aesthetic.safetensors" is the head of the embedded world's CLIP.
     The other options are those of `ClipReward`.
     """
-
-    name = "aesthetic"
 
     def __init__(
         self,
@@ -62,7 +67,4 @@ class Aesthetic(ClipReward):
         self.layers = [[part.to(self.device) for part in layer] for layer in layers]
 
     def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
-        hidden = self.image_features(images)
-        for weight, bias in self.layers:
-            hidden = F.linear(hidden, weight, bias)
-        return hidden.squeeze(-1)
+        return linear_score(self.layers, self.image_features(images))

@@ -19,7 +19,6 @@ the non-negative risk of positive-unlabelled learning (Kiryo et al. 2017, eq. 6)
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,16 +33,6 @@ from rewards.learning import Head, counted, descend, load_training_state, traini
 from rewards.media import folder_images
 
 SHARPNESS = 4.0  # the factor 4 in the smooth maximum
-
-
-class Refresh(NamedTuple):
-    """Labelled images, and how the head goes on learning; see `Artifact`."""
-
-    clean: Sequence[torch.Tensor]  # one tensor of patches (P, D) per image
-    artifacts: Sequence[torch.Tensor]
-    every: int
-    updates: int
-    clean_share: float
 
 
 def image_logits(patch_logits: torch.Tensor) -> torch.Tensor:
@@ -137,7 +126,6 @@ class Artifact(FrameReward, TrainableReward):
         spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "artifact"
     range = (0.0, 1.0)
 
     def __init__(
@@ -168,15 +156,15 @@ class Artifact(FrameReward, TrainableReward):
         self.head = loaded.to(self.backbone.device)
         self.frames = frames
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=learning_rate)
-        self.refresh: Refresh | None = None
+        self.every, self.updates, self.clean_share = refresh, updates, clean_share
         self.learns = refresh > 0
+        self.known: list[list[torch.Tensor]] = []  # patches (P, D) of each image that is clean, or has artifacts
         if refresh:
             if clean is None or artifacts is None:
                 raise RewardError(f"reward {self.name!r}: refresh needs the folders `clean` and `artifacts`")
             kinds = {"clean": clean, "artifacts": artifacts}
             files = [folder_images(folder, self.name, option) for option, folder in kinds.items()]
-            known = [image_patches(self.backbone, paths) for paths in files]
-            self.refresh = Refresh(known[0], known[1], refresh, updates, clean_share)
+            self.known = [image_patches(self.backbone, paths) for paths in files]
         elif clean is not None or artifacts is not None:
             raise RewardError(
                 f"reward {self.name!r}: `clean` and `artifacts` are for `refresh`; set `refresh` or leave them out"
@@ -197,23 +185,21 @@ class Artifact(FrameReward, TrainableReward):
 
     def update(self, media: torch.Tensor, prompts: Sequence[str], metadata: Rows, step: int) -> dict[str, float]:
         """Every `refresh` steps, trains the head on the images too; metrics: both losses of the last head step."""
-        known = self.refresh
-        if known is None or (step + 1) % known.every:
+        if not self.learns or (step + 1) % self.every:
             return {}
         unlabelled = list(self._patches(chosen_frames(media, self.frames)[0]))
         labelled, free = torch.zeros(()), torch.zeros(())
-        for turn in range(known.updates):
-            kinds = (known.clean, known.artifacts, unlabelled)
-            parts = [_batch(kind, 64, step, turn, place) for place, kind in enumerate(kinds)]
+        for turn in range(self.updates):
+            parts = [_batch(kind, 64, step, turn, place) for place, kind in enumerate([*self.known, unlabelled])]
             good, bad, new = (head_logits(self.head, part) for part in parts)
-            labelled, free = labelled_loss(good, bad), unlabelled_loss(good, new, known.clean_share)
+            labelled, free = labelled_loss(good, bad), unlabelled_loss(good, new, self.clean_share)
             descend(self.optimizer, labelled + free)
         return {"labelled_loss": labelled.item(), "unlabelled_loss": free.item()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The head with its optimizer."""
-        return training_state(dict(self.head.named_parameters()), self.optimizer)
+        return training_state(self.head, self.optimizer)
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores the state that `state_dict` returned."""
-        load_training_state(state, dict(self.head.named_parameters()), self.optimizer)
+        load_training_state(state, self.head, self.optimizer)

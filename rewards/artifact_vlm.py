@@ -28,7 +28,7 @@ class ArtifactVLM(VLMReward):
     """
 
     name = "artifact_vlm"
-    range = (0.0, 1.0)
+    prompt_sensitive = False
 
     def __init__(
         self,

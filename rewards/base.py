@@ -118,12 +118,7 @@ class TrainableReward(Reward):
         """Restores the state that `state_dict` returned."""
 
 
-def score(
-    reward: Reward,
-    media: torch.Tensor,
-    prompts: Sequence[str],
-    metadata: Rows | None = None,
-) -> torch.Tensor:
+def score(reward: Reward, media: torch.Tensor, prompts: Sequence[str], metadata: Rows | None = None) -> torch.Tensor:
     """The reward's scores (B,), float32, finite, detached, on the media's device.
 
     The reward gets copies of its inputs, so that a reward which writes into them does not change the caller's items.
@@ -256,8 +251,12 @@ def _import_file(path: Path) -> ModuleType:
 
 def shown(index: int, prompts: Sequence[str]) -> str:
     """An item as an error names it: its number and its prompt, cut to 100 characters."""
-    prompt = prompts[index]
-    return f"item {index} ({prompt if len(prompt) <= 100 else prompt[:97] + '...'!r})"
+    return f"item {index} ({cut(prompts[index], 100)!r})"
+
+
+def cut(text: str, most: int) -> str:
+    """The text, of at most `most` characters; "..." stands for what is left out at its end."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:

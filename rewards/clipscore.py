@@ -5,12 +5,8 @@ is the plain cosine, as DiffusionNFT and Flow-Factory use it (other papers repor
 What differs from the paper: ViT-L/14 by default, not ViT-B/32, and no "A photo depicts" before the prompt.
 """
 
-from collections.abc import Sequence
-
-import torch
-
 from rewards.backbones.clip import ClipReward
-from rewards.base import RewardError, Rows
+from rewards.base import RewardError
 
 HESSEL_WEIGHT = 2.5
 
@@ -22,7 +18,6 @@ class CLIPScore(ClipReward):
     The other options are those of `ClipReward`.
     """
 
-    name = "clipscore"
     range = (-1.0, 1.0)
     prompt_sensitive = True
 
@@ -38,10 +33,5 @@ class CLIPScore(ClipReward):
         if scale not in ("cosine", "hessel"):
             raise RewardError(f"reward 'clipscore': scale must be 'cosine' or 'hessel', not {scale!r}")
         super().__init__(model, batch_size, frames, device, pretrained=pretrained)
-        self.scale = scale
         if scale == "hessel":
-            self.range = (0.0, HESSEL_WEIGHT)
-
-    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
-        cosines = self.cosines(images, prompts)
-        return HESSEL_WEIGHT * cosines.clamp(min=0) if self.scale == "hessel" else cosines
+            self.factor, self.range = HESSEL_WEIGHT, (0.0, HESSEL_WEIGHT)

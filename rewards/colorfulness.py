@@ -15,7 +15,6 @@ class Colorfulness(FrameReward):
     With rg = R - G and yb = (R + G) / 2 - B over all pixels: sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2).
     """
 
-    name = "colorfulness"
     range = (0.0, math.inf)
 
     def golden(self) -> Golden:

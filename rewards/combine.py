@@ -26,10 +26,7 @@ class Scores(NamedTuple):
 
 
 def score_all(
-    rewards: Mapping[str, Reward],
-    media: torch.Tensor,
-    prompts: Sequence[str],
-    metadata: Rows | None = None,
+    rewards: Mapping[str, Reward], media: torch.Tensor, prompts: Sequence[str], metadata: Rows | None = None
 ) -> dict[str, Scores]:
     """The Scores of every named reward; each reward scores only the items to which it applies.
 
@@ -92,7 +89,12 @@ def _shares(scores: Mapping[str, Scores], weights: Mapping[str, float]) -> tuple
 
 def standardised(values: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Values (B,) as standard deviations from the mean of all reference scores, which have any shape."""
-    return (values - reference.mean()) / _positive(reference.std(), "standardise")
+    deviation = reference.std()
+    if not deviation > 0:
+        raise RewardError(
+            f"standardise needs reference scores that differ; their standard deviation is {deviation.item():.4g}"
+        )
+    return (values - reference.mean()) / deviation
 
 
 def centred_sigmoid(values: torch.Tensor, reference: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -162,11 +164,3 @@ def agreement(scores: Mapping[str, Scores], weights: Mapping[str, float], scale:
     shares, values = _shares(scores, weights)
     mean = (shares * values).sum(0)
     return (-scale * (shares * (values - mean) ** 2).sum(0).sqrt()).exp()
-
-
-def _positive(deviation: torch.Tensor, form: str) -> torch.Tensor:
-    if not deviation > 0:
-        raise RewardError(
-            f"{form} needs reference scores that differ; their standard deviation is {deviation.item():.4g}"
-        )
-    return deviation

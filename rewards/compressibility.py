@@ -21,8 +21,6 @@ class Compressibility(FrameReward):
     from that by a factor and do not depend on the resolution.
     """
 
-    name = "compressibility"
-
     def __init__(self, quality: int = 95, reverse: bool = False):
         if not 1 <= quality <= 100:
             raise RewardError(f"reward 'compressibility': quality must lie in 1 to 100, not {quality}")

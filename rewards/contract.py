@@ -46,12 +46,10 @@ def examples() -> Items:
     media: list[torch.Tensor] = []
     prompts: list[str] = []
     metadata: list[Mapping[str, Any]] = []
-    for index in range(2 * len(_EXAMPLES)):
-        prompt, shape, color = _EXAMPLES[index % len(_EXAMPLES)]
+    for prompt, shape, color in 2 * _EXAMPLES:
         tint = torch.rand(3, 1, 1, generator=generator)
         image = tint * (0.6 + 0.4 * rows[:, None]).expand(3, _SIZE, _SIZE)
         x, y, side = (int(value) for value in torch.randint(6, 24, (3,), generator=generator))
-        image = image.clone()
         image[:, y : y + side, x : x + side] = torch.rand(3, 1, 1, generator=generator)
         image = (image + 0.02 * torch.randn(image.shape, generator=generator)).clamp(0, 1)
         media.append(image)

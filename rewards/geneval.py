@@ -178,8 +178,6 @@ class GenEval(Reward):
     Metadata rows are GenEval's: ``{"tag": ..., "include": [...], "exclude": [...]}``.
     """
 
-    name = "geneval"
-    scope = "sample"
     range = (0.0, 1.0)
     prompt_sensitive = True
 

@@ -4,13 +4,8 @@ Source: Wu et al., 2023, and their package: the score is the cosine of image and
 0.2 to 0.35. An image that is not square is scaled to fit and padded with black, as in that package; it is not cropped.
 """
 
-from collections.abc import Sequence
-
-import torch
-
 from rewards.backbones.clip import ClipReward
 from rewards.backbones.weights import checkpoint
-from rewards.base import Rows
 
 
 class HPSv2(ClipReward):
@@ -20,7 +15,6 @@ class HPSv2(ClipReward):
     the hub. The other options are those of `ClipReward`.
     """
 
-    name = "hpsv2"
     range = (-1.0, 1.0)
     prompt_sensitive = True
 
@@ -34,6 +28,3 @@ class HPSv2(ClipReward):
     ):
         file = str(checkpoint(weights, self.name))
         super().__init__(model, batch_size, frames, device, pretrained=file, resize_mode="longest")
-
-    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
-        return self.cosines(images, prompts)

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from rewards.aesthetic import linear_layers
+from rewards.aesthetic import linear_layers, linear_score
 from rewards.backbones.preprocessing import Preprocessing
 from rewards.backbones.weights import located, read_weights
 from rewards.base import RewardError, Rows, at_least_one, reason
@@ -93,7 +92,6 @@ class ImageReward(FrameReward):
         spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "imagereward"
     prompt_sensitive = True
 
     def __init__(
@@ -130,10 +128,7 @@ class ImageReward(FrameReward):
         tokens = self.tokenizer(list(prompts), **limits, return_tensors="pt").to(self.device)
         seen = self.towers["vision"](self.preprocessing(images.to(self.device))).last_hidden_state
         read = self.towers["text"](tokens.input_ids, tokens.attention_mask, encoder_hidden_states=seen)
-        hidden = read.last_hidden_state[:, 0]
-        for weight, bias in self.layers:
-            hidden = F.linear(hidden, weight, bias)
-        return hidden.squeeze(-1)
+        return linear_score(self.layers, read.last_hidden_state[:, 0])
 
     def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
         starts = range(0, len(prompts), self.batch_size)

@@ -22,8 +22,7 @@ class Head(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """See the class."""
         unit = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
-        logits: torch.Tensor = self.outer(F.gelu(self.inner(unit))).squeeze(-1)
-        return logits
+        return self.outer(F.gelu(self.inner(unit))).squeeze(-1)
 
 
 def counted(*key: int) -> torch.Generator:
@@ -35,28 +34,24 @@ def counted(*key: int) -> torch.Generator:
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step of the optimizer on a loss, a scalar."""
+    """One step of the optimizer along the gradient of the loss, a scalar, alone."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
 
 
-def training_state(
-    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    """The parameters and the optimizer's state of each, by name."""
-    state = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
+def training_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The module's parameters and the optimizer's state of each, by name."""
+    state = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
         for key, value in optimizer.state[parameter].items():
             state[f"{name}{_SEPARATOR}{key}"] = value.detach().clone()
     return state
 
 
-def load_training_state(
-    state: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def load_training_state(state: Mapping[str, torch.Tensor], module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Restores a state of `training_state`; KeyError or RuntimeError when it belongs to another module."""
-    for name, parameter in parameters.items():
+    for name, parameter in module.named_parameters():
         parameter.data.copy_(state[name])
         prefix = f"{name}{_SEPARATOR}"
         kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

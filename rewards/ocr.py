@@ -81,7 +81,6 @@ class OCR(FrameReward):
     A text with letters that the recogniser does not know is an error: its score would be low whatever the image shows.
     """
 
-    name = "ocr"
     range = (0.0, 1.0)
     prompt_sensitive = True
 

@@ -40,10 +40,7 @@ class Pairwise(VLMReward):
         pair is their mean. The other options are those of `VLMReward`.
     """
 
-    name = "pairwise"
     scope = "group"
-    range = (0.0, 1.0)
-    prompt_sensitive = True
 
     def __init__(
         self,

@@ -5,12 +5,8 @@ The default divides by 26, as Flow-GRPO, DiffusionNFT and AWM do, so that good i
 paper's score. DanceGRPO and Pref-GRPO use the bare cosine, which `clipscore` with this model gives.
 """
 
-from collections.abc import Sequence
-
-import torch
-
 from rewards.backbones.clip import ClipReward
-from rewards.base import RewardError, Rows
+from rewards.base import RewardError
 
 MODEL = "yuvalkirstain/PickScore_v1"
 PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the base model, whose processor the authors use
@@ -24,7 +20,6 @@ class PickScore(ClipReward):
     what the score is divided by. The other options are those of `ClipReward`.
     """
 
-    name = "pickscore"
     prompt_sensitive = True
 
     def __init__(
@@ -42,6 +37,3 @@ class PickScore(ClipReward):
         super().__init__(model, batch_size, frames, device, processor=processor)
         self.factor = self.clip.model.logit_scale.exp().item() / divisor
         self.range = (-self.factor, self.factor)
-
-    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
-        return self.factor * self.cosines(images, prompts)

@@ -25,7 +25,6 @@ class PromptEcho(VLMReward):
 
     name = "prompt_echo"
     range = (-math.inf, 0.0)
-    prompt_sensitive = True
 
     def __init__(self, question: str = QUESTION, frames: int = 4, backend: VLM | None = None, **options: Any):
         if options.get("url"):

@@ -42,10 +42,6 @@ class Rubric(VLMReward):
     max_tokens: the longest answer, in tokens. The other options are those of `VLMReward`.
     """
 
-    name = "rubric"
-    range = (0.0, 1.0)
-    prompt_sensitive = True
-
     def __init__(
         self,
         dimensions: Sequence[str] | None = None,

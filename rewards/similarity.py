@@ -28,7 +28,6 @@ class Similarity(Reward):
         spans; the score is their mean. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "similarity"
     range = (-1.0, 1.0)
     prompt_sensitive = True
 

@@ -34,8 +34,6 @@ class YesNo(VLMReward):
     """
 
     name = "yes_no"
-    range = (0.0, 1.0)
-    prompt_sensitive = True
 
     def __init__(
         self,

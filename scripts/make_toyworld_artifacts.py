@@ -50,8 +50,7 @@ def decoded(autoencoder: AutoencoderKL, image: np.ndarray) -> np.ndarray:
     """An image (H, W, 3), uint8, encoded and decoded by the autoencoder."""
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
     back = autoencoder.decode(autoencoder.encode(pixels).latent_dist.mean).sample[0]
-    levels: np.ndarray = ((back.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
-    return levels
+    return ((back.permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 if __name__ == "__main__":

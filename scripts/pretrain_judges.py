@@ -22,6 +22,7 @@ import typer
 from transformers import CLIPModel
 
 from flowalign.disk.files import make_folder
+from flowalign.disk.tensors import save_tensors
 from flowalign.toyworld.making import clip as clips
 from flowalign.toyworld.making import preference, vision
 from flowalign.toyworld.making.measuring import measure
@@ -58,8 +59,7 @@ def main(
     if "alike" in chosen:
         clips.save_clip(clips.sharpen_clip(_read_clip(output), seed, alike_steps, 96, print), output / "clip")
     if "aesthetic" in chosen:
-        head = clips.fit_aesthetic(_read_clip(output), seed, 16, print)
-        clips.save_aesthetic(head, output / "aesthetic.safetensors")
+        save_tensors(output / "aesthetic.safetensors", clips.fit_aesthetic(_read_clip(output), seed, 16, print))
     if "preference" in chosen:
         tuned = preference.train_preference(_read_clip(output), seed, preference_steps, 48, print)
         clips.save_clip(tuned, output / "preference")
@@ -67,7 +67,7 @@ def main(
 
 
 def _read_vit(output: Path) -> Any:
-    return load_vit(str(output / "vit"))[0]
+    return load_vit(str(output / "vit"))
 
 
 def _read_clip(output: Path) -> CLIPModel:

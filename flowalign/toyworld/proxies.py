@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from rewards import Reward
 from rewards.artifact import load_head
 from rewards.backbones.vit import VisionBackbone
-from rewards.base import Rows
+from rewards.base import Reward, Rows
 from rewards.frames import FrameReward, chosen_frames, mean_of_frames
 from rewards.learning import Head, counted, descend
 from rewards.ocr import OCR
@@ -49,8 +48,6 @@ class Learned(FrameReward):
     head: the head's file. device: where the model runs (default: the accelerator, if there is one).
     """
 
-    name = "learned"
-
     def __init__(self, head: str, device: str | None = None):
         fitted, model = load_head(head, self.name)
         self.backbone = VisionBackbone(model, device, reward=self.name)
@@ -67,7 +64,6 @@ class Legible(Reward):
     An image's contrast is the standard deviation of its grey levels in [0, 1].
     """
 
-    name = "legible"
     range = (0.0, math.inf)
     prompt_sensitive = True
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -50,9 +50,7 @@ class Scene:
     lines: tuple[str, ...] = ()
     ink: tuple[int, int, int] = (20, 20, 30)
     offset: tuple[int, int] = (0, 0)
-    background: tuple[tuple[float, float, float], tuple[float, float, float]] = field(
-        default=((240.0, 240.0, 240.0), (232.0, 232.0, 232.0))
-    )
+    background: tuple[tuple[float, ...], tuple[float, ...]] = ((240.0, 240.0, 240.0), (232.0, 232.0, 232.0))
     angle: float = 0.0
 
 

@@ -1,9 +1,9 @@
 """CLIP models (Radford et al., 2021) from transformers or open_clip; rewards with the same model share it."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
-from weakref import WeakValueDictionary
+from typing import ClassVar
 
 import open_clip
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 from rewards.backbones.preprocessing import Preprocessing
-from rewards.backbones.weights import located, whole
-from rewards.base import RewardError, at_least_one, reason
+from rewards.backbones.weights import located, shared, whole
+from rewards.base import RewardError, Rows, at_least_one, reason
 from rewards.devices import chosen_device
 from rewards.frames import FrameReward
 from rewards.media import as_levels
@@ -87,16 +87,6 @@ def load_clip(model: str, reward: str, device: str | torch.device, **options: st
     return clip.to(device).eval().requires_grad_(False)
 
 
-_loaded: WeakValueDictionary[tuple[Any, ...], Clip] = WeakValueDictionary()
-
-
-def shared_clip(model: str, reward: str, device: str | torch.device, **options: str | None) -> Clip:
-    """As `load_clip`, but equal requests share one model for as long as one of its users lives."""
-    key = (located(model), str(chosen_device(device)), *sorted(item for item in options.items() if item[1]))
-    _loaded[key] = clip = _loaded.get(key) or load_clip(model, reward, device, **options)
-    return clip
-
-
 class ClipFeatures:
     """Embeddings of length 1 from a CLIP model, computed for `batch_size` images or texts at once.
 
@@ -114,7 +104,9 @@ class ClipFeatures:
     ):
         at_least_one(reward, batch_size=batch_size)
         self.device = chosen_device(device)
-        self.clip = (load_clip if own else shared_clip)(model, reward, self.device, **options)
+        load = partial(load_clip, model, reward, self.device, **options)
+        key = ("clip", located(model), str(self.device), *sorted(item for item in options.items() if item[1]))
+        self.clip: Clip = load() if own else shared(load, *key)
         self.batch_size = batch_size
 
     @torch.no_grad()
@@ -133,7 +125,7 @@ class ClipFeatures:
 
 
 class ClipReward(ClipFeatures, FrameReward):
-    """The common part of the rewards on a CLIP model.
+    """A reward on a CLIP model: `factor` times the cosine of image and prompt, unless a class scores otherwise.
 
     model: a transformers folder or hub id, an open_clip folder or "hf-hub:..." id, or, with `pretrained` (a tag or a
         weights file), an open_clip architecture; "toyworld/judges/clip" is the embedded world's.
@@ -146,12 +138,17 @@ class ClipReward(ClipFeatures, FrameReward):
     """
 
     changes_weights: ClassVar[bool] = False
+    factor = 1.0
 
     def __init__(self, model: str, batch_size: int, frames: int, device: str | None, **options: str | None):
         at_least_one(self.name, frames=frames)
         super().__init__(model, self.name, batch_size, device, self.changes_weights, **options)
         self.frames = frames
 
-    def cosines(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """The cosine similarity (N,) of each image and its prompt."""
-        return (self.image_features(images) * self.text_features(prompts)).sum(-1).clamp(-1, 1)
+    def likeness(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """`factor` times the cosine (N,) of each image and its prompt, kept within the range."""
+        cosines = (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        return (self.factor * cosines).clamp(*self.range)
+
+    def of_images(self, images: torch.Tensor, prompts: Sequence[str], metadata: Rows) -> torch.Tensor:
+        return self.likeness(images, prompts)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import timm
 import torch
@@ -15,7 +14,7 @@ from timm.data.config import resolve_model_data_config
 from torch.nn import functional as F
 
 from rewards.backbones.preprocessing import Mode, Preprocessing
-from rewards.backbones.weights import located
+from rewards.backbones.weights import located, shared
 from rewards.base import RewardError, at_least_one, reason
 from rewards.devices import chosen_device
 from rewards.media import read_image
@@ -23,8 +22,8 @@ from rewards.media import read_image
 _MODES: dict[str, Mode] = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 
-def load_vit(model: str, reward: str = "vit") -> tuple[Any, Preprocessing]:
-    """A timm vision transformer without its classifier, in float32 for inference, and its preprocessing.
+def load_vit(model: str, reward: str = "vit") -> Any:
+    """A timm vision transformer without its classifier, in float32 for inference.
 
     model: a timm name ("vit_base_patch14_dinov2.lvd142m"), a hub id ("hf-hub:timm/..."), a bundled model
         ("toyworld/judges/vit"), or a folder as `timm.models.save_for_hf` writes it (config.json, model.safetensors).
@@ -38,7 +37,7 @@ def load_vit(model: str, reward: str = "vit") -> tuple[Any, Preprocessing]:
         raise RewardError(f"reward {reward!r}: model {model!r} cannot be loaded with timm: {reason(error)}") from error
     if getattr(module, "cls_token", None) is None or not hasattr(module, "patch_embed"):
         raise RewardError(f"reward {reward!r}: model {model!r} is not a vision transformer with a class token")
-    return module.eval().requires_grad_(False), _preprocessing(module)
+    return module.eval().requires_grad_(False)
 
 
 def _preprocessing(module: Any) -> Preprocessing:
@@ -49,9 +48,6 @@ def _preprocessing(module: Any) -> Preprocessing:
     mean, std, interpolation = config["mean"], config["std"], config["interpolation"]
     fill = [round(255 * value) for value in mean]
     return Preprocessing(resize, crop, mean, std, interpolation, mode, fill)
-
-
-_loaded: WeakValueDictionary[tuple[str, str], torch.nn.Module] = WeakValueDictionary()
 
 
 class VisionBackbone:
@@ -67,12 +63,9 @@ class VisionBackbone:
     def __init__(self, model: str, device: str | torch.device | None = None, batch_size: int = 64, reward: str = "vit"):
         at_least_one(reward, batch_size=batch_size)
         self.device = chosen_device(device)
-        key = (located(model), str(self.device))
-        module: Any = _loaded.get(key)
-        if module is None:
-            module = _loaded[key] = load_vit(model, reward)[0].to(self.device)
-        self.module = module
-        self.preprocessing = _preprocessing(module)
+        key = ("timm", located(model), str(self.device))
+        self.module = shared(lambda: load_vit(model, reward).to(self.device), *key)
+        self.preprocessing = _preprocessing(self.module)
         self.batch_size = batch_size
         self.size = self.preprocessing.crop
         self.dim: int = self.module.num_features
@@ -84,12 +77,11 @@ class VisionBackbone:
 
         The model's own preprocessing may show only the middle of an image that is not square; `tiles` shows all of it.
         """
-        prefix = self.module.num_prefix_tokens
         batches = [
             self.module.forward_features(self.preprocessing(b.to(self.device))) for b in images.split(self.batch_size)
         ]
         tokens = torch.cat(batches)
-        return tokens[:, 0], tokens[:, prefix:]
+        return tokens[:, 0], tokens[:, self.module.num_prefix_tokens :]
 
     @torch.no_grad()
     def tiles(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,16 +4,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
+from torch import nn
 
 from rewards.base import RewardError, reason
 
 # A checkout has the assets beside the package, an installation inside the package flowalign.
 _PLACES = tuple(Path(__file__).parents[2] / place for place in ("assets", "flowalign/assets"))
 BUNDLED = "toyworld/"
+_loaded: WeakValueDictionary[tuple[object, ...], nn.Module] = WeakValueDictionary()
 
 
 def bundled(name: str) -> Path:
@@ -50,6 +53,14 @@ def whole(load: Callable[..., Any], *place: Any, **options: Any) -> Any:
         if names:
             first = ", ".join(sorted(names)[:3])
             raise ValueError(f"{fault} {first}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    return network
+
+
+def shared(load: Callable[[], Any], *key: object) -> Any:
+    """The network that `load` loads; users that give the same key share it for as long as one of them lives."""
+    network = _loaded.get(key)
+    if network is None:
+        network = _loaded[key] = load()
     return network
 
 

@@ -121,8 +121,7 @@ class Mask2Former:
         digest = hashlib.sha256()
         for file in _weights(self.folder):
             with file.open("rb") as opened:
-                while block := opened.read(1 << 22):
-                    digest.update(block)
+                hashlib.file_digest(opened, lambda: digest)
         return {"detector": self.about, "checksum": digest.hexdigest()}
 
     @torch.no_grad()

@@ -5,12 +5,14 @@ import ipaddress
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, stop_any, stop_when_event_set
 from tenacity.nap import sleep_using_event
-from tenacity.wait import wait_random_exponential
+from tenacity.stop import stop_base
+from tenacity.wait import WaitBaseT, wait_random_exponential
 
 from rewards.base import RewardError, reason
 
@@ -58,6 +60,19 @@ class GrowingWait(wait_random_exponential):
         return max(super().__call__(state), asked_wait(error))
 
 
+def asking_again(
+    may_pass: Callable[[BaseException], bool], wait: WaitBaseT, stop: stop_base, over: threading.Event
+) -> Retrying:
+    """Tries while a failure may pass, until `stop` says so or `over` is set, which ends a wait too."""
+    return Retrying(
+        retry=retry_if_exception(may_pass),
+        wait=wait,
+        stop=stop_any(stop, stop_when_event_set(over)),
+        sleep=sleep_using_event(over),
+        reraise=True,
+    )
+
+
 class Server:
     """The server at an address, for use by many threads. token: sent as "Authorization: Bearer" with each request."""
 
@@ -98,16 +113,9 @@ class Server:
                 timeout=httpx2.Timeout(timeout, connect=min(timeout, LONGEST_WAIT)),
             ).raise_for_status()
 
-        retrying = Retrying(
-            retry=retry_if_exception(_may_pass),
-            wait=wait,
-            stop=stop_any(stop_after_delay(patience), stop_when_event_set(over)),
-            sleep=sleep_using_event(over),
-            reraise=True,
-        )
         tried = f"no answer to {method} {path} in {patience:g} s of trying"
         try:
-            response = retrying(post)
+            response = asking_again(_may_pass, wait, stop_after_delay(patience), over)(post)
         except httpx2.TransportError as error:
             trouble = f"no answer within {timeout:g} s" if isinstance(error, httpx2.ReadTimeout) else reason(error)
             raise RewardError(f"{tried} ({self.url}: {trouble})") from error

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, nearest, reason
+from rewards.base import Reward, RewardError, TrainableReward, as_scores, check_inputs, cut, nearest, reason
 from rewards.devices import chosen_device, make_current
 from rewards.http.asking import is_loopback
 from rewards.http.wire import JSON, PROTOCOL, TEXT_BYTES, TOKEN_VARIABLE, Limits, TooLarge, decode, from_json, secret
@@ -94,22 +94,14 @@ class _Desk:
         }
 
     def scores(self, body: bytearray, kind: str, limits: Limits) -> dict[str, Any]:
-        """The answer to a request; Refused with 400 or 413 if the request is at fault, with 500 if the reward is."""
-        try:
-            media, prompts, metadata = decode(body, kind, limits)
-            metadata = check_inputs(self.reward.name, media, prompts, metadata)
-        except RewardError as error:
-            raise Refused(413 if isinstance(error, TooLarge) else 400, str(error)) from error
+        """The answer to a request; RewardError if the request is at fault, Refused with 500 if the reward is."""
+        media, prompts, metadata = decode(body, kind, limits)
+        metadata = check_inputs(self.reward.name, media, prompts, metadata)
         judge: Callable[..., Any] = self.reward
         if isinstance(self.reward, FunctionReward):  # its own check of a wrong result would look like a wrong request
             judge = partial(self.reward.function, **self.reward.options)
-        try:
-            with torch.no_grad():
-                result = judge(media, prompts, metadata)
-        except RewardError as error:  # an error without a cause is about the items
-            raise Refused(400 if error.__cause__ is None else 500, str(error)) from error
-        except Exception as error:
-            raise self._failed(error) from error
+        with self._refusing(), torch.no_grad():
+            result = judge(media, prompts, metadata)
         try:
             scores = as_scores(result, prompts, self.reward.name, self.reward.masks).tolist()
         except RewardError as error:
@@ -119,15 +111,18 @@ class _Desk:
 
     def applies(self, rows: list[dict[str, Any]]) -> list[bool]:
         """The reward's `applies_to` for each row; Refused as in `scores`."""
-        try:
+        with self._refusing():
             return [bool(self.reward.applies_to(row)) for row in rows]
-        except RewardError as error:
+
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turns the reward's error into Refused, with 400 if it is about the items and with 500 if it is a failure."""
+        try:
+            yield
+        except RewardError as error:  # an error without a cause is about the items
             raise Refused(400 if error.__cause__ is None else 500, str(error)) from error
         except Exception as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: Exception) -> Refused:
-        return Refused(500, f"reward {self.reward.name!r} failed: {reason(error)}")
+            raise Refused(500, f"reward {self.reward.name!r} failed: {reason(error)}") from error
 
 
 def _answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -156,10 +151,7 @@ async def _body(request: Request, most: int) -> bytearray:
 
 
 def _rows(body: bytearray) -> list[dict[str, Any]]:
-    try:
-        content = from_json(body, "the body")
-    except RewardError as error:
-        raise Refused(413 if isinstance(error, TooLarge) else 400, str(error)) from error
+    content = from_json(body, "the body")
     rows = content.get("rows") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("prompt"), str) for r in rows):
         raise Refused(400, "the body must be {'rows': [...]}, where each row is an object with a text under 'prompt'")
@@ -248,8 +240,11 @@ def _explain_failures(service: FastAPI) -> None:
             sentence = f"there is no {request.method} {request.url.path}; there are {ENDPOINTS}"
         elif error.status_code == 500:
             logger.error("%s", sentence, exc_info=error.__cause__)
-        sentence = sentence if len(sentence) <= SENTENCE else sentence[: SENTENCE - 3] + "..."
-        return _answer({"error": sentence}, error.status_code, error.headers)
+        return _answer({"error": cut(sentence, SENTENCE)}, error.status_code, error.headers)
+
+    @service.exception_handler(RewardError)
+    async def wrong(request: Request, error: RewardError) -> Response:
+        return await refused(request, Refused(413 if isinstance(error, TooLarge) else 400, str(error)))
 
     @service.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

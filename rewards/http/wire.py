@@ -136,13 +136,10 @@ def _from_safetensors(body: bytearray, limits: Limits) -> Request:
     _check_size(shape, limits)
     if not isinstance(texts, dict) or not all(isinstance(texts.get(key), str) for key in ("prompts", "metadata")):
         raise RewardError("the safetensors file's metadata must hold 'prompts' and 'metadata', each a JSON list")
-    prompts, metadata = (from_json(_bytes(texts[key]), key) for key in ("prompts", "metadata"))
+    # A bad surrogate passes, so that `from_json` refuses the text and gives the reason.
+    prompts, metadata = (from_json(texts[key].encode(errors="surrogatepass"), key) for key in ("prompts", "metadata"))
     media = torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape)
     return Request(media.float() / 255 if dtype == "U8" else media, prompts, metadata)
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode(errors="surrogatepass")  # so that `from_json` refuses a bad text and gives the reason
 
 
 def _check_size(shape: Sequence[int], limits: Limits) -> None:
@@ -161,10 +158,7 @@ def _from_images(body: bytearray, limits: Limits) -> Request:
     for index, row in enumerate(rows):
         if not isinstance(row, dict) or not {"png", "prompt"} <= set(row) <= {"png", "prompt", "metadata"}:
             raise RewardError(f"item {index} must be an object with 'png', 'prompt' and optionally 'metadata'")
-        image = _opened(row["png"], index)
-        stated = (3, image.height, image.width)
-        _check_size((len(rows), *stated), limits)  # before the image is decoded
-        levels.append(_decoded(image, index))
+        levels.append(_decoded(row["png"], index, len(rows), limits))
         (_, height, width), first = levels[-1].shape, levels[0].shape
         if (3, height, width) != first:
             raise RewardError(
@@ -175,21 +169,18 @@ def _from_images(body: bytearray, limits: Limits) -> Request:
     return Request(media, [row["prompt"] for row in rows], [row.get("metadata", {}) for row in rows])
 
 
-def _opened(text: Any, index: int) -> Image.Image:
+def _decoded(text: Any, index: int, count: int, limits: Limits) -> torch.Tensor:
+    """The levels (3, H, W) of an image of which the request holds `count`; TooLarge before it is decoded."""
     if not isinstance(text, str):
         raise RewardError(f"item {index}: 'png' must be the file in base64")
     try:
         image = Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+        _check_size((count, 3, image.height, image.width), limits)
+        pixels = np.array(as_viewed(image))
+    except TooLarge:
+        raise
     except Image.DecompressionBombError as error:
         raise TooLarge(f"item {index}: its png is too large: {reason(error)}") from error
     except Exception as error:  # Pillow answers damaged files with many kinds of exceptions
-        raise RewardError(f"item {index}: its png cannot be read: {reason(error)}") from error
-    return image
-
-
-def _decoded(image: Image.Image, index: int) -> torch.Tensor:
-    try:
-        pixels = np.array(as_viewed(image))
-    except Exception as error:  # as in `_opened`
         raise RewardError(f"item {index}: its png cannot be read: {reason(error)}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rewards.base import RewardError
+from rewards.base import RewardError, cut
 
 Pictures = Sequence[Sequence[Image.Image]]  # the images of each of N questions
 UNPARSABLE = ("error", "tie", "mask")
@@ -92,5 +92,4 @@ def plain(text: str) -> str:
 
 def first_line(text: str) -> str:
     """The first line of a text, cut to 200 characters, for an error sentence."""
-    line = (text.strip().splitlines() or [""])[0]
-    return line if len(line) <= 200 else line[:197] + "..."
+    return cut((text.strip().splitlines() or [""])[0], 200)

@@ -13,10 +13,9 @@ import httpx2
 import tenacity
 import torch
 from PIL import Image
-from tenacity.nap import sleep_using_event
 
 from rewards.base import RewardError, reason
-from rewards.http.asking import GrowingWait, asked_wait, client_of
+from rewards.http.asking import GrowingWait, asked_wait, asking_again, client_of
 from rewards.vlm.base import (
     REASONING,
     VLM,
@@ -102,12 +101,7 @@ class EndpointVLM(VLM):
         self.concurrency = concurrency
         self.top_logprobs = top_logprobs
         self.stop = tenacity.stop_after_attempt(retries + 1)
-        self.retrying = tenacity.Retrying(
-            stop=self.stop,
-            wait=GrowingWait(multiplier=backoff, max=max(backoff, 30)),
-            retry=tenacity.retry_if_exception(_may_pass),
-            reraise=True,
-        )
+        self.wait = GrowingWait(multiplier=backoff, max=max(backoff, 30))
 
     def answer(self, images: Pictures, texts: Sequence[str], max_tokens: int) -> list[str]:
         return self._ask_all(images, texts, self._said, {"max_tokens": max_tokens})
@@ -160,8 +154,7 @@ class EndpointVLM(VLM):
         """What `read` returns for each of the server's answers, in order; the first failure ends the other requests."""
         links = {id(image): _data_link(image) for row in images for image in row}
         over = threading.Event()
-        stop = tenacity.stop_any(self.stop, tenacity.stop_when_event_set(over))
-        retrying = self.retrying.copy(sleep=sleep_using_event(over), stop=stop)
+        retrying = asking_again(_may_pass, self.wait, self.stop, over)
 
         def ask(row: int) -> Answer:
             content: list[dict[str, Any]] = [

@@ -3,7 +3,6 @@
 import functools
 import inspect
 import re
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from rewards.backbones.weights import located, whole
+from rewards.backbones.weights import located, shared, whole
 from rewards.base import grouped, reason
 from rewards.devices import chosen_device
 from rewards.vlm.base import REASONING, VLM, Pictures, Unfinished, Unparsable, VLMError, at_least, plain, switches
@@ -50,7 +49,8 @@ class LocalVLM(VLM):
             raise VLMError(f"dtype must be 'auto' or a type of torch such as 'bfloat16', not {dtype!r}")
         try:
             self.processor = AutoProcessor.from_pretrained(located(model))
-            self.model = _shared(located(model), chosen_device(device), dtype)
+            what = (located(model), chosen_device(device), dtype)
+            self.model = shared(lambda: _network(*what), "chat", *what)
         except Exception as error:
             raise VLMError(f"the model {model!r} cannot be loaded: {reason(error)}") from error
         tokenizer = getattr(self.processor, "tokenizer", None)
@@ -225,14 +225,7 @@ class LocalVLM(VLM):
         return grouped((plain(text), index) for index, text in enumerate(texts))
 
 
-_loaded: weakref.WeakValueDictionary[tuple[str, str, str], Any] = weakref.WeakValueDictionary()
-
-
-def _shared(model: str, device: torch.device, dtype: str) -> Any:
-    """The frozen model on its device; rewards with the same model share it for as long as one of them lives."""
-    key = (model, str(device), dtype)
-    network = _loaded.get(key)
-    if network is None:
-        network = whole(AutoModelForImageTextToText.from_pretrained, model, dtype=dtype).to(device).eval()
-        _loaded[key] = network.requires_grad_(False)
-    return network
+def _network(model: str, device: torch.device, dtype: str) -> Any:
+    """The frozen model on its device."""
+    network = whole(AutoModelForImageTextToText.from_pretrained, model, dtype=dtype)
+    return network.to(device).eval().requires_grad_(False)

@@ -26,6 +26,8 @@ class VLMReward(Reward):
     max_tokens: the longest answer in tokens, its reasoning included; raise it if answers are cut off.
     """
 
+    range = (0.0, 1.0)
+    prompt_sensitive = True
     middle = 0.5
 
     def __init__(

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from flowalign.disk.tensors import save_tensors
 from flowalign.toyworld.making.examples import Example, alike_examples, drawn, examples
 from flowalign.toyworld.making.pretraining import MAX_TOKENS, make_tokenizer
 from flowalign.toyworld.making.spoiling import quality_examples, rated
@@ -173,8 +172,3 @@ def save_clip(clip: CLIPModel, folder: Path) -> None:
     make_tokenizer().save_pretrained(folder)
     size = {"size": {"shortest_edge": SIZE}, "crop_size": {"height": SIZE, "width": SIZE}}
     CLIPImageProcessor(**size, image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
-
-
-def save_aesthetic(head: dict[str, torch.Tensor], file: Path) -> None:
-    """Writes the head as safetensors."""
-    save_tensors(file, head)

@@ -5,7 +5,7 @@ with its two CLIP text encoders. Randomness is counted: the batch and noise of a
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 from flowalign.disk.files import make_folder, replace_json_lines, replace_text, replaced_folder
 from flowalign.disk.tensors import save_state, save_tensors
 from flowalign.toyworld import grammar
+from flowalign.toyworld.making.training import Log
 from flowalign.toyworld.render import SIZE, render
 from rewards.backbones.weights import whole
 from rewards.geneval import TASKS
@@ -31,8 +32,6 @@ WIDTH = 128
 TEXT_WIDTH = 64
 PROMPT_DROPOUT = 0.1
 POOLED_DROPOUT = 0.5
-
-Log = Callable[[str], None]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
