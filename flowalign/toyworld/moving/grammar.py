@@ -47,6 +47,9 @@ def demands(metadata: Mapping[str, Any]) -> list[Demand]:
         if (value := clause.get(key)) not in names and not (key == "speed" and value is None):
             near = nearest(str(value), names)
             raise RewardError(f"moving world: an object's {key} is {value!r}; the nearest that it can be is {near!r}")
+    for clause in metadata["objects"]:
+        if clause.get("count") not in (1, *NUMBERS):
+            raise RewardError(f"moving world: an object's count is {clause.get('count')!r}, not 1 to {max(NUMBERS)}")
     return [
         Demand(clause["shape"], clause["color"], clause["motion"], clause.get("speed"))
         for clause in metadata["objects"]

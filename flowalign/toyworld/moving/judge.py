@@ -57,12 +57,13 @@ def judge(media: torch.Tensor, metadata: Mapping[str, Any]) -> Verdict:
     objects = {demand: [_object(track, demand) for track in tracks] for demand in wanted}
     scores = np.array([[_score(one, count) for one in objects[demand]] for demand in wanted])
     rows, columns = linear_sum_assignment(scores.reshape(len(wanted), len(tracks)), maximize=True)
+    # An object that is not there is in no pair, and so adds nothing to the sums.
     matched = [(wanted[row], objects[wanted[row]][column]) for row, column in zip(rows, columns, strict=True)]
     faults = [f"the {demand} {part.fault}" for demand, (parts, _) in matched for part in parts if part.fault]
     reason = "\n".join(dict.fromkeys([*filter(None, [count.fault]), *faults]))
-    # An object that is not there adds nothing.
     soft = sum(_score(one, count) for _, one in matched) / len(wanted)
-    return Verdict(not reason, soft, sum(graded for _, (_, graded) in matched) / len(wanted), reason)
+    graded = sum(one[1] for _, one in matched) / len(wanted)
+    return Verdict(not reason, soft, graded, reason)
 
 
 def _score(judged: tuple[list[Part], float], count: Part) -> float:
@@ -104,6 +105,5 @@ def _label(track: Track, key: str, wanted: str) -> Part:
 def _size(sides: np.ndarray) -> Part:
     """Whether an object's side (F,) hardly varies."""
     variation = float(sides.std() / sides.mean())
-    return Part(
-        min(1.0, SIZE_VARIATION / max(variation, 1e-6)), "changes its size" if variation >= SIZE_VARIATION else ""
-    )
+    score = min(1.0, SIZE_VARIATION / max(variation, 1e-6))
+    return Part(score, "changes its size" if score < 1 else "")

@@ -1,7 +1,7 @@
 """The rules of the moving world's judge about one object's path: whether it moves as demanded, how fast and smoothly.
 
 Lengths are pixels of a frame of 64; a step is the way from one frame to the next. Of a path, `n` is its net
-displacement and `step` the mean length of its steps.
+displacement and `step` the mean length of its steps. Smoothness counts in the soft score alone.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from flowalign.toyworld.render import SIZE
 STILL = 0.35  # an object with shorter steps stays
 FAST = 2.2  # an object with steps at least so long is quick
 STRAIGHT = 0.9  # least share of the path along the demanded axis that leads forward
-SIDEWAYS = 0.2  # greatest displacement across that axis, as a share of the one along it
+SIDEWAYS = 0.2  # greatest range of places across that axis, as a share of the displacement along it
 RESTING = 0.25  # greatest share of the steps in which a moving object may stand still
 AT_WALL = 4.0  # greatest distance of a bouncing object's box from the wall when it turns
 TURN = 2.0  # least way to the wall, and back from it
@@ -40,8 +40,9 @@ def motion(path: np.ndarray, boxes: np.ndarray, demand: Demand) -> Motion:
     n = float(along[-1] - along[0])
     score = float(np.clip(n / _length(path), 0, 1))
     fault = _unsteady(path, along, across, n)
-    if n <= 0 and mean_step(path) >= STILL:
-        fault = f"moves {_main_direction(path)}"
+    main, net = _main_direction(path)
+    if main != demand.motion and net >= _length(path) / 2:
+        fault = f"moves {main}"
     slowest = min(min(speeds) for name, speeds in SPEEDS.items() if demand.speed in (name, None))
     return Motion(score, _graded(n, slowest * (len(path) - 1), path), fault)
 
@@ -68,7 +69,7 @@ def _unsteady(path: np.ndarray, along: np.ndarray, across: np.ndarray, n: float)
         return "does not move"
     if n < STRAIGHT * float(np.abs(np.diff(along)).sum()):
         return "goes back and forth"
-    if abs(float(across[-1] - across[0])) > SIDEWAYS * n:
+    if np.ptp(across) > SIDEWAYS * n:
         return "drifts sideways"
     return f"stands still in {resting} of {len(path) - 1} steps" if resting > RESTING * (len(path) - 1) else ""
 
@@ -116,6 +117,8 @@ def _graded(n: float, expected: float, path: np.ndarray) -> float:
     return 0.2 + 0.8 * min(1.0, n / expected) if n > 0 and mean_step(path) >= STILL else 0.0
 
 
-def _main_direction(path: np.ndarray) -> str:
+def _main_direction(path: np.ndarray) -> tuple[str, float]:
+    """The direction in which a path leads farthest, and how far."""
     x, y = path[-1] - path[0]
-    return ("right" if x > 0 else "left") if abs(x) >= abs(y) else ("down" if y > 0 else "up")
+    name = ("right" if x > 0 else "left") if abs(x) >= abs(y) else ("down" if y > 0 else "up")
+    return name, float(max(abs(x), abs(y)))

@@ -9,7 +9,8 @@ from flowalign.toyworld.moving.grammar import BOUNCE, FRAMES, MOTIONS, SPEEDS, S
 from flowalign.toyworld.render import SIZE, SUBPIXELS, Background
 from flowalign.toyworld.tasks import Metadata
 
-_LARGEST = {1: 30, 2: 30, 3: 22, 4: 18}  # an object's greatest side in pixels, by the number of objects
+_SMALLEST = 16  # pixels of an object's side; between pixels, a star of 14 is no longer always seen as one
+_LARGEST = {1: 30, 2: 30, 3: 22, 4: 20}  # an object's greatest side in pixels, by the number of objects
 _TRIES = 20  # places for an object before all are placed anew
 
 
@@ -72,7 +73,7 @@ def _distances(demand: Demand, rng: np.random.Generator) -> np.ndarray:
 
 
 def _mover(demand: Demand, distances: np.ndarray, largest: int, rng: np.random.Generator) -> Mover:
-    size = int(rng.integers(14, largest + 1))
+    size = int(rng.integers(_SMALLEST, largest + 1))
     way = np.array(MOTIONS[demand.motion])
     offsets = distances[:, None] * way
     first = MARGIN * SUBPIXELS - offsets.min(axis=0)

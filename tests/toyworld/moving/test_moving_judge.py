@@ -1,6 +1,6 @@
 """The moving world's judge: right clips are right, and each kind of wrong clip is wrong for the stated reason."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,14 +13,15 @@ from flowalign.toyworld.moving.judge import Verdict, judge
 from flowalign.toyworld.moving.render import render
 from flowalign.toyworld.moving.scenes import Clip, Mover, random_clip
 from flowalign.toyworld.moving.tracks import follow
+from flowalign.toyworld.tasks import Metadata
 from rewards.errors import RewardError
 
 
-def object_of(motion: str, color: str = "red", shape: str = "circle", count: int = 1, **more: str) -> dict:
+def object_of(motion: str, color: str = "red", shape: str = "circle", count: int = 1, **more: str) -> Metadata:
     return {"shape": shape, "color": color, "count": count, "motion": motion, **more}
 
 
-def clip_of(*objects: dict, seed: int = 0) -> Clip:
+def clip_of(*objects: Metadata, seed: int = 0) -> Clip:
     return random_clip({"objects": objects}, np.random.default_rng(seed))
 
 
@@ -28,16 +29,16 @@ def frames_of(clip: Clip) -> torch.Tensor:
     return torch.from_numpy(render(clip)) / 255
 
 
-def judged(shown: Clip | torch.Tensor, *objects: dict) -> Verdict:
+def judged(shown: Clip | torch.Tensor, *objects: Metadata) -> Verdict:
     return judge(frames_of(shown) if isinstance(shown, Clip) else shown, {"objects": objects})
 
 
-def along(places: list[float], size: int = 16, across: float = 20) -> Clip:
+def along(places: Sequence[float], size: int = 16, across: float = 20) -> Clip:
     """A red circle whose left edge is at these places, in pixels."""
     return Clip(movers=(Mover("circle", "red", size, tuple((round(4 * x), round(4 * across)) for x in places)),))
 
 
-def wrong_in(rows: list[dict], count: int, rng: np.random.Generator) -> list[tuple[str, Verdict]]:
+def wrong_in(rows: list[Metadata], count: int, rng: np.random.Generator) -> list[tuple[str, Verdict]]:
     picked = [rows[i] for i in rng.integers(len(rows), size=count)]
     verdicts = [(row["prompt"], judge(frames_of(random_clip(row, rng)), row)) for row in picked]
     # A true clip also has nearly all of every part.
@@ -59,7 +60,7 @@ def test_all_of_five_hundred_clips_of_a_task_are_judged_right(task: str) -> None
 
 
 @pytest.mark.parametrize("demand", [object_of("left"), object_of("up", speed="slowly"), object_of(BOUNCE + "right")])
-def test_a_still_video_does_not_move(demand: dict) -> None:
+def test_a_still_video_does_not_move(demand: Metadata) -> None:
     shown = frames_of(clip_of(demand))[:1].expand(FRAMES, -1, -1, -1)
     verdict = judged(shown, demand)
     assert not verdict.strict and verdict.reason == "the red circle does not move"
@@ -92,11 +93,12 @@ def test_an_object_that_stops_halfway_or_jumps_once_stands_still_too_long() -> N
     assert judged(jump, object_of("right")).reason == "the red circle stands still in 7 of 8 steps"
 
 
-def test_back_and_forth_and_a_slanted_path_are_no_direction() -> None:
+def test_back_and_forth_and_a_slanted_or_winding_path_are_no_direction() -> None:
     assert "goes back and forth" in judged(along([10, 13, 16, 15, 14, 17, 20, 23, 26]), object_of("right")).reason
-    path = tuple((40 + 8 * frame, 40 + 3 * frame) for frame in range(FRAMES))
-    slanted = Clip(movers=(Mover("circle", "red", 16, path),))
-    assert judged(slanted, object_of("right")).reason == "the red circle drifts sideways"
+    for down in ([3 * frame for frame in range(FRAMES)], [0, 20] * 4 + [0]):
+        path = tuple((40 + 8 * frame, 40 + y) for frame, y in enumerate(down))
+        shown = Clip(movers=(Mover("circle", "red", 16, path),))
+        assert judged(shown, object_of("right")).reason == "the red circle drifts sideways"
 
 
 def test_a_flickering_colour_is_wrong_in_the_frames_that_have_it() -> None:
@@ -117,7 +119,7 @@ def test_a_changing_shape_or_size_is_wrong() -> None:
     assert judged(media, demand).reason == "the red circle is square in frame 5"
     grown = [replace(clip.movers[0], size=14 + 2 * frame) for frame in range(FRAMES)]
     media = torch.stack([frames_of(replace(clip, movers=(one,)))[frame] for frame, one in enumerate(grown)])
-    assert judged(media, demand).reason == "the red circle changes its size"
+    assert "the red circle changes its size" in judged(media, demand).reason.splitlines()
 
 
 def test_an_object_that_vanishes_in_a_middle_frame_is_missed_but_followed() -> None:
@@ -147,8 +149,12 @@ def test_a_wrong_count_is_wrong_and_scores_by_how_far(shown: int, wanted: int) -
 def test_one_of_three_that_moves_elsewhere_is_wrong() -> None:
     demand = object_of("up", "green", "square", 3)
     clip = clip_of(demand)
-    back = replace(clip.movers[2], path=clip.movers[2].path[::-1])
-    verdict = judged(replace(clip, movers=(*clip.movers[:2], back)), demand)
+    movers = [
+        replace(mover, size=14, path=tuple((40 + 80 * i, y) for _, y in mover.path))
+        for i, mover in enumerate(clip.movers)
+    ]
+    movers[2] = replace(movers[2], path=movers[2].path[::-1])
+    verdict = judged(replace(clip, movers=tuple(movers)), demand)
     assert verdict.reason == "the green square moves down"
     assert verdict.motion == pytest.approx(2 / 3, abs=0.01)
 
@@ -169,7 +175,7 @@ def test_swapped_colours_of_two_objects_are_wrong() -> None:
 @pytest.mark.parametrize(("shown", "wanted"), [("quickly", "slowly"), ("slowly", "quickly")])
 def test_another_speed_is_wrong(shown: str, wanted: str) -> None:
     verdict = judged(clip_of(object_of("left", speed=shown)), object_of("left", speed=wanted))
-    assert verdict.reason == f"the red circle is too {shown.removesuffix('ly')}" and verdict.soft < 0.97
+    assert verdict.reason == f"the red circle is too {shown.removesuffix('ly')}" and verdict.soft < 0.98
     assert judged(clip_of(object_of("left", speed=shown)), object_of("left")).strict
 
 
@@ -195,7 +201,7 @@ def test_smoothness_is_in_the_soft_score_alone() -> None:
 
 
 def test_objects_keep_their_tracks_whatever_order_they_are_found_in() -> None:
-    def found(color: str, x: float) -> dict:
+    def found(color: str, x: float) -> Metadata:
         return {"class": "ring", "color": color, "center": [x, 20.0]}
 
     frames = [[found("red", 10 + 3 * i), found("red", 50 - 3 * i)][:: (-1) ** i] for i in range(6)]
