@@ -19,6 +19,9 @@ BUNDLED = {
     "toyworld/words_test": "toyworld/prompts/words_test.txt",
     "toyworld/shapes_train": "toyworld/prompts/shapes_train.jsonl",
     "toyworld/shapes_test": "toyworld/prompts/shapes_test.jsonl",
+    "toyworld/moving_train": "toyworld/prompts/moving_train.jsonl",
+    "toyworld/moving_test": "toyworld/prompts/moving_test.jsonl",
+    "toyworld/moving_unseen": "toyworld/prompts/moving_unseen.jsonl",
     "geneval": "geneval/prompts.jsonl",
 }
 

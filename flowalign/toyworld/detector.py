@@ -39,7 +39,10 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def detect(image: np.ndarray) -> list[dict[str, Any]]:
-    """Detections in one image (H, W, 3) of 8-bit levels: class, box in pixels, score 1.0, colour."""
+    """Detections in one image (H, W, 3) of 8-bit levels: class, box in pixels, score 1.0, colour, center and area.
+
+    The last two, in pixels, weigh a pixel by how far the object covers it, so they are finer than the box.
+    """
     levels = image.astype(np.float32)
     border = np.concatenate([levels[0], levels[-1], levels[:, 0], levels[:, -1]])
     difference = np.abs(levels - np.median(border, axis=0)).max(axis=-1)
@@ -49,18 +52,31 @@ def detect(image: np.ndarray) -> list[dict[str, Any]]:
         mask = labels[region] == index
         if mask.sum() < MIN_AREA:
             continue
-        name = _shape_of(difference[region] * mask)
+        soft = _covered(difference[region] * mask)
+        name = _shape_of(soft)
         color = _color_of(levels[region], mask)
         if name and color:
             rows, columns = region
             box = [float(columns.start), float(rows.start), float(columns.stop), float(rows.stop)]
-            found.append({"class": name, "box": box, "score": 1.0, "color": color})
+            seen = {"class": name, "box": box, "score": 1.0, "color": color}
+            found.append(seen | {"center": _center(soft, box), "area": float(soft.sum())})
     return found
 
 
-def _shape_of(difference: np.ndarray) -> str | None:
+def _covered(difference: np.ndarray) -> np.ndarray:
+    """How far an object covers each pixel, in [0, 1], from the object's difference to the background."""
+    soft: np.ndarray = np.clip(difference / max(float(np.percentile(difference[difference > 0], 80)), 1.0), 0, 1)
+    return soft
+
+
+def _center(soft: np.ndarray, box: list[float]) -> list[float]:
+    height, width = soft.shape
+    x, y = soft.sum(axis=0) @ np.arange(width), soft.sum(axis=1) @ np.arange(height)
+    return [box[0] + 0.5 + float(x / soft.sum()), box[1] + 0.5 + float(y / soft.sum())]
+
+
+def _shape_of(soft: np.ndarray) -> str | None:
     silhouettes, aspects = _templates()
-    soft = np.clip(difference / max(float(np.percentile(difference[difference > 0], 80)), 1.0), 0, 1)
     own, aspect = _silhouette(soft)
     shared = np.minimum(silhouettes, own).sum(axis=(1, 2))
     iou = shared / np.maximum(silhouettes, own).sum(axis=(1, 2))

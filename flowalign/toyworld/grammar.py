@@ -14,7 +14,7 @@ from rewards.geneval import TASKS, relations
 COLORS = tuple(PALETTE)
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _GAP = 3  # pixels between the boxes of two shapes
-_MARGIN = 2
+MARGIN = 2  # pixels between a shape and the frame
 
 
 def task_prompts(task: str) -> list[Metadata]:
@@ -24,18 +24,22 @@ def task_prompts(task: str) -> list[Metadata]:
 
 
 def split_shapes(per_task: int, held_out: bool, seed: int = 0) -> list[Metadata]:
-    """A list with `per_task` rows of each task; no prompt of the held-out list is in the other list.
+    """A list with `per_task` rows of each task; no prompt of the held-out list is in the other list."""
+    return split([task_prompts(task) for task in TASKS], per_task, held_out, seed)
+
+
+def split(tasks: Sequence[Sequence[Metadata]], per_task: int, held_out: bool | None, seed: int = 0) -> list[Metadata]:
+    """`per_task` of each task's rows, shuffled: of the quarter that is held out, of the others or, for None, of all.
 
     A task with fewer prompts than rows repeats them; rows with the same prompt still get different noise.
     """
     rows: list[Metadata] = []
-    for index, task in enumerate(TASKS):
-        prompts = task_prompts(task)
+    for index, prompts in enumerate(tasks):
         order = np.random.default_rng([seed, index]).permutation(len(prompts))
         cut = max(2, len(prompts) // 4)
-        chosen = order[:cut] if held_out else order[cut:]
+        chosen = {True: order[:cut], False: order[cut:], None: order}[held_out]
         rows += [prompts[i] for i in itertools.islice(itertools.cycle(chosen), per_task)]
-    shuffled = np.random.default_rng([seed, len(TASKS)]).permutation(len(rows))
+    shuffled = np.random.default_rng([seed, len(tasks)]).permutation(len(rows))
     return [rows[i] for i in shuffled]
 
 
@@ -66,18 +70,16 @@ def split_signs(count: int, held_out: bool, seed: int = 0) -> list[str]:
     return [sign_prompt([pool[i]]) for i in order[:count]]
 
 
-def _background(rng: np.random.Generator) -> dict[str, Any]:
+def random_background(rng: np.random.Generator) -> dict[str, Any]:
+    """A light tinted gradient and its angle, as a scene's fields."""
     base = rng.uniform(226, 250, size=3)
     second = (base + rng.uniform(-12, 12, size=3)).clip(220, 255)
     return {"background": (tuple(base), tuple(second)), "angle": float(rng.uniform(0, 2 * np.pi))}
 
 
-def _apart(a: Item, b: Item) -> bool:
-    """Whether at least _GAP pixels lie between two shapes' boxes, horizontally or vertically."""
-    return (
-        max(a.x, b.x) - min(a.x + a.size, b.x + b.size) >= _GAP
-        or max(a.y, b.y) - min(a.y + a.size, b.y + b.size) >= _GAP
-    )
+def apart(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether at least _GAP pixels lie between two boxes (x0, y0, x1, y1), horizontally or vertically."""
+    return max(a[0], b[0]) - min(a[2], b[2]) >= _GAP or max(a[1], b[1]) - min(a[3], b[3]) >= _GAP
 
 
 def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
@@ -88,9 +90,9 @@ def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
         items: list[Item] = []
         for clause, color in wanted:
             size = int(rng.integers(14, largest + 1))
-            x, y = (int(v) for v in rng.integers(_MARGIN, SIZE - _MARGIN - size + 1, size=2))
+            x, y = (int(v) for v in rng.integers(MARGIN, SIZE - MARGIN - size + 1, size=2))
             item = Item(clause["class"], color or str(rng.choice(COLORS)), x, y, size)
-            if not all(_apart(item, other) for other in items):
+            if not all(apart(item.box, other.box) for other in items):
                 break
             if "position" in clause:
                 relation, target = clause["position"]
@@ -98,7 +100,7 @@ def shape_scene(metadata: Metadata, rng: np.random.Generator) -> Scene:
                     break
             items.append(item)
         if len(items) == len(wanted):
-            return Scene(items=tuple(items), **_background(rng))
+            return Scene(items=tuple(items), **random_background(rng))
 
 
 def sign_scene(lines: Sequence[str], rng: np.random.Generator) -> Scene:
@@ -107,7 +109,7 @@ def sign_scene(lines: Sequence[str], rng: np.random.Generator) -> Scene:
     slack = (SIZE - 12 * max(len(line) for line in lines)) // 2
     dx = int(rng.integers(-min(slack, 3), min(slack, 3) + 1))
     dy = int(rng.integers(-4, 5))
-    return Scene(lines=tuple(lines), ink=(red, green, blue), offset=(dx, dy), **_background(rng))
+    return Scene(lines=tuple(lines), ink=(red, green, blue), offset=(dx, dy), **random_background(rng))
 
 
 def random_lines(rng: np.random.Generator, pool: Sequence[str]) -> list[str]:

@@ -23,7 +23,9 @@ PALETTE = {
 LINE_LENGTH = 5  # letters that fit on one line of a sign
 CELL_WIDTH = 12  # pixels of a letter's width
 LINE_HEIGHT = 22  # pixels
-_SUPERSAMPLING = 4
+SUBPIXELS = 4  # samples of a pixel along each axis
+
+Background = tuple[tuple[float, float, float], tuple[float, float, float]]  # the RGB at a gradient's two ends
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Scene:
     lines: tuple[str, ...] = ()
     ink: tuple[int, int, int] = (20, 20, 30)
     offset: tuple[int, int] = (0, 0)
-    background: tuple[tuple[float, ...], tuple[float, ...]] = ((240.0, 240.0, 240.0), (232.0, 232.0, 232.0))
+    background: Background = ((240.0, 240.0, 240.0), (232.0, 232.0, 232.0))
     angle: float = 0.0
 
 
@@ -71,9 +73,12 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
 
 
 @functools.cache
-def coverage(shape: str, size: int) -> np.ndarray:
-    """The share of each pixel of a (size, size) box that the shape covers, float32 in [0, 1]."""
-    full = size * _SUPERSAMPLING
+def coverage(shape: str, size: int, shift: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """The share of each pixel of a (size, size) box that the shape covers, float32 in [0, 1].
+
+    `shift` moves it right and down by that many of a pixel's SUBPIXELS; the box is then a pixel wider or higher.
+    """
+    full = size * SUBPIXELS
     mask = Image.new("L", (full, full))
     draw = ImageDraw.Draw(mask)
     if shape in ("circle", "ring"):
@@ -83,18 +88,21 @@ def coverage(shape: str, size: int) -> np.ndarray:
             draw.ellipse((inset, inset, full - 1 - inset, full - 1 - inset), fill=0)
     else:
         draw.polygon([(x * (full - 1), y * (full - 1)) for x, y in _polygon(shape)], fill=255)
-    return np.asarray(mask.resize((size, size), Image.Resampling.BOX), dtype=np.float32) / 255
+    width, height = (size + (part > 0) for part in shift)
+    moved = Image.new("L", (width * SUBPIXELS, height * SUBPIXELS))
+    moved.paste(mask, shift)
+    return np.asarray(moved.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
 
 
 @functools.cache
 def _glyph(letter: str) -> np.ndarray:
     """The coverage (LINE_HEIGHT, CELL_WIDTH) of one letter, which is condensed if it is wider than its cell."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf"
-    font = ImageFont.truetype(str(path), 16 * _SUPERSAMPLING)
+    font = ImageFont.truetype(str(path), 16 * SUBPIXELS)
     left, _, right, _ = (int(v) for v in font.getbbox(letter, anchor="ls"))
-    canvas = Image.new("L", (right - left, LINE_HEIGHT * _SUPERSAMPLING))
-    ImageDraw.Draw(canvas).text((-left, 17 * _SUPERSAMPLING), letter, font=font, fill=255, anchor="ls")
-    width = min(round((right - left) / _SUPERSAMPLING), CELL_WIDTH - 1)
+    canvas = Image.new("L", (right - left, LINE_HEIGHT * SUBPIXELS))
+    ImageDraw.Draw(canvas).text((-left, 17 * SUBPIXELS), letter, font=font, fill=255, anchor="ls")
+    width = min(round((right - left) / SUBPIXELS), CELL_WIDTH - 1)
     small = canvas.resize((width, LINE_HEIGHT), Image.Resampling.BOX)
     cell = np.zeros((LINE_HEIGHT, CELL_WIDTH), dtype=np.float32)
     start = (CELL_WIDTH - width) // 2
@@ -112,21 +120,36 @@ def letters(scene: Scene) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
             yield letter, (x, y, x + CELL_WIDTH, y + LINE_HEIGHT)
 
 
+def gradient(background: Background, angle: float) -> np.ndarray:
+    """A canvas (64, 64, 3), float32, that goes from one colour to the other in the direction `angle` (radians)."""
+    grid = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
+    slope = 0.5 + (np.cos(angle) * grid[None, :] + np.sin(angle) * grid[:, None]) / 2**0.5
+    first, second = (np.asarray(color, dtype=np.float32) for color in background)
+    canvas: np.ndarray = first + slope[..., None] * (second - first)
+    return canvas
+
+
+def paint(canvas: np.ndarray, covered: np.ndarray, color: str, x: int, y: int) -> None:
+    """Lays a colour of the palette over a canvas (H, W, 3), where `covered` (h, w) from the corner (x, y) says so."""
+    alpha = covered[..., None]
+    part = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
+    part[:] = (1 - alpha) * part + alpha * np.asarray(PALETTE[color], dtype=np.float32)
+
+
+def as_pixels(canvas: np.ndarray) -> np.ndarray:
+    """A canvas (..., 3) of 8-bit levels, rounded to uint8."""
+    return canvas.round().clip(0, 255).astype(np.uint8)
+
+
 def render(scene: Scene) -> np.ndarray:
     """The image of a scene, uint8 (64, 64, 3)."""
-    grid = np.linspace(-0.5, 0.5, SIZE, dtype=np.float32)
-    slope = 0.5 + (np.cos(scene.angle) * grid[None, :] + np.sin(scene.angle) * grid[:, None]) / 2**0.5
-    first, second = (np.asarray(color, dtype=np.float32) for color in scene.background)
-    canvas = first + slope[..., None] * (second - first)
+    canvas = gradient(scene.background, scene.angle)
     for item in scene.items:
-        x0, y0, x1, y1 = item.box
-        alpha = coverage(item.shape, item.size)[..., None]
-        color = np.asarray(PALETTE[item.color], dtype=np.float32)
-        canvas[y0:y1, x0:x1] = (1 - alpha) * canvas[y0:y1, x0:x1] + alpha * color
+        paint(canvas, coverage(item.shape, item.size), item.color, item.x, item.y)
     if scene.lines:
         covered = np.zeros((SIZE, SIZE), dtype=np.float32)
         for letter, (x0, y0, x1, y1) in letters(scene):
             covered[y0:y1, x0:x1] += _glyph(letter)
         alpha = covered.clip(0, 1)[..., None]
         canvas = (1 - alpha) * canvas + alpha * np.asarray(scene.ink, dtype=np.float32)
-    return canvas.round().clip(0, 255).astype(np.uint8)
+    return as_pixels(canvas)

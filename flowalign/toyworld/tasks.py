@@ -29,25 +29,28 @@ def grammar(
         return {"tag": task, "include": include, **more, "prompt": f"a photo of {text}"}
 
     def single(name: str) -> Metadata:
-        return row([_clause(name)], _a(name))
+        return row([_clause(name)], with_article(name))
 
     def two(pair: tuple[str, str]) -> Metadata:
-        return row([_clause(name) for name in pair], " and ".join(_a(name) for name in pair))
+        return row([_clause(name) for name in pair], " and ".join(with_article(name) for name in pair))
 
     def counting(name: str, number: int) -> Metadata:
         return row([_clause(name, number)], f"{NUMBERS[number]} {plural(name)}", exclude=[_clause(name, number + 1)])
 
     def color(name: str, paint: str) -> Metadata:
-        return row([_clause(name, color=paint)], _a(f"{paint} {name}"))
+        return row([_clause(name, color=paint)], with_article(f"{paint} {name}"))
 
     def position(pair: tuple[str, str], relation: str) -> Metadata:
         name, target = pair
-        return row([_clause(target), _clause(name, position=[relation, 0])], f"{_a(name)} {relation} {_a(target)}")
+        return row(
+            [_clause(target), _clause(name, position=[relation, 0])],
+            f"{with_article(name)} {relation} {with_article(target)}",
+        )
 
     def attributes(pair: tuple[str, str], paints: tuple[str, str]) -> Metadata:
         painted = list(zip(pair, paints, strict=True))
         include = [_clause(name, color=paint) for name, paint in painted]
-        return row(include, " and ".join(_a(f"{paint} {name}") for name, paint in painted))
+        return row(include, " and ".join(with_article(f"{paint} {name}") for name, paint in painted))
 
     painted_pairs = list(itertools.permutations(colored, 2)), list(itertools.permutations(colors, 2))
     grammars: dict[str, tuple[tuple[Sequence[Any], ...], Callable[..., Metadata]]] = {
@@ -67,7 +70,8 @@ def _clause(name: str, count: int = 1, **more: Any) -> Metadata:
     return {"class": name, "count": count, **more}
 
 
-def _a(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """The noun behind "a" or "an"."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 

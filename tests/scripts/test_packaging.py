@@ -76,7 +76,8 @@ def test_a_wheel_holds_both_packages_and_every_file_they_read(wheel):
 @pytest.mark.slow
 def test_a_wheel_holds_the_embedded_model_and_its_prompts(wheel):
     held = set(wheel.namelist())
-    for name in ("words_train.txt", "words_test.txt", "shapes_train.jsonl", "shapes_test.jsonl"):
+    lists = ("words_train.txt", "words_test.txt", "shapes_train.jsonl", "shapes_test.jsonl")
+    for name in (*lists, "moving_train.jsonl", "moving_test.jsonl", "moving_unseen.jsonl"):
         assert f"flowalign/assets/toyworld/prompts/{name}" in held
     assert {f"flowalign/assets/geneval/{name}" for name in ("prompts.jsonl", "object_names.txt", "LICENSE")} <= held
     assert "flowalign/assets/toyworld/model/model_index.json" in held

@@ -23,6 +23,7 @@ from flowalign.disk.files import make_folder, replace_json_lines, replace_text, 
 from flowalign.disk.tensors import save_state, save_tensors
 from flowalign.toyworld import grammar
 from flowalign.toyworld.making.training import Log
+from flowalign.toyworld.moving.grammar import prompt_lists
 from flowalign.toyworld.render import SIZE, render
 from rewards.backbones.weights import whole
 from rewards.geneval import TASKS
@@ -334,10 +335,12 @@ def assemble(
 
 
 def write_prompts(folder: Path) -> None:
-    """Writes the bundled prompt lists, for training and held out, of shapes (GenEval's .jsonl) and of signs (.txt)."""
+    """Writes the bundled prompt lists: shapes (GenEval's .jsonl), signs (.txt) and the moving world (.jsonl)."""
     make_folder(folder)
     for held_out, name in ((False, "train"), (True, "test")):
         shapes = grammar.split_shapes(per_task=86 if held_out else 200, held_out=held_out)
         replace_json_lines(folder / f"shapes_{name}.jsonl", shapes)
         signs = grammar.split_signs(512 if held_out else 720, held_out)
         replace_text(folder / f"words_{name}.txt", "".join(sign + "\n" for sign in signs))
+    for name, rows in prompt_lists():
+        replace_json_lines(folder / f"moving_{name}.jsonl", rows)

@@ -1,0 +1,1 @@
+"""The embedded moving world: clips of the still world's shapes in motion, with prompts and an exact judge."""
