@@ -99,7 +99,7 @@ def test_the_judges_script_builds_each_stage_from_the_one_before(tmp_path: Path)
         assert rewards.load("pickscore", model=str(tmp_path / name)).name == "pickscore"
     assert "preference: of" in done.stdout and "aesthetic: correlation" in done.stdout
     done = script("pretrain_judges", "--output", str(tmp_path), "--stages", "clap")
-    assert done.returncode == 2 and "'clap' is no stage" in done.stderr
+    assert done.returncode == 2 and "'clap' is not a stage" in done.stderr
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
