@@ -30,7 +30,6 @@ from flowalign.config.algorithm import AlgorithmSettings
 from flowalign.config.base import UserError
 from flowalign.evaluate.benchmark import Benchmark
 from flowalign.evaluate.results import write_summary
-from rewards.media import read_image
 
 
 class PluggedSettings(NFTSettings):
@@ -71,10 +70,11 @@ def brightness_benchmark(images: Path, output: Path) -> None:
     """Judge how bright images are."""
     benchmark = Benchmark(images, 1, output, None)
 
-    def judge(pictures):
-        return [{"image": one.name, "brightness": float(read_image(one.path).mean())} for one in pictures]
+    def line_of(sample, brightness):
+        return {"image": sample.name, "brightness": float(brightness)}
 
-    lines = benchmark.judged(benchmark.rows(), {"benchmark": "brightness"}, judge)
+    about = {"benchmark": "brightness"}
+    lines = benchmark.judged(benchmark.rows(), about, lambda media: media.mean((1, 2, 3)), line_of)
     write_summary(benchmark.folder, {"mean": sum(line["brightness"] for line in lines) / len(lines)})
 
 
