@@ -20,41 +20,47 @@ if TYPE_CHECKING:
     from rewards import Reward
 
 
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="an empty folder for the PNG files; default: one under samples/ named after the model and settings"
+    ),
+]
+BestOf = Annotated[
+    int | None,
+    typer.Option(
+        max=MOST, metavar="N", help="draw N candidates per prompt, keep the best, and write the scores of all"
+    ),
+]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="the reward that chooses among the candidates; repeatable: several choose by the sum of their ranks"
+    ),
+]
+Pruning = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="STEP:FRACTION",
+        help="after denoising step STEP, score the predicted images and draw on with only the best FRACTION of "
+        "the candidates; repeatable",
+    ),
+]
+
+
 @with_options
 def sample(
     *,
     model: ModelArgument,
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
     adapter: Adapter = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="an empty folder for the PNG files; default: one under samples/ named after the model and settings"
-        ),
-    ] = None,
+    output: Output = None,
     how: DrawingOptions,
     images: Annotated[int, typer.Option(min=1, max=MOST, help="images per prompt")] = 1,
-    best_of: Annotated[
-        int | None,
-        typer.Option(
-            max=MOST, metavar="N", help="draw N candidates per prompt, keep the best, and write the scores of all"
-        ),
-    ] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="the reward that chooses among the candidates; repeatable: several choose by the sum of their ranks"
-        ),
-    ] = None,
+    best_of: BestOf = None,
+    reward: Judges = None,
     option: RewardOptions = None,
-    prune: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="STEP:FRACTION",
-            help="after denoising step STEP, score the predicted images and draw on with only the best FRACTION of "
-            "the candidates; repeatable",
-        ),
-    ] = None,
+    prune: Pruning = None,
 ) -> None:
     """Draw images from prompts, or the best of many candidates."""
     _check(model, prompts, output, reward or [])
